@@ -1,0 +1,135 @@
+"""Every loss in the repository, each a pure function of a few numbers per example. Read this file first.
+
+Notation, shared by all of them (and by the paper, Fisch et al., "Robust Preference Optimization through Reward Model
+Distillation", TMLR 2025, arXiv 2405.19316):
+
+    x, y            a prompt and a response
+    pi, ref         the policy being trained and the frozen reference policy (the supervised fine-tuned model)
+    logp(y|x)       sum over the response's tokens, its end-of-text token included, of log p(token | x, tokens before)
+    h               log-ratio margin: [logp_pi(y1) - logp_ref(y1)] - [logp_pi(y2) - logp_ref(y2)]
+    beta * h        implicit reward margin: the policy seen as a reward model (Rafailov et al. 2023, Eq. 5)
+    r(x, y)         explicit reward; only differences between responses to one prompt mean anything
+
+Conventions: column 0 is the chosen response and column 1 the rejected one; log-probabilities are in nats, as floats;
+every function returns one loss per example, shape (B,), and never reduces over the batch (e-DPO's `per="batch"` picks
+its reward model with a batch mean, and still returns one loss per example).
+"""
+import torch
+import torch.nn.functional as F
+
+
+def log_ratio_margin(policy, ref):
+    """h = [logp_pi(y1) - logp_ref(y1)] - [logp_pi(y2) - logp_ref(y2)], in nats.
+
+    policy, ref: (B, 2) summed response log-probs. Returns (B,).
+    """
+    log_ratio = policy - ref                    # (B, 2)
+    return log_ratio[:, 0] - log_ratio[:, 1]    # (B,)
+
+
+def bradley_terry(rewards):
+    """How a reward model learns from preferences: -log sigmoid(r(x, y_w) - r(x, y_l)).
+
+    Bradley & Terry (1952); Rafailov et al. (2023), Eq. 2. rewards: (B, 2). Returns (B,).
+    """
+    return -F.logsigmoid(rewards[:, 0] - rewards[:, 1])
+
+
+def dpo(policy, ref, beta):
+    """Direct preference optimisation: -log sigmoid(beta * h), Bradley-Terry on the implicit reward.
+
+    Rafailov et al. (2023), Eq. 7. With one label per pair it has no finite minimum: it always pays to widen the margin,
+    and nothing in it says that the chosen log-prob should stay where it is.
+    policy, ref: (B, 2) summed response log-probs. Returns (B,); ln 2 where policy == ref.
+    """
+    return -F.logsigmoid(beta * log_ratio_margin(policy, ref))
+
+
+def ipo(policy, ref, tau):
+    """Identity preference optimisation: (h - 1 / (2 tau))^2, a margin to reach instead of one to widen for ever.
+
+    Azar et al. (2023), Eq. 17. policy, ref: (B, 2) summed response log-probs, as in that paper; pass per-token means to
+    get the variant that TRL uses. Returns (B,); 1 / (4 tau^2) where policy == ref.
+    """
+    return (log_ratio_margin(policy, ref) - 1 / (2 * tau)) ** 2
+
+
+def distill(policy, ref, rewards, beta):
+    """Reward-model distillation, d-DPO: (r(y1) - r(y2) - beta * h)^2.
+
+    The paper's section on reward model distillation: the implicit reward margin regresses on the explicit one. Finite
+    targets, so no run-away, and the labels enter only through r: a pair may be unlabelled, and the order is immaterial.
+    policy, ref: (B, 2) summed response log-probs; rewards: (B, 2). Returns (B,); (r(y1) - r(y2))^2 where policy == ref.
+    """
+    return (rewards[:, 0] - rewards[:, 1] - beta * log_ratio_margin(policy, ref)) ** 2
+
+
+def ensemble_distill(policy, ref, rewards, beta, per="example"):
+    """Distillation from a family of reward models, e-DPO's first term: min_m (r_m(y1) - r_m(y2) - beta * h)^2.
+
+    The paper's section on pessimistic reward model distillation: with the forward KL below, the policy stays close to
+    the reference among those that *some* member of the family explains. Gradients flow through the best member only.
+    per="example" takes the minimum for each example (what the paper runs); per="batch" takes one member for the whole
+    batch, the objective as stated, where the minimum stands outside the expectation.
+    policy, ref: (B, 2) summed response log-probs; rewards: (B, 2, M), M members. Returns (B,).
+    """
+    margins = rewards[:, 0] - rewards[:, 1]                                            # (B, M)
+    losses = (margins - beta * log_ratio_margin(policy, ref).unsqueeze(1)) ** 2        # (B, M)
+    if per == "example":
+        return losses.min(dim=1).values
+    if per == "batch":
+        return losses[:, losses.detach().mean(dim=0).argmin()]
+    raise ValueError(f'per must be "example" or "batch", not {per!r}')
+
+
+def forward_kl(policy_on_ref_samples, ref_on_ref_samples):
+    """Monte-Carlo estimate of KL(ref || pi) = E_{y ~ ref}[logp_ref(y) - logp_pi(y)], in nats per response.
+
+    The pessimism of p-DPO, dp-DPO and e-DPO: it punishes the policy for forgetting what the reference would say. The
+    estimate is unbiased; a single one may be negative. The samples are drawn once and cached: they do not depend on pi.
+    policy_on_ref_samples, ref_on_ref_samples: (B, S) log-probs of S samples from ref for each prompt. Returns (B,).
+    """
+    return (ref_on_ref_samples - policy_on_ref_samples).mean(dim=1)
+
+
+PREFERENCE_LOSSES = ("dpo", "ipo", "d-dpo", "p-dpo", "dp-dpo", "e-dpo")
+NEEDS_REWARDS = ("d-dpo", "dp-dpo", "e-dpo")     # distil from explicit rewards
+PESSIMISTIC = ("p-dpo", "dp-dpo", "e-dpo")       # add gamma * KL(ref || pi)
+
+
+def preference_loss(name, policy, ref, rewards=None, beta=0.1, tau=0.1, gamma=0.0, per="example"):
+    """The six objectives by name: what each is made of.
+
+    policy, ref: (B, 2) log-probs of chosen and rejected, or (B, 2 + S) with S samples from ref after them for the
+    pessimistic losses; rewards: (B, 2, M) for the distilling ones (d-DPO and dp-DPO use their mean over M; e-DPO the
+    best). Returns (B,).
+    """
+    pair, ref_pair = policy[:, :2], ref[:, :2]
+    if name in ("dpo", "p-dpo"):
+        losses = dpo(pair, ref_pair, beta)
+    elif name == "ipo":
+        losses = ipo(pair, ref_pair, tau)
+    elif name in ("d-dpo", "dp-dpo"):
+        losses = distill(pair, ref_pair, rewards.mean(dim=2), beta)
+    elif name == "e-dpo":
+        losses = ensemble_distill(pair, ref_pair, rewards, beta, per)
+    else:
+        raise ValueError(f"no loss is called {name!r}: choose from {', '.join(PREFERENCE_LOSSES)}")
+    if name in PESSIMISTIC:
+        losses = losses + gamma * forward_kl(policy[:, 2:], ref[:, 2:])
+    return losses
+
+
+def loss_at_reference(name, rewards=None, tau=0.1):
+    """What `preference_loss` must give where policy == ref, derived by hand: a check on all the wiring before step 0.
+
+    rewards: (B, 2, M) for the distilling losses. Returns a number, or (B,) where it depends on the rewards.
+    """
+    if name in ("dpo", "p-dpo"):
+        return torch.tensor(2.0).log()                               # -log sigmoid(0)
+    if name == "ipo":
+        return torch.tensor(1 / (4 * tau ** 2))                      # (0 - 1 / (2 tau))^2
+    margins = rewards[:, 0] - rewards[:, 1]                          # (B, M)
+    if name == "e-dpo":
+        return margins.abs().min(dim=1).values ** 2                  # the member with the smallest margin
+    return margins.mean(dim=1) ** 2

@@ -1,0 +1,325 @@
+"""The language model: a GPT-2 written out by hand, run over a tree of responses.
+
+A batch is a `TreeBatch` (data.py): each row holds one prompt followed by its K responses, and the prompt is computed
+once. Three things make that equal to K separate sequences: the attention mask (a response sees the prompt and itself,
+not its siblings), the positions (every response starts again at the prompt's length), and where predictions are read
+(each response's first token is predicted from the *last prompt position*, whichever response lies in between).
+
+The weights are laid out and named as in Hugging Face's GPT-2, so that checkpoints go in and out unchanged.
+"""
+import json
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from runtime import InputError, run_flags
+
+
+@dataclass
+class GPTConfig:
+    """The architecture. The defaults are GPT-2 small."""
+    block_size: int = 1024              # longest prompt + response, in tokens
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    tie_word_embeddings: bool = True    # the output head shares the token embedding's weights
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)    # queries, keys and values of all heads at once
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, mask, cache, start):
+        B, T, C = x.size()                                           # rows, tokens, width
+        q, k, v = self.c_attn(x).split(C, dim=2)                     # each (B, T, C)
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)    # (B, heads, T, C / heads)
+        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)    # (B, heads, T, C / heads)
+        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)    # (B, heads, T, C / heads)
+        if cache is not None:       # generation: write these T columns, attend to everything up to them
+            cached_k, cached_v = cache
+            cached_k[:, :, start:start + T], cached_v[:, :, start:start + T] = k, v
+            k, v = cached_k[:, :, :start + T], cached_v[:, :, :start + T]  # (B, heads, start + T, C / heads)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))             # (B, T, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, mask=None, cache=None, start=0):
+        x = x + self.attn(self.ln_1(x), mask, cache, start)
+        return x + self.mlp(self.ln_2(x))
+
+
+def tree_mask(branch):
+    """Who sees whom: token q attends to token k iff k <= q in the row and k is in the prompt or in q's own response.
+
+    branch: (B, T), 0 for the prompt, k for response k, -1 for padding (which sees itself, so that no row of the
+    softmax is empty, and which nothing else sees). Returns (B, 1, T, T) bool, the 1 for the heads.
+    """
+    T = branch.size(1)
+    query, key = branch[:, :, None], branch[:, None, :]
+    causal = torch.ones(T, T, dtype=torch.bool, device=branch.device).tril()
+    return (causal & ((key == 0) | (key == query))).unsqueeze(1)
+
+
+class Transformer(nn.Module):
+    """Token and position embeddings, the blocks, the final layer norm: everything below a head."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+
+    def forward(self, tokens, position, mask=None, cache=None, start=0):
+        """tokens, position: (B, T). mask: (B, 1, T, keys) bool, or None for plain causal attention. cache: for each
+        layer a pair of (B, heads, columns, C / heads) tensors that this call fills from column `start`. -> (B, T, C)"""
+        x = self.wte(tokens) + self.wpe(position)                    # (B, T, C)
+        for i, block in enumerate(self.h):
+            x = block(x, mask, cache and cache[i], start)
+        return self.ln_f(x)
+
+    def tree(self, batch):
+        """TreeBatch -> (B, T, C). With one response a row, the tree mask is the plain causal one (padding comes last),
+        for which attention has a faster kernel."""
+        mask = None if batch.last.size(1) == 1 else tree_mask(batch.branch)
+        return self(batch.tokens, batch.position, mask)
+
+
+def init_weights(module, config):
+    """GPT-2's initialisation: N(0, 0.02), projections back into the residual stream scaled by 1 / sqrt(2 layers)."""
+    for name, parameter in module.named_parameters():
+        if name.endswith(".bias"):
+            nn.init.zeros_(parameter)
+        elif parameter.dim() == 2:
+            scale = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1.0
+            nn.init.normal_(parameter, std=0.02 / scale)
+
+
+class GPT(nn.Module):
+    """The policy (and the reference): a transformer with a vocabulary head."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
+        init_weights(self, config)
+
+    def logits(self, tokens):
+        """Plain causal logits, for every position. tokens: (B, T) int64 -> (B, T, vocab)."""
+        position = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)     # (B, T)
+        return self.lm_head(self.transformer(tokens, position))
+
+    def response_logps(self, batch):
+        """Summed log-probability of every response given its prompt, in nats. TreeBatch -> (B, K) float32."""
+        B, K = batch.last.size()
+        hidden = self.transformer.tree(batch)                              # (B, T, C)
+        hidden = hidden.reshape(-1, hidden.size(2))[batch.predictor]       # (R, C), R = response tokens in the batch
+        logits = self.lm_head(hidden).float()                              # (R, vocab): never computed for prompt tokens
+        logps = -F.cross_entropy(logits, batch.target, reduction="none")   # (R,)
+        slots = torch.zeros(B * K + 1, device=logps.device).index_add(0, batch.slot, logps)
+        return slots[:-1].view(B, K)                                       # the last slot collects padding
+
+    forward = response_logps      # what torch.compile and DistributedDataParallel call
+
+    @torch.no_grad()
+    def generate(self, prompts, max_new_tokens, temperature=1.0, stop=None, generator=None, batch_size=256):
+        """Samples one response for each prompt.
+
+        prompts: list of non-empty token lists, none longer than block_size. temperature: 0 takes the most likely token.
+        stop: the token that ends a response (it is part of the response). generator: a torch.Generator on the model's
+        device; the global random stream is left alone if it is given. Responses also end after max_new_tokens, or where
+        prompt and response fill block_size. Returns a list of token lists, in the order of the prompts.
+        """
+        longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))     # little padding in a batch
+        responses = [None] * len(prompts)
+        for at in range(0, len(prompts), batch_size):
+            rows = longest_first[at:at + batch_size]
+            batch = [prompts[i] for i in rows]
+            for i, response in zip(rows, self._generate_batch(batch, max_new_tokens, temperature, stop, generator)):
+                responses[i] = response
+        return responses
+
+    def _generate_batch(self, prompts, max_new_tokens, temperature, stop, generator):
+        config, device = self.config, self.lm_head.weight.device
+        B, T = len(prompts), max(len(prompt) for prompt in prompts)
+        if not all(0 < len(prompt) <= config.block_size for prompt in prompts):
+            raise ValueError(f"prompts must have 1 to {config.block_size} tokens")
+        max_new_tokens = min(max_new_tokens, config.block_size - min(len(prompt) for prompt in prompts))
+        tokens = torch.zeros(B, T, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            tokens[row, :len(prompt)] = torch.as_tensor(prompt, dtype=torch.long)
+        tokens, length = tokens.to(device), torch.tensor([len(prompt) for prompt in prompts], device=device)   # (B, T), (B,)
+
+        # Column c of the cache is prompt token c, padding on the right, up to T; new token t of every row is column
+        # T + t. A new token sees its row's prompt and all new columns so far.
+        column = torch.arange(T + max_new_tokens, device=device)
+        visible = ((column < length[:, None]) | (column >= T))[:, None, None]        # (B, 1, 1, columns)
+        shape = (B, config.n_head, T + max_new_tokens, config.n_embd // config.n_head)
+        dtype = self.lm_head.weight.dtype if not torch.is_autocast_enabled(device.type) else torch.get_autocast_dtype(device.type)
+        cache = [(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
+                 for _ in range(config.n_layer)]
+
+        hidden = self.transformer(tokens, torch.arange(T, device=device).expand(B, T), cache=cache)   # (B, T, C)
+        hidden = hidden[torch.arange(B, device=device), length - 1]                   # (B, C) at each last prompt token
+        new, ended = [], torch.zeros(B, dtype=torch.bool, device=device)
+        for t in range(max_new_tokens):
+            logits = self.lm_head(hidden).float()                                     # (B, vocab)
+            if temperature == 0:
+                token = logits.argmax(dim=1)                                          # (B,)
+            else:
+                token = torch.multinomial(F.softmax(logits / temperature, dim=1), 1, generator=generator).squeeze(1)
+            new.append(token)
+            if stop is not None:
+                ended |= token == stop
+                if ended.all():
+                    break
+            if t + 1 < max_new_tokens:
+                position = (length + t).clamp(max=config.block_size - 1)              # rows past the end are cut below
+                hidden = self.transformer(token[:, None], position[:, None], visible[..., :T + t + 1], cache, T + t)[:, 0]
+
+        responses = []
+        for prompt, response in zip(prompts, torch.stack(new, dim=1).tolist() if new else [[]] * B):
+            response = response[:config.block_size - len(prompt)]
+            responses.append(response[:response.index(stop) + 1] if stop in response else response)
+        return responses
+
+    @classmethod
+    def from_pretrained(cls, dir_or_hub_name):
+        """Reads a GPT-2 checkpoint in Hugging Face layout, from a folder or, if there is none, from the hub."""
+        config, tensors = read_checkpoint(dir_or_hub_name)
+        model = cls(gpt_config(config, dir_or_hub_name))
+        tied = model.config.tie_word_embeddings
+        if tied or "lm_head.weight" not in tensors:     # a bare transformer or a reward model: the head is the embedding
+            tensors["lm_head.weight"] = tensors.get("transformer.wte.weight")
+        tensors.pop("score.weight", None)
+        load_tensors(model, tensors, dir_or_hub_name)
+        return model
+
+    def save_pretrained(self, directory):
+        """Writes config.json and model.safetensors, which `transformers` loads as a GPT2LMHeadModel."""
+        tensors = self.state_dict()
+        if self.config.tie_word_embeddings:
+            del tensors["lm_head.weight"]
+        write_checkpoint(directory, tensors, self.config, architectures=["GPT2LMHeadModel"])
+
+
+# ---------------------------------------------------------------- checkpoints in Hugging Face's GPT-2 layout
+
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")   # HF's Conv1D: (in, out)
+
+
+def gpt_config(config, where):
+    """The GPTConfig in a Hugging Face config.json (a dict)."""
+    if config.get("model_type") != "gpt2":
+        raise InputError(f"{where}: config.json says model_type {config.get('model_type')!r}, and only 'gpt2' is supported")
+    activation = config.get("activation_function", "gelu_new")
+    if activation not in ("gelu_new", "gelu_pytorch_tanh"):
+        raise InputError(f"{where}: config.json says activation_function {activation!r}, and only 'gelu_new' is supported")
+    names = {"block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head",
+             "n_embd": "n_embd"}
+    missing = [name for name in names.values() if name not in config]
+    if missing:
+        raise InputError(f"{where}: config.json has no {missing[0]!r}")
+    return GPTConfig(**{ours: config[theirs] for ours, theirs in names.items()},
+                     tie_word_embeddings=config.get("tie_word_embeddings", True))
+
+
+def read_checkpoint(dir_or_hub_name):
+    """-> (config.json as a dict, {name: tensor} with the names and shapes of this file's modules)."""
+    paths = {}
+    for filename in ("config.json", "model.safetensors"):
+        paths[filename] = os.path.join(dir_or_hub_name, filename)
+        if os.path.isdir(dir_or_hub_name):
+            if not os.path.isfile(paths[filename]):
+                raise InputError(f"{dir_or_hub_name}: no {filename} in this folder (is the run finished?)")
+        elif str(dir_or_hub_name).startswith((".", "/", "out/")) or str(dir_or_hub_name).count("/") > 1:
+            raise InputError(f"{dir_or_hub_name}: no such folder")
+        else:
+            from huggingface_hub import hf_hub_download
+            try:
+                paths[filename] = hf_hub_download(dir_or_hub_name, filename)
+            except Exception as error:     # the hub raises a dozen kinds, from offline to misspelt
+                raise InputError(f"{dir_or_hub_name}: no such folder, and the hub gave no {filename} "
+                                 f"({type(error).__name__})") from error
+    try:
+        with open(paths["config.json"], encoding="utf-8") as file:
+            config = json.load(file)
+        tensors = load_file(paths["model.safetensors"])
+    except (ValueError, SafetensorError) as error:
+        raise InputError(f"{dir_or_hub_name}: unreadable checkpoint: {error}") from error
+    named = {}
+    for name, tensor in tensors.items():
+        if name.endswith((".attn.bias", ".attn.masked_bias")):       # old checkpoints store the causal mask
+            continue
+        if name.split(".")[0] in ("wte", "wpe", "h", "ln_f"):         # saved from a bare GPT2Model
+            name = "transformer." + name
+        named[name] = tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
+    return config, named
+
+
+def load_tensors(model, tensors, where):
+    """model.load_state_dict, with a checkpoint of another shape reported in one line."""
+    wanted = model.state_dict()
+    for name, tensor in wanted.items():
+        if tensors.get(name) is None:
+            raise InputError(f"{where}: the checkpoint has no tensor {name!r}")
+        if tensors[name].shape != tensor.shape:
+            raise InputError(f"{where}: {name!r} has shape {tuple(tensors[name].shape)}, and config.json asks for "
+                             f"{tuple(tensor.shape)}")
+    unknown = sorted(set(tensors) - set(wanted))
+    if unknown:
+        raise InputError(f"{where}: the checkpoint has a tensor {unknown[0]!r}, which config.json has no place for")
+    model.load_state_dict(tensors)
+
+
+def write_checkpoint(directory, tensors, config, **fields):
+    """Writes config.json and model.safetensors. The flags that a run keeps in its config.json stay there."""
+    os.makedirs(directory, exist_ok=True)
+    path = os.path.join(directory, "config.json")
+    flags = run_flags(directory)
+    known = {"nanopref": flags} if flags else {}
+    known.update(model_type="gpt2", n_positions=config.block_size, n_ctx=config.block_size, vocab_size=config.vocab_size,
+                 n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, activation_function="gelu_new",
+                 layer_norm_epsilon=1e-5, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+                 tie_word_embeddings=config.tie_word_embeddings, bos_token_id=config.vocab_size - 1,
+                 eos_token_id=config.vocab_size - 1, **fields)
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(known, file, indent=2)
+        file.write("\n")
+    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    tensors = {name: (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous() for name, tensor in tensors.items()}
+    temporary = os.path.join(directory, "model.safetensors.tmp")
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    os.replace(temporary, os.path.join(directory, "model.safetensors"))      # nothing half-written

@@ -1,0 +1,67 @@
+"""Explicit reward models: the transformer with a one-number head, families of them, and scoring.
+
+A reward model reads one number at each response's last token, in the same tree batch that the policy uses. It is known
+only up to a constant per prompt: Bradley-Terry sees differences, and so does everything downstream.
+"""
+import os
+
+import torch
+import torch.nn as nn
+
+from model import Transformer, gpt_config, init_weights, load_tensors, read_checkpoint, write_checkpoint
+from runtime import InputError
+
+
+class RewardModel(nn.Module):
+    """r(x, y). Laid out as Hugging Face's GPT2ForSequenceClassification with one label."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        self.score = nn.Linear(config.n_embd, 1, bias=False)
+        init_weights(self, config)
+        nn.init.zeros_(self.score.weight)       # all rewards start at 0, so the first Bradley-Terry loss is ln 2
+
+    def forward(self, batch):
+        """TreeBatch -> rewards (B, K) float32."""
+        hidden = self.transformer.tree(batch)                                      # (B, T, C)
+        rows = torch.arange(hidden.size(0), device=hidden.device).unsqueeze(1)     # (B, 1)
+        return self.score(hidden[rows, batch.last]).squeeze(2).float()             # (B, K, C) -> (B, K)
+
+    @classmethod
+    def from_policy(cls, gpt):
+        """A reward model whose transformer starts from a language model's; its head starts at zero."""
+        model = cls(gpt.config)
+        model.transformer.load_state_dict(gpt.transformer.state_dict())
+        return model
+
+    @classmethod
+    def from_pretrained(cls, dir_or_hub_name):
+        config, tensors = read_checkpoint(dir_or_hub_name)
+        if "score.weight" not in tensors:
+            raise InputError(f"{dir_or_hub_name}: this is a language model, not a reward model (no 'score.weight')")
+        model = cls(gpt_config(config, dir_or_hub_name))
+        tensors.pop("lm_head.weight", None)
+        load_tensors(model, tensors, dir_or_hub_name)
+        return model
+
+    def save_pretrained(self, directory):
+        write_checkpoint(directory, self.state_dict(), self.config, architectures=["GPT2ForSequenceClassification"],
+                         id2label={"0": "reward"}, label2id={"reward": 0}, pad_token_id=self.config.vocab_size - 1)
+
+
+def family_folders(folders, flag="--rewards"):
+    """The reward models that `--rewards=A,B` means: each folder is one (it holds a config.json) or has one in each of
+    its subfolders. Returns the list of folders, in the order given and by name within a family."""
+    found = []
+    for folder in folders.split(","):
+        if os.path.exists(os.path.join(folder, "config.json")):
+            found.append(folder)
+            continue
+        members = sorted(entry.path for entry in os.scandir(folder) if os.path.exists(os.path.join(entry.path, "config.json"))
+                         ) if os.path.isdir(folder) else []
+        if not members:
+            raise InputError(f"{flag}: no reward model in {folder!r}: train one with python train_rm.py --out_dir={folder}")
+        found += members
+    return found

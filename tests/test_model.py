@@ -1,0 +1,138 @@
+"""Generation, and checkpoints in Hugging Face's layout."""
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model import GPT, GPTConfig
+from reward import RewardModel, family_folders
+from runtime import InputError
+
+CONFIG = GPTConfig(block_size=20, vocab_size=13, n_layer=2, n_head=2, n_embd=16)
+STOP = 12
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = GPT(CONFIG)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [10, 11]]
+
+
+def by_hand(model, prompt, n):
+    """Greedy decoding that recomputes everything for every token."""
+    tokens = list(prompt)
+    while len(tokens) - len(prompt) < n and len(tokens) < CONFIG.block_size:
+        tokens.append(model.logits(torch.tensor([tokens]))[0, -1].argmax().item())
+        if tokens[-1] == STOP:
+            break
+    return tokens[len(prompt):]
+
+
+def test_greedy_generation_equals_recomputing_everything(model):
+    """Prompts of different lengths in one batch, with a KV cache, against one at a time without."""
+    assert model.generate(PROMPTS, 8, temperature=0, stop=STOP) == [by_hand(model, p, 8) for p in PROMPTS]
+    assert model.generate(PROMPTS, 8, temperature=0, stop=STOP, batch_size=2) == [by_hand(model, p, 8) for p in PROMPTS]
+
+
+def test_generation_fills_the_block_and_no_more(model):
+    for prompt, response in zip(PROMPTS, model.generate(PROMPTS, 100, temperature=0)):
+        assert len(prompt) + len(response) == CONFIG.block_size
+    assert model.generate([[1] * CONFIG.block_size], 5) == [[]]
+    with pytest.raises(ValueError):
+        model.generate([[1] * (CONFIG.block_size + 1)], 5)
+
+
+def test_generation_stops(model):
+    for response in model.generate(PROMPTS * 20, 15, stop=STOP, generator=torch.Generator().manual_seed(1)):
+        assert STOP not in response[:-1] and (response[-1] == STOP or len(response) == 15)
+
+
+def test_generation_leaves_the_global_random_stream_alone(model):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first = model.generate(PROMPTS, 8, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(before, torch.get_rng_state())
+    assert first == model.generate(PROMPTS, 8, generator=torch.Generator().manual_seed(1))
+
+
+def test_sampled_frequencies(model):
+    """The first sampled token's frequencies at temperature 0.7, against softmax(logits / 0.7). 20,000 draws; a bin is off
+    by more than 5 standard deviations with probability below 6e-7, so below 8e-6 for all 13. The seed is fixed."""
+    n = 20_000
+    wanted = torch.softmax(model.logits(torch.tensor([[1, 2]]))[0, -1] / 0.7, dim=0)
+    drawn = model.generate([[1, 2]] * n, 1, temperature=0.7, generator=torch.Generator().manual_seed(0), batch_size=n)
+    found = torch.bincount(torch.tensor(drawn).flatten(), minlength=13) / n
+    assert ((found - wanted).abs() < 5 * (wanted * (1 - wanted) / n).sqrt() + 1e-9).all()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_save_and_load(tmp_path, tied):
+    torch.manual_seed(1)
+    config = GPTConfig(20, 13, 2, 2, 16, tie_word_embeddings=tied)
+    model = GPT(config)
+    model.save_pretrained(tmp_path / "m")
+    again = GPT.from_pretrained(str(tmp_path / "m"))
+    assert again.config == config
+    tokens = torch.arange(12)[None]
+    assert torch.equal(model.logits(tokens), again.logits(tokens))
+    stored = load_file(tmp_path / "m" / "model.safetensors")
+    assert stored["transformer.h.0.mlp.c_fc.weight"].shape == (16, 64)          # Conv1D stores (in, out)
+    assert ("lm_head.weight" in stored) == (not tied)
+    assert json.load(open(tmp_path / "m" / "config.json"))["model_type"] == "gpt2"
+
+
+def test_reward_model_save_and_load(tmp_path, model):
+    reward_model = RewardModel.from_policy(model)
+    torch.nn.init.normal_(reward_model.score.weight)
+    reward_model.save_pretrained(tmp_path / "family" / "0.2")
+    again = RewardModel.from_pretrained(str(tmp_path / "family" / "0.2"))
+    for name, tensor in reward_model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+    assert family_folders(str(tmp_path / "family")) == [str(tmp_path / "family" / "0.2")]
+    with pytest.raises(InputError, match="not a reward model"):
+        model.save_pretrained(tmp_path / "policy")
+        RewardModel.from_pretrained(str(tmp_path / "policy"))
+
+
+def test_checkpoint_without_prefix_and_with_mask_buffers(tmp_path, model):
+    """The layout of the oldest GPT-2 files: names without "transformer.", and the causal mask as a buffer."""
+    model.save_pretrained(tmp_path)
+    tensors = {name.removeprefix("transformer."): t for name, t in load_file(tmp_path / "model.safetensors").items()}
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 20, 20)
+    save_file(tensors, tmp_path / "model.safetensors")
+    tokens = torch.arange(12)[None]
+    assert torch.equal(GPT.from_pretrained(str(tmp_path)).logits(tokens), model.logits(tokens))
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"n_embd": 32}, "'transformer.wte.weight' has shape .13, 16."), ({"n_layer": 3}, "no tensor 'transformer.h.2"),
+    ({"n_layer": 1}, "has a tensor 'transformer.h.1"), ({"model_type": "llama"}, "only 'gpt2'"),
+    ({"activation_function": "relu"}, "only 'gelu_new'")])
+def test_checkpoint_of_another_shape(tmp_path, model, changes, message):
+    model.save_pretrained(tmp_path)
+    edit_config(tmp_path, **changes)
+    with pytest.raises(InputError, match=message):
+        GPT.from_pretrained(str(tmp_path))
+
+
+def test_checkpoint_missing_or_broken(tmp_path, model):
+    with pytest.raises(InputError, match="no such folder"):
+        GPT.from_pretrained(str(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match="no config.json"):
+        GPT.from_pretrained(str(tmp_path))
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(InputError, match="unreadable checkpoint"):
+        GPT.from_pretrained(str(tmp_path))

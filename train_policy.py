@@ -1,0 +1,233 @@
+"""Trains a policy: supervised fine-tuning (--loss=sft), or one of the six preference losses from a reference policy.
+
+    python train_policy.py --loss=sft                        # the reference policy       -> out/sft
+    python train_policy.py --loss=dpo                        # from out/sft               -> out/dpo
+    python train_policy.py --loss=e-dpo --rewards=out/rms    # distils a family of reward models -> out/e-dpo
+    python train_policy.py --loss=p-dpo --data=prefs.jsonl --init_from=gpt2 --lr=1e-6 --max_steps=10000
+
+The reference is --init_from, frozen as it was before step 0. What depends on it alone (its log-probs of the training
+responses, its samples for the KL term) and the reward models' scores are computed once, before training, and cached, so
+that a step is one forward and one backward pass of the policy, whatever the loss.
+"""
+import math
+import time
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import runtime
+from data import Dataset, batch_order, collate, demonstrations, training_pairs
+from losses import NEEDS_REWARDS, PESSIMISTIC, PREFERENCE_LOSSES, loss_at_reference, preference_loss
+from reward import RewardModel, family_folders
+from runtime import InputError
+
+# Each method's own temperature, chosen on validation prompts with the same budget of trials (runs/sweep.py, LOG.md).
+BETA = {"dpo": 0.1, "d-dpo": 0.1, "p-dpo": 0.1, "dp-dpo": 0.1, "e-dpo": 0.1}
+TAU = 0.1
+
+
+def parse_flags(argv):
+    parser = runtime.shared_flags(__doc__)
+    parser.add_argument("--loss", default="e-dpo", choices=("sft",) + PREFERENCE_LOSSES)
+    parser.add_argument("--rewards", help="folder of a reward model or of a family, or several, comma-separated "
+                                          "(default: out/rms for e-dpo, out/rm for d-dpo and dp-dpo)")
+    parser.add_argument("--beta", type=runtime.positive(float), help="scale of the implicit reward, in reward per nat "
+                                                                     f"(default: {BETA})")
+    parser.add_argument("--tau", type=runtime.positive(float), default=TAU, help="IPO's: the margin to reach is 1 / (2 tau)")
+    parser.add_argument("--gamma", default="1e-4,1e-2", help="weight of the forward KL: FIRST,LAST, annealed linearly over "
+                                                             "training, or one number for all of it")
+    parser.add_argument("--min_per", default="example", choices=["example", "batch"],
+                        help="e-DPO: pick the best reward model for each example, or one for each batch")
+    parser.add_argument("--ipo_per_token", action="store_true", help="IPO on mean instead of summed log-probs, as TRL does")
+    parser.add_argument("--max_new_tokens", type=runtime.positive(int), default=64, help="length of samples for the KL term")
+    for flag, default in (("n_layer", 2), ("n_head", 4), ("n_embd", 128), ("block_size", 160)):
+        parser.add_argument(f"--{flag}", type=runtime.positive(int), default=default, help="of a model from scratch")
+    args = parser.parse_args(argv)
+
+    sft = args.loss == "sft"
+    args.out_dir = args.out_dir or f"out/{args.loss}"
+    args.init_from = args.init_from or ("scratch" if sft else "out/sft")
+    args.max_steps = args.max_steps or (900 if sft else 400)
+    args.batch_size = args.batch_size or (64 if sft else 16)
+    args.micro_batch_size = min(args.micro_batch_size or args.batch_size, args.batch_size)
+    args.lr = args.lr or (3e-3 if sft else 2e-4)
+    args.eval_every = args.eval_every or max(1, args.max_steps // 8)
+    args.beta = args.beta or BETA.get(args.loss)
+    if args.loss in NEEDS_REWARDS:
+        args.rewards = args.rewards or ("out/rms" if args.loss == "e-dpo" else "out/rm")
+    elif args.rewards:
+        raise InputError(f"--rewards: --loss={args.loss} uses no reward model")
+    if not sft and args.init_from == "scratch":
+        raise InputError(f"--init_from: --loss={args.loss} needs a reference policy, such as the run of --loss=sft")
+    try:
+        first, *last = map(float, args.gamma.split(","))
+        args.gamma = [first, *(last or [first])]
+        if len(args.gamma) > 2 or not all(0 <= value < math.inf for value in args.gamma):
+            raise ValueError
+    except ValueError:
+        raise InputError(f"--gamma: FIRST,LAST or one number, none below 0; not {args.gamma!r}") from None
+    if args.n_embd % args.n_head:
+        raise InputError(f"--n_head: {args.n_head} heads do not divide --n_embd={args.n_embd}")
+    if args.min_per == "batch" and args.micro_batch_size < args.batch_size:
+        raise InputError("--min_per=batch: one minimum per batch needs the whole batch in one pass; leave --micro_batch_size out")
+    return args
+
+
+def add_reference_samples(dataset, policy, tokenizer, args, cache, autocast, name):
+    """Adds to each row, as one more response, a sample from the reference for its prompt: what the forward KL averages."""
+    prompts = [prompt.tolist() for prompt, _ in dataset.examples]
+    key = runtime.key(runtime.hash_weights(policy), prompts, args.max_new_tokens, args.seed)
+    samples = runtime.cached(cache, f"{name}-samples", key, lambda: runtime.sample(
+        policy, tokenizer, prompts, policy.config.block_size, args.max_new_tokens, seed=[args.seed, 3], autocast=autocast,
+        desc=f"{name} samples")[1])
+    return Dataset([(prompt, responses + [np.array(sample, np.int32)])
+                    for (prompt, responses), sample in zip(dataset.examples, samples)], dataset.rows)
+
+
+def reference_logps(dataset, policy, args, cache, autocast, name):
+    """The reference's summed log-prob of every response, (N, K) float32: one pass over the data, ever."""
+    key = runtime.key(runtime.hash_weights(policy), runtime.hash_examples(dataset.examples), args.dtype)
+    return torch.tensor(runtime.cached(cache, f"{name}-logps", key, lambda: runtime.score(
+        policy, dataset.examples, autocast, desc=f"{name} log-probs").tolist()))
+
+
+def reward_scores(dataset, folders, device, autocast, name):
+    """Every reward model's score of chosen and rejected, (N, 2, M) float32, cached next to each model."""
+    pairs = [(prompt, responses[:2]) for prompt, responses in dataset.examples]
+    scores = []
+    for folder in folders:
+        model = RewardModel.from_pretrained(folder).to(device)
+        key = runtime.key(runtime.hash_weights(model), runtime.hash_examples(pairs))
+        scores.append(runtime.cached(f"{folder}/cache", f"{name}-rewards", key, lambda: runtime.score(
+            model, pairs, autocast, desc=f"{name} rewards").tolist()))
+    return torch.tensor(scores).permute(1, 2, 0)     # (M, N, 2) -> (N, 2, M)
+
+
+def statistics(policy, ref):
+    """What to watch, per example, detached: see the glossary in README.md. policy, ref: (B, K) -> {name: (B,)}."""
+    change = (policy - ref).detach()                                   # (B, K)
+    h = change[:, 0] - change[:, 1]                                    # (B,)
+    values = {"chosen_change": change[:, 0], "rejected_change": change[:, 1], "margin": h,
+              "accuracy": (h > 0).float() + 0.5 * (h == 0)}
+    if change.size(1) > 2:
+        values["forward_kl"] = -change[:, 2:].mean(dim=1)
+    return values
+
+
+def main(argv=None):
+    # ---- set-up
+    args = parse_flags(argv)
+    device, autocast = runtime.setup(args)
+    policy, tokenizer = runtime.load_policy(args, device)
+    sft = args.loss == "sft"
+
+    # ---- data: train and validation rows, and everything about them that does not change
+    ref = rewards = {}
+    if sft:
+        tiny = args.data == "tinytldr"
+        train = demonstrations(args.data, "train", tokenizer, policy.config.block_size, 20_000 if tiny else None,
+                               args.seed)
+        validation = demonstrations(args.data, "validation", tokenizer, policy.config.block_size, 1000 if tiny else None,
+                                    args.seed)
+        if not len(train) or not len(validation):
+            raise InputError(f"--data: {args.data}: no usable row in the train or the validation split")
+    else:
+        train, validation = training_pairs(args, tokenizer, policy, device, autocast)
+    splits = {"train": train, "validation": validation.take(range(min(args.n_eval, len(validation))))}
+    if not sft:
+        cache = runtime.cache_folder(args.init_from, args.out_dir)
+        if args.loss in PESSIMISTIC:
+            splits = {s: add_reference_samples(d, policy, tokenizer, args, cache, autocast, s) for s, d in splits.items()}
+        ref = {s: reference_logps(d, policy, args, cache, autocast, s) for s, d in splits.items()}
+        if args.loss in NEEDS_REWARDS:
+            folders = family_folders(args.rewards)
+            rewards = {s: reward_scores(d, folders, device, autocast, s) for s, d in splits.items()}
+    batch_rows = batch_order(splits["train"].row_lengths(), args.batch_size, args.seed)
+
+    # ---- model
+    optimizer = runtime.adamw(policy, args, device)
+    model = torch.compile(policy, dynamic=True) if args.compile else policy
+
+    def forward(split, rows, gamma):
+        """One pass over some rows of a split: losses (b,), statistics {name: (b,)}, response tokens (b,)."""
+        batch = collate([splits[split].examples[i] for i in rows], runtime.shape_multiple(device)).to(device)
+        with autocast():
+            logps = model(batch)                                       # (b, K)
+        if sft:
+            return -logps[:, 0] / batch.lengths[:, 0], {}, batch.lengths[:, 0]
+        ref_logps = ref[split][rows].to(device)                        # (b, K)
+        scores = rewards[split][rows].to(device) if rewards else None  # (b, 2, M)
+        per_token = batch.lengths if args.loss == "ipo" and args.ipo_per_token else 1
+        losses = preference_loss(args.loss, logps / per_token, ref_logps / per_token, scores, args.beta, args.tau, gamma,
+                                 args.min_per)
+        return losses, statistics(logps, ref_logps), batch.lengths[:, 0]
+
+    def whole_pass(split, rows, gamma, backward=False):
+        """Mean loss and statistics over `rows`, in micro-batches; the gradient is that of the whole batch."""
+        total, tokens = {}, sum(len(splits[split].examples[i][1][0]) for i in rows)
+        for at in range(0, len(rows), args.micro_batch_size):
+            losses, stats, lengths = forward(split, rows[at:at + args.micro_batch_size], gamma)
+            weight = lengths / tokens if sft else torch.full_like(losses, 1 / len(rows))     # SFT: a mean over tokens
+            loss = (losses * weight).sum()
+            if backward:
+                loss.backward()
+            for name, value in {"loss": loss.detach(), **{n: (v * weight).sum() for n, v in stats.items()}}.items():
+                total[name] = total.get(name, 0) + value
+        return total
+
+    # ---- step 0 has known values: the policy is the reference
+    watched = {"validation": np.arange(len(splits["validation"]))}
+    if not sft:
+        watched["train"] = np.random.default_rng(0).permutation(len(splits["train"]))[:args.n_eval]
+        rows = np.sort(watched["train"][:args.micro_batch_size])
+        with torch.no_grad():
+            start, scores = ref["train"][rows], rewards["train"][rows] if rewards else None
+            with autocast():
+                logps = model(collate([splits["train"].examples[i] for i in rows], runtime.shape_multiple(device)).to(device))
+            change = (logps.cpu() - start).abs().max().item()
+        known = loss_at_reference(args.loss, scores, args.tau)
+        found = preference_loss(args.loss, start, start, scores, args.beta, args.tau, args.gamma[0])
+        assert torch.allclose(found, known.expand_as(found)), f"at the reference, {args.loss} is {found}, not {known}"
+        tolerance = 1e-2 if args.dtype == "float32" else 1.0
+        assert change < tolerance, f"before step 0, log-probs differ from the reference's by up to {change} nats"
+        print(f"step 0: policy == reference to {change:.0e} nats, {args.loss} loss {found.mean():.4f} as derived")
+
+    # ---- loop
+    print(f"{args.loss}: {sum(p.numel() for p in policy.parameters()):,} parameters, {len(splits['train'])} training rows, "
+          f"{args.max_steps} steps of {args.batch_size}, on {device} -> {args.out_dir}")
+    started, window = time.time(), []
+    with runtime.Run(args, policy, optimizer) as run, tqdm(total=args.max_steps, initial=run.first_step, desc=args.loss,
+                                                           disable=None, leave=False) as bar:
+        for step in range(run.first_step, args.max_steps + 1):
+            last_step = step == args.max_steps
+            gamma = args.gamma[0] + (args.gamma[1] - args.gamma[0]) * step / args.max_steps
+            if window and (step % 10 == 0 or step % args.eval_every == 0 or last_step):
+                # logged as means since the last line: one transfer from the device, not one a step
+                run.log(step - 1, **{name: torch.stack([s[name] for s in window]).mean().item() for name in window[0]})
+                window = []
+            if step % args.eval_every == 0 or last_step:
+                with torch.no_grad():
+                    result = {f"{split}/{name}": value.item() for split, rows in watched.items()
+                              for name, value in whole_pass(split, rows, gamma).items()}
+                run.log(step, **result)
+                run.save_state(step)
+                tqdm.write(f"step {step:5d}  " + "  ".join(f"{k} {v:.4f}" for k, v in result.items() if "loss" in k
+                                                           or k in ("validation/accuracy", "train/chosen_change")))
+            if last_step:
+                policy.save_pretrained(args.out_dir)
+                break
+
+            stats = whole_pass("train", batch_rows(step), gamma, backward=True)
+            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
+            optimizer.param_groups[0]["lr"] = runtime.learning_rate(step, args.max_steps, args.lr)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            runtime.end_step(device)
+            bar.update()
+            window.append({**stats, "grad_norm": norm})
+    print(f"{args.loss}: {args.max_steps} steps in {time.time() - started:.0f} s -> {args.out_dir}")
+
+
+if __name__ == "__main__":
+    runtime.run(main)

@@ -1,0 +1,135 @@
+"""Trains explicit reward models on preferences by the Bradley-Terry likelihood: one, or a family with --bias.
+
+    python train_rm.py                                                    # one, on D_rho      -> out/rm
+    python train_rm.py --bias=0.2,0.4,0.5,0.6,0.8                         # a family of five   -> out/rms/0.2 ... 0.8
+    python train_rm.py --data=prefs.jsonl --init_from=out/sft --out_dir=out/oracle    # on people's labels
+
+A member of the family is trained on a subset of D_rho in which the longer response is preferred in a fraction `bias` of
+the pairs, so that the members disagree about length, and some member is near the truth. Every model starts from the
+transformer of --init_from. The skeleton is that of train_policy.py: `diff train_rm.py train_policy.py`.
+"""
+import time
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import runtime
+from data import batch_order, biased_subset, collate, training_pairs
+from losses import bradley_terry
+from reward import RewardModel
+from runtime import InputError
+
+
+def parse_flags(argv):
+    parser = runtime.shared_flags(__doc__)
+    parser.add_argument("--bias", help="comma-separated fractions: train a family, one reward model on each subset of D_rho "
+                                       "in which the longer response is preferred in this fraction of the pairs")
+    args = parser.parse_args(argv)
+
+    args.out_dir = args.out_dir or ("out/rms" if args.bias else "out/rm")
+    args.init_from = args.init_from or "out/sft"
+    args.max_steps = args.max_steps or 150
+    args.batch_size = args.batch_size or 64
+    args.micro_batch_size = min(args.micro_batch_size or args.batch_size, args.batch_size)
+    args.lr = args.lr or 1e-3
+    args.eval_every = args.eval_every or max(1, args.max_steps // 3)
+    if args.init_from == "scratch":
+        raise InputError("--init_from: a reward model starts from a language model, such as the run of --loss=sft")
+    try:
+        args.bias = [runtime.fraction(text) for text in args.bias.split(",")] if args.bias else None
+    except ValueError:
+        raise InputError(f"--bias: comma-separated fractions between 0 and 1, not {args.bias!r}") from None
+    return args
+
+
+def main(argv=None):
+    # ---- set-up
+    args = parse_flags(argv)
+    device, autocast = runtime.setup(args)
+    policy, tokenizer = runtime.load_policy(args, device)
+
+    # ---- data: one training set, or one for each member of the family
+    train, validation = training_pairs(args, tokenizer, policy, device, autocast)
+    validation = validation.take(range(min(args.n_eval, len(validation))))
+    members = {args.out_dir: train}
+    if args.bias:
+        try:
+            members = {f"{args.out_dir}/{bias}": train.take(biased_subset(train.response_lengths(), bias, seed=args.seed))
+                       for bias in args.bias}
+        except ValueError as error:
+            raise InputError(f"--bias: {error}") from error
+    for out_dir, subset in members.items():
+        train_one(args, policy, {"train": subset, "validation": validation}, out_dir, device, autocast)
+
+
+def train_one(args, policy, splits, out_dir, device, autocast):
+    """One reward model, from the policy's transformer, into one run folder."""
+    batch_rows = batch_order(splits["train"].row_lengths(), args.batch_size, args.seed)
+
+    # ---- model
+    reward_model = RewardModel.from_policy(policy).to(device)
+    optimizer = runtime.adamw(reward_model, args, device)
+    model = torch.compile(reward_model, dynamic=True) if args.compile else reward_model
+
+    def forward(split, rows):
+        """One pass over some rows of a split: losses (b,) and statistics {name: (b,)}."""
+        batch = collate([splits[split].examples[i] for i in rows], runtime.shape_multiple(device)).to(device)
+        with autocast():
+            rewards = model(batch)                                     # (b, 2)
+        margin = (rewards[:, 0] - rewards[:, 1]).detach()              # (b,)
+        return bradley_terry(rewards), {"margin": margin, "accuracy": (margin > 0).float() + 0.5 * (margin == 0)}
+
+    def whole_pass(split, rows, backward=False):
+        """Mean loss and statistics over `rows`, in micro-batches; the gradient is that of the whole batch."""
+        total = {}
+        for at in range(0, len(rows), args.micro_batch_size):
+            losses, stats = forward(split, rows[at:at + args.micro_batch_size])
+            loss = losses.sum() / len(rows)
+            if backward:
+                loss.backward()
+            for name, value in {"loss": loss.detach(), **{n: v.sum() / len(rows) for n, v in stats.items()}}.items():
+                total[name] = total.get(name, 0) + value
+        return total
+
+    # ---- step 0 has known values: the head is zero
+    watched = np.arange(len(splits["validation"]))
+    with torch.no_grad():
+        start = whole_pass("validation", watched)["loss"].item()
+    assert abs(start - np.log(2)) < 1e-6, f"before step 0, the Bradley-Terry loss is {start}, not ln 2"
+
+    # ---- loop
+    print(f"reward model: {sum(p.numel() for p in reward_model.parameters()):,} parameters, {len(splits['train'])} training "
+          f"pairs, {args.max_steps} steps of {args.batch_size}, on {device} -> {out_dir}")
+    started, window = time.time(), []
+    with runtime.Run(args, reward_model, optimizer, out_dir) as run, tqdm(total=args.max_steps, initial=run.first_step,
+                                                                          desc=out_dir, disable=None, leave=False) as bar:
+        for step in range(run.first_step, args.max_steps + 1):
+            last_step = step == args.max_steps
+            if window and (step % 10 == 0 or step % args.eval_every == 0 or last_step):
+                # logged as means since the last line: one transfer from the device, not one a step
+                run.log(step - 1, **{name: torch.stack([s[name] for s in window]).mean().item() for name in window[0]})
+                window = []
+            if step % args.eval_every == 0 or last_step:
+                with torch.no_grad():
+                    result = {f"validation/{name}": value.item() for name, value in whole_pass("validation", watched).items()}
+                run.log(step, **result)
+                run.save_state(step)
+                tqdm.write(f"step {step:5d}  " + "  ".join(f"{name} {value:.4f}" for name, value in result.items()))
+            if last_step:
+                reward_model.save_pretrained(out_dir)
+                break
+
+            stats = whole_pass("train", batch_rows(step), backward=True)
+            norm = torch.nn.utils.clip_grad_norm_(reward_model.parameters(), args.grad_clip)
+            optimizer.param_groups[0]["lr"] = runtime.learning_rate(step, args.max_steps, args.lr)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            runtime.end_step(device)
+            bar.update()
+            window.append({**stats, "grad_norm": norm})
+    print(f"reward model: {args.max_steps} steps in {time.time() - started:.0f} s -> {out_dir}")
+
+
+if __name__ == "__main__":
+    runtime.run(main)
