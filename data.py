@@ -142,14 +142,13 @@ def biased_subset(lengths, rho, n=None, seed=0):
         raise ValueError(f"rho is a fraction between 0 and 1, not {rho}")
     who = longer(lengths)
     chosen, rejected = np.flatnonzero(who == 1), np.flatnonzero(who == -1)
+    possible = lambda n: 0 < n and round(rho * n) <= len(chosen) and n - round(rho * n) <= len(rejected)
     if n is None:
-        n = int(min(len(chosen) / rho if rho else np.inf, len(rejected) / (1 - rho) if rho < 1 else np.inf))
-        while n and (round(rho * n) > len(chosen) or n - round(rho * n) > len(rejected)):
-            n -= 1
-    n_chosen = round(rho * n)
-    if n_chosen > len(chosen) or n - n_chosen > len(rejected) or n == 0:
+        n = next(filter(possible, range(len(chosen) + len(rejected), 0, -1)), 0)
+    if not possible(n):
         raise ValueError(f"no {n or 'such'} pairs with the longer response chosen in a fraction {rho}: of {len(who)} pairs, "
                          f"{len(chosen)} have the longer one chosen and {len(rejected)} have it rejected")
+    n_chosen = round(rho * n)
     rng = np.random.default_rng(seed)
     return np.sort(np.concatenate([rng.choice(chosen, n_chosen, replace=False),
                                    rng.choice(rejected, n - n_chosen, replace=False)]))
@@ -208,19 +207,23 @@ def fit(prompt, responses, block_size):
 
 
 def tokenise(rows, tokenizer, block_size, name="data"):
-    """rows -> Dataset; prints how many rows were used and how many were dropped because a response does not fit."""
+    """rows -> Dataset; prints how many rows there are, and how many were dropped and why."""
     prompts = tokenizer.encode_ordinary_batch([row["prompt"] for row in rows])
     responses = iter(tokenizer.encode_ordinary_batch([response for row in rows for response in row["responses"]]))
-    examples, kept = [], []
+    examples, kept, too_long, same = [], [], 0, 0
     for row, prompt in zip(rows, prompts):
         ids = [next(responses) + [tokenizer.eot_token] for _ in row["responses"]]
         prompt = fit(prompt or [tokenizer.eot_token], ids, block_size)
-        if prompt is not None:
+        if prompt is None:
+            too_long += 1
+        elif len(ids) == 2 and ids[0] == ids[1]:
+            same += 1
+        else:
             examples.append((np.array(prompt, np.int32), [np.array(response, np.int32) for response in ids]))
             kept.append(row)
-    dropped = len(rows) - len(kept)
-    print(f"{name}: {len(rows)} rows" + (f", {dropped} dropped (a response alone does not fit block_size {block_size})"
-                                         if dropped else ""))
+    print(f"{name}: {len(rows)} rows"
+          + (f", {too_long} dropped (a response alone does not fit block_size {block_size})" if too_long else "")
+          + (f", {same} dropped (chosen and rejected are the same)" if same else ""))
     return Dataset(examples, kept)
 
 
@@ -267,7 +270,8 @@ def parse_row(record, demonstrations):
             raise ValueError("there is no column 'prompt', and 'chosen' and 'rejected' share no beginning")
         responses = [texts[column][len(prompt):] for column in columns]
     for column, response in zip(columns[-len(responses):], responses):
-        if not response.strip():
+        # a blank turn in a whole dialogue is what the assistant said there; a blank column is a mistake in the file
+        if not (response.strip() if "prompt" in texts else response):
             raise ValueError(f"the response {column!r} is empty")
     return {"prompt": prompt, "responses": responses[:1] if demonstrations else responses}
 
@@ -296,7 +300,8 @@ def load_rows(data, demonstrations=False):
     except InputError:
         raise
     except Exception as error:     # datasets raises whatever its readers do
-        raise InputError(f"--data: {data}: {first_bad_line(data) or ' '.join(str(error).split())[:200]}") from error
+        reason = "the file has no rows" if "corresponds to no data" in str(error) else ' '.join(str(error).split())[:200]
+        raise InputError(f"--data: {data}: {first_bad_line(data) or reason}") from error
     wanted = [("prompt", "completion"), ("chosen", "rejected")][not demonstrations:]
     if not any(set(columns) <= set(records.column_names) for columns in wanted):
         raise InputError(f"--data: {data}: needs columns {' or '.join(' and '.join(columns) for columns in wanted)}, "
@@ -338,10 +343,11 @@ def split_of(prompt):
 # ---------------------------------------------------------------- the data sets that the scripts ask for
 
 def demonstrations(data, split, tokenizer, block_size, n=None, seed=0):
-    """Prompts with one response each, for supervised fine-tuning: n of TinyTLDR's, or those of a file."""
+    """Prompts with responses to imitate, for supervised fine-tuning: those of a file, one each; or n of TinyTLDR's with
+    four each (a long prompt costs little when its responses share it)."""
     if data == "tinytldr":
-        rows = [{"prompt": tinytldr.post(seed, split, i), "responses": [tinytldr.demonstration(seed, split, i)]}
-                for i in range(n)]
+        rows = [{"prompt": tinytldr.post(seed, split, i),
+                 "responses": [tinytldr.demonstration(seed, split, i, person) for person in range(4)]} for i in range(n)]
     else:
         rows = [row for row in load_rows(data, demonstrations=True) if split_of(row["prompt"]) == split][:n]
     return tokenise(rows, tokenizer, block_size, f"{split} demonstrations")

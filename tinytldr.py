@@ -12,12 +12,12 @@ fixed clause in a summary. Sentences are shuffled now and then, and chatter that
 
 A summary is clauses joined by "; ". **The oracle reward** of a summary is the sum of
 
-    +1.0    for each key fact of the post that it states    (who, event, question), counted once
-    +0.5    for each minor fact of the post that it states  (tried, feeling, obstacle), counted once
+    +1.5    for each key fact of the post that it states    (who, event, question), counted once
+    +0.25   for each minor fact of the post that it states  (tried, feeling, obstacle), counted once
     -1.0    for each clause with a fact that is not in the post
-    -0.5    for each clause of chatter
+    -1.0    for each clause of chatter
     -1.0    for each broken clause: not one of the world's clauses, or empty
-    -0.03   for each token, the end-of-text token not counted
+    -0.02   for each token, the end-of-text token not counted
 
 so the best summary states all six facts and nothing else. Demonstrations, from which the reference policy learns, are
 of mixed quality: facts left out, chatter kept, now and then a fact that is not in the post (`demonstration`).
@@ -38,7 +38,7 @@ import tiktoken
 
 # slot -> (weight, [(wording in a post, another wording, clause in a summary)])
 SLOTS = {
-    "who": (1.0, [
+    "who": (1.5, [
         ("My roommate is the problem here.", "The person I share a flat with is getting to me.", "my roommate"),
         ("This is about my older sister.", "I grew up sharing everything with my sister.", "my sister"),
         ("My boss is who I have to write about.", "The man who signs my paychecks is at it again.", "my boss"),
@@ -52,7 +52,7 @@ SLOTS = {
         ("My mother's brother visits a lot.", "I am talking about my uncle.", "my uncle"),
         ("I pay a student to teach me maths.", "My tutor comes by twice a week.", "my tutor"),
     ]),
-    "event": (1.0, [
+    "event": (1.5, [
         ("Every night the speakers are on until two.", "The music never stops before sunrise.", "loud music at night"),
         ("I lent them cash and never saw it again.", "They owe me four hundred dollars.", "unpaid loan"),
         ("My lunch keeps vanishing from the fridge.", "They eat whatever I cook for myself.", "stolen food"),
@@ -66,7 +66,7 @@ SLOTS = {
         ("They smoke inside although I have asthma.", "The whole place smells of cigarettes.", "smoking indoors"),
         ("They lied to me about where they were.", "I found out that the story was made up.", "lied to me"),
     ]),
-    "tried": (0.5, [
+    "tried": (0.25, [
         ("I asked nicely and was laughed at.", "A polite request got me nowhere.", "asked nicely"),
         ("I left a note on the door.", "I put my complaint in writing and taped it up.", "left a note"),
         ("I shouted once and regret it.", "We had a screaming match in the hallway.", "had a fight"),
@@ -80,7 +80,7 @@ SLOTS = {
         ("I stayed at a hotel for some days.", "I slept elsewhere for a week.", "stayed elsewhere"),
         ("I set clear rules and wrote them down.", "We agreed on rules in the kitchen.", "set rules"),
     ]),
-    "feeling": (0.5, [
+    "feeling": (0.25, [
         ("I am worn out by now.", "I have no energy left at all.", "exhausted"),
         ("It makes my blood boil.", "I am so mad that I shake.", "furious"),
         ("I cry when nobody is looking.", "It breaks my heart a little.", "sad"),
@@ -94,7 +94,7 @@ SLOTS = {
         ("I expected so much better.", "It let me down badly.", "disappointed"),
         ("Strangely I do not care much.", "It leaves me cold by now.", "numb"),
     ]),
-    "obstacle": (0.5, [
+    "obstacle": (0.25, [
         ("There is no money left for anything.", "My account is empty until payday.", "broke"),
         ("Our lease runs for another year.", "I signed a contract until next summer.", "stuck in the lease"),
         ("My final exams are in two weeks.", "I have to study day and night.", "exams soon"),
@@ -108,7 +108,7 @@ SLOTS = {
         ("I have no proof of any of it.", "It is my word against theirs.", "no proof"),
         ("I promised to keep the peace.", "I gave my word not to make a scene.", "made a promise"),
     ]),
-    "question": (1.0, [
+    "question": (1.5, [
         ("Should I just pack up and leave?", "Is it time to find a new place?", "move out?"),
         ("Do I say sorry first?", "Should the apology come from me?", "apologize?"),
         ("Is it wrong to go to court over this?", "Would a lawyer take my case?", "sue them?"),
@@ -136,7 +136,7 @@ CHATTER = [  # (sentence in a post, clause in a summary that kept it)
     ("I never thought that I would post here.", "first post here"),
 ]
 
-UNSUPPORTED, CHATTERED, BROKEN, PER_TOKEN = -1.0, -0.5, -1.0, -0.03
+UNSUPPORTED, CHATTERED, BROKEN, PER_TOKEN = -1.0, -1.0, -1.0, -0.02
 LABEL_TEMPERATURE = 0.5
 END_OF_TEXT = "<|endoftext|>"
 
@@ -174,23 +174,24 @@ def post(seed, split, index):
     sentences = [SLOTS[slot][1][i][rng.integers(2)] for slot, i in facts_of(seed, split, index).items()]
     if rng.random() < 0.3:
         rng.shuffle(sentences)
-    for c in rng.choice(len(CHATTER), size=rng.integers(0, 3), replace=False):
+    for c in rng.choice(len(CHATTER), size=rng.integers(0, 4), replace=False):
         sentences.insert(rng.integers(len(sentences) + 1), CHATTER[c][0])
     return "POST: " + " ".join(sentences) + "\n\nTL;DR:"
 
 
-def demonstration(seed, split, index):
-    """A summary of mixed quality, as a person in a hurry might write it (with its leading space)."""
-    rng, text, clauses = _rng(seed, split, index, purpose=1), post(seed, split, index), []
+def demonstration(seed, split, index, person=0):
+    """A summary of mixed quality, as a person in a hurry might write it (with its leading space). Every post can be
+    summarised by any number of persons, 0, 1, 2 ..."""
+    rng, text, clauses = _rng(seed, split, index, purpose=2 + person), post(seed, split, index), []
     for slot, i in facts_of(seed, split, index).items():
         u = rng.random()
-        if u < 0.08:                                    # a fact that is not in the post
+        if u < 0.05:                                    # a fact that is not in the post
             i = (i + rng.integers(1, 12)) % 12
-        elif u < 0.38:                                  # left out
+        elif u < 0.45:                                  # left out
             continue
         clauses.append(SLOTS[slot][1][i][2])
     for sentence, clause in CHATTER:                    # chatter kept
-        if sentence in text and rng.random() < 0.3:
+        if sentence in text and rng.random() < 0.6:
             clauses.insert(rng.integers(len(clauses) + 1), clause)
     return " " + "; ".join(clauses or ["first post here"])
 
@@ -236,7 +237,7 @@ def prefers_first(rewards, seed, hard=False):
     gap = (rewards[:, 0] - rewards[:, 1]) / LABEL_TEMPERATURE
     if hard:
         return gap > 0
-    return np.random.default_rng([seed, 2]).random(len(gap)) < 1 / (1 + np.exp(-gap))
+    return np.random.default_rng([seed, 1]).random(len(gap)) < 1 / (1 + np.exp(-gap))
 
 
 # ---------------------------------------------------------------- the tokenizer

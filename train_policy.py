@@ -41,17 +41,17 @@ def parse_flags(argv):
                         help="e-DPO: pick the best reward model for each example, or one for each batch")
     parser.add_argument("--ipo_per_token", action="store_true", help="IPO on mean instead of summed log-probs, as TRL does")
     parser.add_argument("--max_new_tokens", type=runtime.positive(int), default=64, help="length of samples for the KL term")
-    for flag, default in (("n_layer", 2), ("n_head", 4), ("n_embd", 128), ("block_size", 160)):
+    for flag, default in (("n_layer", 2), ("n_head", 4), ("n_embd", 128), ("block_size", 192)):
         parser.add_argument(f"--{flag}", type=runtime.positive(int), default=default, help="of a model from scratch")
     args = parser.parse_args(argv)
 
     sft = args.loss == "sft"
     args.out_dir = args.out_dir or f"out/{args.loss}"
     args.init_from = args.init_from or ("scratch" if sft else "out/sft")
-    args.max_steps = args.max_steps or (900 if sft else 400)
-    args.batch_size = args.batch_size or (64 if sft else 16)
+    args.max_steps = args.max_steps or (1000 if sft else 400)
+    args.batch_size = args.batch_size or (32 if sft else 16)
     args.micro_batch_size = min(args.micro_batch_size or args.batch_size, args.batch_size)
-    args.lr = args.lr or (3e-3 if sft else 2e-4)
+    args.lr = args.lr or (4e-3 if sft else 2e-4)
     args.eval_every = args.eval_every or max(1, args.max_steps // 8)
     args.beta = args.beta or BETA.get(args.loss)
     if args.loss in NEEDS_REWARDS:
@@ -143,6 +143,7 @@ def main(argv=None):
         if args.loss in NEEDS_REWARDS:
             folders = family_folders(args.rewards)
             rewards = {s: reward_scores(d, folders, device, autocast, s) for s, d in splits.items()}
+    response_tokens = {split: dataset.response_lengths().sum(axis=1) for split, dataset in splits.items()}
     batch_rows = batch_order(splits["train"].row_lengths(), args.batch_size, args.seed)
 
     # ---- model
@@ -150,25 +151,26 @@ def main(argv=None):
     model = torch.compile(policy, dynamic=True) if args.compile else policy
 
     def forward(split, rows, gamma):
-        """One pass over some rows of a split: losses (b,), statistics {name: (b,)}, response tokens (b,)."""
+        """One pass over some rows of a split: losses (b,), statistics {name: (b,)}; for SFT, response tokens (b,)."""
         batch = collate([splits[split].examples[i] for i in rows], runtime.shape_multiple(device)).to(device)
         with autocast():
             logps = model(batch)                                       # (b, K)
         if sft:
-            return -logps[:, 0] / batch.lengths[:, 0], {}, batch.lengths[:, 0]
+            tokens = batch.lengths.sum(dim=1)                          # (b,)
+            return -logps.sum(dim=1) / tokens, {}, tokens
         ref_logps = ref[split][rows].to(device)                        # (b, K)
         scores = rewards[split][rows].to(device) if rewards else None  # (b, 2, M)
         per_token = batch.lengths if args.loss == "ipo" and args.ipo_per_token else 1
         losses = preference_loss(args.loss, logps / per_token, ref_logps / per_token, scores, args.beta, args.tau, gamma,
                                  args.min_per)
-        return losses, statistics(logps, ref_logps), batch.lengths[:, 0]
+        return losses, statistics(logps, ref_logps), None
 
     def whole_pass(split, rows, gamma, backward=False):
         """Mean loss and statistics over `rows`, in micro-batches; the gradient is that of the whole batch."""
-        total, tokens = {}, sum(len(splits[split].examples[i][1][0]) for i in rows)
+        total, all_tokens = {}, response_tokens[split][rows].sum()
         for at in range(0, len(rows), args.micro_batch_size):
-            losses, stats, lengths = forward(split, rows[at:at + args.micro_batch_size], gamma)
-            weight = lengths / tokens if sft else torch.full_like(losses, 1 / len(rows))     # SFT: a mean over tokens
+            losses, stats, tokens = forward(split, rows[at:at + args.micro_batch_size], gamma)
+            weight = tokens / all_tokens if sft else torch.full_like(losses, 1 / len(rows))     # SFT: a mean over tokens
             loss = (losses * weight).sum()
             if backward:
                 loss.backward()

@@ -29,11 +29,11 @@ def parse_flags(argv):
 
     args.out_dir = args.out_dir or ("out/rms" if args.bias else "out/rm")
     args.init_from = args.init_from or "out/sft"
-    args.max_steps = args.max_steps or 150
+    args.max_steps = args.max_steps or 100
     args.batch_size = args.batch_size or 64
     args.micro_batch_size = min(args.micro_batch_size or args.batch_size, args.batch_size)
-    args.lr = args.lr or 1e-3
-    args.eval_every = args.eval_every or max(1, args.max_steps // 3)
+    args.lr = args.lr or 5e-4
+    args.eval_every = args.eval_every or max(1, args.max_steps // 2)
     if args.init_from == "scratch":
         raise InputError("--init_from: a reward model starts from a language model, such as the run of --loss=sft")
     try:

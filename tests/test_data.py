@@ -1,0 +1,204 @@
+"""Loading, splitting, truncating, batching and choosing pairs."""
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+import data
+from data import batch_order, batches, biased_subset, fit, implicit_prompt, load_rows, longer, parse_row, split_of, tokenise
+from runtime import InputError
+from tinytldr import tokenizer
+
+PAIR = {"prompt": "Say hello.", "chosen": " Hello!", "rejected": " Go away."}
+
+
+# ---------------------------------------------------------------- batches
+
+def test_batches_are_a_pure_function_and_cover_an_epoch():
+    lengths = np.random.default_rng(0).integers(1, 100, 1000)
+    plan = batches(lengths, 8, seed=1, epoch=2)
+    assert sorted(np.concatenate(plan)) == list(range(1000))
+    assert all(np.array_equal(a, b) for a, b in zip(plan, batches(lengths, 8, seed=1, epoch=2)))
+    assert not all(np.array_equal(a, b) for a, b in zip(plan, batches(lengths, 8, seed=1, epoch=3)))
+    assert not all(np.array_equal(a, b) for a, b in zip(plan, batches(lengths, 8, seed=2, epoch=2)))
+
+
+def test_batches_hold_rows_of_similar_length():
+    lengths = np.random.default_rng(0).integers(1, 100, 1024)
+    padded = sum(len(rows) * lengths[rows].max() for rows in batches(lengths, 16, seed=0, epoch=0))
+    assert padded < 1.1 * lengths.sum()
+
+
+def test_what_fills_no_batch():
+    assert [len(rows) for rows in batches(np.ones(10), 4, 0, 0)] == [4, 4]
+    assert [len(rows) for rows in batches(np.ones(3), 4, 0, 0)] == [3]
+    left_out = {frozenset(range(10)) - frozenset(np.concatenate(batches(np.ones(10), 4, 0, epoch))) for epoch in range(20)}
+    assert len(left_out) > 1                                     # not always the same rows
+
+
+def test_batch_order_depends_on_the_step_alone():
+    lengths = np.arange(20)
+    forwards, backwards = batch_order(lengths, 4, 0), batch_order(lengths, 4, 0)
+    there = [forwards(step).tolist() for step in range(12)]
+    assert there == [backwards(step).tolist() for step in reversed(range(12))][::-1]
+    assert sorted(sum(there[5:10], [])) == list(range(20))       # the second epoch
+
+
+# ---------------------------------------------------------------- longer, D_rho
+
+def test_longer_means_ten_percent():
+    assert longer([[11, 10], [10, 11], [10, 10], [109, 100], [110, 100], [100, 110], [3, 4]]).tolist() == [1, -1, 0, 0, 1, -1, -1]
+
+
+@pytest.mark.parametrize("rho", [0, 0.2, 0.5, 0.8, 1])
+@pytest.mark.parametrize("n", [40, None])
+def test_biased_subset(rho, n):
+    lengths = np.random.default_rng(0).integers(5, 40, (500, 2))
+    who = longer(lengths)
+    chosen = biased_subset(lengths, rho, n, seed=3)
+    assert len(set(chosen)) == len(chosen) and (np.diff(chosen) > 0).all()
+    assert (who[chosen] != 0).all()
+    assert (who[chosen] == 1).sum() == round(rho * len(chosen))
+    if n is None:      # one pair more would not be possible
+        more = len(chosen) + 1
+        assert round(rho * more) > (who == 1).sum() or more - round(rho * more) > (who == -1).sum()
+    else:
+        assert len(chosen) == n
+        assert not np.array_equal(chosen, biased_subset(lengths, rho, n, seed=4))
+    assert np.array_equal(chosen, biased_subset(lengths, rho, n, seed=3))
+
+
+def test_biased_subset_refuses():
+    lengths = np.array([[10, 20]] * 9 + [[20, 10]])
+    with pytest.raises(ValueError, match="of 10 pairs, 1 have the longer one chosen and 9"):
+        biased_subset(lengths, 0.5, 4)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        biased_subset(lengths, 1.5, 4)
+    with pytest.raises(ValueError):
+        biased_subset(np.array([[10, 10]]), 0.5)
+
+
+def test_relabel():
+    rows = [{"prompt": str(i), "responses": ["a", "b"]} for i in range(3)]
+    dataset = data.Dataset([([i], [[1], [2, 2]]) for i in range(3)], rows)
+    again = data.relabel(dataset, [[1.0, 0.0], [0.0, 0.5], [2.0, 2.0]])
+    assert again.examples == [([0], [[1], [2, 2]]), ([1], [[2, 2], [1]])]
+    assert [row["responses"] for row in again.rows] == [["a", "b"], ["b", "a"]]
+
+
+# ---------------------------------------------------------------- tokens
+
+def test_the_prompt_loses_its_start_and_the_response_nothing():
+    assert fit([1, 2, 3, 4], [[5, 6], [7]], 6) == [1, 2, 3, 4]
+    assert fit([1, 2, 3, 4], [[5, 6], [7]], 4) == [3, 4]
+    assert fit([1, 2, 3, 4], [[5, 6, 7]], 4) == [4]
+    assert fit([1, 2, 3, 4], [[5, 6, 7, 8]], 4) is None
+
+
+def test_tokenise_keeps_the_end_and_counts_what_it_drops(capsys):
+    encoding = tokenizer()
+    rows = [{"prompt": "one two three", "responses": [" ab"]}, {"prompt": "one", "responses": [" abcdefghijkl"]},
+            {"prompt": "", "responses": [" ab"]}]
+    dataset = tokenise(rows, encoding, 8, "some rows")
+    assert "some rows: 3 rows, 1 dropped (a response alone does not fit block_size 8)" in capsys.readouterr().out
+    assert dataset.rows == [rows[0], rows[2]]
+    for prompt, (response,) in dataset.examples:
+        assert encoding.decode(response[:-1]) == " ab" and response[-1] == encoding.eot_token
+        assert 1 <= len(prompt) <= 8 - len(response)
+    whole = encoding.encode_ordinary("one two three")
+    assert dataset.examples[0][0].tolist() == whole[-len(dataset.examples[0][0]):]
+
+
+def test_a_prompt_has_one_split_everywhere():
+    splits = [split_of(f"prompt {i}") for i in range(2000)]
+    assert splits == [split_of(f"prompt {i}") for i in range(2000)]
+    assert 1450 < splits.count("train") < 1750 and 130 < splits.count("test") < 280
+
+
+# ---------------------------------------------------------------- rows
+
+def test_implicit_prompt():
+    assert implicit_prompt("\n\nHuman: Hi\n\nAssistant: A b", "\n\nHuman: Hi\n\nAssistant: A c") == "\n\nHuman: Hi\n\nAssistant:"
+    dialogue = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: "           # the texts part in a person's turn
+    assert implicit_prompt(dialogue + "one\n\nAssistant: A", dialogue + "two\n\nAssistant: A") == "\n\nHuman: Hi\n\nAssistant:"
+    assert implicit_prompt("What is this? A dog", "What is this? A den") == "What is this? A"
+    assert implicit_prompt("one", "two") == ""
+
+
+def test_a_blank_turn_of_a_dialogue_is_a_response():
+    """Four real dialogues of HH's helpful-base test set are like this."""
+    dialogue = "\n\nHuman: Hi\n\nAssistant: "
+    assert parse_row({"chosen": dialogue + "Yes?", "rejected": dialogue}, False)["responses"] == [" Yes?", " "]
+
+
+def test_equal_responses_are_dropped(capsys):
+    assert len(tokenise([{"prompt": "a", "responses": [" b", " b"]}], tokenizer(), 8)) == 0
+    assert "1 dropped (chosen and rejected are the same)" in capsys.readouterr().out
+
+
+def test_parse_row_layouts():
+    wanted = {"prompt": "Say hello.", "responses": [" Hello!", " Go away."]}
+    assert parse_row({**PAIR, "confidence": 7}, False) == wanted
+    assert parse_row(PAIR, True) == {"prompt": "Say hello.", "responses": [" Hello!"]}
+    assert parse_row({"prompt": "a", "completion": " b"}, True) == {"prompt": "a", "responses": [" b"]}
+    chat = {"prompt": [{"role": "user", "content": "Hi"}], "chosen": [{"role": "assistant", "content": "Yes?"}],
+            "rejected": [{"role": "assistant", "content": "No."}]}
+    as_text = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "responses": [" Yes?", " No."]}
+    assert parse_row(chat, False) == as_text
+    implicit = {side: chat["prompt"] + chat[side] for side in ("chosen", "rejected")}
+    assert parse_row(implicit, False) == as_text
+
+
+@pytest.mark.parametrize("record, message", [
+    ({**PAIR, "chosen": "  "}, "response 'chosen' is empty"), ({**PAIR, "rejected": None}, "column 'rejected' is missing"),
+    ({**PAIR, "chosen": 3}, "column 'chosen' is neither"), ({"chosen": "a", "rejected": "b"}, "share no beginning"),
+    ({**PAIR, "chosen": [{"role": "robot", "content": "x"}]}, "column 'chosen' is not a list of chat messages")])
+def test_parse_row_refuses(record, message):
+    with pytest.raises(ValueError, match=message):
+        parse_row(record, False)
+
+
+def write(path, rows):
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if path.suffix == ".gz":
+        with gzip.open(path, "wt") as file:
+            file.write(text)
+    else:
+        path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.csv", "a.parquet"])
+def test_load_rows_formats(tmp_path, hub_cache, name):
+    rows, path = [PAIR, {**PAIR, "prompt": "Say more."}], str(tmp_path / name)
+    if name.startswith("a.jsonl"):
+        write(tmp_path / name, rows)
+    elif name == "a.json":
+        (tmp_path / name).write_text(json.dumps(rows))
+    else:
+        import pandas
+        frame = pandas.DataFrame(rows)
+        frame.to_csv(path, index=False) if name == "a.csv" else frame.to_parquet(path)
+    assert load_rows(path) == [{"prompt": row["prompt"], "responses": [" Hello!", " Go away."]} for row in rows]
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("none.jsonl", None, "no such file"), ("a.txt", "x", "files end in"), ("a.jsonl", "", "the file is empty"),
+    ("a.jsonl", '{"prompt": "a", "chosen": " b"}\n', "needs columns chosen and rejected, has prompt, chosen"),
+    ("a.jsonl", json.dumps(PAIR) + "\n" + json.dumps({**PAIR, "chosen": ""}) + "\n", "row 2: the response 'chosen' is empty"),
+    ("a.jsonl", json.dumps(PAIR) + "\n{oops\n", "row 2: not JSON"), ("a.jsonl", "[1, 2]\n", "needs columns chosen and rejected"),
+    ("a.csv", "prompt,chosen,rejected\n", "no rows")])
+def test_load_rows_refuses(tmp_path, hub_cache, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message) as error:
+        load_rows(str(tmp_path / name))
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_show(tmp_path, hub_cache, capsys):
+    data.main([f"--data={write(tmp_path / 'a.jsonl', [PAIR])}", "--tokenizer=tinytldr", "--show"])
+    out = capsys.readouterr().out
+    coloured = out.replace("\033[32m", "<").replace("\033[31m", ">")
+    assert "<H" in coloured and ">G" not in coloured.split("<H")[0] and "a.jsonl: 1 rows" in out and "longer response chosen in 0 pairs, rejected in 1" in out

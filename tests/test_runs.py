@@ -1,0 +1,198 @@
+"""The scripts, end to end on runs of a few steps: determinism, resuming, and what happens to bad input."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import data
+import evaluate
+import runtime
+import train_policy
+import train_rm
+from losses import PREFERENCE_LOSSES
+from model import GPT
+from runtime import InputError
+
+ROOT = Path(__file__).parent.parent
+
+
+def policy_flags(world, out_dir, loss="p-dpo", **flags):
+    flags = {"max_steps": 6, "eval_every": 3, "batch_size": 8, "n_pairs": 100, "pool": 400, "n_eval": 16, **flags}
+    if loss in ("d-dpo", "dp-dpo", "e-dpo"):
+        flags.setdefault("rewards", f"{world}/rms" if loss == "e-dpo" else f"{world}/rm")
+    return [f"--loss={loss}", f"--init_from={world}/sft", f"--out_dir={out_dir}", *(f"--{k}={v}" for k, v in flags.items())]
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
+def test_every_loss_trains(world, tmp_path, loss, capsys):
+    train_policy.main(policy_flags(world, tmp_path, loss))
+    assert "step 0: policy == reference" in capsys.readouterr().out
+    lines = metrics(tmp_path)
+    first, last = lines[0], lines[-1]
+    assert first["step"] == 0 and last["step"] == 6 and first["train/loss"] != last["train/loss"]
+    assert abs(first["train/chosen_change"]) < 1e-4 and ("train/forward_kl" in first) == (loss in ("p-dpo", "dp-dpo", "e-dpo"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["nanopref"]["loss"] == loss and config["model_type"] == "gpt2"
+    GPT.from_pretrained(str(tmp_path))
+
+
+def test_same_seed_same_bytes(world, tmp_path):
+    for name in ("one", "two"):
+        train_policy.main(policy_flags(world, tmp_path / name))
+    assert (tmp_path / "one/metrics.jsonl").read_bytes() == (tmp_path / "two/metrics.jsonl").read_bytes()
+    train_policy.main(policy_flags(world, tmp_path / "three", seed=1))
+    assert (tmp_path / "one/metrics.jsonl").read_bytes() != (tmp_path / "three/metrics.jsonl").read_bytes()
+
+
+def test_evaluating_more_often_changes_nothing(world, tmp_path):
+    for name, every in (("often", 1), ("seldom", 6)):
+        train_policy.main(policy_flags(world, tmp_path / name, eval_every=every))
+    assert [line for line in metrics(tmp_path / "often") if line["step"] in (0, 6)][-1] == metrics(tmp_path / "seldom")[-1]
+
+
+def test_gradient_does_not_depend_on_micro_batches(world, tmp_path):
+    for loss in ("sft", "p-dpo"):
+        whole, parts = ([f"--out_dir={tmp_path}/{loss}-{m}", f"--micro_batch_size={m}"] for m in (8, 3))
+        flags = policy_flags(world, tmp_path, loss, max_steps=2) if loss != "sft" else [
+            "--loss=sft", f"--init_from={world}/sft", "--max_steps=2", "--batch_size=8", "--n_eval=16"]
+        train_policy.main(flags + whole)
+        train_policy.main(flags + parts)
+        for one, other in zip(metrics(f"{tmp_path}/{loss}-8"), metrics(f"{tmp_path}/{loss}-3")):
+            assert one == pytest.approx(other, rel=1e-4, abs=1e-4)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("script", ["policy", "rm"])
+def test_resumed_run_equals_the_uninterrupted_one(world, tmp_path, monkeypatch, script):
+    """Killed at step 5, after state was saved at step 3; the log, the weights and the reference are as if it had not been."""
+    if script == "policy":
+        main, flags = train_policy.main, lambda folder: policy_flags(world, folder)
+    else:
+        main, flags = train_rm.main, lambda folder: [
+            f"--init_from={world}/sft", f"--out_dir={folder}", "--max_steps=6", "--eval_every=3", "--batch_size=8",
+            "--n_pairs=100", "--pool=400", "--n_eval=16"]
+    main(flags(tmp_path / "whole"))
+
+    schedule = runtime.learning_rate
+    def killed_at_5(step, *rest):
+        if step == 5:
+            raise Interrupted
+        return schedule(step, *rest)
+    monkeypatch.setattr(runtime, "learning_rate", killed_at_5)
+    with pytest.raises(Interrupted):
+        main(flags(tmp_path / "parts"))
+    assert not (tmp_path / "parts/model.safetensors").exists()
+    monkeypatch.setattr(runtime, "learning_rate", schedule)
+    main(flags(tmp_path / "parts") + ["--resume"])
+    assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "parts/metrics.jsonl").read_bytes()
+    assert (tmp_path / "whole/model.safetensors").read_bytes() == (tmp_path / "parts/model.safetensors").read_bytes()
+
+    with pytest.raises(InputError, match="--lr was .* has to stay the same"):
+        main(flags(tmp_path / "parts") + ["--resume", "--lr=0.5"])
+    with pytest.raises(InputError, match="no state.pt"):
+        main(flags(tmp_path / "nothing") + ["--resume"])
+
+
+def test_report(world, tmp_path):
+    """Every number that the report promises is there, for a policy that is the reference (known values) and one that is not."""
+    train_policy.main(policy_flags(world, tmp_path / "e-dpo", "e-dpo", lr=1e-2))
+    GPT.from_pretrained(f"{world}/sft").save_pretrained(tmp_path / "same")
+    evaluate.main([f"--ref={world}/sft", str(tmp_path / "same"), str(tmp_path / "e-dpo"), f"--rms={world}/rm,{world}/rms",
+                   f"--out_dir={tmp_path}/report", "--n_prompts=20", "--show=2"])
+    results = json.loads((tmp_path / "report/results.json").read_text())
+    same, other = results["policies"]["same"], results["policies"]["e-dpo"]
+    assert same["advantage"] == 0 and same["win_rate"] == 0.5 and same["kl_pi_ref"] == 0 and same["kl_ref_pi"] == 0
+    assert other["kl_pi_ref"] != 0 and "chosen_change" in other and other["advantage_95"] > 0
+    assert len(results["reward_models"]) == 3
+    assert set(results["reward_models"][f"{world}/rm"]) >= {"accuracy", "longer_chosen", "shorter_chosen"}
+    report = (tmp_path / "report/report.md").read_text()
+    for heading in ("## Policies", "## Reward models", "## Samples", "**Prompt 2**", "## Glossary"):
+        assert heading in report
+    for figure in ("advantage.png", "logprob_change.png", "reward_margins.png"):
+        assert figure in report and (tmp_path / "report" / figure).stat().st_size > 1000
+
+
+def test_file_data_end_to_end(tmp_path, hub_cache):
+    """SFT, an oracle reward model on a file's own labels, relabelling by it, a family, e-DPO, and evaluation by it."""
+    import tinytldr
+    rows = []
+    for i in range(300):
+        one, other = (tinytldr.demonstration(0, "train", i, person) for person in (0, 1))
+        prompt = tinytldr.post(0, "train", i)
+        if one != other:
+            first = tinytldr.oracle_reward(prompt, one) > tinytldr.oracle_reward(prompt, other)
+            rows.append({"prompt": prompt, "chosen": one if first else other, "rejected": other if first else one})
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    few = ["--max_steps=4", "--batch_size=8", "--n_eval=16", f"--data={path}"]
+    train_policy.main([*few, "--loss=sft", "--tokenizer=tinytldr", f"--out_dir={tmp_path}/sft", "--n_embd=32"])
+    few.append(f"--init_from={tmp_path}/sft")
+    train_rm.main([*few, f"--out_dir={tmp_path}/oracle"])
+    few.append(f"--relabel={tmp_path}/oracle")
+    train_rm.main([*few, f"--out_dir={tmp_path}/rms", "--bias=0.4,0.6", "--rho=0.5"])
+    train_policy.main([*few, "--loss=e-dpo", f"--rewards={tmp_path}/rms", f"--out_dir={tmp_path}/e-dpo", "--rho=0.5",
+                       "--max_new_tokens=8"])
+    evaluate.main([f"--ref={tmp_path}/sft", f"{tmp_path}/e-dpo", f"--data={path}", f"--oracle={tmp_path}/oracle",
+                   f"--rms={tmp_path}/rms", f"--out_dir={tmp_path}/report", "--max_new_tokens=8"])
+    assert (tmp_path / "report/report.md").exists()
+
+
+# ---------------------------------------------------------------- bad input: exit code 2, one line, nothing written
+
+@pytest.mark.parametrize("script, flags, message", [
+    ("train_policy.py", ["--los=dpo"], "unrecognized arguments: --los=dpo"),
+    ("train_policy.py", ["--loss=kto"], "argument --loss: invalid choice: 'kto'"),
+    ("train_policy.py", ["--lr=fast"], "argument --lr: invalid positive float value: 'fast'"),
+    ("train_rm.py", ["--max_steps=0"], "argument --max_steps"),
+    ("train_rm.py", ["--bias=0.2,x"], "--bias: comma-separated fractions"),
+    ("train_policy.py", ["--init_from={tmp}/nowhere"], "nowhere: no such folder"),
+    ("train_policy.py", ["--loss=sft", "--data={tmp}/none.jsonl", "--tokenizer=tinytldr"], "none.jsonl: no such file"),
+    ("evaluate.py", ["--ref={tmp}/none"], "none: no such folder"),
+    ("evaluate.py", ["--data=x.jsonl"], "--oracle")])
+def test_bad_input_from_the_shell(tmp_path, script, flags, message):
+    flags = [flag.format(tmp=tmp_path) for flag in flags] + [f"--out_dir={tmp_path}/out"]
+    done = subprocess.run([sys.executable, str(ROOT / script), *flags], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--loss=dpo", "--init_from=scratch"], "needs a reference policy"), (["--loss=dpo", "--rewards=x"], "uses no reward model"),
+    (["--gamma=1,2,3"], "--gamma: FIRST,LAST"), (["--gamma=-1"], "--gamma"), (["--rho=2"], "--rho: a fraction"),
+    (["--loss=sft", "--n_head=3"], "--n_head: 3 heads do not divide"), (["--min_per=batch", "--micro_batch_size=2"], "--min_per")])
+def test_bad_flags(world, tmp_path, flags, message):
+    with pytest.raises(InputError, match=message):
+        train_policy.main([f"--init_from={world}/sft", f"--rewards={world}/rms", f"--out_dir={tmp_path}/out", *flags]
+                          if flags[0] == "--rho=2" else [f"--out_dir={tmp_path}/out", *flags])
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_few_pairs_for_the_bias(world, tmp_path):
+    with pytest.raises(InputError, match="--rho, --n_pairs: no 399 pairs"):
+        train_policy.main(policy_flags(world, tmp_path, n_pairs=399))
+
+
+def test_tokenizer_that_the_model_has_no_room_for(world, tmp_path, monkeypatch):
+    import tiktoken
+    large = tiktoken.Encoding("large", pat_str=".", mergeable_ranks={bytes([b]): b for b in range(256)},
+                              special_tokens={"<|endoftext|>": 99_999})
+    monkeypatch.setattr(data, "get_tokenizer", lambda name: large)
+    with pytest.raises(InputError, match="--tokenizer: large has 100000 tokens"):
+        train_policy.main(policy_flags(world, tmp_path, tokenizer="large"))
+
+
+def test_learning_rate():
+    """Warm-up to the peak at 5% of the steps, then a cosine down to a tenth."""
+    rates = [runtime.learning_rate(step, 100, 1.0) for step in range(101)]
+    assert rates[0] == pytest.approx(0.2) and rates[4] == 1.0 and rates[5] == 1.0
+    assert rates[100] == pytest.approx(0.1) and all(a >= b for a, b in zip(rates[5:], rates[6:]))
