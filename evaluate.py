@@ -232,9 +232,9 @@ def write_report(args, reference, results, flags, rms, rm_counts, samples, has_f
              "![advantage](advantage.png)"]
     if has_figures["curves"]:
         parts.append("![change of log-probabilities over training](logprob_change.png)")
-    shown = ["loss", "rho", "n_pairs", "beta", "tau", "gamma", "rewards", "max_steps", "batch_size", "lr", "seed"]
-    parts.append("How they were trained (`--rho` and `--n_pairs` empty: the defaults):\n\n" + markdown_table(
-        ["policy"] + shown, [[name] + [f.get(s) if f.get(s) is not None else "" for s in shown] for name, f in flags.items()]))
+    shown = ["loss", "beta", "tau", "gamma", "rewards", "rho", "n_pairs", "max_steps", "batch_size", "lr", "seed"]
+    parts.append("How they were trained (empty: not used, or for rho and n_pairs the default):\n\n" + markdown_table(
+        ["policy"] + shown, [[name] + ["" if f.get(s) is None else f[s] for s in shown] for name, f in flags.items()]))
     if rms:
         parts.append(f"## Reward models\n\nOn {rm_counts['pairs']} held-out pairs with their natural mix of lengths; in "
                      f"{rm_counts['longer']} the longer response was chosen, in {rm_counts['shorter']} the shorter one.\n\n"

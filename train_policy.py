@@ -34,9 +34,9 @@ def parse_flags(argv):
                                           "(default: out/rms for e-dpo, out/rm for d-dpo and dp-dpo)")
     parser.add_argument("--beta", type=runtime.positive(float), help="scale of the implicit reward, in reward per nat "
                                                                      f"(default: {BETA})")
-    parser.add_argument("--tau", type=runtime.positive(float), default=TAU, help="IPO's: the margin to reach is 1 / (2 tau)")
-    parser.add_argument("--gamma", default="1e-4,1e-2", help="weight of the forward KL: FIRST,LAST, annealed linearly over "
-                                                             "training, or one number for all of it")
+    parser.add_argument("--tau", type=runtime.positive(float), help=f"IPO's: the margin to reach is 1 / (2 tau) (default: {TAU})")
+    parser.add_argument("--gamma", help="weight of the forward KL: FIRST,LAST, annealed linearly over training, or one "
+                                        "number for all of it (default: 1e-4,1e-2)")
     parser.add_argument("--min_per", default="example", choices=["example", "batch"],
                         help="e-DPO: pick the best reward model for each example, or one for each batch")
     parser.add_argument("--ipo_per_token", action="store_true", help="IPO on mean instead of summed log-probs, as TRL does")
@@ -53,20 +53,22 @@ def parse_flags(argv):
     args.micro_batch_size = min(args.micro_batch_size or args.batch_size, args.batch_size)
     args.lr = args.lr or (4e-3 if sft else 2e-4)
     args.eval_every = args.eval_every or max(1, args.max_steps // 8)
-    args.beta = args.beta or BETA.get(args.loss)
-    if args.loss in NEEDS_REWARDS:
-        args.rewards = args.rewards or ("out/rms" if args.loss == "e-dpo" else "out/rm")
-    elif args.rewards:
-        raise InputError(f"--rewards: --loss={args.loss} uses no reward model")
+    for flag, losses, default in (("beta", BETA, BETA.get(args.loss)), ("tau", ("ipo",), TAU),
+                                  ("gamma", PESSIMISTIC, "1e-4,1e-2"),
+                                  ("rewards", NEEDS_REWARDS, "out/rms" if args.loss == "e-dpo" else "out/rm")):
+        if getattr(args, flag) and args.loss not in losses:
+            raise InputError(f"--{flag}: --loss={args.loss} does not use it, only {', '.join(losses)}")
+        setattr(args, flag, (getattr(args, flag) or default) if args.loss in losses else None)
     if not sft and args.init_from == "scratch":
         raise InputError(f"--init_from: --loss={args.loss} needs a reference policy, such as the run of --loss=sft")
-    try:
-        first, *last = map(float, args.gamma.split(","))
-        args.gamma = [first, *(last or [first])]
-        if len(args.gamma) > 2 or not all(0 <= value < math.inf for value in args.gamma):
-            raise ValueError
-    except ValueError:
-        raise InputError(f"--gamma: FIRST,LAST or one number, none below 0; not {args.gamma!r}") from None
+    if args.gamma:
+        try:
+            values = list(map(float, args.gamma.split(",")))
+            if len(values) > 2 or not all(0 <= value < math.inf for value in values):
+                raise ValueError
+        except ValueError:
+            raise InputError(f"--gamma: FIRST,LAST or one number, none below 0; not {args.gamma!r}") from None
+        args.gamma = [values[0], values[-1]]
     if args.n_embd % args.n_head:
         raise InputError(f"--n_head: {args.n_head} heads do not divide --n_embd={args.n_embd}")
     if args.min_per == "batch" and args.micro_batch_size < args.batch_size:
@@ -189,7 +191,7 @@ def main(argv=None):
                 logps = model(collate([splits["train"].examples[i] for i in rows], runtime.shape_multiple(device)).to(device))
             change = (logps.cpu() - start).abs().max().item()
         known = loss_at_reference(args.loss, scores, args.tau)
-        found = preference_loss(args.loss, start, start, scores, args.beta, args.tau, args.gamma[0])
+        found = preference_loss(args.loss, start, start, scores, args.beta, args.tau)
         assert torch.allclose(found, known.expand_as(found)), f"at the reference, {args.loss} is {found}, not {known}"
         tolerance = 1e-2 if args.dtype == "float32" else 1.0
         assert change < tolerance, f"before step 0, log-probs differ from the reference's by up to {change} nats"
@@ -199,11 +201,12 @@ def main(argv=None):
     print(f"{args.loss}: {sum(p.numel() for p in policy.parameters()):,} parameters, {len(splits['train'])} training rows, "
           f"{args.max_steps} steps of {args.batch_size}, on {device} -> {args.out_dir}")
     started, window = time.time(), []
+    first_gamma, last_gamma = args.gamma or (0.0, 0.0)
     with runtime.Run(args, policy, optimizer) as run, tqdm(total=args.max_steps, initial=run.first_step, desc=args.loss,
                                                            disable=None, leave=False) as bar:
         for step in range(run.first_step, args.max_steps + 1):
             last_step = step == args.max_steps
-            gamma = args.gamma[0] + (args.gamma[1] - args.gamma[0]) * step / args.max_steps
+            gamma = first_gamma + (last_gamma - first_gamma) * step / args.max_steps
             if window and (step % 10 == 0 or step % args.eval_every == 0 or last_step):
                 # logged as means since the last line: one transfer from the device, not one a step
                 run.log(step - 1, **{name: torch.stack([s[name] for s in window]).mean().item() for name in window[0]})

@@ -167,7 +167,8 @@ def test_bad_input_from_the_shell(tmp_path, script, flags, message):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--loss=dpo", "--init_from=scratch"], "needs a reference policy"), (["--loss=dpo", "--rewards=x"], "uses no reward model"),
+    (["--loss=dpo", "--init_from=scratch"], "needs a reference policy"), (["--loss=dpo", "--rewards=x"], "--rewards: --loss=dpo does not use it, only d-dpo"),
+    (["--loss=ipo", "--beta=1"], "--beta: --loss=ipo does not use it"), (["--loss=dpo", "--tau=1"], "--tau: --loss=dpo"),
     (["--gamma=1,2,3"], "--gamma: FIRST,LAST"), (["--gamma=-1"], "--gamma"), (["--rho=2"], "--rho: a fraction"),
     (["--loss=sft", "--n_head=3"], "--n_head: 3 heads do not divide"), (["--min_per=batch", "--micro_batch_size=2"], "--min_per")])
 def test_bad_flags(world, tmp_path, flags, message):
