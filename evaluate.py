@@ -26,8 +26,9 @@ GLOSSARY = """
   counts a half.
 * **length**: mean tokens in a sample, the end-of-text token included. **unended**: fraction of samples that were cut off
   before it.
-* **KL(pi || ref)**: mean over the policy's own samples of logp_pi - logp_ref, in nats per response: how far it went.
-* **KL(ref || pi)**: mean over the reference's samples of logp_ref - logp_pi, in nats per response: how much of the
+* **KL(pi ‖ ref)**: mean over the policy's own samples (temperature 1) of logp_pi - logp_ref, in nats per response: how far
+  it went.
+* **KL(ref ‖ pi)**: mean over the reference's samples of logp_ref - logp_pi, in nats per response: how much of the
   reference it forgot.
 * **chosen change, rejected change**: mean of logp_pi - logp_ref of the chosen and of the rejected responses, on a fixed
   sample of training pairs, in nats per response, at the end of training. Far below zero for *chosen* responses is the
@@ -80,7 +81,7 @@ def held_out_prompts(args, tokenizer, block_size):
         if not texts:
             raise InputError(f"--data: {args.data}: no prompt in the {args.split} split")
     room = max(1, block_size - args.max_new_tokens)
-    return texts, [tokenizer.encode_ordinary(text)[-room:] for text in texts]
+    return texts, [(tokenizer.encode_ordinary(text) or [tokenizer.eot_token])[-room:] for text in texts]
 
 
 def measure(policy, ref_side, prompts, texts, oracle, tokenizer, args, autocast):

@@ -23,7 +23,7 @@ from reward import RewardModel, family_folders
 from runtime import InputError
 
 # Each method's own temperature, chosen on validation prompts with the same budget of trials (runs/sweep.py, LOG.md).
-BETA = {"dpo": 0.1, "d-dpo": 0.1, "p-dpo": 0.1, "dp-dpo": 0.1, "e-dpo": 0.1}
+BETA = {"dpo": 0.3, "d-dpo": 0.3, "p-dpo": 0.3, "dp-dpo": 0.1, "e-dpo": 0.3}
 TAU = 0.1
 
 
