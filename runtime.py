@@ -129,6 +129,8 @@ def load_policy(args, device):
     """-> (policy, tokenizer): what --init_from means, a new model or a checkpoint, with the tokenizer that goes with it."""
     from data import get_tokenizer            # here, as data.py and model.py stand on this file
     from model import GPT, GPTConfig
+    if os.path.realpath(args.init_from) == os.path.realpath(args.out_dir):
+        raise InputError(f"--out_dir: {args.out_dir!r} is also --init_from, which would be overwritten; name another folder")
     args.tokenizer = (args.tokenizer or run_flags(args.init_from).get("tokenizer")
                       or ("tinytldr" if args.data == "tinytldr" else "gpt2"))
     tokenizer = get_tokenizer(args.tokenizer)

@@ -1,11 +1,16 @@
 #!/usr/bin/env bash
 # The whole method on the embedded task, from an empty folder to a report: out/speedrun/report.md.
-# Each line below can be run alone; what an earlier run has cached is used again.
-set -euo pipefail
+# Each line below can be run alone; what an earlier run has cached is used again. Arguments, such as --seed=1, go to every
+# command; the variable OUT names another folder.
+set -eo pipefail
 source "$(dirname "$0")/venv.sh"
 out=${OUT:-out/speedrun}
 start=$SECONDS
-python() { echo; echo "[$((SECONDS - start)) s] python $*"; .venv/bin/python "$@"; }
+flags=("$@")
+python() {
+    echo; echo "[$((SECONDS - start)) s] python $* ${flags[*]}"
+    .venv/bin/python "$@" "${flags[@]}"
+}
 
 # The reference policy: supervised fine-tuning on demonstrations of mixed quality.
 python train_policy.py --loss=sft --out_dir=$out/sft

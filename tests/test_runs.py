@@ -178,6 +178,12 @@ def test_bad_flags(world, tmp_path, flags, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_does_not_overwrite_its_reference(world):
+    with pytest.raises(InputError, match="--out_dir: .* is also --init_from"):
+        train_policy.main(policy_flags(world, f"{world}/sft"))
+    GPT.from_pretrained(f"{world}/sft")
+
+
 def test_too_few_pairs_for_the_bias(world, tmp_path):
     with pytest.raises(InputError, match="--rho, --n_pairs: no 399 pairs"):
         train_policy.main(policy_flags(world, tmp_path, n_pairs=399))
