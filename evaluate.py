@@ -34,7 +34,8 @@ GLOSSARY = """
   sample of training pairs, in nats per response, at the end of training. Far below zero for *chosen* responses is the
   degeneracy that the paper is about.
 * **accuracy** of a reward model: fraction of held-out pairs in which the chosen response has the higher reward; also among
-  the pairs whose longer response (by at least 10% more tokens) was chosen, and among those whose shorter one was.
+  the pairs whose longer response (by at least 10% more tokens) was chosen, and among those whose shorter one was. **longer
+  scored higher**: fraction of the pairs of unequal length in which the longer response has the higher reward.
 * **reward margin**: r(longer) - r(shorter), in units of the reward model, whose Bradley-Terry temperature is 1.
 """.strip()
 
@@ -185,7 +186,7 @@ def figures(results, curves, margins, length_difference, out_dir):
                 line.set_color("black")
             ax.plot([], [], color=colours[i], linewidth=6, label=folder)
         ax.axhline(0, color="black", linewidth=0.8)
-        ax.set_xticks(range(len(bins)), [f"{low:.0f} to {high:.0f}" for low, high in bins])
+        ax.set_xticks(range(len(bins)), [f"{low:.0f} to {high - (high < edges[-1]):.0f}" for low, high in bins])
         ax.set_xlabel("difference in length (tokens)")
         ax.set_ylabel("r(longer) - r(shorter)")
         ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -243,8 +244,9 @@ def write_report(args, reference, results, flags, rms, rm_counts, samples, has_f
                                       [[folder] + [f"{value:.3f}" for value in r.values()] for folder, r in rms.items()])
                      + "\n\n![reward margins by length difference](reward_margins.png)")
     blocks = []
-    for i in range(min(args.show, samples["n"])):
-        block = [f"**Prompt {i + 1}**\n\n> " + samples["prompts"][i].strip().replace("\n", "\n> ") + "\n"]
+    for number in range(min(args.show, samples["n"])):
+        i = number * samples["n"] // args.show                     # spread over the split, chosen before anything was seen
+        block = [f"**Prompt {number + 1}**\n\n> " + samples["prompts"][i].strip().replace("\n", "\n> ") + "\n"]
         block.append(markdown_table(["policy", "oracle reward", "reply"],
                                     [[name, f"{rewards[i]:+.2f}", texts[i].strip().replace("|", "\\|").replace("\n", " ")]
                                      for name, (texts, rewards) in samples["replies"].items()]))

@@ -5,9 +5,11 @@ only up to a constant per prompt: Bradley-Terry sees differences, and so does ev
 """
 import os
 
+import numpy as np
 import torch
 import torch.nn as nn
 
+import runtime
 from model import Transformer, gpt_config, init_weights, load_tensors, read_checkpoint, write_checkpoint
 from runtime import InputError
 
@@ -65,3 +67,15 @@ def family_folders(folders, flag="--rewards"):
             raise InputError(f"{flag}: no reward model in {folder!r}: train one with python train_rm.py --out_dir={folder}")
         found += members
     return found
+
+
+def family_scores(folders, dataset, dtype, device, autocast, name):
+    """Every reward model's scores of chosen and rejected, cached next to the model. Returns (N, 2, M) float32."""
+    pairs = [(prompt, responses[:2]) for prompt, responses in dataset.examples]
+    scores = []
+    for folder in folders:
+        model = RewardModel.from_pretrained(folder).to(device)
+        key = runtime.key(runtime.hash_weights(model), runtime.hash_examples(pairs), dtype)
+        scores.append(runtime.cached(os.path.join(folder, "cache"), f"{name}-rewards", key, lambda: runtime.score(
+            model, pairs, autocast, desc=f"{name} rewards").tolist()))
+    return np.array(scores, np.float32).transpose(1, 2, 0)      # (M, N, 2) -> (N, 2, M)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 import runtime
 from data import Dataset, batch_order, collate, demonstrations, training_pairs
 from losses import NEEDS_REWARDS, PESSIMISTIC, PREFERENCE_LOSSES, loss_at_reference, preference_loss
-from reward import RewardModel, family_folders
+from reward import family_folders, family_scores
 from runtime import InputError
 
 # Each method's own temperature, chosen on validation prompts with the same budget of trials (runs/sweep.py, LOG.md).
@@ -94,18 +94,6 @@ def reference_logps(dataset, policy, args, cache, autocast, name):
         policy, dataset.examples, autocast, desc=f"{name} log-probs").tolist()))
 
 
-def reward_scores(dataset, folders, device, autocast, name):
-    """Every reward model's score of chosen and rejected, (N, 2, M) float32, cached next to each model."""
-    pairs = [(prompt, responses[:2]) for prompt, responses in dataset.examples]
-    scores = []
-    for folder in folders:
-        model = RewardModel.from_pretrained(folder).to(device)
-        key = runtime.key(runtime.hash_weights(model), runtime.hash_examples(pairs))
-        scores.append(runtime.cached(f"{folder}/cache", f"{name}-rewards", key, lambda: runtime.score(
-            model, pairs, autocast, desc=f"{name} rewards").tolist()))
-    return torch.tensor(scores).permute(1, 2, 0)     # (M, N, 2) -> (N, 2, M)
-
-
 def statistics(policy, ref):
     """What to watch, per example, detached: see the glossary in README.md. policy, ref: (B, K) -> {name: (B,)}."""
     change = (policy - ref).detach()                                   # (B, K)
@@ -122,6 +110,7 @@ def main(argv=None):
     args = parse_flags(argv)
     device, autocast = runtime.setup(args)
     policy, tokenizer = runtime.load_policy(args, device)
+    reward_models = family_folders(args.rewards) if args.rewards else []
     sft = args.loss == "sft"
 
     # ---- data: train and validation rows, and everything about them that does not change
@@ -143,8 +132,8 @@ def main(argv=None):
             splits = {s: add_reference_samples(d, policy, tokenizer, args, cache, autocast, s) for s, d in splits.items()}
         ref = {s: reference_logps(d, policy, args, cache, autocast, s) for s, d in splits.items()}
         if args.loss in NEEDS_REWARDS:
-            folders = family_folders(args.rewards)
-            rewards = {s: reward_scores(d, folders, device, autocast, s) for s, d in splits.items()}
+            rewards = {s: torch.tensor(family_scores(reward_models, d, args.dtype, device, autocast, s))
+                       for s, d in splits.items()}              # (N, 2, M) each
     response_tokens = {split: dataset.response_lengths().sum(axis=1) for split, dataset in splits.items()}
     batch_rows = batch_order(splits["train"].row_lengths(), args.batch_size, args.seed)
 

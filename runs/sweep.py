@@ -3,7 +3,8 @@
     python runs/sweep.py --sft=out/speedrun/sft --rm=out/speedrun/rm --rms=out/speedrun/rms    # about 20 minutes, 2 cores
 
 Every method tries the same number of values, one run each with the settings of the speedrun, scored by oracle advantage on
-1,000 prompts of the validation split. The test split is not touched. Prints one table; LOG.md keeps the one in force.
+1,000 prompts of the validation split. The test split is not touched. Prints a table for each method (LOG.md keeps them) and
+draws OUT_DIR/sweep.png.
 """
 import argparse
 import contextlib
@@ -38,6 +39,29 @@ def trial(args, loss, value, flags):
     return numbers
 
 
+def figure(results, path):
+    """Advantage and change of the chosen responses' log-probability against beta (tau), a line for each method."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "figure.dpi": 150})
+    fig, axes = plt.subplots(1, 2, figsize=(8.5, 3.2), layout="constrained")
+    for loss, numbers in results.items():
+        style = dict(linestyle="--" if loss in ("dpo", "ipo") else "-", marker="o", markersize=3,
+                     label=loss + (" (tau)" if loss == "ipo" else ""))
+        axes[0].plot(METHODS[loss], [n["advantage"] for n in numbers], **style)
+        axes[1].plot(METHODS[loss], [n["chosen_change"] for n in numbers], **style)
+    for ax, label in zip(axes, ("oracle advantage over the reference", "log-prob of chosen responses,\nchange in nats")):
+        ax.set_xscale("log")
+        ax.set_xlabel("beta (IPO: tau)")
+        ax.set_ylabel(label)
+        ax.axhline(0, color="black", linewidth=0.8)
+    axes[1].set_yscale("symlog")
+    axes[1].set_ylim(top=1)
+    axes[1].legend(frameon=False)
+    fig.savefig(path)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, epilog="Other flags go to train_policy.py.")
@@ -54,15 +78,17 @@ def main():
             pool.submit(trial, args, loss, value, flags).result()
         trials = {(loss, value): pool.submit(trial, args, loss, value, flags) for loss, values in METHODS.items()
                   for value in values}
+        results = {}
         for loss, values in METHODS.items():
             print(f"\n| {loss}, {'tau' if loss == 'ipo' else 'beta'} | " + " | ".join(map(str, values)) + " |")
             print("|---" * (len(values) + 1) + "|")
-            numbers = [trials[loss, value].result() for value in values]
+            numbers = results[loss] = [trials[loss, value].result() for value in values]
             best = max(n["advantage"] for n in numbers)
             print("| advantage | " + " | ".join(("**{:+.2f}**" if n["advantage"] == best else "{:+.2f}").format(n["advantage"])
                                                for n in numbers) + " |")
             for key, name in (("length", "length"), ("kl_pi_ref", "KL(pi ‖ ref)"), ("chosen_change", "chosen change")):
                 print(f"| {name} | " + " | ".join(f"{n[key]:.1f}" for n in numbers) + " |", flush=True)
+    figure(results, f"{args.out_dir}/sweep.png")
 
 
 if __name__ == "__main__":
