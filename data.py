@@ -7,6 +7,7 @@ each response ending in the end-of-text token, and `collate` turns examples into
     python data.py --data=prefs.jsonl --show    # one batch in colour, and what became of every row
 """
 import argparse
+import glob
 import hashlib
 import json
 import os
@@ -193,7 +194,7 @@ def get_tokenizer(name):
     try:
         return tiktoken.get_encoding(name)
     except ValueError as error:
-        raise InputError(f"--tokenizer: {error}") from error
+        raise InputError(f"--tokenizer: there is no encoding {name!r}; use tinytldr, gpt2 or another name that tiktoken knows") from error
     except Exception as error:     # tiktoken downloads on first use, through whatever raises here
         raise InputError(f"--tokenizer: tiktoken could not download its {name!r} encoding ({type(error).__name__}); "
                          "on a machine without network, point TIKTOKEN_CACHE_DIR at a copy of its cache") from error
@@ -232,6 +233,8 @@ def tokenise(rows, tokenizer, block_size, name="data"):
 def chat_text(messages):
     """Chat messages as plain text, in the layout of Anthropic's HH data: "\n\nHuman: ...\n\nAssistant: ..."."""
     names = {"user": "Human", "assistant": "Assistant", "system": "System"}
+    if not all(isinstance(message["content"], str) for message in messages):
+        raise TypeError
     return "".join(f"\n\n{names[message['role']]}: {message['content']}" for message in messages)
 
 
@@ -254,11 +257,11 @@ def parse_row(record, demonstrations):
                 value = chat_text(value)
             except (KeyError, TypeError):
                 raise ValueError(f"column {column!r} is not a list of chat messages with a role (user, assistant or system) "
-                                 "and a content") from None
+                                 "and a text as content") from None
             if column == "prompt":
                 value += "\n\nAssistant:"
-            elif "prompt" in record:      # the prompt ends in "Assistant:" already
-                value = value.removeprefix("\n\nAssistant:")
+            elif "prompt" in texts:       # which may stand again before the response, and ends in "Assistant:" already
+                value = value.removeprefix(texts["prompt"]).removeprefix("\n\nAssistant:")
         if not isinstance(value, str):
             raise ValueError(f"column {column!r} is {'missing' if value is None else 'neither text nor chat messages'}")
         texts[column] = value
@@ -285,6 +288,7 @@ def load_rows(data, demonstrations=False):
     prompt, completion (a preference file serves too: its chosen responses). InputError names the file and the row."""
     import datasets   # here, so that the rest runs where it is not installed
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL + 1)      # its troubles are reported below, in one line
     suffix = data.removesuffix(".gz").rsplit(".", 1)[-1]
     try:
         if os.path.isfile(data):
@@ -292,26 +296,28 @@ def load_rows(data, demonstrations=False):
                 raise InputError(f"--data: {data}: files end in {', '.join(BUILDERS)}, or one of these and .gz")
             if os.path.getsize(data) == 0:
                 raise InputError(f"--data: {data}: the file is empty")
-            records = datasets.load_dataset(BUILDERS[suffix], data_files=data, split="train")
-        elif suffix in BUILDERS or os.path.exists(data) or data.count("/") > 1:
-            raise InputError(f"--data: {data}: no such file")
+            records = datasets.load_dataset(BUILDERS[suffix], data_files=glob.escape(data), split="train")
+        elif suffix in BUILDERS or os.path.exists(data) or data.count("/") > 1 or not data:
+            raise InputError(f"--data: {data}: {'a folder, not a file' if os.path.isdir(data) else 'no such file'}")
         else:
             records = datasets.load_dataset(data, split="train")
     except InputError:
         raise
     except Exception as error:     # datasets raises whatever its readers do
-        reason = "the file has no rows" if "corresponds to no data" in str(error) else ' '.join(str(error).split())[:200]
+        reason = ' '.join(str(error.__cause__ or error).split())[:200]
+        if "corresponds to no data" in reason or "BatchSize must be greater" in reason:
+            reason = "the file has no rows"
         raise InputError(f"--data: {data}: {first_bad_line(data) or reason}") from error
     wanted = [("prompt", "completion"), ("chosen", "rejected")][not demonstrations:]
     if not any(set(columns) <= set(records.column_names) for columns in wanted):
         raise InputError(f"--data: {data}: needs columns {' or '.join(' and '.join(columns) for columns in wanted)}, "
                          f"has {', '.join(records.column_names) or 'none'}")
     rows = []
-    for number, record in enumerate(records, 1):
+    for number in range(len(records)):
         try:
-            rows.append(parse_row(record, demonstrations))
-        except ValueError as error:
-            raise InputError(f"--data: {data}: row {number}: {error}") from error
+            rows.append(parse_row(records[number], demonstrations))
+        except ValueError as error:     # also text that is not UTF-8
+            raise InputError(f"--data: {data}: row {number + 1}: {error}") from error
     if not rows:
         raise InputError(f"--data: {data}: the file has no rows")
     return rows
@@ -329,8 +335,8 @@ def first_bad_line(path):
                     return f"row {number}: not a JSON object"
         except ValueError as error:
             return f"row {number}: not JSON: {error}"
-        except OSError as error:
-            return f"not a gzip file: {error}"
+        except (OSError, EOFError) as error:
+            return f"not a whole gzip file: {error}"
 
 
 def split_of(prompt):
@@ -376,7 +382,7 @@ def preferences(data, split, tokenizer, block_size, n=None, ref=None, cache=None
         return rows
 
     with open(tinytldr.__file__, "rb") as source:     # another world is other data
-        key = runtime.key(runtime.hash_weights(ref), source.read(), data, split, n, hard, seed)
+        key = runtime.key(runtime.hash_weights(ref), source.read(), data, split, PAIRS_FROM[split], n, hard, seed)
     rows = runtime.cached(cache, f"{split}-pairs", key, sample_and_label)
     return tokenise(rows, tokenizer, block_size, f"{split} pairs")
 
@@ -390,9 +396,9 @@ def training_pairs(args, tokenizer, ref, device, autocast):
     splits = []
     for split, n in (("train", args.pool if tiny else None), ("validation", 1000 if tiny else None)):
         dataset = preferences(args.data, split, tokenizer, ref.config.block_size, n, ref, cache, args.hard_labels, args.seed)
-        if args.relabel:
-            from reward import RewardModel
-            oracle = RewardModel.from_pretrained(args.relabel).to(device)
+        if args.relabel and len(dataset):
+            from reward import load_reward_model
+            oracle = load_reward_model(args.relabel, "--relabel", ref, args.tokenizer, device)
             dataset = relabel(dataset, runtime.score(oracle, dataset.examples, autocast, desc="relabel"))
         if not len(dataset):
             raise InputError(f"--data: {args.data}: no usable pair in the {split} split")
@@ -423,11 +429,13 @@ def main(argv=None):
     parser = runtime.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="a JSONL, JSON, CSV or Parquet file of pairs, or a hub name")
     parser.add_argument("--tokenizer", default="gpt2", help="tinytldr, or a name that tiktoken knows")
-    parser.add_argument("--block_size", type=int, default=1024, help="longest prompt + response, in tokens")
+    parser.add_argument("--block_size", type=runtime.positive(int), default=1024, help="longest prompt + response, in tokens")
     parser.add_argument("--show", action="store_true", help="print one batch, prompt and responses coloured")
     args = parser.parse_args(argv)
     tokenizer = get_tokenizer(args.tokenizer)
     dataset = tokenise(load_rows(args.data), tokenizer, args.block_size, args.data)
+    if not len(dataset):
+        raise InputError(f"--data: {args.data}: no usable pair")
     if args.show:
         show(dataset, tokenizer)
     lengths = dataset.response_lengths()

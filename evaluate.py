@@ -15,7 +15,7 @@ import numpy as np
 import runtime
 from data import collate, get_tokenizer, load_rows, longer, preferences, relabel, split_of, tokenise
 from model import GPT
-from reward import RewardModel, family_folders
+from reward import family_folders, load_reward_model
 from runtime import InputError
 import tinytldr
 
@@ -44,8 +44,8 @@ def parse_flags(argv):
     parser = runtime.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("policies", nargs="*", help="run folders of policies (default: all six of out/)")
     parser.add_argument("--ref", default="out/sft", help="run folder of the reference policy")
-    parser.add_argument("--rms", help="reward models, or folders of families, comma-separated (tinytldr: default "
-                                      "out/rm,out/rms)")
+    parser.add_argument("--rms", help="reward models, or folders of families, comma-separated (if no policies "
+                                      "are named: out/rm,out/rms)")
     parser.add_argument("--oracle", help="run folder of a reward model that scores the samples (default: tinytldr's oracle)")
     parser.add_argument("--relabel", help="run folder of a reward model that relabels the pairs for --rms's accuracy")
     parser.add_argument("--data", default="tinytldr", help="where the held-out prompts and pairs come from")
@@ -55,12 +55,13 @@ def parse_flags(argv):
     parser.add_argument("--max_new_tokens", type=runtime.positive(int), default=64, help="longest sample")
     parser.add_argument("--temperature", type=float, default=1.0, help="of sampling; 0 takes the most likely token")
     parser.add_argument("--show", type=int, default=5, help="prompts whose samples are printed in the report")
-    parser.add_argument("--seed", type=int, default=0, help="of the data and of sampling")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    parser.add_argument("--seed", type=runtime.seed, default=0, help="of the data and of sampling")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps", "xla"])
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     args = parser.parse_args(argv)
-    if args.temperature < 0:
-        raise InputError(f"--temperature: not below 0, like {args.temperature}")
+    if args.temperature and not 0.01 <= args.temperature <= 100:
+        raise InputError(f"--temperature: 0, or between 0.01 and 100; not {args.temperature}")
+    runtime.check_out_dir(args.out_dir)
     if args.data != "tinytldr" and not args.oracle:
         raise InputError("--oracle: only --data=tinytldr has an oracle of its own; name the run folder of a reward model")
     if not args.policies:
@@ -81,7 +82,9 @@ def held_out_prompts(args, tokenizer, block_size):
         texts = list(dict.fromkeys(row["prompt"] for row in rows if split_of(row["prompt"]) == args.split))[:args.n_prompts]
         if not texts:
             raise InputError(f"--data: {args.data}: no prompt in the {args.split} split")
-    room = max(1, block_size - args.max_new_tokens)
+    room = block_size - args.max_new_tokens
+    if room < 1:
+        raise InputError(f"--max_new_tokens: {args.max_new_tokens} leaves no room for a prompt in block_size {block_size}")
     return texts, [(tokenizer.encode_ordinary(text) or [tokenizer.eot_token])[-room:] for text in texts]
 
 
@@ -100,9 +103,10 @@ def measure(policy, ref_side, prompts, texts, oracle, tokenizer, args, autocast)
         logps = lambda model, examples: runtime.score(model, examples, autocast)[:, 0]
         numbers |= {"advantage": difference.mean(),
                     "advantage_95": 1.96 * difference.std(ddof=1) / len(difference) ** 0.5 if len(difference) > 1 else np.nan,
-                    "win_rate": (difference > 0).mean() + 0.5 * (difference == 0).mean(),
-                    "kl_pi_ref": (logps(policy, own) - logps(ref, own)).mean(),
-                    "kl_ref_pi": (logps(ref, of_ref) - logps(policy, of_ref)).mean()}
+                    "win_rate": (difference > 0).mean() + 0.5 * (difference == 0).mean()}
+        if args.temperature == 1:      # samples at another temperature are not from pi, nor from ref
+            numbers |= {"kl_pi_ref": (logps(policy, own) - logps(ref, own)).mean(),
+                        "kl_ref_pi": (logps(ref, of_ref) - logps(policy, of_ref)).mean()}
     return {name: float(value) for name, value in numbers.items()}, responses, rewards, ids
 
 
@@ -112,17 +116,17 @@ def training_curve(folder):
     if not os.path.exists(path):
         return [], [], []
     with open(path, encoding="utf-8") as file:
-        lines = [line for line in map(json.loads, file) if "train/chosen_change" in line]
+        lines = [json.loads(line) for line in file if line.endswith("\n") and "train/chosen_change" in line]
     return ([line["step"] for line in lines], [line["train/chosen_change"] for line in lines],
             [line["train/rejected_change"] for line in lines])
 
 
-def reward_model_table(folders, pairs, device, autocast):
+def reward_model_table(models, pairs, autocast):
     """Held-out accuracy of every reward model, and its margins r(longer) - r(shorter) on pairs of unequal length."""
     who, lengths = longer(pairs.response_lengths()), pairs.response_lengths()
     table, margins = {}, {}
-    for folder in folders:
-        rewards = runtime.score(RewardModel.from_pretrained(folder).to(device), pairs.examples, autocast, desc=folder)
+    for folder, model in models.items():
+        rewards = runtime.score(model, pairs.examples, autocast, desc=folder)
         margin = rewards[:, 0] - rewards[:, 1]                                   # (N,) chosen minus rejected
         right = (margin > 0) + 0.5 * (margin == 0)
         mean = lambda mask: float(right[mask].mean()) if mask.any() else float("nan")
@@ -169,8 +173,9 @@ def figures(results, curves, margins, length_difference, out_dir):
         fig.savefig(os.path.join(out_dir, "logprob_change.png"))
         plt.close(fig)
 
-    if margins:
-        edges = np.unique(np.quantile(length_difference[length_difference > 0], np.linspace(0, 1, 6)).round())
+    edges = np.unique(np.quantile(length_difference[length_difference > 0], np.linspace(0, 1, 6)).round()
+                      ) if margins and length_difference.any() else []
+    if len(edges) > 1:
         bins = [(low, high) for low, high in zip(edges[:-1], edges[1:])]
         fig, ax = plt.subplots(figsize=(7, 3), layout="constrained")
         colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(margins)))
@@ -207,7 +212,7 @@ def policy_table(reference, results):
     rows = [["reference", "0", "0.5", f"{reference['length']:.1f}", f"{reference['unended']:.3f}", "0", "0", "0", "0"]]
     for name, r in results.items():
         rows.append([name, f"{r['advantage']:+.3f} ± {r['advantage_95']:.3f}", f"{r['win_rate']:.3f}", f"{r['length']:.1f}",
-                     f"{r['unended']:.3f}", f"{r['kl_pi_ref']:.2f}", f"{r['kl_ref_pi']:.2f}",
+                     f"{r['unended']:.3f}", *(f"{r[c]:.2f}" if c in r else "" for c in ("kl_pi_ref", "kl_ref_pi")),
                      *(f"{r[c]:+.1f}" if c in r else "" for c in ("chosen_change", "rejected_change"))])
     return markdown_table(header, rows)
 
@@ -242,7 +247,7 @@ def write_report(args, reference, results, flags, rms, rm_counts, samples, has_f
                      f"{rm_counts['longer']} the longer response was chosen, in {rm_counts['shorter']} the shorter one.\n\n"
                      + markdown_table(["reward model", "accuracy", "longer chosen", "shorter chosen", "longer scored higher"],
                                       [[folder] + [f"{value:.3f}" for value in r.values()] for folder, r in rms.items()])
-                     + "\n\n![reward margins by length difference](reward_margins.png)")
+                     + ("\n\n![reward margins by length difference](reward_margins.png)" if has_figures["margins"] else ""))
     blocks = []
     for number in range(min(args.show, samples["n"])):
         i = number * samples["n"] // args.show                     # spread over the split, chosen before anything was seen
@@ -264,7 +269,9 @@ def main(argv=None):
     args = parse_flags(argv)
     device, autocast = runtime.setup(args)
     ref = GPT.from_pretrained(args.ref).to(device)
-    tokenizer = get_tokenizer(runtime.run_flags(args.ref).get("tokenizer", "gpt2"))
+    args.tokenizer = runtime.run_flags(args.ref).get("tokenizer", "gpt2")
+    tokenizer = get_tokenizer(args.tokenizer)
+    load = lambda folder, flag: load_reward_model(folder, flag, ref, args.tokenizer, device)
     policies = {}
     for folder in args.policies:
         name = os.path.basename(os.path.normpath(folder))
@@ -272,11 +279,17 @@ def main(argv=None):
     for folder in args.policies:                          # say what is missing before the work, not after it
         if not os.path.exists(os.path.join(folder, "model.safetensors")):
             raise InputError(f"{folder}: no finished run in this folder (no model.safetensors)")
-    folders = family_folders(args.rms, "--rms") if args.rms else []
+        other = runtime.run_flags(folder).get("tokenizer", args.tokenizer)
+        if other != args.tokenizer:
+            raise InputError(f"{folder}: reads {other} tokens, the reference {args.tokenizer} tokens")
+        if GPT.from_pretrained(folder).config.block_size != ref.config.block_size:
+            raise InputError(f"{folder}: its block_size is not the reference's, {ref.config.block_size}")
+    models = {folder: load(folder, "--rms") for folder in (family_folders(args.rms, "--rms") if args.rms else [])}
+    oracle_model = load(args.oracle, "--oracle") if args.oracle else None
+    relabeller = load(args.relabel, "--relabel") if args.relabel else None
 
     texts, prompts = held_out_prompts(args, tokenizer, ref.config.block_size)
     if args.oracle:
-        oracle_model = RewardModel.from_pretrained(args.oracle).to(device)
         oracle = lambda texts, prompts, responses, ids: runtime.score(
             oracle_model, list(zip(prompts, [[r] for r in ids])), autocast, desc="oracle")[:, 0]
     else:
@@ -298,13 +311,15 @@ def main(argv=None):
 
     # ---- reward models
     rms, margins, length_difference, rm_counts = {}, {}, None, None
-    if folders:
+    if models:
         pairs = preferences(args.data, args.split, tokenizer, ref.config.block_size,
                             1000 if args.data == "tinytldr" else None, ref, runtime.cache_folder(args.ref, args.out_dir),
                             seed=args.seed)
-        if args.relabel:
-            pairs = relabel(pairs, runtime.score(RewardModel.from_pretrained(args.relabel).to(device), pairs.examples, autocast))
-        rms, margins, length_difference, rm_counts = reward_model_table(folders, pairs, device, autocast)
+        if not len(pairs):
+            raise InputError(f"--data: {args.data}: no usable pair in the {args.split} split, which --rms needs")
+        if relabeller:
+            pairs = relabel(pairs, runtime.score(relabeller, pairs.examples, autocast))
+        rms, margins, length_difference, rm_counts = reward_model_table(models, pairs, autocast)
 
     # ---- report
     os.makedirs(args.out_dir, exist_ok=True)
@@ -312,7 +327,8 @@ def main(argv=None):
     with open(os.path.join(args.out_dir, "results.json"), "w", encoding="utf-8") as file:
         json.dump({"reference": reference, "policies": results, "reward_models": rms, "flags": flags,
                    "evaluation": vars(args)}, file, indent=2)
-    path = write_report(args, reference, results, flags, rms, rm_counts, samples, {"curves": any(c[0] for c in curves.values())})
+    path = write_report(args, reference, results, flags, rms, rm_counts, samples, {
+        "curves": any(c[0] for c in curves.values()), "margins": os.path.exists(f"{args.out_dir}/reward_margins.png")})
     print("\n" + policy_table(reference, results))
     print(f"\n{path}")
 

@@ -146,7 +146,9 @@ class GPT(nn.Module):
         B, K = batch.last.size()
         hidden = self.transformer.tree(batch)                              # (B, T, C)
         hidden = hidden.reshape(-1, hidden.size(2))[batch.predictor]       # (R, C), R = response tokens in the batch
-        logits = self.lm_head(hidden).float()                              # (R, vocab): never computed for prompt tokens
+        with torch.autocast(hidden.device.type, enabled=False):            # log-probs are sums of many: keep their digits
+            hidden = hidden.to(self.lm_head.weight.dtype)
+            logits = self.lm_head(hidden).float()                          # (R, vocab): never computed for prompt tokens
         logps = -F.cross_entropy(logits, batch.target, reduction="none")   # (R,)
         slots = torch.zeros(B * K + 1, device=logps.device).index_add(0, batch.slot, logps)
         return slots[:-1].view(B, K)                                       # the last slot collects padding
@@ -154,14 +156,18 @@ class GPT(nn.Module):
     forward = response_logps      # what torch.compile and DistributedDataParallel call
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, temperature=1.0, stop=None, generator=None, batch_size=256):
+    def generate(self, prompts, max_new_tokens, temperature=1.0, stop=None, generator=None, batch_size=None):
         """Samples one response for each prompt.
 
         prompts: list of non-empty token lists, none longer than block_size. temperature: 0 takes the most likely token.
-        stop: the token that ends a response (it is part of the response). generator: a torch.Generator on the model's
-        device; the global random stream is left alone if it is given. Responses also end after max_new_tokens, or where
-        prompt and response fill block_size. Returns a list of token lists, in the order of the prompts.
+        stop: the token that ends a response (it is part of the response). generator: a torch.Generator; the global random
+        stream is left alone if it is given. batch_size: prompts at a time (default: up to 256, as the cache's memory
+        allows). Responses also end after max_new_tokens, or where prompt and response fill block_size. Returns a list of
+        token lists, in the order of the prompts.
         """
+        if batch_size is None:
+            columns = max(map(len, prompts), default=0) + max_new_tokens
+            batch_size = max(1, min(256, 65_536 // columns))      # GPT-2 small: 4.8 GB of float32 keys and values at most
         longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))     # little padding in a batch
         responses = [None] * len(prompts)
         for at in range(0, len(prompts), batch_size):
@@ -199,7 +205,10 @@ class GPT(nn.Module):
             if temperature == 0:
                 token = logits.argmax(dim=1)                                          # (B,)
             else:
-                token = torch.multinomial(F.softmax(logits / temperature, dim=1), 1, generator=generator).squeeze(1)
+                probabilities = F.softmax(logits / temperature, dim=1)                # (B, vocab)
+                if generator is not None:                                             # torch_xla has none of its own
+                    probabilities = probabilities.to(generator.device)
+                token = torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(device)   # (B,)
             new.append(token)
             if stop is not None:
                 ended |= token == stop
@@ -219,11 +228,11 @@ class GPT(nn.Module):
     def from_pretrained(cls, dir_or_hub_name):
         """Reads a GPT-2 checkpoint in Hugging Face layout, from a folder or, if there is none, from the hub."""
         config, tensors = read_checkpoint(dir_or_hub_name)
+        if "score.weight" in tensors:
+            raise InputError(f"{dir_or_hub_name}: this is a reward model, not a language model")
         model = cls(gpt_config(config, dir_or_hub_name))
-        tied = model.config.tie_word_embeddings
-        if tied or "lm_head.weight" not in tensors:     # a bare transformer or a reward model: the head is the embedding
+        if model.config.tie_word_embeddings:
             tensors["lm_head.weight"] = tensors.get("transformer.wte.weight")
-        tensors.pop("score.weight", None)
         load_tensors(model, tensors, dir_or_hub_name)
         return model
 
@@ -247,11 +256,20 @@ def gpt_config(config, where):
     activation = config.get("activation_function", "gelu_new")
     if activation not in ("gelu_new", "gelu_pytorch_tanh"):
         raise InputError(f"{where}: config.json says activation_function {activation!r}, and only 'gelu_new' is supported")
+    for name, supported in (("layer_norm_epsilon", 1e-5), ("scale_attn_weights", True),
+                            ("scale_attn_by_inverse_layer_idx", False)):
+        if config.get(name, supported) != supported:
+            raise InputError(f"{where}: config.json says {name} {config[name]!r}, and only {supported!r} is supported")
     names = {"block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head",
              "n_embd": "n_embd"}
     missing = [name for name in names.values() if name not in config]
     if missing:
         raise InputError(f"{where}: config.json has no {missing[0]!r}")
+    for name in names.values():
+        if not isinstance(config[name], int) or config[name] < 1:
+            raise InputError(f"{where}: config.json says {name} {config[name]!r}, which is not a positive whole number")
+    if config["n_embd"] % config["n_head"]:
+        raise InputError(f"{where}: config.json says n_head {config['n_head']}, which does not divide n_embd {config['n_embd']}")
     return GPTConfig(**{ours: config[theirs] for ours, theirs in names.items()},
                      tie_word_embeddings=config.get("tie_word_embeddings", True))
 
@@ -265,10 +283,10 @@ def read_checkpoint(dir_or_hub_name):
             if not os.path.isfile(paths[filename]):
                 raise InputError(f"{dir_or_hub_name}: no {filename} in this folder (is the run finished?)")
         elif str(dir_or_hub_name).startswith((".", "/", "out/")) or str(dir_or_hub_name).count("/") > 1:
-            raise InputError(f"{dir_or_hub_name}: no such folder")
+            raise InputError(f"{dir_or_hub_name}: no such folder")     # not "name" or "owner/name": don't ask the hub
         else:
-            from huggingface_hub import hf_hub_download
             try:
+                from huggingface_hub import hf_hub_download     # comes with datasets
                 paths[filename] = hf_hub_download(dir_or_hub_name, filename)
             except Exception as error:     # the hub raises a dozen kinds, from offline to misspelt
                 raise InputError(f"{dir_or_hub_name}: no such folder, and the hub gave no {filename} "

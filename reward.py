@@ -29,7 +29,9 @@ class RewardModel(nn.Module):
         """TreeBatch -> rewards (B, K) float32."""
         hidden = self.transformer.tree(batch)                                      # (B, T, C)
         rows = torch.arange(hidden.size(0), device=hidden.device).unsqueeze(1)     # (B, 1)
-        return self.score(hidden[rows, batch.last]).squeeze(2).float()             # (B, K, C) -> (B, K)
+        with torch.autocast(hidden.device.type, enabled=False):                    # bfloat16 rewards would tie
+            last = hidden[rows, batch.last].to(self.score.weight.dtype)            # (B, K, C)
+            return self.score(last).squeeze(2).float()                             # (B, K)
 
     @classmethod
     def from_policy(cls, gpt):
@@ -63,18 +65,30 @@ def family_folders(folders, flag="--rewards"):
             continue
         members = sorted(entry.path for entry in os.scandir(folder) if os.path.exists(os.path.join(entry.path, "config.json"))
                          ) if os.path.isdir(folder) else []
-        if not members:
+        if not members or not folder:
             raise InputError(f"{flag}: no reward model in {folder!r}: train one with python train_rm.py --out_dir={folder}")
         found += members
     return found
 
 
-def family_scores(folders, dataset, dtype, device, autocast, name):
-    """Every reward model's scores of chosen and rejected, cached next to the model. Returns (N, 2, M) float32."""
+def load_reward_model(folder, flag, policy, tokenizer, device):
+    """The reward model in a run folder, if it reads the same tokens as the policy; InputError names the flag if not."""
+    model, theirs = RewardModel.from_pretrained(folder), runtime.run_flags(folder).get("tokenizer", tokenizer)
+    if theirs != tokenizer:
+        raise InputError(f"{flag}: {folder} reads {theirs} tokens, the policy {tokenizer} tokens")
+    for name in ("vocab_size", "block_size"):
+        if getattr(model.config, name) < getattr(policy.config, name):
+            raise InputError(f"{flag}: {folder} has {name} {getattr(model.config, name)}, the policy "
+                             f"{getattr(policy.config, name)}")
+    return model.to(device)
+
+
+def family_scores(models, dataset, dtype, autocast, name):
+    """Every reward model's scores of chosen and rejected, cached next to the model. models: {folder: RewardModel}.
+    Returns (N, 2, M) float32."""
     pairs = [(prompt, responses[:2]) for prompt, responses in dataset.examples]
     scores = []
-    for folder in folders:
-        model = RewardModel.from_pretrained(folder).to(device)
+    for folder, model in models.items():
         key = runtime.key(runtime.hash_weights(model), runtime.hash_examples(pairs), dtype)
         scores.append(runtime.cached(os.path.join(folder, "cache"), f"{name}-rewards", key, lambda: runtime.score(
             model, pairs, autocast, desc=f"{name} rewards").tolist()))

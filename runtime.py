@@ -49,6 +49,25 @@ def positive(kind):
     return parse
 
 
+def not_negative(kind):
+    """A flag's type: a number, zero or above."""
+    def parse(text):
+        value = kind(text)
+        if not 0 <= value < math.inf:
+            raise ValueError
+        return value
+    parse.__name__ = f"non-negative {kind.__name__}"
+    return parse
+
+
+def seed(text):
+    """A flag's type: what random generators take."""
+    value = int(text)
+    if not 0 <= value < 2 ** 32:
+        raise ValueError
+    return value
+
+
 def fraction(text):
     """A flag's type: a number in [0, 1]."""
     value = float(text)
@@ -69,9 +88,9 @@ def shared_flags(doc):
     parser.add_argument("--micro_batch_size", type=positive(int), help="rows per forward pass (default: the batch)")
     parser.add_argument("--lr", type=positive(float), help="peak learning rate: warm-up over 5%% of the steps, then a "
                                                            "cosine down to a tenth")
-    parser.add_argument("--weight_decay", type=float, default=0.0, help="AdamW's")
+    parser.add_argument("--weight_decay", type=not_negative(float), default=0.0, help="AdamW's")
     parser.add_argument("--grad_clip", type=positive(float), default=1.0, help="largest norm of the gradient")
-    parser.add_argument("--seed", type=int, default=0, help="of the data, of initialisation and of the batch order")
+    parser.add_argument("--seed", type=seed, default=0, help="of the data, of initialisation and of the batch order")
     parser.add_argument("--eval_every", type=positive(int), help="steps between evaluations, at which state is saved too")
     parser.add_argument("--n_eval", type=positive(int), default=256, help="rows in each evaluation during training")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps", "xla"])
@@ -125,12 +144,24 @@ def setup(args):
     return device, lambda: torch.autocast(device.type, dtype=torch.bfloat16)
 
 
+def check_out_dir(out_dir):
+    """Says before the work, not after it, that --out_dir can't be made."""
+    above = os.path.abspath(out_dir)
+    while not os.path.exists(above):
+        above = os.path.dirname(above)
+    if not os.path.isdir(above) or not os.access(above, os.W_OK):
+        raise InputError(f"--out_dir: {out_dir!r} can't be made: {above!r} is {'a file' if os.path.isfile(above) else 'not writable'}")
+
+
 def load_policy(args, device):
     """-> (policy, tokenizer): what --init_from means, a new model or a checkpoint, with the tokenizer that goes with it."""
     from data import get_tokenizer            # here, as data.py and model.py stand on this file
     from model import GPT, GPTConfig
-    if os.path.realpath(args.init_from) == os.path.realpath(args.out_dir):
-        raise InputError(f"--out_dir: {args.out_dir!r} is also --init_from, which would be overwritten; name another folder")
+    for flag in ("init_from", "rewards", "relabel"):
+        for folder in (getattr(args, flag, None) or "").split(","):
+            if folder and os.path.realpath(folder) == os.path.realpath(args.out_dir):
+                raise InputError(f"--out_dir: {folder!r} is also --{flag}, which would be overwritten; name another folder")
+    check_out_dir(args.out_dir)
     args.tokenizer = (args.tokenizer or run_flags(args.init_from).get("tokenizer")
                       or ("tinytldr" if args.data == "tinytldr" else "gpt2"))
     tokenizer = get_tokenizer(args.tokenizer)
@@ -207,9 +238,10 @@ def cached(folder, name, key, compute):
             return json.load(file)
     value = compute()
     os.makedirs(folder, exist_ok=True)
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
+    temporary = f"{path}.{os.getpid()}.tmp"      # two runs from one reference may be at it at the same time
+    with open(temporary, "w", encoding="utf-8") as file:
         json.dump(value, file)
-    os.replace(path + ".tmp", path)
+    os.replace(temporary, path)
     return value
 
 
@@ -226,10 +258,12 @@ def score(model, examples, autocast=contextlib.nullcontext, tokens_per_batch=16_
     from data import collate
     device = next(model.parameters()).device
     sizes = np.array([len(prompt) + sum(map(len, responses)) for prompt, responses in examples])
+    most = max((sum(map(len, responses)) for _, responses in examples), default=1)      # response tokens in a row
     out, order, at = np.zeros((len(examples), len(examples[0][1])), np.float32), np.argsort(-sizes, kind="stable"), 0
     with tqdm(total=len(examples), desc=desc, disable=None, leave=False) as bar:
         while at < len(order):
-            rows = order[at:at + max(1, tokens_per_batch // sizes[order[at]])]
+            # longest rows first; and logits for no more than 10,000 tokens, 2 GB at GPT-2's vocabulary
+            rows = order[at:at + max(1, min(tokens_per_batch // sizes[order[at]], 10_000 // most))]
             batch = collate([examples[i] for i in rows], shape_multiple(device)).to(device)
             with autocast():
                 out[rows] = model(batch).float().cpu().numpy()
@@ -244,9 +278,10 @@ def sample(model, tokenizer, prompts, block_size, max_new_tokens=64, temperature
     with their end-of-text token (if the response came to its end) and the texts without.
 
     The random numbers come from a generator of their own: sampling never touches the training's random stream."""
-    ids = [tokenizer.encode_ordinary(p)[-(block_size - max_new_tokens):] if isinstance(p, str) else list(p) for p in prompts]
+    room = max(1, block_size - max_new_tokens)
+    ids = [tokenizer.encode_ordinary(p)[-room:] if isinstance(p, str) else list(p) for p in prompts]
     device = next(model.parameters()).device
-    generator = torch.Generator(device=device).manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+    generator = torch.Generator(device="cpu" if device.type == "xla" else device).manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
     responses, size = [], 1024
     with tqdm(total=len(ids), desc=desc, disable=None, leave=False) as bar, autocast():
         for at in range(0, len(ids), size):
@@ -265,8 +300,9 @@ class Run:
     """A run folder: config.json (the flags, under "nanopref", beside the model's shape), metrics.jsonl, the model, and
     state.pt for resuming. A context manager, so that the metrics file is closed."""
 
-    def __init__(self, args, model, optimizer, out_dir=None):
-        self.dir, self.model, self.optimizer, self.first_step = out_dir or args.out_dir, model, optimizer, 0
+    def __init__(self, args, model, optimizer, constants):
+        """constants: a hash of what training takes as given (reference, data, rewards): resuming needs the same."""
+        self.dir, self.model, self.optimizer, self.constants, self.first_step = args.out_dir, model, optimizer, constants, 0
         flags = vars(args)
         if args.resume:
             self._resume(flags)
@@ -286,20 +322,28 @@ class Run:
         for name, value in flags.items():
             if name not in NOT_PART_OF_THE_RUN and before.get(name) != value:
                 raise InputError(f"--resume: --{name} was {before.get(name)!r} and is {value!r}; it has to stay the same")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        metrics = os.path.join(self.dir, "metrics.jsonl")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            with open(metrics, encoding="utf-8") as file:
+                lines = file.readlines()
+        except Exception as error:     # torch raises many kinds for a damaged file
+            raise InputError(f"--resume: state.pt or metrics.jsonl in {self.dir!r} is missing or damaged; leave --resume out to "
+                             f"start from the beginning ({type(error).__name__})") from error
+        if state["constants"] != self.constants:
+            raise InputError("--resume: the reference, the data or the rewards have changed since the run began; start it again")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
         self.first_step = state["step"]
-        metrics = os.path.join(self.dir, "metrics.jsonl")
-        with open(metrics, encoding="utf-8") as file:     # what was logged after the saved state will be logged again
-            lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] < self.first_step]
-        with open(metrics, "w", encoding="utf-8") as file:
-            file.writelines(lines)
+        with open(metrics, "w", encoding="utf-8") as file:     # what was logged after the saved state will be logged again
+            file.writelines(line for line in lines if line.endswith("\n") and json.loads(line)["step"] < self.first_step)
         print(f"resumed {self.dir} at step {self.first_step}")
 
     def log(self, step, **values):
         """One line of metrics.jsonl. No times in it: the same seed gives the same bytes."""
+        if not all(map(math.isfinite, values.values())):
+            raise InputError(f"--lr: training diverged before step {step}: {values}; try a lower learning rate")
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
 
@@ -307,7 +351,7 @@ class Run:
         """All that `--resume` needs, in one file, so that the weights and the optimizer always belong together."""
         path = os.path.join(self.dir, "state.pt")
         torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": step,
-                    "rng": torch.get_rng_state()}, path + ".tmp")
+                    "constants": self.constants, "rng": torch.get_rng_state()}, path + ".tmp")
         os.replace(path + ".tmp", path)
 
     def __enter__(self):
@@ -322,5 +366,8 @@ def run_flags(folder):
     path = os.path.join(folder, "config.json")
     if not os.path.exists(path):
         return {}
-    with open(path, encoding="utf-8") as file:
-        return json.load(file).get("nanopref", {})
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file).get("nanopref") or {}
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path}: not a JSON object: {error}") from error

@@ -4,8 +4,8 @@ A post tells of six things (the slots below): who is involved, what happened, wh
 stands in the way, and the question. Each slot takes one of twelve facts, each fact has two wordings in a post and one
 fixed clause in a summary. Sentences are shuffled now and then, and chatter that matters to nobody is mixed in:
 
-    POST: Sorry for the wall of text. My roommate is the problem here. Every single night the speakers are on until
-    two. I asked nicely and was laughed at. I am worn out by now. There is no money left for anything. Should I just
+    POST: Sorry for the wall of text. My roommate is the problem here. Every night the speakers are on until two.
+    I asked nicely and was laughed at. I am worn out by now. There is no money left for anything. Should I just
     pack up and leave?
 
     TL;DR: my roommate; loud music at night; asked nicely; exhausted; broke; move out?

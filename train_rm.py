@@ -8,6 +8,8 @@ A member of the family is trained on a subset of D_rho in which the longer respo
 the pairs, so that the members disagree about length, and some member is near the truth. Every model starts from the
 transformer of --init_from. The skeleton is that of train_policy.py: `diff train_rm.py train_policy.py`.
 """
+import argparse
+import os
 import time
 
 import numpy as np
@@ -52,19 +54,27 @@ def main(argv=None):
     # ---- data: one training set, or one for each member of the family
     train, validation = training_pairs(args, tokenizer, policy, device, autocast)
     validation = validation.take(range(min(args.n_eval, len(validation))))
-    members = {args.out_dir: train}
-    if args.bias:
-        try:
-            members = {f"{args.out_dir}/{bias}": train.take(biased_subset(train.response_lengths(), bias, seed=args.seed))
-                       for bias in args.bias}
-        except ValueError as error:
-            raise InputError(f"--bias: {error}") from error
-    for out_dir, subset in members.items():
-        train_one(args, policy, {"train": subset, "validation": validation}, out_dir, device, autocast)
+    if not args.bias:
+        return train_one(args, policy, {"train": train, "validation": validation}, device, autocast)
+    folders = {bias: os.path.join(args.out_dir, str(bias)) for bias in args.bias}
+    begun = {folder for folder in folders.values() if os.path.exists(os.path.join(folder, "state.pt"))}
+    if args.resume and not begun:
+        raise InputError(f"--resume: there is no state.pt in {', '.join(folders.values())}; leave --resume out")
+    for folder in [args.out_dir, *(entry.path for entry in os.scandir(args.out_dir))] if os.path.isdir(args.out_dir) else []:
+        if folder not in folders.values() and os.path.exists(os.path.join(folder, "config.json")):
+            raise InputError(f"--out_dir: {folder} holds another reward model, which would join this family; name another folder")
+    try:
+        subsets = {bias: train.take(biased_subset(train.response_lengths(), bias, seed=args.seed)) for bias in folders}
+    except ValueError as error:
+        raise InputError(f"--bias: {error}") from error
+    for bias, folder in folders.items():
+        member = argparse.Namespace(**{**vars(args), "bias": bias, "out_dir": folder, "resume": args.resume and folder in begun})
+        train_one(member, policy, {"train": subsets[bias], "validation": validation}, device, autocast)
 
 
-def train_one(args, policy, splits, out_dir, device, autocast):
-    """One reward model, from the policy's transformer, into one run folder."""
+def train_one(args, policy, splits, device, autocast):
+    """One reward model, from the policy's transformer, into the run folder args.out_dir."""
+    constants = runtime.key(runtime.hash_weights(policy), runtime.hash_examples(splits["train"].examples))
     batch_rows = batch_order(splits["train"].row_lengths(), args.batch_size, args.seed)
 
     # ---- model
@@ -100,10 +110,10 @@ def train_one(args, policy, splits, out_dir, device, autocast):
 
     # ---- loop
     print(f"reward model: {sum(p.numel() for p in reward_model.parameters()):,} parameters, {len(splits['train'])} training "
-          f"pairs, {args.max_steps} steps of {args.batch_size}, on {device} -> {out_dir}")
+          f"pairs, {args.max_steps} steps of {args.batch_size}, on {device} -> {args.out_dir}")
     started, window = time.time(), []
-    with runtime.Run(args, reward_model, optimizer, out_dir) as run, tqdm(total=args.max_steps, initial=run.first_step,
-                                                                          desc=out_dir, disable=None, leave=False) as bar:
+    with runtime.Run(args, reward_model, optimizer, constants) as run, tqdm(
+            total=args.max_steps, initial=run.first_step, desc=args.out_dir, disable=None, leave=False) as bar:
         for step in range(run.first_step, args.max_steps + 1):
             last_step = step == args.max_steps
             if window and (step % 10 == 0 or step % args.eval_every == 0 or last_step):
@@ -117,7 +127,7 @@ def train_one(args, policy, splits, out_dir, device, autocast):
                 run.save_state(step)
                 tqdm.write(f"step {step:5d}  " + "  ".join(f"{name} {value:.4f}" for name, value in result.items()))
             if last_step:
-                reward_model.save_pretrained(out_dir)
+                reward_model.save_pretrained(args.out_dir)
                 break
 
             stats = whole_pass("train", batch_rows(step), backward=True)
@@ -128,7 +138,7 @@ def train_one(args, policy, splits, out_dir, device, autocast):
             runtime.end_step(device)
             bar.update()
             window.append({**stats, "grad_norm": norm})
-    print(f"reward model: {args.max_steps} steps in {time.time() - started:.0f} s -> {out_dir}")
+    print(f"reward model: {args.max_steps} steps in {time.time() - started:.0f} s -> {args.out_dir}")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ TAUS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 METHODS = {"dpo": BETAS, "ipo": TAUS, "d-dpo": BETAS, "p-dpo": BETAS, "dp-dpo": BETAS, "e-dpo": BETAS}
 
 
-def trial(args, loss, value, flags):
-    """Trains one policy, scores it on validation prompts: -> its numbers. What is there from an earlier sweep is kept."""
+def trial(args, loss, value):
+    """Trains one policy, scores it on validation prompts: -> its numbers. What an earlier sweep left in --out_dir is kept."""
     import torch
     torch.set_num_threads(1)
     import evaluate
@@ -32,7 +32,7 @@ def trial(args, loss, value, flags):
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             train_policy.main([f"--loss={loss}", f"--init_from={args.sft}", f"--out_dir={folder}",
                                f"--{'tau' if loss == 'ipo' else 'beta'}={value}"]
-                              + ([f"--rewards={rewards}"] if rewards else []) + flags)
+                              + ([f"--rewards={rewards}"] if rewards else []))
             evaluate.main([f"--ref={args.sft}", folder, "--split=validation", f"--out_dir={folder}/report", "--show=0"])
     with open(f"{folder}/report/results.json", encoding="utf-8") as file:
         (numbers,) = json.load(file)["policies"].values()
@@ -64,19 +64,19 @@ def figure(results, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False, epilog="Other flags go to train_policy.py.")
+                                     allow_abbrev=False)
     parser.add_argument("--sft", default="out/speedrun/sft")
     parser.add_argument("--rm", default="out/speedrun/rm")
     parser.add_argument("--rms", default="out/speedrun/rms")
-    parser.add_argument("--out_dir", default="out/sweep")
+    parser.add_argument("--out_dir", default="out/sweep", help="remove it to start anew, as after another --sft")
     parser.add_argument("--workers", type=int, default=2, help="runs at the same time, one thread each")
-    args, flags = parser.parse_known_args()
+    args = parser.parse_args()
     with ProcessPoolExecutor(args.workers) as pool:
         # the first trial of each kind alone fills the caches that the others share
         first = [("dpo", BETAS[0]), ("e-dpo", BETAS[0]), ("d-dpo", BETAS[0]), ("dp-dpo", BETAS[0])]
         for loss, value in first:
-            pool.submit(trial, args, loss, value, flags).result()
-        trials = {(loss, value): pool.submit(trial, args, loss, value, flags) for loss, values in METHODS.items()
+            pool.submit(trial, args, loss, value).result()
+        trials = {(loss, value): pool.submit(trial, args, loss, value) for loss, values in METHODS.items()
                   for value in values}
         results = {}
         for loss, values in METHODS.items():
@@ -92,4 +92,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    import runtime
+    runtime.run(main)

@@ -4,6 +4,7 @@ import sys
 import pytest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""              # nor needs an accelerator: float32 on a CPU is what the bars are for
 os.environ.setdefault("HF_HUB_OFFLINE", "1")        # no test may reach the network
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 

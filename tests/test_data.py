@@ -146,6 +146,8 @@ def test_parse_row_layouts():
             "rejected": [{"role": "assistant", "content": "No."}]}
     as_text = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "responses": [" Yes?", " No."]}
     assert parse_row(chat, False) == as_text
+    whole = {**chat, **{side: chat["prompt"] + chat[side] for side in ("chosen", "rejected")}}     # as in UltraFeedback
+    assert parse_row(whole, False) == as_text
     implicit = {side: chat["prompt"] + chat[side] for side in ("chosen", "rejected")}
     assert parse_row(implicit, False) == as_text
 
@@ -153,7 +155,8 @@ def test_parse_row_layouts():
 @pytest.mark.parametrize("record, message", [
     ({**PAIR, "chosen": "  "}, "response 'chosen' is empty"), ({**PAIR, "rejected": None}, "column 'rejected' is missing"),
     ({**PAIR, "chosen": 3}, "column 'chosen' is neither"), ({"chosen": "a", "rejected": "b"}, "share no beginning"),
-    ({**PAIR, "chosen": [{"role": "robot", "content": "x"}]}, "column 'chosen' is not a list of chat messages")])
+    ({**PAIR, "chosen": [{"role": "robot", "content": "x"}]}, "column 'chosen' is not a list of chat messages"),
+    ({**PAIR, "chosen": [{"role": "assistant", "content": None}]}, "column 'chosen' is not a list of chat messages")])
 def test_parse_row_refuses(record, message):
     with pytest.raises(ValueError, match=message):
         parse_row(record, False)
@@ -195,6 +198,21 @@ def test_load_rows_refuses(tmp_path, hub_cache, name, content, message):
     with pytest.raises(InputError, match=message) as error:
         load_rows(str(tmp_path / name))
     assert name in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("latin.jsonl", b'{"prompt":"caf\xe9","chosen":"a","rejected":"b"}\n', "row 1: .*utf-8"),
+    ("cut.jsonl.gz", gzip.compress(json.dumps(PAIR).encode() * 50)[:40], "not a whole gzip file"),
+    ("a [1]*.jsonl", json.dumps({**PAIR, "chosen": ""}).encode(), "row 1: the response 'chosen' is empty")])
+def test_load_rows_refuses_bytes(tmp_path, hub_cache, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        load_rows(str(tmp_path / name))
+
+
+def test_no_usable_pair(tmp_path, hub_cache):
+    with pytest.raises(InputError, match="no usable pair"):
+        data.main([f"--data={write(tmp_path / 'a.jsonl', [{**PAIR, 'rejected': PAIR['chosen']}])}", "--tokenizer=tinytldr"])
 
 
 def test_show(tmp_path, hub_cache, capsys):

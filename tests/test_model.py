@@ -96,9 +96,11 @@ def test_reward_model_save_and_load(tmp_path, model):
     for name, tensor in reward_model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
     assert family_folders(str(tmp_path / "family")) == [str(tmp_path / "family" / "0.2")]
+    model.save_pretrained(tmp_path / "policy")
     with pytest.raises(InputError, match="not a reward model"):
-        model.save_pretrained(tmp_path / "policy")
         RewardModel.from_pretrained(str(tmp_path / "policy"))
+    with pytest.raises(InputError, match="not a language model"):
+        GPT.from_pretrained(str(tmp_path / "family" / "0.2"))
 
 
 def test_checkpoint_without_prefix_and_with_mask_buffers(tmp_path, model):

@@ -35,7 +35,7 @@ def test_every_loss_trains(world, tmp_path, loss, capsys):
     assert "step 0: policy == reference" in capsys.readouterr().out
     lines = metrics(tmp_path)
     first, last = lines[0], lines[-1]
-    assert first["step"] == 0 and last["step"] == 6 and first["train/loss"] != last["train/loss"]
+    assert first["step"] == 0 and last["step"] == 6 and abs(last["train/chosen_change"]) > 1e-3
     assert abs(first["train/chosen_change"]) < 1e-4 and ("train/forward_kl" in first) == (loss in ("p-dpo", "dp-dpo", "e-dpo"))
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["nanopref"]["loss"] == loss and config["model_type"] == "gpt2"
@@ -143,7 +143,54 @@ def test_file_data_end_to_end(tmp_path, hub_cache):
                        "--max_new_tokens=8"])
     evaluate.main([f"--ref={tmp_path}/sft", f"{tmp_path}/e-dpo", f"--data={path}", f"--oracle={tmp_path}/oracle",
                    f"--rms={tmp_path}/rms", f"--out_dir={tmp_path}/report", "--max_new_tokens=8"])
-    assert (tmp_path / "report/report.md").exists()
+    results = json.loads((tmp_path / "report/results.json").read_text())
+    assert results["policies"]["e-dpo"]["kl_ref_pi"] > 0 and len(results["reward_models"]) == 2
+
+
+def test_interrupted_family_goes_on(world, tmp_path, monkeypatch):
+    """Killed in the second of three members: the first is kept, the second resumed, the third begun."""
+    flags = [f"--init_from={world}/sft", "--max_steps=4", "--eval_every=2", "--batch_size=8", "--n_pairs=100", "--pool=400",
+             "--n_eval=16", "--bias=0.2,0.4,0.6"]
+    train_rm.main([*flags, f"--out_dir={tmp_path}/whole"])
+    schedule, calls = runtime.learning_rate, []
+    def killed_at_the_seventh(*args):
+        calls.append(args)
+        if len(calls) == 4 + 3:
+            raise Interrupted
+        return schedule(*args)
+    monkeypatch.setattr(runtime, "learning_rate", killed_at_the_seventh)
+    with pytest.raises(Interrupted):
+        train_rm.main([*flags, f"--out_dir={tmp_path}/parts"])
+    monkeypatch.setattr(runtime, "learning_rate", schedule)
+    train_rm.main([*flags, f"--out_dir={tmp_path}/parts", "--resume"])
+    for bias in ("0.2", "0.4", "0.6"):
+        assert (tmp_path / "whole" / bias / "metrics.jsonl").read_bytes() == (tmp_path / "parts" / bias / "metrics.jsonl").read_bytes()
+    with pytest.raises(InputError, match="would join this family"):
+        train_rm.main([*flags[:-1], "--bias=0.2,0.5", f"--out_dir={tmp_path}/parts"])
+
+
+def test_resuming_needs_the_same_reference(world, tmp_path):
+    import shutil
+    shutil.copytree(f"{world}/sft", tmp_path / "sft")
+    flags = [flag for flag in policy_flags(world, tmp_path / "run") if "init_from" not in flag] + [f"--init_from={tmp_path}/sft"]
+    train_policy.main(flags)
+    other = GPT.from_pretrained(str(tmp_path / "sft"))
+    other.transformer.ln_f.bias.data += 0.1
+    other.save_pretrained(tmp_path / "sft")
+    with pytest.raises(InputError, match="the reference, the data or the rewards have changed"):
+        train_policy.main(flags + ["--resume"])
+
+
+def test_reward_model_of_another_kind(world, tmp_path):
+    with pytest.raises(InputError, match="not a reward model"):
+        train_policy.main(policy_flags(world, tmp_path / "run", "d-dpo", rewards=f"{world}/sft"))
+    config = json.loads(Path(f"{world}/rm/config.json").read_text())
+    import shutil
+    shutil.copytree(f"{world}/rm", tmp_path / "rm")
+    (tmp_path / "rm/config.json").write_text(json.dumps({**config, "nanopref": {"tokenizer": "gpt2"}}))
+    with pytest.raises(InputError, match="--rewards: .* reads gpt2 tokens, the policy tinytldr tokens"):
+        train_policy.main(policy_flags(world, tmp_path / "run", "d-dpo", rewards=f"{tmp_path}/rm"))
+    assert not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------- bad input: exit code 2, one line, nothing written
@@ -182,6 +229,19 @@ def test_a_run_does_not_overwrite_its_reference(world):
     with pytest.raises(InputError, match="--out_dir: .* is also --init_from"):
         train_policy.main(policy_flags(world, f"{world}/sft"))
     GPT.from_pretrained(f"{world}/sft")
+
+
+def test_a_folder_that_cannot_be_made(world, tmp_path):
+    (tmp_path / "file").write_text("")
+    for out_dir in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(InputError, match="--out_dir: .* is a file"):
+            train_policy.main(policy_flags(world, out_dir))
+
+
+def test_a_diverged_run_is_not_saved(world, tmp_path):
+    with pytest.raises(InputError, match="--lr: training diverged before step"):
+        train_policy.main(policy_flags(world, tmp_path / "run", lr=1e12))
+    assert not (tmp_path / "run/model.safetensors").exists()
 
 
 def test_too_few_pairs_for_the_bias(world, tmp_path):
