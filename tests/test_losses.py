@@ -21,28 +21,28 @@ def sigmoid(x):
     return 1 / (1 + math.exp(-x))
 
 
-def close(got, wanted):
+def assert_gives(got, wanted):
     torch.testing.assert_close(got, torch.tensor(wanted, dtype=got.dtype))
 
 
 def test_log_ratio_margin():
-    close(losses.log_ratio_margin(policy, ref), h)
+    assert_gives(losses.log_ratio_margin(policy, ref), h)
 
 
 def test_bradley_terry():
-    close(losses.bradley_terry(rewards[..., 0]), [-math.log(sigmoid((r[0] - r[1]).item())) for r in rewards[..., 0]])
+    assert_gives(losses.bradley_terry(rewards[..., 0]), [-math.log(sigmoid((r[0] - r[1]).item())) for r in rewards[..., 0]])
 
 
 def test_dpo():
-    close(losses.dpo(policy, ref, BETA), [-math.log(sigmoid(BETA * x)) for x in h])
+    assert_gives(losses.dpo(policy, ref, BETA), [-math.log(sigmoid(BETA * x)) for x in h])
 
 
 def test_ipo():
-    close(losses.ipo(policy, ref, TAU), [(x - 1 / (2 * TAU)) ** 2 for x in h])
+    assert_gives(losses.ipo(policy, ref, TAU), [(x - 1 / (2 * TAU)) ** 2 for x in h])
 
 
 def test_distill():
-    close(losses.distill(policy, ref, rewards[..., 0], BETA),
+    assert_gives(losses.distill(policy, ref, rewards[..., 0], BETA),
           [((r[0] - r[1]).item() - BETA * x) ** 2 for r, x in zip(rewards[..., 0], h)])
 
 
@@ -56,13 +56,13 @@ def by_member():
 
 
 def test_ensemble_distill_takes_the_best_member_of_each_example():
-    close(losses.ensemble_distill(policy, ref, rewards, BETA), [min(members) for members in by_member()])
+    assert_gives(losses.ensemble_distill(policy, ref, rewards, BETA), [min(members) for members in by_member()])
 
 
 def test_ensemble_distill_per_batch_takes_one_member():
     means = [sum(by_member()[i][m] for i in range(5)) for m in range(3)]
     best = means.index(min(means))
-    close(losses.ensemble_distill(policy, ref, rewards, BETA, per="batch"), [members[best] for members in by_member()])
+    assert_gives(losses.ensemble_distill(policy, ref, rewards, BETA, per="batch"), [members[best] for members in by_member()])
     with pytest.raises(ValueError, match="per must be"):
         losses.ensemble_distill(policy, ref, rewards, BETA, per="epoch")
 
@@ -74,7 +74,7 @@ def test_ensemble_of_one_is_distill():
 
 def test_forward_kl():
     pi, reference = numbers(4, 3, seed=4), numbers(4, 3, seed=5)
-    close(losses.forward_kl(pi, reference), [sum((reference[i, s] - pi[i, s]).item() for s in range(3)) / 3 for i in range(4)])
+    assert_gives(losses.forward_kl(pi, reference), [sum((reference[i, s] - pi[i, s]).item() for s in range(3)) / 3 for i in range(4)])
 
 
 @pytest.mark.parametrize("name", losses.PREFERENCE_LOSSES)
@@ -101,7 +101,7 @@ def test_step_0(name):
         wanted = (margins.mean(dim=1) ** 2).tolist() if name != "e-dpo" else (margins ** 2).min(dim=1).values.tolist()
     else:
         wanted = [known] * 5
-    close(got, wanted)
+    assert_gives(got, wanted)
     torch.testing.assert_close(losses.loss_at_reference(name, rewards, TAU).expand(5).double(), got)
 
 
