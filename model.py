@@ -145,7 +145,9 @@ class GPT(nn.Module):
         """Summed log-probability of every response given its prompt, in nats. TreeBatch -> (B, K) float32."""
         B, K = batch.last.size()
         hidden = self.transformer.tree(batch)                              # (B, T, C)
-        hidden = hidden.reshape(-1, hidden.size(2))[batch.predictor]       # (R, C), R = response tokens in the batch
+        # Rows of (B * T, C), looked up as in an embedding: where responses share a predictor, its gradient is added up in a
+        # fixed order, so that runs repeat to the byte; indexing with [] adds in any order on several threads.
+        hidden = F.embedding(batch.predictor, hidden.flatten(0, 1))        # (R, C), R = response tokens in the batch
         with torch.autocast(hidden.device.type, enabled=False):            # log-probs are sums of many: keep their digits
             hidden = hidden.to(self.lm_head.weight.dtype)
             logits = self.lm_head(hidden).float()                          # (R, vocab): never computed for prompt tokens
