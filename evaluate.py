@@ -13,7 +13,7 @@ import os
 import numpy as np
 
 import runtime
-from data import collate, get_tokenizer, load_rows, longer, preferences, relabel, split_of, tokenise
+from data import get_tokenizer, load_rows, longer, preferences, relabel, split_of
 from model import GPT
 from reward import family_folders, load_reward_model
 from runtime import InputError

@@ -121,7 +121,8 @@ def preference_loss(name, policy, ref, rewards=None, beta=0.1, tau=0.1, gamma=0.
 
 
 def loss_at_reference(name, rewards=None, tau=0.1):
-    """What `preference_loss` must give where policy == ref, derived by hand: a check on all the wiring before step 0.
+    """What `preference_loss` must give where policy == ref, derived by hand. With the check that the policy's log-probs
+    are the cached ones of the reference, it is what train_policy.py asserts before step 0.
 
     rewards: (B, 2, M) for the distilling losses. Returns a number, or (B,) where it depends on the rewards.
     """
