@@ -5,6 +5,8 @@ import pytest
 import torch
 
 import losses
+from data import collate
+from model import GPT, GPTConfig
 
 BETA, TAU = 0.3, 0.2
 
@@ -108,3 +110,59 @@ def test_step_0(name):
 def test_unknown_loss():
     with pytest.raises(ValueError, match="dpo, ipo"):
         losses.preference_loss("kto", policy, ref)
+
+
+# ---------------------------------------------------------------- gradients
+
+@pytest.mark.parametrize("name, per", [(name, "example") for name in losses.PREFERENCE_LOSSES] + [("e-dpo", "batch")])
+def test_gradcheck(name, per):
+    """Every objective's gradient equals finite differences in float64, with respect to the log-probs and the rewards. (The
+    minimum of e-DPO has kinks; these random numbers are not on one.)"""
+    def loss(policy, rewards):
+        return losses.preference_loss(name, policy, numbers(5, 4, seed=7), rewards, BETA, TAU, gamma=0.7, per=per)
+
+    inputs = numbers(5, 4, seed=6).requires_grad_(), numbers(5, 2, 3, seed=3).requires_grad_(name in losses.NEEDS_REWARDS)
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+def test_gradcheck_bradley_terry():
+    assert torch.autograd.gradcheck(losses.bradley_terry, numbers(5, 2).requires_grad_())
+
+
+# log-probs of chosen, rejected and one sample from ref: margins of +-1e4, and responses of probability exp(-1e4)
+EXTREME = torch.tensor([[0.0, -1e4, -1e4], [-1e4, 0.0, 0.0], [-1e4, -1e4, -1e4], [0.0, 0.0, 0.0]])
+
+
+@pytest.mark.parametrize("name", losses.PREFERENCE_LOSSES)
+def test_extreme_margins_are_finite(name):
+    """Margins of +-1e4 and log-probs down to -1e4, of policy and reference, in float32: finite losses, finite gradients,
+    and exact where the formula's limit is plain."""
+    extreme_rewards = torch.tensor([1e4, -1e4, 0.0, 5.0])[:, None, None] * torch.tensor([[1.0, 0.5], [0.0, 0.0]])   # (4, 2, 2)
+    for reference in (torch.zeros(4, 3), EXTREME, EXTREME.flip(0)):
+        pi = EXTREME.clone().requires_grad_()
+        got = losses.preference_loss(name, pi, reference, extreme_rewards, beta=1.0, tau=TAU, gamma=0.01)
+        got.sum().backward()
+        assert got.isfinite().all() and pi.grad.isfinite().all()
+    if name == "dpo":
+        torch.testing.assert_close(losses.dpo(EXTREME[:, :2], torch.zeros(4, 2), 1.0), torch.tensor([0.0, 1e4, math.log(2), math.log(2)]))
+
+
+def test_bradley_terry_at_extreme_margins():
+    rewards = EXTREME[:, :2].clone().requires_grad_()
+    got = losses.bradley_terry(rewards)
+    got.sum().backward()
+    torch.testing.assert_close(got, torch.tensor([0.0, 1e4, math.log(2), math.log(2)]))
+    assert rewards.grad.isfinite().all() and rewards.grad[1].tolist() == [-1.0, 1.0]
+
+
+@pytest.mark.parametrize("name", losses.PREFERENCE_LOSSES)
+def test_a_model_that_is_certain_has_finite_gradients(name):
+    """Through the model: a head so large that responses have log-probs below -1e4, in float32; DPO's margin too."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=7, n_layer=1, n_head=1, n_embd=8, tie_word_embeddings=False))
+    with torch.no_grad():
+        model.lm_head.weight *= 2e5
+    logps = model(collate([([1, 2], [[3, 4, 5], [2, 6], [0, 1]]), ([3], [[0], [5, 5], [2, 2]])]))
+    assert logps.min() < -1e4
+    losses.preference_loss(name, logps, torch.zeros(2, 3), torch.ones(2, 2, 2), 1.0, TAU, 0.01).sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())

@@ -1,0 +1,134 @@
+"""Estimators against exact values, on a language model so tiny that all of its responses can be written down.
+
+Vocabulary 0, 1, 2 and STOP, at most four tokens: 1 + 3 + 9 + 27 responses that end in STOP and 81 that are cut off, 121 in
+all. All draws have fixed seeds, so a test either always passes or never does; the false-alarm rates are those over seeds.
+"""
+import itertools
+import math
+
+import pytest
+import torch
+
+from data import collate
+from losses import forward_kl
+from model import GPT, GPTConfig
+
+STOP, LONGEST, PROMPT = 3, 4, [1, 0, 2]
+RESPONSES = [list(head) + [STOP] for n in range(LONGEST) for head in itertools.product(range(3), repeat=n)]
+RESPONSES += [list(tokens) for tokens in itertools.product(range(3), repeat=LONGEST)]
+
+
+def make(seed):
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(block_size=8, vocab_size=4, n_layer=2, n_head=2, n_embd=8))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return model.eval()
+
+
+@torch.no_grad()
+def logps_of_all(model):
+    """Log-probs of all responses to PROMPT, in the tree batch: (121,)."""
+    return model.response_logps(collate([(PROMPT, [response]) for response in RESPONSES]))[:, 0]
+
+
+@torch.no_grad()
+def exact_probabilities(model, temperature):
+    """P(response) when every token is drawn from softmax(logits / temperature), by recomputing every prefix: (121,)."""
+    logps = []
+    for response in RESPONSES:
+        logits = model.logits(torch.tensor([PROMPT + response]))[0, len(PROMPT) - 1:-1]      # (tokens, vocab)
+        steps = (logits.double() / temperature).log_softmax(dim=1)
+        logps.append(steps[torch.arange(len(response)), response].sum())
+    return torch.stack(logps).exp()
+
+
+def draw(model, n, temperature, seed):
+    """n responses to PROMPT, as indices into RESPONSES."""
+    drawn = model.generate([PROMPT] * n, LONGEST, temperature, STOP, torch.Generator().manual_seed(seed), batch_size=n)
+    index = {tuple(response): i for i, response in enumerate(RESPONSES)}
+    return torch.tensor([index[tuple(response)] for response in drawn])
+
+
+def test_there_are_121_responses():
+    assert len(RESPONSES) == len(set(map(tuple, RESPONSES))) == 121
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_probabilities_of_all_responses_sum_to_one(seed):
+    """response_logps is a distribution over whole responses (those cut off standing for all their continuations), whether
+    the responses share one row of the tree or have a row each."""
+    model = make(seed)
+    logps = logps_of_all(model)
+    assert logps.double().exp().sum().item() == pytest.approx(1, abs=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(model.response_logps(collate([(PROMPT, RESPONSES)]))[0], logps, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logps.double().exp(), exact_probabilities(model, 1.0), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("S", [1, 4])
+def test_sampled_forward_kl_is_unbiased(S):
+    """The mean of 4,000 estimates from S samples each is within 4 standard errors of the exact KL(ref || pi). By the central
+    limit theorem an unbiased estimate fails that with a probability of 6.3e-5, each S."""
+    ref, policy, sets = make(0), make(1), 4000
+    ref_logps, policy_logps = logps_of_all(ref), logps_of_all(policy)
+    exact = (ref_logps.double().exp() * (ref_logps.double() - policy_logps.double())).sum().item()
+    samples = draw(ref, sets * S, 1.0, seed=S).view(sets, S)
+    estimates = forward_kl(policy_logps[samples], ref_logps[samples]).double()              # (sets,)
+    assert exact > 0.1 and (estimates < 0).any()
+    assert abs(estimates.mean().item() - exact) < 4 * estimates.std().item() / math.sqrt(sets)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_generated_frequencies(temperature):
+    """Frequencies of whole responses among 20,000 draws against their exact probabilities: Pearson's chi-square, responses
+    with fewer than 5 expected draws taken together. Fails at p < 1e-4, which is its false-alarm rate."""
+    model, n = make(2), 20_000
+    probabilities = exact_probabilities(model, temperature)
+    counts = torch.bincount(draw(model, n, temperature, seed=5), minlength=121).double()
+    expected, rare = n * probabilities, n * probabilities < 5
+    observed, expected = (torch.cat([values[~rare], values[rare].sum()[None]]) for values in (counts, expected))
+    observed, expected = observed[expected > 0], expected[expected > 0]
+    chi2, freedom = ((observed - expected) ** 2 / expected).sum(), torch.tensor(len(observed) - 1.0, dtype=torch.float64)
+    p = torch.special.gammaincc(freedom / 2, chi2 / 2).item()
+    assert freedom > 20 and p > 1e-4, f"chi-square {chi2:.1f} with {freedom:.0f} degrees of freedom, p = {p:.1e}"
+
+
+def test_another_temperature_would_be_noticed():
+    """The power of the test above: the draws at temperature 0.7 are not those of temperature 0.75."""
+    model, n = make(2), 20_000
+    counts = torch.bincount(draw(model, n, 0.7, seed=5), minlength=121).double()
+    expected = n * exact_probabilities(model, 0.75)
+    common = expected >= 5
+    assert ((counts - expected)[common] ** 2 / expected[common]).sum() > 2 * common.sum()
+
+
+@torch.no_grad()
+def generate_without_cache(model, prompts, max_new_tokens, temperature, generator):
+    """What `generate` computes, with every token's logits from a full forward pass over its row alone."""
+    rows = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))          # generate's order, which the draws follow
+    tokens = [list(prompts[i]) for i in rows]
+    for _ in range(max_new_tokens):
+        logits = torch.stack([model.logits(torch.tensor([row]))[0, -1] for row in tokens]).float()
+        if temperature == 0:
+            drawn = logits.argmax(dim=1)
+        else:
+            drawn = torch.multinomial((logits / temperature).softmax(dim=1), 1, generator=generator)[:, 0]
+        for row, token in zip(tokens, drawn.tolist()):
+            row.append(token)
+    responses = dict(zip(rows, tokens))
+    return [responses[i][len(prompt):] for i, prompt in enumerate(prompts)]
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7, 1.0])
+def test_the_kv_cache_changes_no_token(temperature):
+    """With the same random numbers, generation with a KV cache and without gives identical tokens, greedy or sampled, for
+    prompts of different lengths in one batch. In float64, where rounding can't move a draw across a boundary."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=11, n_layer=2, n_head=2, n_embd=16)).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [0, 1]] * 5
+    seeded = [torch.Generator().manual_seed(7) for _ in range(2)]
+    assert (model.generate(prompts, 20, temperature, generator=seeded[0])
+            == generate_without_cache(model, prompts, 20, temperature, seeded[1]))
