@@ -51,8 +51,9 @@ class RewardModel(nn.Module):
         return model
 
     def save_pretrained(self, directory):
+        # transformers reads the reward at the last token that is not pad_token_id, which so can't be the end-of-text token
         write_checkpoint(directory, self.state_dict(), self.config, architectures=["GPT2ForSequenceClassification"],
-                         id2label={"0": "reward"}, label2id={"reward": 0}, pad_token_id=self.config.vocab_size - 1)
+                         id2label={"0": "reward"}, label2id={"reward": 0}, pad_token_id=0)
 
 
 def family_folders(folders, flag="--rewards"):
