@@ -120,11 +120,11 @@ def preference_loss(name, policy, ref, rewards=None, beta=0.1, tau=0.1, gamma=0.
     return losses
 
 
-def loss_at_reference(name, rewards=None, tau=0.1):
+def loss_at_reference(name, rewards, tau):
     """What `preference_loss` must give where policy == ref, derived by hand. With the check that the policy's log-probs
     are the cached ones of the reference, it is what train_policy.py asserts before step 0.
 
-    rewards: (B, 2, M) for the distilling losses. Returns a number, or (B,) where it depends on the rewards.
+    rewards: (B, 2, M) for the distilling losses, else None. Returns a number, or (B,) where it depends on the rewards.
     """
     if name in ("dpo", "p-dpo"):
         return torch.tensor(2.0).log()                               # -log sigmoid(0)

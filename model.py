@@ -71,7 +71,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask=None, cache=None, start=0):
+    def forward(self, x, mask, cache, start):
         x = x + self.attn(self.ln_1(x), mask, cache, start)
         return x + self.mlp(self.ln_2(x))
 
@@ -93,7 +93,6 @@ class Transformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -149,7 +148,6 @@ class GPT(nn.Module):
         # fixed order, so that runs repeat to the byte; indexing with [] adds in any order on several threads.
         hidden = F.embedding(batch.predictor, hidden.flatten(0, 1))        # (R, C), R = response tokens in the batch
         with torch.autocast(hidden.device.type, enabled=False):            # log-probs are sums of many: keep their digits
-            hidden = hidden.to(self.lm_head.weight.dtype)
             logits = self.lm_head(hidden).float()                          # (R, vocab): never computed for prompt tokens
         logps = -F.cross_entropy(logits, batch.target, reduction="none")   # (R,)
         slots = torch.zeros(B * K + 1, device=logps.device).index_add(0, batch.slot, logps)

@@ -30,8 +30,7 @@ class RewardModel(nn.Module):
         hidden = self.transformer.tree(batch)                                      # (B, T, C)
         rows = torch.arange(hidden.size(0), device=hidden.device).unsqueeze(1)     # (B, 1)
         with torch.autocast(hidden.device.type, enabled=False):                    # bfloat16 rewards would tie
-            last = hidden[rows, batch.last].to(self.score.weight.dtype)            # (B, K, C)
-            return self.score(last).squeeze(2).float()                             # (B, K)
+            return self.score(hidden[rows, batch.last]).squeeze(2).float()         # (B, K, C) -> (B, K)
 
     @classmethod
     def from_policy(cls, gpt):

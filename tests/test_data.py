@@ -30,6 +30,15 @@ def test_batches_hold_rows_of_similar_length():
     assert padded < 1.1 * lengths.sum()
 
 
+def test_batches_of_equal_rows_are_the_shuffled_order_cut_up():
+    """The sort is stable: it changes nothing where there is nothing to sort. And a window is 32 batches by default."""
+    order = np.random.default_rng([5, 6]).permutation(400)
+    assert set(map(tuple, batches(np.ones(400), 10, seed=5, epoch=6))) == set(map(tuple, order.reshape(40, 10)))
+    ragged = np.random.default_rng(0).integers(1, 100, 400)
+    same = zip(batches(ragged, 10, 5, 6), batches(ragged, 10, 5, 6, window=32))
+    assert all(np.array_equal(a, b) for a, b in same)
+
+
 def test_what_fills_no_batch():
     assert [len(rows) for rows in batches(np.ones(10), 4, 0, 0)] == [4, 4]
     assert [len(rows) for rows in batches(np.ones(3), 4, 0, 0)] == [3]
@@ -49,6 +58,7 @@ def test_batch_order_depends_on_the_step_alone():
 
 def test_longer_means_ten_percent():
     assert longer([[11, 10], [10, 11], [10, 10], [109, 100], [110, 100], [100, 110], [3, 4]]).tolist() == [1, -1, 0, 0, 1, -1, -1]
+    assert longer(np.array([[4000, 3000]], np.int16)).tolist() == [1]       # 11 times that does not fit 16 bits
 
 
 @pytest.mark.parametrize("rho", [0, 0.2, 0.5, 0.8, 1])
@@ -75,8 +85,19 @@ def test_biased_subset_refuses():
         biased_subset(lengths, 0.5, 4)
     with pytest.raises(ValueError, match="between 0 and 1"):
         biased_subset(lengths, 1.5, 4)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="^no such pairs with"):
         biased_subset(np.array([[10, 10]]), 0.5)
+
+
+def test_biased_subset_of_one():
+    one = np.array([[10, 20], [10, 10]])
+    assert biased_subset(one, 0.0).tolist() == biased_subset(one, 0.0, 1).tolist() == [0]
+
+
+def test_biased_subset_defaults_to_seed_0():
+    lengths = np.random.default_rng(0).integers(5, 40, (500, 2))
+    assert np.array_equal(biased_subset(lengths, 0.5, 20), biased_subset(lengths, 0.5, 20, seed=0))
+    assert not np.array_equal(biased_subset(lengths, 0.5, 20), biased_subset(lengths, 0.5, 20, seed=1))
 
 
 def test_relabel():

@@ -107,6 +107,15 @@ def test_step_0(name):
     torch.testing.assert_close(losses.loss_at_reference(name, rewards, TAU).expand(5).double(), got)
 
 
+def test_preference_loss_passes_its_options_on():
+    pi, reference = numbers(5, 3, seed=6), numbers(5, 3, seed=7)
+    torch.testing.assert_close(losses.preference_loss("e-dpo", pi, reference, rewards, BETA, per="batch"),
+                               losses.ensemble_distill(pi[:, :2], reference[:, :2], rewards, BETA, per="batch"))
+    for name, wanted in (("p-dpo", losses.dpo(pi[:, :2], reference[:, :2], beta=0.1)),       # the defaults; gamma is 0
+                         ("ipo", losses.ipo(pi[:, :2], reference[:, :2], tau=0.1))):
+        torch.testing.assert_close(losses.preference_loss(name, pi, reference), wanted)
+
+
 def test_unknown_loss():
     with pytest.raises(ValueError, match="dpo, ipo"):
         losses.preference_loss("kto", policy, ref)

@@ -1,6 +1,7 @@
 """Generation, and checkpoints in Hugging Face's layout."""
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -60,6 +61,42 @@ def test_generation_leaves_the_global_random_stream_alone(model):
     first = model.generate(PROMPTS, 8, generator=torch.Generator().manual_seed(1))
     assert torch.equal(before, torch.get_rng_state())
     assert first == model.generate(PROMPTS, 8, generator=torch.Generator().manual_seed(1))
+
+
+def gpt2_in_numpy(weights, tokens, config):
+    """GPT-2's published forward pass, from the tensors of a checkpoint in Hugging Face's layout. tokens: (T,) -> (T, vocab)."""
+    def layer_norm(x, name):
+        mean, variance = x.mean(axis=-1, keepdims=True), x.var(axis=-1, keepdims=True)
+        return (x - mean) / np.sqrt(variance + 1e-5) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    T, size = len(tokens), config.n_embd // config.n_head
+    x = weights["transformer.wte.weight"][tokens] + weights["transformer.wpe.weight"][:T]
+    for layer in range(config.n_layer):
+        block = f"transformer.h.{layer}"
+        q, k, v = np.split(linear(layer_norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn"), 3, axis=1)
+        heads = []
+        for head in range(config.n_head):
+            part = slice(head * size, (head + 1) * size)
+            scores = np.where(np.tri(T, dtype=bool), q[:, part] @ k[:, part].T / np.sqrt(size), -np.inf)
+            attention = np.exp(scores - scores.max(axis=1, keepdims=True))
+            heads.append(attention / attention.sum(axis=1, keepdims=True) @ v[:, part])
+        x = x + linear(np.concatenate(heads, axis=1), f"{block}.attn.c_proj")
+        hidden = linear(layer_norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")
+        gelu = 0.5 * hidden * (1 + np.tanh(np.sqrt(2 / np.pi) * (hidden + 0.044715 * hidden ** 3)))
+        x = x + linear(gelu, f"{block}.mlp.c_proj")
+    return layer_norm(x, "transformer.ln_f") @ weights["transformer.wte.weight"].T
+
+
+def test_logits_are_gpt2s(tmp_path, model):
+    """The architecture, without the library (tests/test_parity.py compares with it where it is installed)."""
+    model.save_pretrained(tmp_path)
+    weights = {name: tensor.double().numpy() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    tokens = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
+    found = model.logits(torch.tensor([tokens]))[0].detach().double()
+    torch.testing.assert_close(found, torch.from_numpy(gpt2_in_numpy(weights, tokens, CONFIG)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -23,6 +23,11 @@ def test_collate_layout():
     assert batch.lengths.tolist() == [[2, 1], [1, 2]]
 
 
+def test_collate_pads_no_further_than_the_longest_row():
+    batch = collate([([5, 6], [[8, 9], [10]]), ([11], [[12], [13]])])
+    assert batch.tokens.shape == (2, 5) and batch.target.shape == (5,)
+
+
 def test_collate_rounds_shapes_up():
     """Padding goes to slot B * K, which response_logps throws away."""
     batch = collate([([5, 6, 7], [[8, 9], [10]])], multiple=4)
@@ -34,9 +39,12 @@ def test_collate_rounds_shapes_up():
     torch.testing.assert_close(model(batch), model(plain))
 
 
-@pytest.mark.parametrize("bad", [[([], [[1]])], [([1], [[]])], [([1], [[1]]), ([1], [[1], [2]])]])
-def test_collate_refuses(bad):
-    with pytest.raises(ValueError):
+@pytest.mark.parametrize("bad, message", [
+    ([([], [[1]])], "^prompts and responses need at least one token$"),
+    ([([1], [[]])], "^prompts and responses need at least one token$"),
+    ([([1], [[1]]), ([1], [[1], [2]])], "same number of responses: got 1 and 2")])
+def test_collate_refuses(bad, message):
+    with pytest.raises(ValueError, match=message):
         collate(bad)
 
 
@@ -129,6 +137,14 @@ def test_siblings_do_not_matter():
         first = model(collate([(prompt, [one, other])]))
         torch.testing.assert_close(model(collate([(prompt, [one, another])]))[:, 0], first[:, 0])
         torch.testing.assert_close(model(collate([(prompt, [other, one])])), first.flip(1))
+
+
+def test_rewards_keep_float32_under_autocast():
+    """Products below the head may be bfloat16, rewards are not, or many would tie: they differ from what bfloat16 can hold."""
+    model = make(RewardModel).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rewards = model(collate(random_examples(2)))
+    assert rewards.dtype == torch.float32 and not torch.equal(rewards, rewards.bfloat16().float())
 
 
 def test_reward_model_starts_at_zero():
