@@ -46,8 +46,9 @@ def test_generation_fills_the_block_and_no_more(model):
     for prompt, response in zip(PROMPTS, model.generate(PROMPTS, 100, temperature=0)):
         assert len(prompt) + len(response) == CONFIG.block_size
     assert model.generate([[1] * CONFIG.block_size], 5) == [[]]
-    with pytest.raises(ValueError):
-        model.generate([[1] * (CONFIG.block_size + 1)], 5)
+    for prompt in ([1] * (CONFIG.block_size + 1), []):
+        with pytest.raises(ValueError, match="prompts must have 1 to 20 tokens"):
+            model.generate([prompt], 5)
 
 
 def test_generation_stops(model):
@@ -95,8 +96,8 @@ def test_logits_are_gpt2s(tmp_path, model):
     model.save_pretrained(tmp_path)
     weights = {name: tensor.double().numpy() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
     tokens = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
-    found = model.logits(torch.tensor([tokens]))[0].detach().double()
-    torch.testing.assert_close(found, torch.from_numpy(gpt2_in_numpy(weights, tokens, CONFIG)), rtol=1e-4, atol=1e-4)
+    found = model.double().logits(torch.tensor([tokens]))[0].detach()
+    torch.testing.assert_close(found, torch.from_numpy(gpt2_in_numpy(weights, tokens, CONFIG)), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -112,7 +113,8 @@ def test_save_and_load(tmp_path, tied):
     stored = load_file(tmp_path / "m" / "model.safetensors")
     assert stored["transformer.h.0.mlp.c_fc.weight"].shape == (16, 64)          # Conv1D stores (in, out)
     assert ("lm_head.weight" in stored) == (not tied)
-    assert json.load(open(tmp_path / "m" / "config.json"))["model_type"] == "gpt2"
+    written = json.load(open(tmp_path / "m" / "config.json"))
+    assert written["model_type"] == "gpt2" and written["architectures"] == ["GPT2LMHeadModel"]
 
 
 def test_reward_model_save_and_load(tmp_path, model):
