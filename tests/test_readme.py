@@ -13,8 +13,9 @@ def test_the_glossary_is_the_report_s():
 
 
 def test_nothing_is_left_to_fill_in():
-    assert not re.findall(r"\b[A-Z]{4,}\b", re.sub(r"```.*?```", "", README, flags=re.S).replace("JSONL", "").replace(
-        "JSON", "").replace("NANOPREF", "").replace("TIKTOKEN_CACHE_DIR", "").replace("TMLR", ""))
+    """No word in capitals that is not a known name: placeholders are written so."""
+    words = set(re.findall(r"\b[A-Z_]{4,}\b", re.sub(r"```.*?```", "", README, flags=re.S)))
+    assert words <= {"JSON", "JSONL", "RLHF", "TIKTOKEN_CACHE_DIR", "TMLR"}
 
 
 def test_files_and_images_that_it_names_exist():
