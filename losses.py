@@ -38,8 +38,8 @@ def bradley_terry(rewards):
 def dpo(policy, ref, beta):
     """Direct preference optimisation: -log sigmoid(beta * h), Bradley-Terry on the implicit reward.
 
-    Rafailov et al. (2023), Eq. 7. With one label per pair it has no finite minimum: it always pays to widen the margin,
-    and nothing in it says that the chosen log-prob should stay where it is.
+    Rafailov et al. (2023), Eq. 7. With one label per pair (and no contradictory cycle of them) it has no finite minimum:
+    it always pays to widen the margin, and nothing in it says that the chosen log-prob should stay where it is.
     policy, ref: (B, 2) summed response log-probs. Returns (B,); ln 2 where policy == ref.
     """
     return -F.logsigmoid(beta * log_ratio_margin(policy, ref))
@@ -86,7 +86,8 @@ def forward_kl(policy_on_ref_samples, ref_on_ref_samples):
     """Monte-Carlo estimate of KL(ref || pi) = E_{y ~ ref}[logp_ref(y) - logp_pi(y)], in nats per response.
 
     The pessimism of p-DPO, dp-DPO and e-DPO: it punishes the policy for forgetting what the reference would say. The
-    estimate is unbiased; a single one may be negative. The samples are drawn once and cached: they do not depend on pi.
+    estimate is unbiased for a pi that does not depend on the samples, so not for one trained on these very samples; a single
+    one may be negative. They are drawn once and cached.
     policy_on_ref_samples, ref_on_ref_samples: (B, S) log-probs of S samples from ref for each prompt. Returns (B,).
     """
     return (ref_on_ref_samples - policy_on_ref_samples).mean(dim=1)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs transformers and TRL into .venv-parity and compares this repository with them. Arguments go to pytest.
 set -euo pipefail
-venv=.venv-parity requirements=requirements-parity.txt
-source "$(dirname "$0")/venv.sh"
+source "$(dirname "$0")/venv.sh" .venv-parity requirements-parity.txt
+"$venv/bin/python" -c "import transformers, trl"      # without them the tests would be skipped
 "$venv/bin/python" -m pytest -q tests/test_parity.py "$@"

@@ -3,13 +3,13 @@
 # Each line below can be run alone; what an earlier run has cached is used again. Arguments, such as --seed=1, go to every
 # command; the variable OUT names another folder.
 set -eo pipefail
-source "$(dirname "$0")/venv.sh"
+source "$(dirname "$0")/venv.sh" .venv requirements.txt
 out=${OUT:-out/speedrun}
 start=$SECONDS
 flags=("$@")
 python() {
     echo; echo "[$((SECONDS - start)) s] python $* ${flags[*]}"
-    .venv/bin/python "$@" "${flags[@]}"
+    "$venv/bin/python" "$@" "${flags[@]}"
 }
 
 # The reference policy: supervised fine-tuning on demonstrations of mixed quality.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
 # Installs into .venv and runs the tests: no network after the installation, no accelerator. Arguments go to pytest.
 set -euo pipefail
-source "$(dirname "$0")/venv.sh"
-.venv/bin/python -m pytest -q "$@"
+source "$(dirname "$0")/venv.sh" .venv requirements.txt
+"$venv/bin/python" -m pytest -q "$@"

@@ -219,7 +219,7 @@ def test_bradley_terry_equals_reward_trainers(tmp_path, trl):
 
 def test_a_whole_dpo_run_follows_trls(tmp_path, trl, hub_cache, capsys):
     """Twenty steps of `train_policy.py --loss=dpo` and of TRL's DPOTrainer from the same weights, data order, learning rates
-    and optimizer settings: the training loss agrees to 1e-3 at every step, and falls."""
+    and optimizer settings: the training loss agrees to 1e-4 at every step, and falls."""
     import datasets
     steps, batch_size, lr = 20, 8, 5e-3
     tokenizer = get_tokenizer("tinytldr")
@@ -259,5 +259,5 @@ def test_a_whole_dpo_run_follows_trls(tmp_path, trl, hub_cache, capsys):
         for step, (a, b) in enumerate(zip(ours, theirs)):
             print(f"{step:4d}  {a:.5f} {b:.5f}")
     assert len(ours) == len(theirs) == steps
-    assert ours == pytest.approx(theirs, abs=1e-3)
+    assert ours == pytest.approx(theirs, abs=1e-4)
     assert sum(ours[-5:]) < 0.8 * sum(ours[:5])

@@ -1,6 +1,6 @@
-"""The theory, executable: what the paper proves about DPO, distillation and pessimism, checked on policies small enough to
-write down. A companion to read beside Fisch et al. (arXiv 2405.19316) and losses.py; each docstring is a statement with
-its assumptions, and the body is the check.
+"""The theory, executable: what can be proved about DPO, distillation and pessimism, checked on policies small enough to write
+down. A companion to read beside Fisch et al. (arXiv 2405.19316) and losses.py; each docstring is a statement with its
+assumptions ("the paper's" or "ours"), and the body is the check, by training or by enumeration.
 
 One prompt, a handful of responses, float64. A *tabular* policy is the softmax of one free logit per response, so it can be
 any distribution with full support; it is trained with this repository's own losses until the gradient vanishes (or, for
@@ -48,7 +48,8 @@ def all_pairs(n):
 
 
 def minimise(loss, start, tolerance=1e-11):
-    """Logits (n,) at which the gradient of loss(log-probs) vanishes, by L-BFGS from `start`."""
+    """Logits (n,) at which the gradient of loss(log-probs) vanishes, by L-BFGS from `start`: a global minimum, as DPO,
+    distillation and KL(ref || softmax) are all convex in the logits of a tabular policy."""
     logits = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([logits], max_iter=2000, tolerance_grad=tolerance, tolerance_change=0,
                                   line_search_fn="strong_wolfe", history_size=20)
@@ -77,8 +78,9 @@ def dpo_loss(log_probs, ref, beta):
 
 
 def test_dpo_reaches_zero_only_as_margins_grow_without_bound():
-    """The paper's proposition on DPO: with one label per pair and disjoint pairs, the infimum of the loss is 0, it is never
-    attained, and it is approached only as every implicit reward margin beta * h goes to infinity.
+    """The paper's proposition on DPO: with one label per pair and disjoint pairs (so that no labels contradict each other in a
+    cycle), the infimum of the loss is 0. No policy with full support attains it, and it is approached only as every implicit
+    reward margin beta * h goes to infinity, with the rejected responses' probabilities going to 0.
 
     "Only": a mean loss below eps over N pairs leaves no pair a loss above N eps, so beta h >= -log(exp(N eps) - 1) for
     every pair. "Is approached": gradient descent on a tabular policy gets below any eps that we have the patience for.
@@ -87,7 +89,10 @@ def test_dpo_reaches_zero_only_as_margins_grow_without_bound():
     logits = ref.clone().requires_grad_()
     optimizer, reached = torch.optim.SGD([logits], lr=50.0), []
     for eps in (1e-1, 1e-2, 1e-3, 1e-4):
-        while (loss := dpo_loss(logits.log_softmax(0), ref, beta)) > eps:
+        for _ in range(20_000):
+            loss = dpo_loss(logits.log_softmax(0), ref, beta)
+            if loss <= eps:
+                break
             optimizer.zero_grad()
             loss.backward()
             assert logits.grad.norm() > 0
@@ -96,6 +101,7 @@ def test_dpo_reaches_zero_only_as_margins_grow_without_bound():
         margin = beta * (log_ratio[:, 0] - log_ratio[:, 1])                        # (3,)
         assert 0 < loss.item() <= eps
         assert (margin >= -math.log(math.expm1(len(PAIRS) * loss.item()))).all()
+        assert (log_ratio[:, 1] <= -ref[CHOSEN] - margin / beta).all()             # as log pi(chosen) <= 0: rejected ones vanish
         reached.append(margin.min().item())
     # with one pair, a margin of m makes a loss of about exp(-m): a factor of 10 in the loss costs log 10 of margin, for ever
     assert reached[-1] - reached[1] == pytest.approx(math.log(100), rel=0.1)
@@ -112,7 +118,7 @@ def test_dpo_is_also_minimised_by_policies_that_give_up_the_preferred_responses(
         logits = torch.zeros(8, dtype=torch.float64)
         logits[CHOSEN], logits[REJECTED] = -t, -2 * t
         policy = logits.log_softmax(0)
-        assert (policy[CHOSEN] < -t).all() and policy[OUTSIDE].exp().sum() >= 1 - 4 * math.exp(-t)
+        assert (policy[CHOSEN] < -t).all() and policy[OUTSIDE].exp().sum() >= 1 - 4 * math.exp(-t) - 1e-12
         smallest = t - (ref[CHOSEN] - ref[REJECTED]).max().item()                  # h of the pair that ref favours most
         assert 0 <= dpo_loss(policy, ref, beta) <= math.exp(-beta * smallest)
 
@@ -145,7 +151,7 @@ def one_pair(beta, gamma=0.0):
 
 
 def test_dpo_can_lower_the_chosen_probability_at_every_step():
-    """With a log-linear policy whose chosen and rejected responses share a feature, plain gradient descent on DPO lowers
+    """Ours. With a log-linear policy whose chosen and rejected responses share a feature, plain gradient descent on DPO lowers
     the chosen response's probability at every step while the loss falls at every step, without a floor.
 
     The step is along f(chosen) - f(rejected) = (-1, 0.2): less of the shared feature. That pushes both down and the mass
@@ -174,17 +180,18 @@ def test_distillation_recovers_the_rlhf_optimum(beta):
 
 
 def test_distillation_needs_only_a_connected_graph_of_comparisons():
-    """Full support is more than is needed: a chain of comparisons that connects all responses has the same minimiser."""
+    """Ours. Full support is more than is needed: a chain of comparisons that connects all responses has the same minimiser."""
     ref, reward, pairs = reference(6), numbers(6, seed=1), [(0, 1), (2, 1), (2, 3), (4, 3), (5, 0)]
     logits = minimise(lambda p: distill(of_pairs(p, pairs), of_pairs(ref, pairs), of_pairs(reward, pairs), 1.0).mean(), ref)
     assert total_variation(logits.log_softmax(0), optimum(ref, reward, 1.0)) < 1e-6
 
 
 def test_distillation_with_restricted_support_recovers_the_optimum_within_each_compared_group():
-    """With restricted support the optimum is *not* recovered. What is: inside each group of responses that comparisons
+    """Ours. With restricted support the optimum is *not* recovered. What is: inside each group of responses that comparisons
     connect (here {0, 1, 2}, {3, 4} and the lone {5}), pi*'s conditional distribution. How much mass a group has is not in
-    the loss: from different starts, different policies reach loss 0. Gradient methods on tabular logits keep every
-    group's mean logit where it started, so from the reference the answer is determined, and it is not pi*."""
+    the loss: from different starts, different policies reach loss 0. Methods whose
+    steps are sums of gradients (gradient descent, L-BFGS; not Adam, which rescales each logit) keep every group's mean logit
+    where it started, so from the reference the answer is determined, and it is not pi*."""
     ref, reward, beta = reference(6), 2 * numbers(6, seed=1), 1.0
     pairs, groups = [(0, 1), (1, 2), (0, 2), (3, 4)], [[0, 1, 2], [3, 4], [5]]
     best, found = optimum(ref, reward, beta), []
@@ -217,7 +224,7 @@ def simplex(n, k):
 
 @pytest.mark.parametrize("beta", [0.1, 1.0, 10.0])
 def test_the_value_of_an_optimal_policy_is_its_forward_kl(beta):
-    """For pi_r ~ ref * exp(r / beta), any r: E_pi_r[r] - E_ref[r] - beta KL(pi_r || ref) = beta KL(ref || pi_r).
+    """Used by the paper's theorem. For pi_r ~ ref * exp(r / beta), any r: E_pi_r[r] - E_ref[r] - beta KL(pi_r || ref) = beta KL(ref || pi_r).
 
     Both sides are beta log Z - E_ref[r], Z = E_ref[exp(r / beta)]. So the forward KL measures how much a reward model
     claims can be gained, and the family's most pessimistic member is the one with the smallest forward KL."""
@@ -255,7 +262,7 @@ def test_the_pessimistic_optimum_over_a_convex_family_is_its_least_forward_kl_po
 
 
 def test_a_finite_family_needs_its_convex_hull():
-    """Convexity matters. For the finite family of the three vertices alone, the member policy with the smallest forward KL
+    """Ours. Convexity matters. For the finite family of the three vertices alone, the member policy with the smallest forward KL
     is not the pessimistic optimum: the policy of a *mixture* does strictly better in the worst case, and reaches what no
     single member's policy does."""
     beta = 1.0
@@ -269,21 +276,21 @@ def test_a_finite_family_needs_its_convex_hull():
 
 
 def test_distilling_a_family_with_a_vanishing_kl_tends_to_the_member_with_the_least_forward_kl():
-    """The relaxed objective, min over members of distill_m (the minimum outside the expectation) + gamma KL(ref || pi):
-    as gamma -> 0 its minimiser tends to the member policy with the smallest forward KL. Every member's policy has a
-    distillation loss of 0; the KL term breaks the tie. The objective is a minimum of one function per member, so its
-    global minimum is looked for from every member's policy and from the reference."""
+    """The relaxed objective, min over members of distill_m (the minimum outside the expectation) + gamma KL(ref || pi), for a
+    finite family, a full-support reference and comparisons that connect all responses: as gamma -> 0 its minimiser tends to
+    the member policy with the smallest forward KL (here there is only one). Every member's policy has a distillation loss
+    of 0; the KL term breaks the tie. As a minimum of one convex function per member, it is minimised member by member."""
     ref, rewards, beta, pairs = reference(5), numbers(5, 3, seed=3), 0.7, all_pairs(5)
     members = [optimum(ref, rewards[:, m], beta) for m in range(3)]
     least = min(members, key=lambda policy: kl(ref, policy).item())
 
-    def objective(p, gamma):
-        fit = ensemble_distill(of_pairs(p, pairs), of_pairs(ref, pairs), of_pairs(rewards, pairs), beta, per="batch").mean()
-        return fit + gamma * kl(ref, p)
+    def objective(p, gamma, family=slice(None)):
+        of_family = of_pairs(rewards, pairs)[..., family]
+        return ensemble_distill(of_pairs(p, pairs), of_pairs(ref, pairs), of_family, beta, per="batch").mean() + gamma * kl(ref, p)
 
     distances = []
     for gamma in (1e-1, 1e-2, 1e-3, 1e-4):
-        found = [minimise(lambda p: objective(p, gamma), start).log_softmax(0) for start in [ref, *members]]
+        found = [minimise(lambda p: objective(p, gamma, slice(m, m + 1)), ref).log_softmax(0) for m in range(3)]
         distances.append(total_variation(min(found, key=lambda p: objective(p, gamma).item()), least))
     assert distances[-1] < 1e-3
     assert all(after < 0.2 * before for before, after in zip(distances, distances[1:]))     # linear in gamma
@@ -296,17 +303,18 @@ def random_batch(seed, B=6, M=4):
 
 
 def test_e_dpo_is_the_minimum_over_members_of_d_dpo_for_each_example():
-    """e-DPO's loss of an example is the smallest of the members' d-DPO losses there, and different examples may pick
+    """By definition: e-DPO's loss of an example is the smallest of the members' d-DPO losses there, and different examples may pick
     different members; with one member it is d-DPO."""
     policy, ref, rewards = random_batch(0)
     members = torch.stack([distill(policy, ref, rewards[..., m], 0.5) for m in range(4)], dim=1)     # (6, 4)
     torch.testing.assert_close(ensemble_distill(policy, ref, rewards, 0.5), members.min(dim=1).values)
     assert len(members.argmin(dim=1).unique()) > 1
+    torch.testing.assert_close(ensemble_distill(policy, ref, rewards, 0.5, "batch").mean(), members.mean(dim=0).min())
     torch.testing.assert_close(ensemble_distill(policy, ref, rewards[..., :1], 0.5), members[:, 0])
 
 
 def test_e_dpo_has_the_gradient_of_the_best_fitting_member_alone():
-    """The subgradient: with respect to the policy it is that of d-DPO with the best-fitting member, example by example;
+    """Ours. The subgradient: with respect to the policy it is that of d-DPO with the best-fitting member, example by example;
     with respect to the rewards it is zero for every other member."""
     policy, ref, rewards = random_batch(1)
     policy.requires_grad_(), rewards.requires_grad_()
@@ -321,15 +329,15 @@ def test_e_dpo_has_the_gradient_of_the_best_fitting_member_alone():
 
 @pytest.mark.parametrize("per", ["example", "batch"])
 def test_adding_a_member_never_raises_the_loss(per):
-    """A larger family can only explain the policy better: 100 random batches, members added one at a time."""
+    """Ours. A larger family can only explain the policy better: 100 random batches, members added one at a time."""
     for seed in range(100):
         policy, ref, rewards = random_batch(seed)
         by_size = [ensemble_distill(policy, ref, rewards[..., :m], 0.5, per).mean() for m in (1, 2, 3, 4)]
-        assert all(after <= before for before, after in zip(by_size, by_size[1:]))
+        assert all(after <= before + 1e-12 for before, after in zip(by_size, by_size[1:]))
 
 
 def test_the_minimum_per_example_is_the_weaker_demand():
-    """The minimum inside the expectation (what the paper runs) is at most the one outside (the objective as stated), and it
+    """Ours. The minimum inside the expectation (what the paper runs) is at most the one outside (the objective as stated), and it
     can be 0 for a policy that no single member explains: here member 0 explains the first pair, member 1 the second."""
     policy, ref = torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.zeros(2, 2)
     rewards = torch.tensor([[[1.0, 5.0], [0.0, 0.0]], [[5.0, 2.0], [0.0, 0.0]]])                        # (2, 2, 2)
@@ -349,24 +357,26 @@ def floor(ref_chosen, gamma):
 
 
 def test_p_dpo_keeps_preferred_responses_where_dpo_gives_them_up():
-    """On the log-linear policy above, gradient descent on p-DPO never takes the chosen probability below the bound, which
+    """Ours. On the log-linear policy above, gradient descent on p-DPO never takes the chosen probability below the bound, which
     holds for every policy no worse than the reference, and it settles; DPO goes through the same bound and on."""
-    gamma = 0.3
+    gamma, bound = 1.0, math.log(floor(0.25, 1.0))
     start = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     losses, chosen = descend(log_linear, one_pair(beta=1.0, gamma=gamma), start, 5000, 0.5)
-    assert (losses.diff() <= 1e-15).all()
-    assert chosen.min() > math.log(floor(0.25, gamma))
+    assert (losses.diff() <= 1e-12).all()
+    assert chosen.min() > bound
+    assert descend(log_linear, one_pair(beta=1.0), start, 5000, 0.5)[1][-1] < bound
     assert chosen[-1] - chosen[-1000] == pytest.approx(0, abs=1e-4) and chosen[-1] > -3     # settled, near ref's -1.39
 
     degenerate = torch.stack([torch.tensor([-t, -2 * t, 0, 0], dtype=torch.float64).log_softmax(0) for t in (50.0, 500.0)])
     for policy in degenerate:        # below the bound DPO's loss is as good as 0 and p-DPO's is worse than the reference's
-        assert policy[0] < math.log(floor(0.25, gamma))
+        assert policy[0] < bound
         assert one_pair(beta=1.0)(policy) < 1e-20 and one_pair(beta=1.0, gamma=gamma)(policy) > math.log(2)
 
 
 def test_p_dpo_has_a_finite_minimiser():
-    """With the KL term the minimum is attained: the gradient of tabular p-DPO on the disjoint pairs vanishes at finite
-    margins, with chosen responses up, rejected ones down, and KL(ref || pi) at most ln 2 / gamma (where DPO's loss is 0)."""
+    """Ours. With the KL term the minimum is attained: the gradient of tabular p-DPO on the disjoint pairs vanishes at finite
+    margins, with chosen responses up, rejected ones down, and KL(ref || pi) below ln 2 / gamma, because the minimum is at most
+    the reference's ln 2 and DPO's part of it is positive."""
     ref, beta, gamma = reference(8), 0.5, 0.3
     policy = minimise(lambda p: dpo_loss(p, ref, beta) + gamma * kl(ref, p), ref).log_softmax(0)
     log_ratio = policy - ref
