@@ -32,11 +32,12 @@ class TreeBatch:
     tokens     (B, T) int64   prompt, response 1, ..., response K, padding
     branch     (B, T) int64   0 in the prompt, k in response k, -1 in padding
     position   (B, T) int64   counts up through the prompt; every response starts again at the prompt's length
-    predictor  (R,)   int64   where each response token is predicted from: an index into the B * T positions
+    predictor  (R,)   int64   where each response token is predicted from: an index into the B * (T - context) positions
     target     (R,)   int64   the response token to predict there
     slot       (R,)   int64   row * K + response, the log-prob that it adds to (B * K: padding, thrown away)
-    last       (B, K) int64   column of each response's last token, where a reward is read
+    last       (B, K) int64   column, after the context, of each response's last token, where a reward is read
     lengths    (B, K) int64   response lengths in tokens
+    context    int            columns that come before every row's last prompt token: looked at, never read
     """
     tokens: torch.Tensor
     branch: torch.Tensor
@@ -46,9 +47,11 @@ class TreeBatch:
     slot: torch.Tensor
     last: torch.Tensor
     lengths: torch.Tensor
+    context: int
 
     def to(self, device):
-        return TreeBatch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        tensors = [getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)[:-1]]
+        return TreeBatch(*tensors, self.context)
 
 
 def collate(examples, multiple=1):
@@ -68,6 +71,8 @@ def collate(examples, multiple=1):
     T = -(-T // multiple) * multiple
     R = -(-lengths.sum() // multiple) * multiple
 
+    context = min(len(prompt) for prompt, _ in examples) - 1
+    context = context // multiple * multiple
     tokens, position = np.zeros((B, T), np.int64), np.zeros((B, T), np.int64)
     branch, last = np.full((B, T), -1, np.int64), np.zeros((B, K), np.int64)
     predictor, target, slot = np.zeros(R, np.int64), np.zeros(R, np.int64), np.full(R, B * K, np.int64)
@@ -87,12 +92,13 @@ def collate(examples, multiple=1):
         append(prompt, 0, 0)
         for k, response in enumerate(responses):
             columns, n = append(response, k + 1, len(prompt)), len(response)
-            predictor[r] = b * T + len(prompt) - 1              # the first token is predicted from the end of the prompt,
-            predictor[r + 1:r + n] = b * T + np.arange(columns.start, columns.stop - 1)   # the others from the one before
+            first = b * (T - context) - context                 # what column 0 would have as its index
+            predictor[r] = first + len(prompt) - 1              # the first token is predicted from the end of the prompt,
+            predictor[r + 1:r + n] = first + np.arange(columns.start, columns.stop - 1)   # the others from the one before
             target[r:r + n], slot[r:r + n] = response, b * K + k
-            last[b, k] = columns.stop - 1
+            last[b, k] = columns.stop - 1 - context
             r += n
-    return TreeBatch(*map(torch.from_numpy, (tokens, branch, position, predictor, target, slot, last, lengths)))
+    return TreeBatch(*map(torch.from_numpy, (tokens, branch, position, predictor, target, slot, last, lengths)), context)
 
 
 def batches(lengths, batch_size, seed, epoch, window=32):

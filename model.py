@@ -39,7 +39,7 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)    # queries, keys and values of all heads at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, mask, cache, start):
+    def forward(self, x, mask, cache, start, reads):
         B, T, C = x.size()                                           # rows, tokens, width
         q, k, v = self.c_attn(x).split(C, dim=2)                     # each (B, T, C)
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)    # (B, heads, T, C / heads)
@@ -49,8 +49,13 @@ class Attention(nn.Module):
             cached_k, cached_v = cache
             cached_k[:, :, start:start + T], cached_v[:, :, start:start + T] = k, v
             k, v = cached_k[:, :, :start + T], cached_v[:, :, :start + T]  # (B, heads, start + T, C / heads)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))             # (B, T, C)
+        y, context = [], T - (mask.size(2) if mask is not None else 0)
+        if reads > T - context:     # the context is plain causal: half the work of a mask
+            y.append(F.scaled_dot_product_attention(q[:, :, :context], k[:, :, :context], v[:, :, :context], is_causal=True))
+        if mask is not None:
+            y.append(F.scaled_dot_product_attention(q[:, :, context:], k, v, attn_mask=mask))
+        y = torch.cat(y, dim=2).transpose(1, 2).reshape(B, reads, C)
+        return self.c_proj(y)                                              # (B, reads, C)
 
 
 class MLP(nn.Module):
@@ -71,21 +76,24 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask, cache, start):
-        x = x + self.attn(self.ln_1(x), mask, cache, start)
+    def forward(self, x, mask, cache, start, reads):
+        """x: (B, T, C). Returns (B, reads, C): the last `reads` tokens. What is only attended to needs no output."""
+        x = x[:, x.size(1) - reads:] + self.attn(self.ln_1(x), mask, cache, start, reads)
         return x + self.mlp(self.ln_2(x))
 
 
-def tree_mask(branch):
+def tree_mask(branch, context, dtype):
     """Who sees whom: token q attends to token k iff k <= q in the row and k is in the prompt or in q's own response.
 
     branch: (B, T), 0 for the prompt, k for response k, -1 for padding (which sees itself, so that no row of the
-    softmax is empty, and which nothing else sees). Returns (B, 1, T, T) bool, the 1 for the heads.
+    softmax is empty, and which nothing else sees). context: the first columns, prompt in every row, which need no mask.
+    Returns (B, 1, T - context, T), 0 where q may look and -inf where not, to be added to the scores; the 1 for the heads.
     """
     T = branch.size(1)
-    query, key = branch[:, :, None], branch[:, None, :]
-    causal = torch.ones(T, T, dtype=torch.bool, device=branch.device).tril()
-    return (causal & ((key == 0) | (key == query))).unsqueeze(1)
+    query, key = branch[:, context:, None], branch[:, None, :]
+    causal = torch.ones(T, T, dtype=torch.bool, device=branch.device).tril()[context:]
+    visible = causal & ((key == 0) | (key == query))                 # (B, T - context, T)
+    return torch.zeros(visible.shape, dtype=dtype, device=branch.device).masked_fill(~visible, -math.inf).unsqueeze(1)
 
 
 class Transformer(nn.Module):
@@ -98,19 +106,56 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
 
-    def forward(self, tokens, position, mask=None, cache=None, start=0):
-        """tokens, position: (B, T). mask: (B, 1, T, keys) bool, or None for plain causal attention. cache: for each
-        layer a pair of (B, heads, columns, C / heads) tensors that this call fills from column `start`. -> (B, T, C)"""
+    def forward(self, tokens, position, mask=None, cache=None, start=0, reads=None):
+        """tokens, position: (B, T). mask: for the last columns, (B, 1, columns, keys), or None for plain causal attention.
+        cache: for each layer a pair of (B, heads, columns, C / heads) tensors that this call fills from column `start`.
+        Returns (B, reads, C), the last `reads` columns of the last layer (default: all)."""
+        T = tokens.size(1)
         x = self.wte(tokens) + self.wpe(position)                    # (B, T, C)
         for i, block in enumerate(self.h):
-            x = block(x, mask, cache and cache[i], start)
+            x = block(x, mask, cache and cache[i], start, T if block is not self.h[-1] else reads or T)
         return self.ln_f(x)
 
     def tree(self, batch):
-        """TreeBatch -> (B, T, C). With one response a row, the tree mask is the plain causal one (padding comes last),
-        for which attention has a faster kernel."""
-        mask = None if batch.last.size(1) == 1 else tree_mask(batch.branch)
-        return self(batch.tokens, batch.position, mask)
+        """TreeBatch -> (B, T - context, C). The context is what responses look at and nobody reads: the last layer leaves
+        it out, and below it costs no mask."""
+        mask = tree_mask(batch.branch, batch.context, self.wte.weight.dtype)
+        return self(batch.tokens, batch.position, mask, reads=mask.size(2))
+
+
+class TargetLogps(torch.autograd.Function):
+    """log softmax(hidden @ weight.T)[target] for R tokens, by hand. Over a vocabulary of 50,000 the logits are the largest
+    array there is, and passes over memory are what they cost: this one writes exp(logits) over the logits, and the gradient,
+    one-hot(target) - softmax, over that, where autograd would make an array for each."""
+    ROWS = 1024      # at a time: with GPT-2's vocabulary, 200 MB
+
+    @staticmethod
+    def forward(ctx, hidden, weight, target, keep):
+        """hidden: (R, C), weight: (vocab, C), target: (R,) -> (R,) float32. keep: there will be a backward pass."""
+        logps, ctx.kept = [], []
+        for h, t in zip(hidden.split(TargetLogps.ROWS), target.split(TargetLogps.ROWS)):
+            logits = h @ weight.t()                                         # (rows, vocab)
+            top, wanted = logits.amax(dim=1, keepdim=True), logits.gather(1, t[:, None])       # (rows, 1) each
+            exp = logits.sub_(top).exp_()                                   # (rows, vocab), in place
+            # A sum in float32 copies what is bfloat16: a few rows at a time, the copy stays in the cache.
+            total = torch.cat([part.sum(dim=1, keepdim=True, dtype=torch.float32) for part in exp.split(32)])   # (rows, 1)
+            logps.append((wanted.float() - top.float() - total.log())[:, 0])
+            if keep:
+                ctx.kept.append((h, t, exp, total))
+        ctx.weight = weight
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        kept, ctx.kept = ctx.kept, None       # it is overwritten: there is no second backward pass
+        grad_hidden, grad_weight = [], None
+        for (h, t, exp, total), g in zip(kept, grad[:, None].split(TargetLogps.ROWS)):         # g: (rows, 1)
+            grad_logits = exp.mul_((-g / total).to(exp.dtype))              # (rows, vocab), in place: -g * softmax
+            grad_logits[torch.arange(len(t), device=t.device), t] += g[:, 0].to(exp.dtype)     # + g * one-hot
+            grad_hidden.append(grad_logits @ ctx.weight)                    # (rows, C)
+            part = grad_logits.t() @ h                                      # (vocab, C)
+            grad_weight = part if grad_weight is None else grad_weight.add_(part)
+        return torch.cat(grad_hidden), grad_weight, None, None
 
 
 def init_weights(module, config):
@@ -121,6 +166,21 @@ def init_weights(module, config):
         elif parameter.dim() == 2:
             scale = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1.0
             nn.init.normal_(parameter, std=0.02 / scale)
+
+
+def draw(logits, temperature, generator):
+    """One token for each row, from softmax(logits / temperature); the most likely one if temperature is 0.
+
+    By inverting the distribution function: one random number a row, where torch.multinomial draws one for each token of
+    the vocabulary, a quarter of the time of sampling from a small model. logits: (B, vocab) float32 -> (B,) int64."""
+    if temperature == 0:
+        return logits.argmax(dim=1)
+    kind = torch.float32 if logits.device.type == "mps" else torch.float64            # mps has no float64
+    cumulative = F.softmax(logits / temperature, dim=1).to(kind).cumsum(dim=1)        # (B, vocab)
+    where = logits.device if generator is None else generator.device                  # torch_xla has no generator of its own
+    random = torch.rand(len(logits), 1, generator=generator, device=where, dtype=kind).to(logits.device)    # in [0, 1)
+    token = torch.searchsorted(cumulative, random * cumulative[:, -1:], right=True)   # the first with more below it than that
+    return token.squeeze(1).clamp(max=logits.size(1) - 1)
 
 
 class GPT(nn.Module):
@@ -143,13 +203,14 @@ class GPT(nn.Module):
     def response_logps(self, batch):
         """Summed log-probability of every response given its prompt, in nats. TreeBatch -> (B, K) float32."""
         B, K = batch.last.size()
-        hidden = self.transformer.tree(batch)                              # (B, T, C)
-        # Rows of (B * T, C), looked up as in an embedding: where responses share a predictor, its gradient is added up in a
+        hidden = self.transformer.tree(batch)                              # (B, T - context, C)
+        # Rows of (B * (T - context), C), looked up as in an embedding: where responses share a predictor, its gradient is added up in a
         # fixed order, so that runs repeat to the byte; indexing with [] adds in any order on several threads.
         hidden = F.embedding(batch.predictor, hidden.flatten(0, 1))        # (R, C), R = response tokens in the batch
-        with torch.autocast(hidden.device.type, enabled=False):            # log-probs are sums of many: keep their digits
-            logits = self.lm_head(hidden).float()                          # (R, vocab): never computed for prompt tokens
-        logps = -F.cross_entropy(logits, batch.target, reduction="none")   # (R,)
+        weight, device = self.lm_head.weight, hidden.device.type
+        if torch.is_autocast_enabled(device):      # bfloat16 products; what is added up after them stays float32
+            hidden, weight = hidden.to(torch.get_autocast_dtype(device)), weight.to(torch.get_autocast_dtype(device))
+        logps = TargetLogps.apply(hidden, weight, batch.target, torch.is_grad_enabled())   # (R,)
         slots = torch.zeros(B * K + 1, device=logps.device).index_add(0, batch.slot, logps)
         return slots[:-1].view(B, K)                                       # the last slot collects padding
 
@@ -199,27 +260,27 @@ class GPT(nn.Module):
 
         hidden = self.transformer(tokens, torch.arange(T, device=device).expand(B, T), cache=cache)   # (B, T, C)
         hidden = hidden[torch.arange(B, device=device), length - 1]                   # (B, C) at each last prompt token
-        new, ended = [], torch.zeros(B, dtype=torch.bool, device=device)
+        rows, ended = torch.arange(B, device=device), torch.zeros(B, dtype=torch.bool, device=device)
+        new = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
         for t in range(max_new_tokens):
             logits = self.lm_head(hidden).float()                                     # (B, vocab)
-            if temperature == 0:
-                token = logits.argmax(dim=1)                                          # (B,)
-            else:
-                probabilities = F.softmax(logits / temperature, dim=1)                # (B, vocab)
-                if generator is not None:                                             # torch_xla has none of its own
-                    probabilities = probabilities.to(generator.device)
-                token = torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(device)   # (B,)
-            new.append(token)
+            token = draw(logits, temperature, generator)                              # (B,)
+            new[rows, t] = token
             if stop is not None:
                 ended |= token == stop
-                if ended.all():
+                going = int((~ended).sum())
+                if going == 0:
                     break
+                if going <= len(rows) // 2:       # go on with the rows that have not ended: half the work
+                    keep = ~ended
+                    rows, token, length, visible, ended = (x[keep] for x in (rows, token, length, visible, ended))
+                    cache = [(cached_k[keep], cached_v[keep]) for cached_k, cached_v in cache]
             if t + 1 < max_new_tokens:
                 position = (length + t).clamp(max=config.block_size - 1)              # rows past the end are cut below
                 hidden = self.transformer(token[:, None], position[:, None], visible[..., :T + t + 1], cache, T + t)[:, 0]
 
         responses = []
-        for prompt, response in zip(prompts, torch.stack(new, dim=1).tolist() if new else [[]] * B):
+        for prompt, response in zip(prompts, new.tolist()):
             response = response[:config.block_size - len(prompt)]
             responses.append(response[:response.index(stop) + 1] if stop in response else response)
         return responses

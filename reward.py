@@ -27,7 +27,7 @@ class RewardModel(nn.Module):
 
     def forward(self, batch):
         """TreeBatch -> rewards (B, K) float32."""
-        hidden = self.transformer.tree(batch)                                      # (B, T, C)
+        hidden = self.transformer.tree(batch)                                      # (B, T - context, C)
         rows = torch.arange(hidden.size(0), device=hidden.device).unsqueeze(1)     # (B, 1)
         with torch.autocast(hidden.device.type, enabled=False):                    # bfloat16 rewards would tie
             return self.score(hidden[rows, batch.last]).squeeze(2).float()         # (B, K, C) -> (B, K)

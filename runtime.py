@@ -2,6 +2,7 @@
 schedule, the cache of everything constant, passes over a data set, logging and checkpoints."""
 import argparse
 import contextlib
+import ctypes
 import hashlib
 import json
 import math
@@ -136,12 +137,22 @@ def setup(args):
         device = torch.device(name)
     if args.dtype == "auto":
         args.dtype = "bfloat16" if name in ("cuda", "xla") else "float32"
+    keep_memory()
     if name == "cuda":
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
     if args.dtype == "float32":
         return device, contextlib.nullcontext
     return device, lambda: torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def keep_memory():
+    """Tells glibc to keep freed memory for the next step. Otherwise every large array is given back to the system when it is
+    freed, and comes back one page at a time, each zeroed first: a fifth of a step on a CPU (LOG.md)."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):       # another C library has other habits
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2 ** 30)      # M_MMAP_THRESHOLD: take what is below 1 GiB from the heap
+        libc.mallopt(-1, -1)           # M_TRIM_THRESHOLD: never give the heap back
 
 
 def check_out_dir(out_dir):
@@ -182,8 +193,9 @@ def adamw(model, args, device):
 
 
 def shape_multiple(device):
-    """What `collate` rounds shapes up to: torch_xla compiles each shape anew, so it should see few."""
-    return 128 if device.type == "xla" else 1
+    """What `collate` rounds shapes up to, to be asked under autocast. torch_xla compiles each shape anew, and so does the CPU's library for bfloat16
+    products (a third of a step when every batch has another shape), so they should see few."""
+    return 128 if device.type == "xla" else 32 if torch.is_autocast_enabled(device.type) else 1
 
 
 def end_step(device):
@@ -258,14 +270,12 @@ def score(model, examples, autocast=contextlib.nullcontext, tokens_per_batch=16_
     from data import collate
     device = next(model.parameters()).device
     sizes = np.array([len(prompt) + sum(map(len, responses)) for prompt, responses in examples])
-    most = max((sum(map(len, responses)) for _, responses in examples), default=1)      # response tokens in a row
     out, order, at = np.zeros((len(examples), len(examples[0][1])), np.float32), np.argsort(-sizes, kind="stable"), 0
     with tqdm(total=len(examples), desc=desc, disable=None, leave=False) as bar:
         while at < len(order):
-            # longest rows first; and logits for no more than 10,000 tokens, 2 GB at GPT-2's vocabulary
-            rows = order[at:at + max(1, min(tokens_per_batch // sizes[order[at]], 10_000 // most))]
-            batch = collate([examples[i] for i in rows], shape_multiple(device)).to(device)
+            rows = order[at:at + max(1, tokens_per_batch // sizes[order[at]])]       # longest rows first
             with autocast():
+                batch = collate([examples[i] for i in rows], shape_multiple(device)).to(device)
                 out[rows] = model(batch).float().cpu().numpy()
             at += len(rows)
             bar.update(len(rows))

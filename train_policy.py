@@ -146,8 +146,8 @@ def main(argv=None):
 
     def forward(split, rows, gamma):
         """One pass over some rows of a split: losses (b,), statistics {name: (b,)}; for SFT, response tokens (b,)."""
-        batch = collate([splits[split].examples[i] for i in rows], runtime.shape_multiple(device)).to(device)
         with autocast():
+            batch = collate([splits[split].examples[i] for i in rows], runtime.shape_multiple(device)).to(device)
             logps = model(batch)                                       # (b, K)
         if sft:
             tokens = batch.lengths.sum(dim=1)                          # (b,)
@@ -162,8 +162,9 @@ def main(argv=None):
     def whole_pass(split, rows, gamma, backward=False):
         """Mean loss and statistics over `rows`, in micro-batches; the gradient is that of the whole batch."""
         total, all_tokens = {}, response_tokens[split][rows].sum()
-        for at in range(0, len(rows), args.micro_batch_size):
-            losses, stats, tokens = forward(split, rows[at:at + args.micro_batch_size], gamma)
+        size = args.micro_batch_size if backward else 4 * args.micro_batch_size        # no gradient, less memory
+        for at in range(0, len(rows), size):
+            losses, stats, tokens = forward(split, rows[at:at + size], gamma)
             weight = tokens / all_tokens if sft else torch.full_like(losses, 1 / len(rows))     # SFT: a mean over tokens
             loss = (losses * weight).sum()
             if backward:
@@ -173,10 +174,11 @@ def main(argv=None):
         return total
 
     # ---- step 0 has known values: the policy is the reference
-    watched = {"validation": np.arange(len(splits["validation"]))}
+    by_length = lambda split, rows: rows[np.argsort(splits[split].row_lengths()[rows], kind="stable")]      # little padding
+    watched = {"validation": by_length("validation", np.arange(len(splits["validation"])))}
     if not sft:
-        watched["train"] = np.random.default_rng(0).permutation(len(splits["train"]))[:args.n_eval]
-        rows = np.sort(watched["train"][:args.micro_batch_size])
+        watched["train"] = by_length("train", np.random.default_rng(0).permutation(len(splits["train"]))[:args.n_eval])
+        rows = watched["train"][-args.micro_batch_size:]
         with torch.no_grad():
             start, scores = ref["train"][rows], rewards["train"][rows] if rewards else None
             with autocast():

@@ -84,17 +84,17 @@ def train_one(args, policy, splits, device, autocast):
 
     def forward(split, rows):
         """One pass over some rows of a split: losses (b,) and statistics {name: (b,)}."""
-        batch = collate([splits[split].examples[i] for i in rows], runtime.shape_multiple(device)).to(device)
         with autocast():
+            batch = collate([splits[split].examples[i] for i in rows], runtime.shape_multiple(device)).to(device)
             rewards = model(batch)                                     # (b, 2)
         margin = (rewards[:, 0] - rewards[:, 1]).detach()              # (b,)
         return bradley_terry(rewards), {"margin": margin, "accuracy": (margin > 0).float() + 0.5 * (margin == 0)}
 
     def whole_pass(split, rows, backward=False):
         """Mean loss and statistics over `rows`, in micro-batches; the gradient is that of the whole batch."""
-        total = {}
-        for at in range(0, len(rows), args.micro_batch_size):
-            losses, stats = forward(split, rows[at:at + args.micro_batch_size])
+        total, size = {}, args.micro_batch_size if backward else 4 * args.micro_batch_size       # no gradient, less memory
+        for at in range(0, len(rows), size):
+            losses, stats = forward(split, rows[at:at + size])
             loss = losses.sum() / len(rows)
             if backward:
                 loss.backward()
@@ -103,7 +103,7 @@ def train_one(args, policy, splits, device, autocast):
         return total
 
     # ---- step 0 has known values: the head is zero
-    watched = np.arange(len(splits["validation"]))
+    watched = np.argsort(splits["validation"].row_lengths(), kind="stable")      # little padding
     with torch.no_grad():
         start = whole_pass("validation", watched)["loss"].item()
     assert abs(start - np.log(2)) < 1e-6, f"before step 0, the Bradley-Terry loss is {start}, not ln 2"

@@ -13,6 +13,7 @@ import torch
 from data import collate
 from losses import forward_kl
 from model import GPT, GPTConfig
+from model import draw as draw_token
 
 STOP, LONGEST, PROMPT = 3, 4, [1, 0, 2]
 RESPONSES = [list(head) + [STOP] for n in range(LONGEST) for head in itertools.product(range(3), repeat=n)]
@@ -114,11 +115,7 @@ def generate_without_cache(model, prompts, max_new_tokens, temperature, generato
     tokens = [list(prompts[i]) for i in rows]
     for _ in range(max_new_tokens):
         logits = torch.stack([model.logits(torch.tensor([row]))[0, -1] for row in tokens]).float()
-        if temperature == 0:
-            drawn = logits.argmax(dim=1)
-        else:
-            drawn = torch.multinomial((logits / temperature).softmax(dim=1), 1, generator=generator)[:, 0]
-        for row, token in zip(tokens, drawn.tolist()):
+        for row, token in zip(tokens, draw_token(logits, temperature, generator).tolist()):
             row.append(token)
     responses = dict(zip(rows, tokens))
     return [responses[i][len(prompt):] for i, prompt in enumerate(prompts)]

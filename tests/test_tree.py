@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from data import collate
-from model import GPT, GPTConfig, tree_mask
+from model import GPT, GPTConfig, TargetLogps, tree_mask
 from reward import RewardModel
 
 CONFIG = GPTConfig(block_size=24, vocab_size=31, n_layer=2, n_head=2, n_embd=16)
@@ -21,6 +21,16 @@ def test_collate_layout():
     assert batch.slot.tolist() == [0, 0, 1, 2, 3, 3]
     assert batch.last.tolist() == [[4, 5], [1, 3]]
     assert batch.lengths.tolist() == [[2, 1], [1, 2]]
+    assert batch.context == 0
+
+
+def test_collate_counts_from_the_end_of_the_context():
+    """The context is what comes before the last prompt token in every row: here one column. What is read is counted after it."""
+    batch = collate([([5, 6, 7], [[8, 9], [10]]), ([11, 15], [[12], [13, 14]])])
+    assert batch.context == 1
+    assert batch.tokens.tolist() == [[5, 6, 7, 8, 9, 10], [11, 15, 12, 13, 14, 0]]
+    assert batch.predictor.tolist() == [1, 2, 1, 5, 5, 7]      # row 0: columns 2, 3, 2 less 1; row 1: 1, 1, 3 less 1, plus 5
+    assert batch.last.tolist() == [[3, 4], [1, 3]]
 
 
 def test_collate_pads_no_further_than_the_longest_row():
@@ -49,14 +59,17 @@ def test_collate_refuses(bad, message):
 
 
 def test_tree_mask():
-    """Prompt of two tokens, responses of two and one, one padding column."""
-    mask = tree_mask(torch.tensor([[0, 0, 1, 1, 2, -1]]))[0, 0].int().tolist()
-    assert mask == [[1, 0, 0, 0, 0, 0],
-                    [1, 1, 0, 0, 0, 0],
-                    [1, 1, 1, 0, 0, 0],
-                    [1, 1, 1, 1, 0, 0],
-                    [1, 1, 0, 0, 1, 0],
-                    [1, 1, 0, 0, 0, 1]]
+    """Prompt of two tokens, responses of two and one, one padding column; then without the first column, as a query."""
+    branch = torch.tensor([[0, 0, 1, 1, 2, -1]])
+    mask = tree_mask(branch, 0, torch.float64)
+    assert mask.shape == (1, 1, 6, 6) and mask.dtype == torch.float64
+    assert mask.exp()[0, 0].int().tolist() == [[1, 0, 0, 0, 0, 0],
+                                               [1, 1, 0, 0, 0, 0],
+                                               [1, 1, 1, 0, 0, 0],
+                                               [1, 1, 1, 1, 0, 0],
+                                               [1, 1, 0, 0, 1, 0],
+                                               [1, 1, 0, 0, 0, 1]]
+    assert torch.equal(tree_mask(branch, 1, torch.float64), mask[:, :, 1:])
 
 
 def make(kind, seed=0):
@@ -118,6 +131,41 @@ def test_tree_equals_separate_sequences(kind, brute_force, K):
     of_tree, of_separate = gradients(model, tree), gradients(model, separate)
     for name in of_tree:
         torch.testing.assert_close(of_tree[name], of_separate[name], rtol=1e-4, atol=1e-4, msg=lambda m: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("kind", [GPT, RewardModel])
+def test_a_long_context_changes_nothing(kind):
+    """Prompts of eight tokens and more, so that the attention is split into a causal and a masked part."""
+    model, examples = make(kind), [([1] * 8 + prompt, responses) for prompt, responses in random_examples(2, seed=2)]
+    examples = [(prompt[:CONFIG.block_size - max(map(len, responses))], responses) for prompt, responses in examples]
+    batch = collate(examples)
+    assert batch.context >= 7
+    alone = torch.cat([model(collate([(prompt, [response])])) for prompt, responses in examples for response in responses])
+    together = model(batch)
+    torch.testing.assert_close(together, alone.view_as(together), rtol=1e-5, atol=2e-5)
+    brute_force = separate_logps if kind is GPT else separate_rewards
+    of_tree, of_separate = gradients(model, together), gradients(model, brute_force(model, examples))
+    for name in of_tree:
+        torch.testing.assert_close(of_tree[name], of_separate[name], rtol=1e-4, atol=1e-4, msg=lambda m: f"{name}: {m}")
+
+
+def test_the_head_in_several_pieces(monkeypatch):
+    """TargetLogps gives the same values and gradients whatever number of rows it takes at a time, and F.cross_entropy's."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(10, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64)
+    target, sizes = torch.randint(0, 7, (10,)), torch.rand(10, dtype=torch.float64)
+
+    def values_and_gradients(logps):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        values = logps(h, w)
+        (values * sizes).sum().backward()
+        return values.double(), h.grad, w.grad
+
+    wanted = values_and_gradients(lambda h, w: -F.cross_entropy(h @ w.t(), target, reduction="none"))
+    for rows in (3, 10, 1024):
+        monkeypatch.setattr(TargetLogps, "ROWS", rows)
+        for found, right in zip(values_and_gradients(lambda h, w: TargetLogps.apply(h, w, target, True)), wanted):
+            torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-6)     # log-probs are float32
 
 
 @pytest.mark.parametrize("kind", [GPT, RewardModel])
