@@ -106,35 +106,11 @@ def test_greedy_generation(tmp_path):
 # ---------------------------------------------------------------- TRL: losses, gradients, a whole run
 
 @pytest.fixture
-def trl():
-    return pytest.importorskip("trl")
-
-
-def dpo_trainer(trl, *args, **kwargs):
-    """TRL's DPOTrainer on rows that are token ids already (as its RewardTrainer takes them), in the order of the rows."""
-    class PreparedDPOTrainer(trl.DPOTrainer):
-        def _prepare_dataset(self, dataset, *_):
-            return dataset
-
-        def _get_train_sampler(self, *_):
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-
-    return PreparedDPOTrainer(*args, **kwargs)
-
-
-def peer_tokenizer(vocab_size):
-    """What TRL's trainers need to exist; it is asked for the padding token alone."""
-    import tokenizers
-    words = {str(i): i for i in range(vocab_size - 1)} | {"<end>": vocab_size - 1}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "0")),
-                                                eos_token="<end>", pad_token="0")
-
-
-def features(examples):
-    """Our examples in the columns of TRL's DPOTrainer."""
-    ids = lambda tokens: [int(token) for token in tokens]
-    return [{"prompt_ids": ids(prompt), "chosen_ids": ids(chosen), "rejected_ids": ids(rejected)}
-            for prompt, (chosen, rejected) in examples]
+def peer():
+    """runs/peer.py, if TRL is installed."""
+    pytest.importorskip("trl")
+    from runs import peer
+    return peer
 
 
 def random_pairs(n, seed):
@@ -159,12 +135,8 @@ def assert_same_gradients(ours, theirs):
     assert checked == len(theirs)
 
 
-SETTINGS = dict(report_to=[], bf16=False, use_cpu=True, gradient_checkpointing=False, disable_tqdm=True, save_strategy="no",
-                max_length=None, remove_unused_columns=False)
-
-
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
-def test_losses_gradients_and_log_probs_equal_dpo_trainers(tmp_path, trl, loss_type):
+def test_losses_gradients_and_log_probs_equal_dpo_trainers(tmp_path, peer, loss_type):
     """DPO, and IPO on per-token means: TRL's loss, gradient of every parameter, and response log-probs, to 1e-5."""
     import datasets
     examples = random_pairs(6, seed=4)
@@ -176,10 +148,10 @@ def test_losses_gradients_and_log_probs_equal_dpo_trainers(tmp_path, trl, loss_t
     ours, our_ref = GPT.from_pretrained(str(tmp_path / "policy")), GPT.from_pretrained(str(tmp_path / "ref"))
 
     temperature = BETA if loss_type == "sigmoid" else TAU
-    trainer = dpo_trainer(
-        trl, policy, ref, trl.DPOConfig(str(tmp_path / "out"), beta=temperature, loss_type=[loss_type], **SETTINGS),
-        train_dataset=datasets.Dataset.from_list(features(examples)), processing_class=peer_tokenizer(VOCAB))
-    inputs = trainer.data_collator(features(examples))
+    trainer = peer.PreparedDPOTrainer(
+        policy, ref, peer.trl.DPOConfig(str(tmp_path / "out"), beta=temperature, loss_type=[loss_type], **peer.SETTINGS, **peer.BEST),
+        train_dataset=datasets.Dataset.from_list(peer.features(examples)), processing_class=peer.peer_tokenizer(VOCAB))
+    inputs = trainer.data_collator(peer.features(examples))
     batch = collate(examples)
     with torch.no_grad():
         ref_logps = our_ref.response_logps(batch)                                   # (6, 2)
@@ -199,16 +171,16 @@ def test_losses_gradients_and_log_probs_equal_dpo_trainers(tmp_path, trl, loss_t
     assert_same_gradients(ours, policy)
 
 
-def test_bradley_terry_equals_reward_trainers(tmp_path, trl):
+def test_bradley_terry_equals_reward_trainers(tmp_path, peer):
     """The reward model's loss and the gradient of every parameter equal RewardTrainer's, to 1e-5."""
     import datasets
     examples = random_pairs(6, seed=7)
     theirs = random_weights(transformers.GPT2ForSequenceClassification(gpt2_config(num_labels=1)), seed=8)
     theirs.save_pretrained(tmp_path / "model")
     ours = RewardModel.from_pretrained(str(tmp_path / "model"))
-    rows = [{"chosen_ids": prompt + chosen, "rejected_ids": prompt + rejected} for prompt, (chosen, rejected) in examples]
-    trainer = trl.RewardTrainer(theirs, trl.RewardConfig(str(tmp_path / "out"), **SETTINGS),
-                                train_dataset=datasets.Dataset.from_list(rows), processing_class=peer_tokenizer(VOCAB))
+    rows = peer.reward_features(examples)
+    trainer = peer.trl.RewardTrainer(theirs, peer.trl.RewardConfig(str(tmp_path / "out"), **peer.SETTINGS, **peer.BEST),
+                                train_dataset=datasets.Dataset.from_list(rows), processing_class=peer.peer_tokenizer(VOCAB))
     wanted = trainer.compute_loss(theirs, trainer.data_collator(rows))
     wanted.backward()
     loss = bradley_terry(ours(collate(examples))).mean()
@@ -217,7 +189,7 @@ def test_bradley_terry_equals_reward_trainers(tmp_path, trl):
     assert_same_gradients(ours, theirs)
 
 
-def test_a_whole_dpo_run_follows_trls(tmp_path, trl, hub_cache, capsys):
+def test_a_whole_dpo_run_follows_trls(tmp_path, peer, hub_cache, capsys):
     """Twenty steps of `train_policy.py --loss=dpo` and of TRL's DPOTrainer from the same weights, data order, learning rates
     and optimizer settings: the training loss agrees to 1e-4 at every step, and falls."""
     import datasets
@@ -241,15 +213,15 @@ def test_a_whole_dpo_run_follows_trls(tmp_path, trl, hub_cache, capsys):
 
     train = preferences(str(path), "train", tokenizer, 192)
     batch_rows = batch_order(train.row_lengths(), batch_size, seed=0)
-    in_order = features([train.examples[i] for step in range(steps) for i in batch_rows(step)])
+    in_order = peer.features([train.examples[i] for step in range(steps) for i in batch_rows(step)])
 
     policy, ref = (transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "start") for _ in range(2))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: runtime.learning_rate(step, steps, 1.0))
-    trainer = dpo_trainer(
-        trl, policy, ref, trl.DPOConfig(str(tmp_path / "out"), beta=BETA, per_device_train_batch_size=batch_size, num_train_epochs=1,
-                                   logging_steps=1, max_grad_norm=1.0, **SETTINGS),
-        train_dataset=datasets.Dataset.from_list(in_order), processing_class=peer_tokenizer(tokenizer.n_vocab),
+    trainer = peer.PreparedDPOTrainer(
+        policy, ref, peer.trl.DPOConfig(str(tmp_path / "out"), beta=BETA, per_device_train_batch_size=batch_size, num_train_epochs=1,
+                                   logging_steps=1, max_grad_norm=1.0, **peer.SETTINGS, **peer.BEST),
+        train_dataset=datasets.Dataset.from_list(in_order), processing_class=peer.peer_tokenizer(tokenizer.n_vocab),
         optimizers=(optimizer, schedule))
     with contextlib.redirect_stdout(None):
         trainer.train()
