@@ -36,7 +36,7 @@ export OMP_NUM_THREADS=1      # mutmut forks, which thread pools do not survive
 mutmut="$PWD/../../$venv/bin/mutmut"
 "$mutmut" run "losses.*" "data.x_collate*" "data.x_batches*" "data.x_batch_order*" "data.x_longer*" "data.x_biased_subset*" \
     "data.x_relabel*" "data.x_fit*" "model.x_tree_mask*" "model.xǁAttentionǁforward*" "model.xǁMLPǁforward*" \
-    "model.xǁBlockǁforward*" "model.xǁTransformerǁ*" "model.x_draw*" "model.xǁGPTǁlogits*" "model.xǁGPTǁresponse_logps*" \
+    "model.xǁBlockǁforward*" "model.xǁTransformerǁ*" "model.xǁGPTǁlogits*" "model.xǁGPTǁresponse_logps*" \
     "reward.xǁRewardModelǁforward*" > run.log
 killed=$(grep -acE "^(🎉|⏰)" run.log || true)      # a test that never ends is noticed too
 survived=$(grep -aE "^(🙁|🫥|🤔)" run.log | sed 's/^[^ ]* //' | sort || true)

@@ -195,6 +195,16 @@ def test_rewards_keep_float32_under_autocast():
     assert rewards.dtype == torch.float32 and not torch.equal(rewards, rewards.bfloat16().float())
 
 
+def test_log_probs_under_autocast():
+    """The vocabulary's product is bfloat16 then, the log-probs are float32 sums: near those of float32, and not the same."""
+    model, batch = make(GPT).float(), collate(random_examples(2))
+    exact = model(batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = model(batch)
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).abs().max() < 0.02 * exact.abs().max()
+
+
 def test_reward_model_starts_at_zero():
     torch.manual_seed(0)
     assert RewardModel(CONFIG)(collate(random_examples(2))).abs().max() == 0
