@@ -27,7 +27,6 @@ import time
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import runtime
 from data import batches, collate, get_tokenizer, load_rows, tokenise
