@@ -156,7 +156,7 @@ class Bench:
     """Models, data and optimizers, and one function that does a task once."""
 
     def __init__(self, args):
-        runtime_args = argparse.Namespace(device=args.device, dtype=args.dtype, seed=args.seed)
+        runtime_args = argparse.Namespace(device=args.device, dtype=args.dtype, seed=args.seed, lr=1e-5, weight_decay=0.0)
         self.device, self.autocast = runtime.setup(runtime_args)
         self.args, self.dtype = args, torch.bfloat16 if runtime_args.dtype == "bfloat16" else torch.float32
         K, B = args.n_responses, args.batch_size
@@ -175,8 +175,7 @@ class Bench:
         self.reward_model = RewardModel.from_policy(self.policy).to(self.device) if "reward model" in args.only else None
         self.models = {model: torch.compile(model, dynamic=True) if args.compile else model
                        for model in (self.policy, self.reward_model) if model}
-        self.optimizers = {model: torch.optim.AdamW(model.parameters(), lr=1e-5, fused=self.device.type in ("cpu", "cuda"))
-                           for model in self.models}
+        self.optimizers = {model: runtime.adamw(model, runtime_args, self.device) for model in self.models}
         sizes = np.array([len(prompt) + sum(map(len, responses[:K])) for prompt, responses in examples])
         plan = [rows for epoch in range(1 + args.steps * B // len(examples)) for rows in batches(sizes, B, args.seed, epoch)]
         self.plan = [[examples[i] for i in rows] for rows in plan]

@@ -147,15 +147,18 @@ class TargetLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        kept, ctx.kept = ctx.kept, None       # it is overwritten: there is no second backward pass
         grad_hidden, grad_weight = [], None
-        for (h, t, exp, total), g in zip(kept, grad[:, None].split(TargetLogps.ROWS)):         # g: (rows, 1)
+        for g in grad[:, None].split(TargetLogps.ROWS):                     # g: (rows, 1)
+            h, t, exp, total = ctx.kept.pop(0)      # it is overwritten, and freed: there is no second backward pass
             grad_logits = exp.mul_((-g / total).to(exp.dtype))              # (rows, vocab), in place: -g * softmax
             grad_logits[torch.arange(len(t), device=t.device), t] += g[:, 0].to(exp.dtype)     # + g * one-hot
             grad_hidden.append(grad_logits @ ctx.weight)                    # (rows, C)
-            part = grad_logits.t() @ h                                      # (vocab, C)
-            grad_weight = part if grad_weight is None else grad_weight.add_(part)
+            grad_weight = grad_logits.t() @ h if grad_weight is None else grad_weight.addmm_(grad_logits.t(), h)    # (vocab, C)
+            del exp, grad_logits
         return torch.cat(grad_hidden), grad_weight, None, None
+
+
+target_logps = torch.compiler.disable(TargetLogps.apply)      # torch.compile would make new arrays for what is done in place
 
 
 def init_weights(module, config):
@@ -210,7 +213,7 @@ class GPT(nn.Module):
         weight, device = self.lm_head.weight, hidden.device.type
         if torch.is_autocast_enabled(device):      # bfloat16 products; what is added up after them stays float32
             hidden, weight = hidden.to(torch.get_autocast_dtype(device)), weight.to(torch.get_autocast_dtype(device))
-        logps = TargetLogps.apply(hidden, weight, batch.target, torch.is_grad_enabled())   # (R,)
+        logps = target_logps(hidden, weight, batch.target, torch.is_grad_enabled())        # (R,)
         slots = torch.zeros(B * K + 1, device=logps.device).index_add(0, batch.slot, logps)
         return slots[:-1].view(B, K)                                       # the last slot collects padding
 
