@@ -12,19 +12,26 @@ Distillation", TMLR 2025, arXiv 2405.19316):
 
 Conventions: column 0 is the chosen response and column 1 the rejected one; log-probabilities are in nats, as floats;
 every function returns one loss per example, shape (B,), and never reduces over the batch (e-DPO's `per="batch"` picks
-its reward model with a batch mean, and still returns one loss per example).
+its reward model with a batch mean, and still returns one loss per example). K ranked responses, the best one first, may
+stand where a pair is asked for: (B, K) instead of (B, 2), and the loss is the mean over all pairs of the K.
 """
 import torch
 import torch.nn.functional as F
 
 
+def margins(values):
+    """Differences between responses, the better one first. values: (B, K, ...). Returns (B, K (K - 1) / 2, ...): of a pair
+    just value 0 - value 1; of three responses 0 - 1, 0 - 2, 1 - 2."""
+    better, worse = torch.triu_indices(values.size(1), values.size(1), offset=1, device=values.device)
+    return values[:, better] - values[:, worse]
+
+
 def log_ratio_margin(policy, ref):
     """h = [logp_pi(y1) - logp_ref(y1)] - [logp_pi(y2) - logp_ref(y2)], in nats.
 
-    policy, ref: (B, 2) summed response log-probs. Returns (B,).
+    policy, ref: (B, 2) summed response log-probs. Returns (B, 1); for K responses (B, K (K - 1) / 2), one h per pair.
     """
-    log_ratio = policy - ref                    # (B, 2)
-    return log_ratio[:, 0] - log_ratio[:, 1]    # (B,)
+    return margins(policy - ref)
 
 
 def bradley_terry(rewards):
@@ -35,6 +42,15 @@ def bradley_terry(rewards):
     return -F.logsigmoid(rewards[:, 0] - rewards[:, 1])
 
 
+def plackett_luce(rewards):
+    """How a reward model learns from a ranking: -log of the chance that responses picked one after the other, each with
+    probability softmax(rewards of those that are left), come out in this order. With K = 2 it is Bradley-Terry.
+
+    Luce (1959), Plackett (1975). rewards: (B, K), the best response first. Returns (B,).
+    """
+    return sum(-F.logsigmoid(rewards[:, k] - rewards[:, k + 1:].logsumexp(dim=1)) for k in range(rewards.size(1) - 1))
+
+
 def dpo(policy, ref, beta):
     """Direct preference optimisation: -log sigmoid(beta * h), Bradley-Terry on the implicit reward.
 
@@ -42,7 +58,7 @@ def dpo(policy, ref, beta):
     it always pays to widen the margin, and nothing in it says that the chosen log-prob should stay where it is.
     policy, ref: (B, 2) summed response log-probs. Returns (B,); ln 2 where policy == ref.
     """
-    return -F.logsigmoid(beta * log_ratio_margin(policy, ref))
+    return -F.logsigmoid(beta * log_ratio_margin(policy, ref)).mean(dim=1)
 
 
 def ipo(policy, ref, tau):
@@ -51,7 +67,7 @@ def ipo(policy, ref, tau):
     Azar et al. (2023), Eq. 17. policy, ref: (B, 2) summed response log-probs, as in that paper; pass per-token means to
     get the variant that TRL uses. Returns (B,); 1 / (4 tau^2) where policy == ref.
     """
-    return (log_ratio_margin(policy, ref) - 1 / (2 * tau)) ** 2
+    return ((log_ratio_margin(policy, ref) - 1 / (2 * tau)) ** 2).mean(dim=1)
 
 
 def distill(policy, ref, rewards, beta):
@@ -61,7 +77,7 @@ def distill(policy, ref, rewards, beta):
     targets, so no run-away, and the labels enter only through r: a pair may be unlabelled, and the order is immaterial.
     policy, ref: (B, 2) summed response log-probs; rewards: (B, 2). Returns (B,); (r(y1) - r(y2))^2 where policy == ref.
     """
-    return (rewards[:, 0] - rewards[:, 1] - beta * log_ratio_margin(policy, ref)) ** 2
+    return ((margins(rewards) - beta * log_ratio_margin(policy, ref)) ** 2).mean(dim=1)
 
 
 def ensemble_distill(policy, ref, rewards, beta, per="example"):
@@ -73,8 +89,8 @@ def ensemble_distill(policy, ref, rewards, beta, per="example"):
     batch, the objective as stated, where the minimum stands outside the expectation.
     policy, ref: (B, 2) summed response log-probs; rewards: (B, 2, M), M members. Returns (B,).
     """
-    margins = rewards[:, 0] - rewards[:, 1]                                            # (B, M)
-    losses = (margins - beta * log_ratio_margin(policy, ref).unsqueeze(1)) ** 2        # (B, M)
+    errors = margins(rewards) - beta * log_ratio_margin(policy, ref).unsqueeze(2)      # (B, pairs, M)
+    losses = (errors ** 2).mean(dim=1)                                                 # (B, M)
     if per == "example":
         return losses.min(dim=1).values
     if per == "batch":
@@ -98,14 +114,14 @@ NEEDS_REWARDS = ("d-dpo", "dp-dpo", "e-dpo")     # distil from explicit rewards
 PESSIMISTIC = ("p-dpo", "dp-dpo", "e-dpo")       # add gamma * KL(ref || pi)
 
 
-def preference_loss(name, policy, ref, rewards=None, beta=0.1, tau=0.1, gamma=0.0, per="example"):
+def preference_loss(name, policy, ref, rewards=None, beta=0.1, tau=0.1, gamma=0.0, per="example", K=2):
     """The six objectives by name: what each is made of.
 
-    policy, ref: (B, 2) log-probs of chosen and rejected, or (B, 2 + S) with S samples from ref after them for the
-    pessimistic losses; rewards: (B, 2, M) for the distilling ones (d-DPO and dp-DPO use their mean over M; e-DPO the
+    policy, ref: (B, K) log-probs of chosen and rejected, or (B, K + S) with S samples from ref after them for the
+    pessimistic losses; rewards: (B, K, M) for the distilling ones (d-DPO and dp-DPO use their mean over M; e-DPO the
     best). Returns (B,).
     """
-    pair, ref_pair = policy[:, :2], ref[:, :2]
+    pair, ref_pair = policy[:, :K], ref[:, :K]
     if name in ("dpo", "p-dpo"):
         losses = dpo(pair, ref_pair, beta)
     elif name == "ipo":
@@ -117,7 +133,7 @@ def preference_loss(name, policy, ref, rewards=None, beta=0.1, tau=0.1, gamma=0.
     else:
         raise ValueError(f"no loss is called {name!r}: choose from {', '.join(PREFERENCE_LOSSES)}")
     if name in PESSIMISTIC:
-        losses = losses + gamma * forward_kl(policy[:, 2:], ref[:, 2:])
+        losses = losses + gamma * forward_kl(policy[:, K:], ref[:, K:])
     return losses
 
 
@@ -125,13 +141,13 @@ def loss_at_reference(name, rewards, tau):
     """What `preference_loss` must give where policy == ref, derived by hand. With the check that the policy's log-probs
     are the cached ones of the reference, it is what train_policy.py asserts before step 0.
 
-    rewards: (B, 2, M) for the distilling losses, else None. Returns a number, or (B,) where it depends on the rewards.
+    rewards: (B, K, M) for the distilling losses, else None. Returns a number, or (B,) where it depends on the rewards.
     """
     if name in ("dpo", "p-dpo"):
         return torch.tensor(2.0).log()                               # -log sigmoid(0)
     if name == "ipo":
         return torch.tensor(1 / (4 * tau ** 2))                      # (0 - 1 / (2 tau))^2
-    margins = rewards[:, 0] - rewards[:, 1]                          # (B, M)
-    if name == "e-dpo":
-        return margins.abs().min(dim=1).values ** 2                  # the member with the smallest margin
-    return margins.mean(dim=1) ** 2
+    if name != "e-dpo":
+        rewards = rewards.mean(dim=2, keepdim=True)
+    # The mean square of all differences of K numbers is twice their sample variance; e-DPO has the member that spreads least.
+    return 2 * rewards.var(dim=1).min(dim=1).values

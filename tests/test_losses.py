@@ -1,4 +1,5 @@
 """Each loss against its formula written out by hand, and what it must be where the policy is the reference."""
+import itertools
 import math
 
 import pytest
@@ -28,11 +29,42 @@ def assert_gives(got, wanted):
 
 
 def test_log_ratio_margin():
-    assert_gives(losses.log_ratio_margin(policy, ref), h)
+    assert_gives(losses.log_ratio_margin(policy, ref)[:, 0], h)
 
 
 def test_bradley_terry():
     assert_gives(losses.bradley_terry(rewards[..., 0]), [-math.log(sigmoid((r[0] - r[1]).item())) for r in rewards[..., 0]])
+
+
+def test_plackett_luce_of_a_pair_is_bradley_terry():
+    assert torch.equal(losses.plackett_luce(rewards[..., 0]), losses.bradley_terry(rewards[..., 0]))
+
+
+def test_plackett_luce_is_the_chance_of_a_ranking():
+    """The chances of all 24 rankings of four responses, each a product of softmaxes over what is left, sum to 1."""
+    four, total = numbers(5, 4, seed=11), 0
+    for order in itertools.permutations(range(4)):
+        by_hand = [math.prod(math.exp(r[order[k]]) / sum(math.exp(r[j]) for j in order[k:]) for k in range(4)) for r in four.tolist()]
+        got = losses.plackett_luce(four[:, order])
+        assert_gives(got, [-math.log(chance) for chance in by_hand])
+        total = total + (-got).exp()
+    assert_gives(total, [1.0] * 5)
+
+
+@pytest.mark.parametrize("name", losses.PREFERENCE_LOSSES)
+def test_ranked_responses_give_the_mean_over_all_pairs(name):
+    """Four responses: the mean of the loss over their six pairs, better one first; e-DPO takes one member for all six."""
+    pi, reference, scores = numbers(5, 5, seed=12), numbers(5, 5, seed=13), numbers(5, 4, 3, seed=14)
+    got = losses.preference_loss(name, pi, reference, scores, BETA, TAU, gamma=0.7, K=4)
+    by_member = []
+    for m in range(3):
+        pairs = [losses.preference_loss(name, pi[:, [i, j, 4]], reference[:, [i, j, 4]],
+                                        scores[:, [i, j], m:m + 1] if name == "e-dpo" else scores[:, [i, j]], BETA, TAU, gamma=0.7)
+                 for i, j in itertools.combinations(range(4), 2)]
+        by_member.append(sum(pairs) / 6)
+    torch.testing.assert_close(got, torch.stack(by_member).min(dim=0).values)
+    at_reference = losses.preference_loss(name, reference, reference, scores, BETA, TAU, gamma=0.7, K=4)
+    torch.testing.assert_close(losses.loss_at_reference(name, scores, TAU).expand(5).double(), at_reference)
 
 
 def test_dpo():
@@ -135,8 +167,9 @@ def test_gradcheck(name, per):
     assert torch.autograd.gradcheck(loss, inputs)
 
 
-def test_gradcheck_bradley_terry():
+def test_gradcheck_of_reward_models():
     assert torch.autograd.gradcheck(losses.bradley_terry, numbers(5, 2).requires_grad_())
+    assert torch.autograd.gradcheck(losses.plackett_luce, numbers(5, 4).requires_grad_())
 
 
 # log-probs of chosen, rejected and one sample from ref: margins of +-1e4, and responses of probability exp(-1e4)
@@ -163,6 +196,9 @@ def test_bradley_terry_at_extreme_margins():
     got.sum().backward()
     torch.testing.assert_close(got, torch.tensor([0.0, 1e4, math.log(2), math.log(2)]))
     assert rewards.grad.isfinite().all() and rewards.grad[1].tolist() == [-1.0, 1.0]
+    ranking = EXTREME.clone().requires_grad_()
+    losses.plackett_luce(ranking).sum().backward()
+    assert ranking.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("name", losses.PREFERENCE_LOSSES)
