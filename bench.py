@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 import runtime
-from data import batches, collate, get_tokenizer, load_rows, tokenise
+from data import batches, collate, get_tokenizer, select, tokenised_file
 from losses import PESSIMISTIC, PREFERENCE_LOSSES, bradley_terry, preference_loss
 from model import GPT, GPTConfig
 from reward import RewardModel
@@ -166,7 +166,7 @@ class Bench:
             if tokenizer.n_vocab > config.vocab_size:
                 raise InputError(f"--model: {args.model} knows {config.vocab_size} tokens, and --data is in GPT-2's "
                                  f"{tokenizer.n_vocab}; use small or gpt2")
-            dataset = tokenise(load_rows(args.data), tokenizer, config.block_size, args.data)
+            dataset = select(tokenised_file(args.data, tokenizer), config.block_size, args.data)
             examples = [(prompt, responses + [responses[0]]) for prompt, responses in dataset.examples]
         else:
             config.block_size = max(config.block_size, args.prompt + args.response[1])

@@ -1,25 +1,28 @@
 """Preference data: from files to token ids, once; the tree batch; relabelling; and the biased training set D_rho.
 
 In text, a row is {"prompt": str, "responses": [str, ...]}: for a preference pair the chosen response first and the
-rejected one second, for a demonstration just one. `tokenise` turns rows into examples, (prompt ids, [response ids, ...]),
-each response ending in the end-of-text token, and `collate` turns examples into the one batch format there is.
+rejected one second, for a ranking the best first, for a demonstration just one; and "scores", if rewards came with it.
+`encode` turns rows into token ids, each response ending in the end-of-text token, `select` those of a split into examples,
+(prompt ids, [response ids, ...]), and `collate` turns examples into the one batch format there is.
 
-    python data.py --data=prefs.jsonl --show    # one batch in colour, and what became of every row
+    python data.py --data=prefs.jsonl --show                       # one batch in colour, and what became of every row
+    python data.py --data=trl-lib/ultrafeedback_binarized --show   # a data set on the Hugging Face hub
 """
 import argparse
-import glob
 import hashlib
-import json
 import os
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from itertools import chain, islice
 
 import numpy as np
 import tiktoken
 import torch
 
+import formats
 import runtime
 import tinytldr
+from formats import load_rows, open_records
 from runtime import InputError
 
 
@@ -162,27 +165,30 @@ def biased_subset(lengths, rho, n=None, seed=0):
 
 
 def relabel(dataset, rewards):
-    """The same pairs with the higher-rewarded response as the chosen one; ties dropped. rewards: (N, 2)."""
+    """The same rows with their responses in the order of the rewards, the highest first; rows with ties dropped.
+    rewards: (N, K)."""
     rewards = np.asarray(rewards)
-    keep = np.flatnonzero(rewards[:, 0] != rewards[:, 1])
-    order = {i: ([0, 1] if rewards[i, 0] > rewards[i, 1] else [1, 0]) for i in keep}
-    return Dataset([(dataset.examples[i][0], [dataset.examples[i][1][k] for k in order[i]]) for i in keep],
-                   [{**dataset.rows[i], "responses": [dataset.rows[i]["responses"][k] for k in order[i]]} for i in keep])
+    order = np.argsort(-rewards, axis=1, kind="stable")                                         # (N, K)
+    keep = [i for i, row in enumerate(rewards) if len(set(row.tolist())) == len(row)]
+    scores = None if dataset.scores is None else np.take_along_axis(dataset.scores, order[:, :, None], axis=1)[keep]
+    return Dataset([(dataset.examples[i][0], [dataset.examples[i][1][k] for k in order[i]]) for i in keep], scores)
 
 
 # ---------------------------------------------------------------- text to tokens
 
 @dataclass
 class Dataset:
-    """examples: list of (prompt ids, [response ids, ...]); rows: the text of each."""
+    """examples: list of N (prompt ids, [response ids, ...]). scores: (N, K, M) float32, M rewards for each of the K responses,
+    if the data came with them."""
     examples: list
-    rows: list
+    scores: np.ndarray = None
 
     def __len__(self):
         return len(self.examples)
 
     def take(self, indices):
-        return Dataset([self.examples[i] for i in indices], [self.rows[i] for i in indices])
+        indices = list(indices)
+        return Dataset([self.examples[i] for i in indices], None if self.scores is None else self.scores[indices])
 
     def response_lengths(self):
         """(N, K) tokens in each response, the end-of-text token included."""
@@ -213,168 +219,138 @@ def fit(prompt, responses, block_size):
     return prompt[-room:] if room >= 1 else None
 
 
-def tokenise(rows, tokenizer, block_size, name="data"):
-    """rows -> Dataset; prints how many rows there are, and how many were dropped and why."""
-    prompts = tokenizer.encode_ordinary_batch([row["prompt"] for row in rows])
-    responses = iter(tokenizer.encode_ordinary_batch([response for row in rows for response in row["responses"]]))
+def bucket_of(prompt):
+    """0 to 255, by the prompt's hash: its split in SPLITS. So all rows with one prompt are in one split, and a prompt has the
+    same split in every file."""
+    return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).digest()[0]
+
+
+SPLITS = np.array(["validation"] * 26 + ["test"] * 26 + ["train"] * 204)      # about 80% train, 10% validation, 10% test
+
+
+def encode(rows, tokenizer):
+    """Token ids of rows, in flat arrays, as they are kept on disk: 100,000 rows are no 300,000 lists.
+
+    rows: an iterable. Returns {"tokens": all prompts and responses one after the other, "lengths": (N, 1 + K) of each
+    row's prompt and responses, "bucket": (N,) see `split_of`, and "scores": (N, K, M) if the rows have them}. ValueError
+    says which row is unlike the first.
+    """
+    dtype = np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.int32
+    tokens, lengths, bucket, scores, shape, rows = [], [], [], [], None, iter(rows)
+    while part := list(islice(rows, 1000)):
+        for row in part:
+            found = len(row["responses"]), np.shape(row.get("scores"))
+            shape = shape or found
+            if found != shape:
+                raise ValueError(f"row {len(bucket) + 1}: {found[0]} responses with scores of shape {found[1]}, in the first row "
+                                 f"{shape[0]} and {shape[1]}; they must be alike")
+            bucket.append(bucket_of(row["prompt"]))
+            scores.append(row.get("scores"))
+        texts = [text for row in part for text in (row["prompt"], *row["responses"])]
+        ids = tokenizer.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+        for i, one in enumerate(ids):
+            is_prompt = i % (1 + shape[0]) == 0
+            if not is_prompt or not one:      # an empty prompt is an end of text, and a response ends in one
+                one.append(tokenizer.eot_token)
+        lengths += map(len, ids)
+        tokens.append(np.fromiter(chain.from_iterable(ids), dtype))
+    arrays = {"tokens": np.concatenate(tokens or [np.zeros(0, dtype)]), "bucket": np.array(bucket, np.uint8),
+              "lengths": np.array(lengths, np.int32).reshape(len(bucket), -1)}
+    return arrays | ({"scores": np.array(scores, np.float32)} if shape and shape[1] else {})
+
+
+def select(arrays, block_size, name="data", split=None):
+    """The rows of `encode` that are of use, in one split or in all -> Dataset; prints how many were dropped and why."""
+    tokens, lengths, bucket = arrays["tokens"], arrays["lengths"], arrays["bucket"]
+    numbers = np.arange(len(bucket)) if split is None else np.flatnonzero(SPLITS[bucket] == split)
+    ends = lengths.ravel().cumsum().reshape(lengths.shape)
     examples, kept, too_long, same = [], [], 0, 0
-    for row, prompt in zip(rows, prompts):
-        ids = [next(responses) + [tokenizer.eot_token] for _ in row["responses"]]
-        prompt = fit(prompt or [tokenizer.eot_token], ids, block_size)
+    for i, row_ends, row_lengths in zip(numbers.tolist(), ends[numbers].tolist(), lengths[numbers].tolist()):
+        prompt, *responses = [tokens[end - n:end] for end, n in zip(row_ends, row_lengths)]
+        prompt = fit(prompt, responses, block_size)
         if prompt is None:
             too_long += 1
-        elif len(ids) == 2 and ids[0] == ids[1]:
+        elif len(responses) > 1 and len(set(row_lengths[1:])) == 1 and all((r == responses[0]).all() for r in responses[1:]):
             same += 1
         else:
-            examples.append((np.array(prompt, np.int32), [np.array(response, np.int32) for response in ids]))
-            kept.append(row)
-    print(f"{name}: {len(rows)} rows"
+            examples.append((prompt, responses))
+            kept.append(i)
+    print(f"{name}: {len(numbers)} rows"
           + (f", {too_long} dropped (a response alone does not fit block_size {block_size})" if too_long else "")
-          + (f", {same} dropped (chosen and rejected are the same)" if same else ""))
-    return Dataset(examples, kept)
+          + (f", {same} dropped ({'chosen and rejected' if lengths.shape[1] == 3 else 'all responses'} are the same)" if same else ""))
+    return Dataset(examples, arrays["scores"][kept] if "scores" in arrays else None)
 
 
-# ---------------------------------------------------------------- rows from files
-
-def chat_text(messages):
-    """Chat messages as plain text, in the layout of Anthropic's HH data: "\n\nHuman: ...\n\nAssistant: ..."."""
-    names = {"user": "Human", "assistant": "Assistant", "system": "System"}
-    if not all(isinstance(message["content"], str) for message in messages):
-        raise TypeError
-    return "".join(f"\n\n{names[message['role']]}: {message['content']}" for message in messages)
-
-
-def implicit_prompt(chosen, rejected):
-    """The prompt that two whole texts share: up to the last "Assistant:" of their common prefix in a dialogue, up to its
-    last space otherwise. "" if they share nothing."""
-    common = os.path.commonprefix([chosen, rejected])
-    turn = common.rfind("\n\nAssistant:")
-    return common[:turn + len("\n\nAssistant:")] if turn >= 0 else common[:max(common.rfind(" "), 0)]
-
-
-def parse_row(record, demonstrations):
-    """One record of a file, in any of TRL's layouts -> a row. ValueError says what is wrong with it."""
-    columns = ("prompt", "completion") if demonstrations and "completion" in record else ("chosen", "rejected")
-    texts = {}
-    for column in ("prompt",) * ("prompt" in record) + columns:
-        value = record.get(column)
-        if isinstance(value, list):
-            try:
-                value = chat_text(value)
-            except (KeyError, TypeError):
-                raise ValueError(f"column {column!r} is not a list of chat messages with a role (user, assistant or system) "
-                                 "and a text as content") from None
-            if column == "prompt":
-                value += "\n\nAssistant:"
-            elif "prompt" in texts:       # which may stand again before the response, and ends in "Assistant:" already
-                value = value.removeprefix(texts["prompt"]).removeprefix("\n\nAssistant:")
-        if not isinstance(value, str):
-            raise ValueError(f"column {column!r} is {'missing' if value is None else 'neither text nor chat messages'}")
-        texts[column] = value
-    if "prompt" in texts:
-        prompt, responses = texts["prompt"], [texts[column] for column in columns if column != "prompt"]
+def tokenised_file(data, tokenizer, demonstrations=False):
+    """`encode` of all rows of a file or hub data set, done once: kept in the folder NANOPREF_CACHE (default: ~/.cache/nanopref)
+    under a hash of what is in the file."""
+    folder = os.environ.get("NANOPREF_CACHE") or os.path.expanduser("~/.cache/nanopref")
+    records = None
+    if os.path.isfile(data):
+        content = hashlib.sha256()
+        with open(data, "rb") as file:
+            while part := file.read(2 ** 20):
+                content.update(part)
+        content = content.hexdigest()
     else:
-        prompt = implicit_prompt(texts["chosen"], texts["rejected"])
-        if not prompt:
-            raise ValueError("there is no column 'prompt', and 'chosen' and 'rejected' share no beginning")
-        responses = [texts[column][len(prompt):] for column in columns]
-    for column, response in zip(columns[-len(responses):], responses):
-        # a blank turn in a whole dialogue is what the assistant said there; a blank column is a mistake in the file
-        if not (response.strip() if "prompt" in texts else response):
-            raise ValueError(f"the response {column!r} is empty")
-    return {"prompt": prompt, "responses": responses[:1] if demonstrations else responses}
-
-
-BUILDERS = {"jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet"}
-
-
-def load_rows(data, demonstrations=False):
-    """Rows of a JSONL, JSON, CSV or Parquet file (gzip too), or of a data set on the hub, in TRL's column names:
-    prompt, chosen, rejected; or chosen, rejected with the prompt as their common beginning; or, for demonstrations,
-    prompt, completion (a preference file serves too: its chosen responses). InputError names the file and the row."""
-    import datasets   # here, so that the rest runs where it is not installed
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL + 1)      # its troubles are reported below, in one line
-    suffix = data.removesuffix(".gz").rsplit(".", 1)[-1]
+        records = open_records(data)
+        content = records._fingerprint
+    sources = []      # another way to read is other data
+    for source in (__file__, formats.__file__):
+        with open(source, "rb") as file:
+            sources.append(file.read())
+    path = os.path.join(folder, runtime.key(content, *sources, tokenizer.name, tokenizer.n_vocab, demonstrations) + ".npz")
+    if os.path.exists(path):
+        print(f"{data}: tokens from {path}")
+        with np.load(path) as arrays:
+            return dict(arrays)
     try:
-        if os.path.isfile(data):
-            if suffix not in BUILDERS:
-                raise InputError(f"--data: {data}: files end in {', '.join(BUILDERS)}, or one of these and .gz")
-            if os.path.getsize(data) == 0:
-                raise InputError(f"--data: {data}: the file is empty")
-            records = datasets.load_dataset(BUILDERS[suffix], data_files=glob.escape(data), split="train")
-        elif suffix in BUILDERS or os.path.exists(data) or data.count("/") > 1 or not data:
-            raise InputError(f"--data: {data}: {'a folder, not a file' if os.path.isdir(data) else 'no such file'}")
-        else:
-            records = datasets.load_dataset(data, split="train")
+        arrays = encode(load_rows(data, demonstrations, records), tokenizer)
     except InputError:
         raise
-    except Exception as error:     # datasets raises whatever its readers do
-        reason = ' '.join(str(error.__cause__ or error).split())[:200]
-        if "corresponds to no data" in reason or "BatchSize must be greater" in reason:
-            reason = "the file has no rows"
-        raise InputError(f"--data: {data}: {first_bad_line(data) or reason}") from error
-    wanted = [("prompt", "completion"), ("chosen", "rejected")][not demonstrations:]
-    if not any(set(columns) <= set(records.column_names) for columns in wanted):
-        raise InputError(f"--data: {data}: needs columns {' or '.join(' and '.join(columns) for columns in wanted)}, "
-                         f"has {', '.join(records.column_names) or 'none'}")
-    rows = []
-    for number in range(len(records)):
-        try:
-            rows.append(parse_row(records[number], demonstrations))
-        except ValueError as error:     # also text that is not UTF-8
-            raise InputError(f"--data: {data}: row {number + 1}: {error}") from error
-    if not rows:
-        raise InputError(f"--data: {data}: the file has no rows")
-    return rows
-
-
-def first_bad_line(path):
-    """Which line of a JSONL file is not JSON: what `datasets` does not say. None if that is not the trouble."""
-    if not path.removesuffix(".gz").endswith(".jsonl") or not os.path.isfile(path):
-        return None
-    import gzip
-    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8", errors="replace") as file:
-        try:
-            for number, line in enumerate(file, 1):
-                if line.strip() and not isinstance(json.loads(line), dict):
-                    return f"row {number}: not a JSON object"
-        except ValueError as error:
-            return f"row {number}: not JSON: {error}"
-        except (OSError, EOFError) as error:
-            return f"not a whole gzip file: {error}"
-
-
-def split_of(prompt):
-    """Which split a prompt of a file belongs to, by its hash: about 80% train, 10% validation, 10% test. So all pairs
-    with one prompt are in one split, and a prompt has the same split in every file."""
-    bucket = hashlib.sha256(prompt.encode()).digest()[0]
-    return "validation" if bucket < 26 else "test" if bucket < 52 else "train"
+    except ValueError as error:
+        raise InputError(f"--data: {data}: {error}") from error
+    os.makedirs(folder, exist_ok=True)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    with open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+    os.replace(temporary, path)
+    return arrays
 
 
 # ---------------------------------------------------------------- the data sets that the scripts ask for
 
-def demonstrations(data, split, tokenizer, block_size, n=None, seed=0):
-    """Prompts with responses to imitate, for supervised fine-tuning: those of a file, one each; or n of TinyTLDR's with
-    four each (a long prompt costs little when its responses share it)."""
-    if data == "tinytldr":
-        rows = [{"prompt": tinytldr.post(seed, split, i),
-                 "responses": [tinytldr.demonstration(seed, split, i, person) for person in range(4)]} for i in range(n)]
-    else:
-        rows = [row for row in load_rows(data, demonstrations=True) if split_of(row["prompt"]) == split][:n]
-    return tokenise(rows, tokenizer, block_size, f"{split} demonstrations")
+def file_splits(data, splits, tokenizer, block_size, demonstrations=False):
+    """-> a Dataset for each of the splits of a file or hub data set."""
+    arrays = tokenised_file(data, tokenizer, demonstrations)
+    kind = "demonstrations" if demonstrations else "preferences"
+    return [select(arrays, block_size, f"{split} {kind}", split) for split in splits]
+
+
+def demonstrations(data, tokenizer, block_size, seed=0):
+    """Prompts with responses to imitate, for supervised fine-tuning: those of a file, one each; or TinyTLDR's with four
+    each (a long prompt costs little when its responses share it). -> (train, validation)"""
+    if data != "tinytldr":
+        return file_splits(data, ("train", "validation"), tokenizer, block_size, demonstrations=True)
+    return [select(encode(({"prompt": tinytldr.post(seed, split, i),
+                            "responses": [tinytldr.demonstration(seed, split, i, person) for person in range(4)]}
+                           for i in range(n)), tokenizer), block_size, f"{split} demonstrations")
+            for split, n in (("train", 20_000), ("validation", 1000))]
 
 
 PAIRS_FROM = {"train": 200_000, "validation": 0, "test": 0}    # first index of the posts for pairs: not those of SFT
 
 
-def preferences(data, split, tokenizer, block_size, n=None, ref=None, cache=None, hard=False, seed=0):
-    """Preference pairs as they are, with the natural mix of lengths: those of a file, or for TinyTLDR n pairs sampled
-    from the reference policy `ref` at temperature 1 and labelled by the oracle, kept in the folder `cache`."""
+def preferences(data, splits, tokenizer, block_size, ref=None, cache=None, pool=10_000, hard=False, seed=0):
+    """Preferences as they are, with the natural mix of lengths, a Dataset for each split: those of a file; or for TinyTLDR
+    pairs sampled from the reference policy `ref` at temperature 1 and labelled by the oracle, kept in the folder `cache`,
+    `pool` of them to train on and 1,000 in other splits."""
     if data != "tinytldr":
-        rows = [row for row in load_rows(data) if split_of(row["prompt"]) == split][:n]
-        return tokenise(rows, tokenizer, block_size, f"{split} pairs")
+        return file_splits(data, splits, tokenizer, block_size)
+    return [tiny_pairs(split, pool if split == "train" else 1000, tokenizer, block_size, ref, cache, hard, seed) for split in splits]
 
+
+def tiny_pairs(split, n, tokenizer, block_size, ref, cache, hard, seed):
     def sample_and_label():
         prompts = [tinytldr.post(seed, split, PAIRS_FROM[split] + i) for i in range(n)]
         responses, _ = runtime.sample(ref, tokenizer, [p for p in prompts for _ in range(2)], block_size,
@@ -388,9 +364,8 @@ def preferences(data, split, tokenizer, block_size, n=None, ref=None, cache=None
         return rows
 
     with open(tinytldr.__file__, "rb") as source:     # another world is other data
-        key = runtime.key(runtime.hash_weights(ref), source.read(), data, split, PAIRS_FROM[split], n, hard, seed)
-    rows = runtime.cached(cache, f"{split}-pairs", key, sample_and_label)
-    return tokenise(rows, tokenizer, block_size, f"{split} pairs")
+        key = runtime.key(runtime.hash_weights(ref), source.read(), "tinytldr", split, PAIRS_FROM[split], n, hard, seed)
+    return select(encode(runtime.cached(cache, f"{split}-pairs", key, sample_and_label), tokenizer), block_size, f"{split} pairs")
 
 
 def training_pairs(args, tokenizer, ref, device, autocast):
@@ -398,21 +373,22 @@ def training_pairs(args, tokenizer, ref, device, autocast):
 
     args: the flags of runtime.shared_flags. ref: the policy that TinyTLDR's pairs are sampled from."""
     rho, cache = runtime.resolve_rho(args), runtime.cache_folder(args.init_from, args.out_dir)
-    tiny = args.data == "tinytldr"
-    splits = []
-    for split, n in (("train", args.pool if tiny else None), ("validation", 1000 if tiny else None)):
-        dataset = preferences(args.data, split, tokenizer, ref.config.block_size, n, ref, cache, args.hard_labels, args.seed)
-        if args.relabel and len(dataset):
-            from reward import load_reward_model
-            oracle = load_reward_model(args.relabel, "--relabel", ref, args.tokenizer, device)
-            dataset = relabel(dataset, runtime.score(oracle, dataset.examples, autocast, desc="relabel"))
+    names = ("train", "validation")
+    splits = preferences(args.data, names, tokenizer, ref.config.block_size, ref, cache, args.pool, args.hard_labels, args.seed)
+    if args.relabel:
+        from reward import load_reward_model
+        oracle = load_reward_model(args.relabel, "--relabel", ref, args.tokenizer, device)
+        splits = [relabel(dataset, runtime.score(oracle, dataset.examples, autocast, desc="relabel")) if len(dataset) else dataset
+                  for dataset in splits]
+    for name, dataset in zip(names, splits):
         if not len(dataset):
-            raise InputError(f"--data: {args.data}: no usable pair in the {split} split")
-        splits.append(dataset)
+            raise InputError(f"--data: {args.data}: no usable row in the {name} split")
     train, validation = splits
-    n = args.n_pairs or (4000 if tiny else None)
+    n = args.n_pairs or (4000 if args.data == "tinytldr" else None)
     if rho is None:
         return train.take(range(min(n or len(train), len(train)))), validation
+    if train.response_lengths().shape[1] != 2:
+        raise InputError("--rho: D_rho is made of pairs, and the rows of --data have more responses; use --rho=all")
     try:
         return train.take(biased_subset(train.response_lengths(), rho, n, args.seed)), validation
     except ValueError as error:
@@ -420,37 +396,46 @@ def training_pairs(args, tokenizer, ref, device, autocast):
 
 
 def show(dataset, tokenizer, n=4):
-    """Prints one batch as the model sees it: prompt plain, each response in a colour, padding as dots."""
+    """Prints one batch as the model sees it: prompt plain, each response in a colour, padding as dots; and its lengths."""
     batch = collate(dataset.examples[:n])
     colours = ["\033[0m", "\033[32m", "\033[31m", "\033[34m", "\033[35m"]
-    for tokens, branch in zip(batch.tokens.tolist(), batch.branch.tolist()):
+    for tokens, branch, lengths in zip(batch.tokens.tolist(), batch.branch.tolist(), batch.lengths.tolist()):
         for token, role in zip(tokens, branch):
             print(colours[max(role, 0) % len(colours)] + ("·" if role < 0 else tokenizer.decode([token])), end="")
-        print("\033[0m\n")
+        print(f"\033[0m\n[{branch.count(0)} prompt tokens, {' + '.join(map(str, lengths))} response tokens]\n")
     print(f"tokens {tuple(batch.tokens.shape)}: {(batch.branch == 0).sum()} prompt, {(batch.branch > 0).sum()} response, "
           f"{(batch.branch < 0).sum()} padding")
 
 
 def main(argv=None):
     parser = runtime.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="a JSONL, JSON, CSV or Parquet file of pairs, or a hub name")
+    parser.add_argument("--data", required=True, help="a JSONL, JSON, CSV or Parquet file, or a hub name")
+    parser.add_argument("--sft", action="store_true", help="read demonstrations (prompt, completion), as --loss=sft does")
     parser.add_argument("--tokenizer", default="gpt2", help="tinytldr, or a name that tiktoken knows")
     parser.add_argument("--block_size", type=runtime.positive(int), default=1024, help="longest prompt + response, in tokens")
     parser.add_argument("--show", action="store_true", help="print one batch, prompt and responses coloured")
     args = parser.parse_args(argv)
     tokenizer = get_tokenizer(args.tokenizer)
-    dataset = tokenise(load_rows(args.data), tokenizer, args.block_size, args.data)
+    arrays = tokenised_file(args.data, tokenizer, args.sft)
+    dataset = select(arrays, args.block_size, args.data)
     if not len(dataset):
-        raise InputError(f"--data: {args.data}: no usable pair")
+        raise InputError(f"--data: {args.data}: no usable row")
     if args.show:
         show(dataset, tokenizer)
-    lengths = dataset.response_lengths()
-    who, prompts = longer(lengths), [len(prompt) for prompt, _ in dataset.examples]
-    for name, values in (("prompt", prompts), ("chosen", lengths[:, 0]), ("rejected", lengths[:, 1])):
-        print(f"{name:9} tokens: median {np.median(values):.0f}, 99th percentile {np.percentile(values, 99):.0f}, "
-              f"longest {max(values)}")
-    print(f"longer response chosen in {(who == 1).sum()} pairs, rejected in {(who == -1).sum()}, neither longer in "
-          f"{(who == 0).sum()}")
+    lengths, prompts = dataset.response_lengths(), np.array([len(prompt) for prompt, _ in dataset.examples])
+    K = lengths.shape[1]
+    print(f"{len(arrays['bucket'])} rows read, {len(dataset)} used" + (f", {dataset.scores.shape[2]} score(s) for each response"
+                                                                     if dataset.scores is not None else ""))
+    names = ["response"] if K == 1 else ["chosen", "rejected"] if K == 2 else [f"rank {k + 1}" for k in range(K)]
+    for name, values in (("prompt", prompts), *zip(names, lengths.T)):
+        low, median, high, most = np.percentile(values, [10, 50, 90, 99])
+        cut = arrays["lengths"][:, 0].max() > values.max() and name == "prompt"
+        print(f"{name:9} tokens: 10th percentile {low:.0f}, median {median:.0f}, 90th {high:.0f}, 99th {most:.0f}, longest {values.max()}"
+              + (f" (before cutting to fit: {arrays['lengths'][:, 0].max()})" if cut else ""))
+    if K == 2:
+        who = longer(lengths)
+        print(f"longer response (by at least 10%) chosen in {(who == 1).sum()} pairs, rejected in {(who == -1).sum()}, neither longer "
+              f"in {(who == 0).sum()}: of the unequal ones the longer is preferred in {(who == 1).sum() / max(1, (who != 0).sum()):.0%}")
 
 
 if __name__ == "__main__":

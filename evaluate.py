@@ -13,7 +13,7 @@ import os
 import numpy as np
 
 import runtime
-from data import get_tokenizer, load_rows, longer, preferences, relabel, split_of
+from data import file_splits, get_tokenizer, longer, preferences, relabel
 from model import GPT
 from reward import family_folders, load_reward_model
 from runtime import InputError
@@ -77,15 +77,17 @@ def held_out_prompts(args, tokenizer, block_size):
     """-> (prompt texts, prompts as lists of ids with room for a response), each prompt once."""
     if args.data == "tinytldr":
         texts = [tinytldr.post(args.seed, args.split, i) for i in range(args.n_prompts)]
+        prompts = [tokenizer.encode_ordinary(text) for text in texts]
     else:
-        rows = load_rows(args.data, demonstrations=True)
-        texts = list(dict.fromkeys(row["prompt"] for row in rows if split_of(row["prompt"]) == args.split))[:args.n_prompts]
+        dataset, = file_splits(args.data, [args.split], tokenizer, 2 ** 30, demonstrations=True)
+        prompts = [list(ids) for ids in dict.fromkeys(tuple(prompt.tolist()) for prompt, _ in dataset.examples)][:args.n_prompts]
+        texts = [tokenizer.decode([token for token in ids if token != tokenizer.eot_token]) for ids in prompts]
         if not texts:
             raise InputError(f"--data: {args.data}: no prompt in the {args.split} split")
     room = block_size - args.max_new_tokens
     if room < 1:
         raise InputError(f"--max_new_tokens: {args.max_new_tokens} leaves no room for a prompt in block_size {block_size}")
-    return texts, [(tokenizer.encode_ordinary(text) or [tokenizer.eot_token])[-room:] for text in texts]
+    return texts, [ids[-room:] for ids in prompts]
 
 
 def measure(policy, ref_side, prompts, texts, oracle, tokenizer, args, autocast):
@@ -312,11 +314,12 @@ def main(argv=None):
     # ---- reward models
     rms, margins, length_difference, rm_counts = {}, {}, None, None
     if models:
-        pairs = preferences(args.data, args.split, tokenizer, ref.config.block_size,
-                            1000 if args.data == "tinytldr" else None, ref, runtime.cache_folder(args.ref, args.out_dir),
-                            seed=args.seed)
+        pairs, = preferences(args.data, [args.split], tokenizer, ref.config.block_size, ref,
+                             runtime.cache_folder(args.ref, args.out_dir), seed=args.seed)
         if not len(pairs):
             raise InputError(f"--data: {args.data}: no usable pair in the {args.split} split, which --rms needs")
+        if pairs.response_lengths().shape[1] != 2:
+            raise InputError("--rms: their table is about pairs, and the rows of --data have more responses; leave it out")
         if relabeller:
             pairs = relabel(pairs, runtime.score(relabeller, pairs.examples, autocast))
         rms, margins, length_difference, rm_counts = reward_model_table(models, pairs, autocast)

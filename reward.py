@@ -83,13 +83,13 @@ def load_reward_model(folder, flag, policy, tokenizer, device):
     return model.to(device)
 
 
-def family_scores(models, dataset, dtype, autocast, name):
-    """Every reward model's scores of chosen and rejected, cached next to the model. models: {folder: RewardModel}.
-    Returns (N, 2, M) float32."""
-    pairs = [(prompt, responses[:2]) for prompt, responses in dataset.examples]
+def family_scores(models, dataset, K, dtype, autocast, name):
+    """Every reward model's scores of the first K responses of each row, cached next to the model. models: {folder:
+    RewardModel}. Returns (N, K, M) float32."""
+    ranked = [(prompt, responses[:K]) for prompt, responses in dataset.examples]
     scores = []
     for folder, model in models.items():
-        key = runtime.key(runtime.hash_weights(model), runtime.hash_examples(pairs), dtype)
+        key = runtime.key(runtime.hash_weights(model), runtime.hash_examples(ranked), dtype)
         scores.append(runtime.cached(os.path.join(folder, "cache"), f"{name}-rewards", key, lambda: runtime.score(
-            model, pairs, autocast, desc=f"{name} rewards").tolist()))
-    return np.array(scores, np.float32).transpose(1, 2, 0)      # (M, N, 2) -> (N, 2, M)
+            model, ranked, autocast, desc=f"{name} rewards").tolist()))
+    return np.array(scores, np.float32).transpose(1, 2, 0)      # (M, N, K) -> (N, K, M)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import runtime
 from data import Dataset, batch_order, collate, demonstrations, training_pairs
-from losses import NEEDS_REWARDS, PESSIMISTIC, PREFERENCE_LOSSES, loss_at_reference, preference_loss
+from losses import NEEDS_REWARDS, PESSIMISTIC, PREFERENCE_LOSSES, loss_at_reference, margins, preference_loss
 from reward import family_folders, family_scores, load_reward_model
 from runtime import InputError
 
@@ -31,7 +31,8 @@ def parse_flags(argv):
     parser = runtime.shared_flags(__doc__)
     parser.add_argument("--loss", default="e-dpo", choices=("sft",) + PREFERENCE_LOSSES)
     parser.add_argument("--rewards", help="folder of a reward model or of a family, or several, comma-separated "
-                                          "(default: out/rms for e-dpo, out/rm for d-dpo and dp-dpo)")
+                                          "(default: out/rms for e-dpo, out/rm for d-dpo and dp-dpo); or scores: the "
+                                          "rewards that --data came with, as score_chosen and score_rejected")
     parser.add_argument("--beta", type=runtime.positive(float), help="scale of the implicit reward, in reward per nat "
                                                                      f"(default: {BETA})")
     parser.add_argument("--tau", type=runtime.positive(float), help=f"IPO's: the margin to reach is 1 / (2 tau) (default: {TAU})")
@@ -84,7 +85,7 @@ def add_reference_samples(dataset, policy, tokenizer, args, cache, autocast, nam
         policy, tokenizer, prompts, policy.config.block_size, args.max_new_tokens, seed=[args.seed, 3], autocast=autocast,
         desc=f"{name} samples")[1])
     return Dataset([(prompt, responses + [np.array(sample, np.int32)])
-                    for (prompt, responses), sample in zip(dataset.examples, samples)], dataset.rows)
+                    for (prompt, responses), sample in zip(dataset.examples, samples)], dataset.scores)
 
 
 def reference_logps(dataset, policy, args, cache, autocast, name):
@@ -94,14 +95,15 @@ def reference_logps(dataset, policy, args, cache, autocast, name):
         policy, dataset.examples, autocast, desc=f"{name} log-probs").tolist()))
 
 
-def statistics(policy, ref):
-    """What to watch, per example, detached: see the glossary in README.md. policy, ref: (B, K) -> {name: (B,)}."""
-    change = (policy - ref).detach()                                   # (B, K)
-    h = change[:, 0] - change[:, 1]                                    # (B,)
-    values = {"chosen_change": change[:, 0], "rejected_change": change[:, 1], "margin": h,
-              "accuracy": (h > 0).float() + 0.5 * (h == 0)}
-    if change.size(1) > 2:
-        values["forward_kl"] = -change[:, 2:].mean(dim=1)
+def statistics(policy, ref, K):
+    """What to watch, per example, detached: see the glossary in README.md. policy, ref: (B, K), or (B, K + 1) with the KL
+    term's sample -> {name: (B,)}."""
+    change = (policy - ref).detach()
+    h = margins(change[:, :K])                                         # (B, pairs)
+    values = {"chosen_change": change[:, 0], "rejected_change": change[:, 1:K].mean(dim=1), "margin": h.mean(dim=1),
+              "accuracy": ((h > 0).float() + 0.5 * (h == 0)).mean(dim=1)}
+    if change.size(1) > K:
+        values["forward_kl"] = -change[:, K:].mean(dim=1)
     return values
 
 
@@ -111,30 +113,30 @@ def main(argv=None):
     device, autocast = runtime.setup(args)
     policy, tokenizer = runtime.load_policy(args, device)
     reward_models = {folder: load_reward_model(folder, "--rewards", policy, args.tokenizer, device)
-                     for folder in (family_folders(args.rewards) if args.rewards else [])}
+                     for folder in (family_folders(args.rewards) if args.rewards and args.rewards != "scores" else [])}
     sft = args.loss == "sft"
 
     # ---- data: train and validation rows, and everything about them that does not change
     ref = rewards = {}
     if sft:
-        tiny = args.data == "tinytldr"
-        train = demonstrations(args.data, "train", tokenizer, policy.config.block_size, 20_000 if tiny else None,
-                               args.seed)
-        validation = demonstrations(args.data, "validation", tokenizer, policy.config.block_size, 1000 if tiny else None,
-                                    args.seed)
+        train, validation = demonstrations(args.data, tokenizer, policy.config.block_size, args.seed)
         if not len(train) or not len(validation):
             raise InputError(f"--data: {args.data}: no usable row in the train or the validation split")
     else:
         train, validation = training_pairs(args, tokenizer, policy, device, autocast)
     splits = {"train": train, "validation": validation.take(range(min(args.n_eval, len(validation))))}
+    K = len(train.examples[0][1])      # responses that are compared; the KL term's sample comes after them
     if not sft:
         cache = runtime.cache_folder(args.init_from, args.out_dir)
         if args.loss in PESSIMISTIC:
             splits = {s: add_reference_samples(d, policy, tokenizer, args, cache, autocast, s) for s, d in splits.items()}
         ref = {s: reference_logps(d, policy, args, cache, autocast, s) for s, d in splits.items()}
-        if args.loss in NEEDS_REWARDS:
-            rewards = {s: torch.tensor(family_scores(reward_models, d, args.dtype, autocast, s))
-                       for s, d in splits.items()}              # (N, 2, M) each
+        if args.rewards == "scores":
+            if train.scores is None:
+                raise InputError(f"--rewards=scores: {args.data} has no score_chosen and score_rejected, nor scores of its responses")
+            rewards = {s: torch.tensor(d.scores) for s, d in splits.items()}              # (N, K, M) each
+        elif args.loss in NEEDS_REWARDS:
+            rewards = {s: torch.tensor(family_scores(reward_models, d, K, args.dtype, autocast, s)) for s, d in splits.items()}
     constants = runtime.key(runtime.hash_weights(policy), runtime.hash_examples(splits["train"].examples),
                             rewards["train"].numpy().tobytes() if rewards else b"")
     response_tokens = {split: dataset.response_lengths().sum(axis=1) for split, dataset in splits.items()}
@@ -153,11 +155,11 @@ def main(argv=None):
             tokens = batch.lengths.sum(dim=1)                          # (b,)
             return -logps.sum(dim=1) / tokens, {}, tokens
         ref_logps = ref[split][rows].to(device)                        # (b, K)
-        scores = rewards[split][rows].to(device) if rewards else None  # (b, 2, M)
+        scores = rewards[split][rows].to(device) if rewards else None  # (b, K, M)
         per_token = batch.lengths if args.loss == "ipo" and args.ipo_per_token else 1
         losses = preference_loss(args.loss, logps / per_token, ref_logps / per_token, scores, args.beta, args.tau, gamma,
-                                 args.min_per)
-        return losses, statistics(logps, ref_logps), None
+                                 args.min_per, K)
+        return losses, statistics(logps, ref_logps, K), None
 
     def whole_pass(split, rows, gamma, backward=False):
         """Mean loss and statistics over `rows`, in micro-batches; the gradient is that of the whole batch."""
@@ -185,7 +187,7 @@ def main(argv=None):
                 logps = model(collate([splits["train"].examples[i] for i in rows], runtime.shape_multiple(device)).to(device))
             change = (logps.cpu() - start).abs().max().item()
         known = loss_at_reference(args.loss, scores, args.tau)
-        found = preference_loss(args.loss, start, start, scores, args.beta, args.tau, per=args.min_per)
+        found = preference_loss(args.loss, start, start, scores, args.beta, args.tau, per=args.min_per, K=K)
         if args.min_per == "example":
             assert torch.allclose(found, known.expand_as(found)), f"at the reference, {args.loss} is {found}, not {known}"
         tolerance = (1e-5 if args.dtype == "float32" else 1e-2) * start.abs().max().item() + 1e-3      # rounding only

@@ -1,4 +1,5 @@
-"""Trains explicit reward models on preferences by the Bradley-Terry likelihood: one, or a family with --bias.
+"""Trains explicit reward models on preferences by the Bradley-Terry likelihood (Plackett-Luce for rankings of more than two
+responses): one, or a family with --bias.
 
     python train_rm.py                                                    # one, on D_rho      -> out/rm
     python train_rm.py --bias=0.2,0.4,0.5,0.6,0.8                         # a family of five   -> out/rms/0.2 ... 0.8
@@ -9,6 +10,7 @@ the pairs, so that the members disagree about length, and some member is near th
 transformer of --init_from. The skeleton is that of train_policy.py: `diff train_rm.py train_policy.py`.
 """
 import argparse
+import math
 import os
 import time
 
@@ -18,7 +20,7 @@ from tqdm import tqdm
 
 import runtime
 from data import batch_order, biased_subset, collate, training_pairs
-from losses import bradley_terry
+from losses import margins, plackett_luce
 from reward import RewardModel
 from runtime import InputError
 
@@ -56,6 +58,8 @@ def main(argv=None):
     validation = validation.take(range(min(args.n_eval, len(validation))))
     if not args.bias:
         return train_one(args, policy, {"train": train, "validation": validation}, device, autocast)
+    if train.response_lengths().shape[1] != 2:
+        raise InputError("--bias: subsets by length are made of pairs, and the rows of --data have more responses")
     folders = {bias: os.path.join(args.out_dir, str(bias)) for bias in args.bias}
     begun = {folder for folder in folders.values() if os.path.exists(os.path.join(folder, "state.pt"))}
     if args.resume and not begun:
@@ -86,9 +90,10 @@ def train_one(args, policy, splits, device, autocast):
         """One pass over some rows of a split: losses (b,) and statistics {name: (b,)}."""
         with autocast():
             batch = collate([splits[split].examples[i] for i in rows], runtime.shape_multiple(device)).to(device)
-            rewards = model(batch)                                     # (b, 2)
-        margin = (rewards[:, 0] - rewards[:, 1]).detach()              # (b,)
-        return bradley_terry(rewards), {"margin": margin, "accuracy": (margin > 0).float() + 0.5 * (margin == 0)}
+            rewards = model(batch)                                     # (b, K)
+        margin = margins(rewards.detach())                             # (b, pairs)
+        right = (margin > 0).float() + 0.5 * (margin == 0)
+        return plackett_luce(rewards), {"margin": margin.mean(dim=1), "accuracy": right.mean(dim=1)}
 
     def whole_pass(split, rows, backward=False):
         """Mean loss and statistics over `rows`, in micro-batches; the gradient is that of the whole batch."""
@@ -106,7 +111,8 @@ def train_one(args, policy, splits, device, autocast):
     watched = np.argsort(splits["validation"].row_lengths(), kind="stable")      # little padding
     with torch.no_grad():
         start = whole_pass("validation", watched)["loss"].item()
-    assert abs(start - np.log(2)) < 1e-6, f"before step 0, the Bradley-Terry loss is {start}, not ln 2"
+    known = math.lgamma(len(splits["train"].examples[0][1]) + 1)       # ln K!: every ranking of K is as likely; of two, ln 2
+    assert abs(start - known) < 1e-6 * known, f"before step 0, the loss is {start}, not {known}"
 
     # ---- loop
     print(f"reward model: {sum(p.numel() for p in reward_model.parameters()):,} parameters, {len(splits['train'])} training "

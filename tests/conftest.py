@@ -11,9 +11,10 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 @pytest.fixture(scope="session")
 def hub_cache(tmp_path_factory):
-    """A cache folder of the session's own for what `datasets` converts."""
+    """Cache folders of the session's own, for what `datasets` converts and for tokens."""
     import datasets
     datasets.config.HF_DATASETS_CACHE = str(tmp_path_factory.mktemp("datasets"))
+    os.environ["NANOPREF_CACHE"] = str(tmp_path_factory.mktemp("tokens"))
 
 
 @pytest.fixture(scope="session")

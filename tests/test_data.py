@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import data
-from data import batch_order, batches, biased_subset, fit, implicit_prompt, load_rows, longer, parse_row, split_of, tokenise
+from data import SPLITS, batch_order, batches, biased_subset, bucket_of, encode, fit, longer, select
+from formats import implicit_prompt, load_rows, parse_row
 from runtime import InputError
 from tinytldr import tokenizer
 
@@ -102,11 +103,14 @@ def test_biased_subset_defaults_to_seed_0():
 
 
 def test_relabel():
-    rows = [{"prompt": str(i), "responses": ["a", "b"]} for i in range(3)]
-    dataset = data.Dataset([([i], [[1], [2, 2]]) for i in range(3)], rows)
+    """The highest reward first, scores too; a row with a tie goes."""
+    scores = np.arange(6, dtype=np.float32).reshape(3, 2, 1)
+    dataset = data.Dataset([([i], [[1], [2, 2]]) for i in range(3)], scores)
     again = data.relabel(dataset, [[1.0, 0.0], [0.0, 0.5], [2.0, 2.0]])
     assert again.examples == [([0], [[1], [2, 2]]), ([1], [[2, 2], [1]])]
-    assert [row["responses"] for row in again.rows] == [["a", "b"], ["b", "a"]]
+    assert again.scores.tolist() == [[[0], [1]], [[3], [2]]]
+    ranking = data.relabel(data.Dataset([([0], [[1], [2], [3]])]), [[0.5, -1.0, 0.7]])
+    assert ranking.examples == [([0], [[3], [1], [2]])] and ranking.scores is None
 
 
 # ---------------------------------------------------------------- tokens
@@ -122,9 +126,9 @@ def test_tokenise_keeps_the_end_and_counts_what_it_drops(capsys):
     encoding = tokenizer()
     rows = [{"prompt": "one two three", "responses": [" ab"]}, {"prompt": "one", "responses": [" abcdefghijkl"]},
             {"prompt": "", "responses": [" ab"]}]
-    dataset = tokenise(rows, encoding, 8, "some rows")
+    dataset = select(encode(rows, encoding), 8, "some rows")
     assert "some rows: 3 rows, 1 dropped (a response alone does not fit block_size 8)" in capsys.readouterr().out
-    assert dataset.rows == [rows[0], rows[2]]
+    assert [len(prompt) for prompt, _ in dataset.examples] == [5, 1] and dataset.examples[1][0] == [encoding.eot_token]
     for prompt, (response,) in dataset.examples:
         assert encoding.decode(response[:-1]) == " ab" and response[-1] == encoding.eot_token
         assert 1 <= len(prompt) <= 8 - len(response)
@@ -133,8 +137,10 @@ def test_tokenise_keeps_the_end_and_counts_what_it_drops(capsys):
 
 
 def test_a_prompt_has_one_split_everywhere():
-    splits = [split_of(f"prompt {i}") for i in range(2000)]
-    assert splits == [split_of(f"prompt {i}") for i in range(2000)]
+    splits = [SPLITS[bucket_of(f"prompt {i}")] for i in range(2000)]
+    rows = [{"prompt": f"prompt {i}", "responses": [" a"]} for i in range(2000)]
+    assert [len(select(encode(rows, tokenizer()), 64, split=split)) for split in ("validation", "test", "train")] == [
+        splits.count("validation"), splits.count("test"), splits.count("train")]
     assert 1450 < splits.count("train") < 1750 and 130 < splits.count("test") < 280
 
 
@@ -155,7 +161,7 @@ def test_a_blank_turn_of_a_dialogue_is_a_response():
 
 
 def test_equal_responses_are_dropped(capsys):
-    assert len(tokenise([{"prompt": "a", "responses": [" b", " b"]}], tokenizer(), 8)) == 0
+    assert len(select(encode([{"prompt": "a", "responses": [" b", " b"]}], tokenizer()), 8)) == 0
     assert "1 dropped (chosen and rejected are the same)" in capsys.readouterr().out
 
 
@@ -205,12 +211,12 @@ def test_load_rows_formats(tmp_path, hub_cache, name):
         import pandas
         frame = pandas.DataFrame(rows)
         frame.to_csv(path, index=False) if name == "a.csv" else frame.to_parquet(path)
-    assert load_rows(path) == [{"prompt": row["prompt"], "responses": [" Hello!", " Go away."]} for row in rows]
+    assert list(load_rows(path)) == [{"prompt": row["prompt"], "responses": [" Hello!", " Go away."]} for row in rows]
 
 
 @pytest.mark.parametrize("name, content, message", [
     ("none.jsonl", None, "no such file"), ("a.txt", "x", "files end in"), ("a.jsonl", "", "the file is empty"),
-    ("a.jsonl", '{"prompt": "a", "chosen": " b"}\n', "needs columns chosen and rejected, has prompt, chosen"),
+    ("a.jsonl", '{"prompt": "a", "chosen": " b"}\n', "needs columns chosen and rejected, or prompt and responses; has prompt, chosen"),
     ("a.jsonl", json.dumps(PAIR) + "\n" + json.dumps({**PAIR, "chosen": ""}) + "\n", "row 2: the response 'chosen' is empty"),
     ("a.jsonl", json.dumps(PAIR) + "\n{oops\n", "row 2: not JSON"), ("a.jsonl", "[1, 2]\n", "needs columns chosen and rejected"),
     ("a.csv", "prompt,chosen,rejected\n", "no rows")])
@@ -218,7 +224,7 @@ def test_load_rows_refuses(tmp_path, hub_cache, name, content, message):
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=message) as error:
-        load_rows(str(tmp_path / name))
+        list(load_rows(str(tmp_path / name)))
     assert name in str(error.value) and "\n" not in str(error.value)
 
 
@@ -229,11 +235,11 @@ def test_load_rows_refuses(tmp_path, hub_cache, name, content, message):
 def test_load_rows_refuses_bytes(tmp_path, hub_cache, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
-        load_rows(str(tmp_path / name))
+        list(load_rows(str(tmp_path / name)))
 
 
 def test_no_usable_pair(tmp_path, hub_cache):
-    with pytest.raises(InputError, match="no usable pair"):
+    with pytest.raises(InputError, match="no usable row"):
         data.main([f"--data={write(tmp_path / 'a.jsonl', [{**PAIR, 'rejected': PAIR['chosen']}])}", "--tokenizer=tinytldr"])
 
 
@@ -241,4 +247,4 @@ def test_show(tmp_path, hub_cache, capsys):
     data.main([f"--data={write(tmp_path / 'a.jsonl', [PAIR])}", "--tokenizer=tinytldr", "--show"])
     out = capsys.readouterr().out
     coloured = out.replace("\033[32m", "<").replace("\033[31m", ">")
-    assert "<H" in coloured and ">G" not in coloured.split("<H")[0] and "a.jsonl: 1 rows" in out and "longer response chosen in 0 pairs, rejected in 1" in out
+    assert "<H" in coloured and ">G" not in coloured.split("<H")[0] and "a.jsonl: 1 rows" in out and "chosen in 0 pairs, rejected in 1" in out

@@ -211,7 +211,7 @@ def test_a_whole_dpo_run_follows_trls(tmp_path, peer, hub_cache, capsys):
     with open(tmp_path / "ours" / "metrics.jsonl", encoding="utf-8") as file:
         ours = [line["loss"] for line in map(json.loads, file) if "loss" in line]
 
-    train = preferences(str(path), "train", tokenizer, 192)
+    train, = preferences(str(path), ["train"], tokenizer, 192)
     batch_rows = batch_order(train.row_lengths(), batch_size, seed=0)
     in_order = peer.features([train.examples[i] for step in range(steps) for i in batch_rows(step)])
 
