@@ -10,6 +10,7 @@ rejected one second, for a ranking the best first, for a demonstration just one;
 """
 import argparse
 import hashlib
+import json
 import os
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -212,6 +213,41 @@ def get_tokenizer(name):
                          "on a machine without network, point TIKTOKEN_CACHE_DIR at a copy of its cache") from error
 
 
+def save_tokenizer(directory, tokenizer, block_size):
+    """Writes a tiktoken.Encoding as tokenizer.json and tokenizer_config.json, so that `transformers` reads and writes the same
+    tokens with a saved model.
+
+    tiktoken merges two neighbours if together they are a token, those with the lowest rank first; tokenizer.json lists pairs
+    to merge, the first ones first: so every way to cut a token in two tokens is such a pair.
+    """
+    ranks = tokenizer._mergeable_ranks                                       # {bytes: id}
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]        # GPT-2 writes these bytes as they are,
+    letters = {byte: chr(byte) for byte in printable}                        # and the others as the letters from 256 on
+    letters |= {byte: chr(256 + i) for i, byte in enumerate(sorted(set(range(256)) - set(printable)))}
+    text = lambda token: "".join(map(letters.__getitem__, token))
+    merges = [f"{text(token[:cut])} {text(token[cut:])}" for token in sorted(ranks, key=ranks.get)
+              for cut in range(1, len(token)) if token[:cut] in ranks and token[cut:] in ranks]
+    special = [{"id": number, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+                "special": True} for name, number in tokenizer._special_tokens.items()]
+    split = {"type": "Split", "pattern": {"Regex": tokenizer._pat_str}, "behavior": "Isolated", "invert": False}
+    as_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    end = tokenizer.decode([tokenizer.eot_token])
+    write_json(os.path.join(directory, "tokenizer.json"), {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, as_bytes]}, "post_processor": None, "decoder": as_bytes,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                  "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
+                  "vocab": {text(token): rank for token, rank in ranks.items()}, "merges": merges}})
+    write_json(os.path.join(directory, "tokenizer_config.json"), {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end, "model_max_length": block_size,
+        "clean_up_tokenization_spaces": False})
+
+
+def write_json(path, value):
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(value, file)
+
+
 def fit(prompt, responses, block_size):
     """Makes a prompt fit before its responses: it loses its start; they keep all, the end-of-text token too.
     Returns the prompt ids, or None if a response alone leaves no room for one prompt token."""
@@ -259,25 +295,32 @@ def encode(rows, tokenizer):
     return arrays | ({"scores": np.array(scores, np.float32)} if shape and shape[1] else {})
 
 
+def fitted(arrays, block_size, numbers):
+    """Some rows of `encode`, as examples: yields (row number, prompt, [responses]); the prompt is None where a response alone
+    does not fit."""
+    lengths = arrays["lengths"]
+    ends = lengths.ravel().cumsum().reshape(lengths.shape)
+    for number, row_ends, row_lengths in zip(numbers.tolist(), ends[numbers].tolist(), lengths[numbers].tolist()):
+        prompt, *responses = [arrays["tokens"][end - n:end] for end, n in zip(row_ends, row_lengths)]
+        yield number, fit(prompt, responses, block_size), responses
+
+
 def select(arrays, block_size, name="data", split=None):
     """The rows of `encode` that are of use, in one split or in all -> Dataset; prints how many were dropped and why."""
-    tokens, lengths, bucket = arrays["tokens"], arrays["lengths"], arrays["bucket"]
+    bucket, K = arrays["bucket"], arrays["lengths"].shape[1] - 1
     numbers = np.arange(len(bucket)) if split is None else np.flatnonzero(SPLITS[bucket] == split)
-    ends = lengths.ravel().cumsum().reshape(lengths.shape)
     examples, kept, too_long, same = [], [], 0, 0
-    for i, row_ends, row_lengths in zip(numbers.tolist(), ends[numbers].tolist(), lengths[numbers].tolist()):
-        prompt, *responses = [tokens[end - n:end] for end, n in zip(row_ends, row_lengths)]
-        prompt = fit(prompt, responses, block_size)
+    for number, prompt, responses in fitted(arrays, block_size, numbers):
         if prompt is None:
             too_long += 1
-        elif len(responses) > 1 and len(set(row_lengths[1:])) == 1 and all((r == responses[0]).all() for r in responses[1:]):
+        elif K > 1 and all(len(r) == len(responses[0]) and (r == responses[0]).all() for r in responses[1:]):
             same += 1
         else:
             examples.append((prompt, responses))
-            kept.append(i)
+            kept.append(number)
     print(f"{name}: {len(numbers)} rows"
           + (f", {too_long} dropped (a response alone does not fit block_size {block_size})" if too_long else "")
-          + (f", {same} dropped ({'chosen and rejected' if lengths.shape[1] == 3 else 'all responses'} are the same)" if same else ""))
+          + (f", {same} dropped ({'chosen and rejected' if K == 2 else 'all responses'} are the same)" if same else ""))
     return Dataset(examples, arrays["scores"][kept] if "scores" in arrays else None)
 
 

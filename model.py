@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from runtime import InputError, run_flags
@@ -220,14 +219,15 @@ class GPT(nn.Module):
     forward = response_logps      # what torch.compile and DistributedDataParallel call
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, temperature=1.0, stop=None, generator=None, batch_size=None):
+    def generate(self, prompts, max_new_tokens, temperature=1.0, stop=None, generator=None, batch_size=None, on_token=None):
         """Samples one response for each prompt.
 
         prompts: list of non-empty token lists, none longer than block_size. temperature: 0 takes the most likely token.
         stop: the token that ends a response (it is part of the response). generator: a torch.Generator; the global random
         stream is left alone if it is given. batch_size: prompts at a time (default: up to 256, as the cache's memory
-        allows). Responses also end after max_new_tokens, or where prompt and response fill block_size. Returns a list of
-        token lists, in the order of the prompts.
+        allows). on_token: called after every step with a list of the new tokens, one for each response of the batch that had
+        not ended (for streaming). Responses also end after max_new_tokens, or where prompt and response fill block_size.
+        Returns a list of token lists, in the order of the prompts.
         """
         if batch_size is None:
             columns = max(map(len, prompts), default=0) + max_new_tokens
@@ -237,11 +237,11 @@ class GPT(nn.Module):
         for at in range(0, len(prompts), batch_size):
             rows = longest_first[at:at + batch_size]
             batch = [prompts[i] for i in rows]
-            for i, response in zip(rows, self._generate_batch(batch, max_new_tokens, temperature, stop, generator)):
+            for i, response in zip(rows, self._generate_batch(batch, max_new_tokens, temperature, stop, generator, on_token)):
                 responses[i] = response
         return responses
 
-    def _generate_batch(self, prompts, max_new_tokens, temperature, stop, generator):
+    def _generate_batch(self, prompts, max_new_tokens, temperature, stop, generator, on_token):
         config, device = self.config, self.lm_head.weight.device
         B, T = len(prompts), max(len(prompt) for prompt in prompts)
         if not all(0 < len(prompt) <= config.block_size for prompt in prompts):
@@ -269,6 +269,8 @@ class GPT(nn.Module):
             logits = self.lm_head(hidden).float()                                     # (B, vocab)
             token = draw(logits, temperature, generator)                              # (B,)
             new[rows, t] = token
+            if on_token is not None:
+                on_token(token.tolist())
             if stop is not None:
                 ended |= token == stop
                 going = int((~ended).sum())
@@ -300,12 +302,13 @@ class GPT(nn.Module):
         load_tensors(model, tensors, dir_or_hub_name)
         return model
 
-    def save_pretrained(self, directory):
-        """Writes config.json and model.safetensors, which `transformers` loads as a GPT2LMHeadModel."""
+    def save_pretrained(self, directory, eos_token_id=None):
+        """Writes config.json and model.safetensors, which `transformers` loads as a GPT2LMHeadModel. eos_token_id: the token
+        that ends a text (default: the last one)."""
         tensors = self.state_dict()
         if self.config.tie_word_embeddings:
             del tensors["lm_head.weight"]
-        write_checkpoint(directory, tensors, self.config, architectures=["GPT2LMHeadModel"])
+        write_checkpoint(directory, tensors, self.config, eos_token_id, architectures=["GPT2LMHeadModel"])
 
 
 # ---------------------------------------------------------------- checkpoints in Hugging Face's GPT-2 layout
@@ -340,27 +343,50 @@ def gpt_config(config, where):
 
 def read_checkpoint(dir_or_hub_name):
     """-> (config.json as a dict, {name: tensor} with the names and shapes of this file's modules)."""
-    paths = {}
-    for filename in ("config.json", "model.safetensors"):
-        paths[filename] = os.path.join(dir_or_hub_name, filename)
-        if os.path.isdir(dir_or_hub_name):
-            if not os.path.isfile(paths[filename]):
-                raise InputError(f"{dir_or_hub_name}: no {filename} in this folder (is the run finished?)")
-        elif str(dir_or_hub_name).startswith((".", "/", "out/")) or str(dir_or_hub_name).count("/") > 1:
-            raise InputError(f"{dir_or_hub_name}: no such folder")     # not "name" or "owner/name": don't ask the hub
-        else:
-            try:
-                from huggingface_hub import hf_hub_download     # comes with datasets
-                paths[filename] = hf_hub_download(dir_or_hub_name, filename)
-            except Exception as error:     # the hub raises a dozen kinds, from offline to misspelt
-                raise InputError(f"{dir_or_hub_name}: no such folder, and the hub gave no {filename} "
-                                 f"({type(error).__name__})") from error
+    is_folder, reason = os.path.isdir(dir_or_hub_name), None
+    if not is_folder and (str(dir_or_hub_name).startswith((".", "/", "~", "out/")) or str(dir_or_hub_name).count("/") > 1):
+        raise InputError(f"{dir_or_hub_name}: no such folder")     # not "name" or "owner/name": don't ask the hub
+
+    def find(filename):
+        """The path of a file in the folder, or of its copy from the hub; None if there is none."""
+        nonlocal reason
+        if is_folder:
+            path = os.path.join(dir_or_hub_name, filename)
+            return path if os.path.isfile(path) else None
+        try:
+            from huggingface_hub import hf_hub_download     # comes with datasets
+            return hf_hub_download(dir_or_hub_name, filename)
+        except Exception as error:     # the hub raises a dozen kinds, from offline to misspelt
+            reason = reason or type(error).__name__
+            return None
+
+    def find_or_fail(filename):
+        if path := find(filename):
+            return path
+        if is_folder:
+            raise InputError(f"{dir_or_hub_name}: no {filename} in this folder (is the run finished?)")
+        raise InputError(f"{dir_or_hub_name}: no such folder, and the hub gave no {filename} ({reason}); without network, copy the "
+                         "model's config.json and model.safetensors into a folder and name that")
+
     try:
-        with open(paths["config.json"], encoding="utf-8") as file:
+        with open(find_or_fail("config.json"), encoding="utf-8") as file:
             config = json.load(file)
-        tensors = load_file(paths["model.safetensors"])
-    except (ValueError, SafetensorError) as error:
-        raise InputError(f"{dir_or_hub_name}: unreadable checkpoint: {error}") from error
+        if path := find("model.safetensors"):
+            tensors = load_file(path)
+        elif path := find("model.safetensors.index.json"):         # large checkpoints come in several files
+            with open(path, encoding="utf-8") as file:
+                shards = sorted(set(json.load(file)["weight_map"].values()))
+            tensors = {name: tensor for shard in shards for name, tensor in load_file(find_or_fail(shard)).items()}
+        elif path := find("pytorch_model.bin"):                    # old ones come as torch's own file
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            find_or_fail("model.safetensors")
+    except InputError:
+        raise
+    except Exception as error:     # torch and safetensors raise many kinds for a damaged file
+        raise InputError(f"{dir_or_hub_name}: unreadable checkpoint: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(config, dict) or not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+        raise InputError(f"{dir_or_hub_name}: unreadable checkpoint: not a configuration with named tensors")
     named = {}
     for name, tensor in tensors.items():
         if name.endswith((".attn.bias", ".attn.masked_bias")):       # old checkpoints store the causal mask
@@ -386,17 +412,17 @@ def load_tensors(model, tensors, where):
     model.load_state_dict(tensors)
 
 
-def write_checkpoint(directory, tensors, config, **fields):
+def write_checkpoint(directory, tensors, config, eos_token_id, **fields):
     """Writes config.json and model.safetensors. The flags that a run keeps in its config.json stay there."""
     os.makedirs(directory, exist_ok=True)
     path = os.path.join(directory, "config.json")
+    end = config.vocab_size - 1 if eos_token_id is None else eos_token_id
     flags = run_flags(directory)
     known = {"nanopref": flags} if flags else {}
     known.update(model_type="gpt2", n_positions=config.block_size, n_ctx=config.block_size, vocab_size=config.vocab_size,
                  n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, activation_function="gelu_new",
                  layer_norm_epsilon=1e-5, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-                 tie_word_embeddings=config.tie_word_embeddings, bos_token_id=config.vocab_size - 1,
-                 eos_token_id=config.vocab_size - 1, **fields)
+                 tie_word_embeddings=config.tie_word_embeddings, bos_token_id=end, eos_token_id=end, **fields)
     with open(path, "w", encoding="utf-8") as file:
         json.dump(known, file, indent=2)
         file.write("\n")

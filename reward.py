@@ -2,7 +2,11 @@
 
 A reward model reads one number at each response's last token, in the same tree batch that the policy uses. It is known
 only up to a constant per prompt: Bradley-Terry sees differences, and so does everything downstream.
+
+    python reward.py --score --data=prefs.jsonl --rewards=out/rms     # -> out/scored.jsonl, the data with columns of scores
 """
+import argparse
+import json
 import os
 
 import numpy as np
@@ -10,6 +14,8 @@ import torch
 import torch.nn as nn
 
 import runtime
+from data import encode, fitted, get_tokenizer
+from formats import load_rows
 from model import Transformer, gpt_config, init_weights, load_tensors, read_checkpoint, write_checkpoint
 from runtime import InputError
 
@@ -49,9 +55,9 @@ class RewardModel(nn.Module):
         load_tensors(model, tensors, dir_or_hub_name)
         return model
 
-    def save_pretrained(self, directory):
+    def save_pretrained(self, directory, eos_token_id=None):
         # transformers reads the reward at the last token that is not pad_token_id, which so can't be the end-of-text token
-        write_checkpoint(directory, self.state_dict(), self.config, architectures=["GPT2ForSequenceClassification"],
+        write_checkpoint(directory, self.state_dict(), self.config, eos_token_id, architectures=["GPT2ForSequenceClassification"],
                          id2label={"0": "reward"}, label2id={"reward": 0}, pad_token_id=0)
 
 
@@ -93,3 +99,46 @@ def family_scores(models, dataset, K, dtype, autocast, name):
         scores.append(runtime.cached(os.path.join(folder, "cache"), f"{name}-rewards", key, lambda: runtime.score(
             model, ranked, autocast, desc=f"{name} rewards").tolist()))
     return np.array(scores, np.float32).transpose(1, 2, 0)      # (M, N, K) -> (N, K, M)
+
+
+def main(argv=None):
+    parser = runtime.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--score", action="store_true", required=True, help="score every response of --data")
+    parser.add_argument("--data", required=True, help="a file of preferences, or a hub name")
+    parser.add_argument("--rewards", default="out/rms", help="reward models, or folders of families, comma-separated")
+    parser.add_argument("--out", default="out/scored.jsonl", help="the file to write: the rows of --data with score_chosen and "
+                                                                  "score_rejected (rankings: scores), lists if there are several models")
+    parser.add_argument("--seed", type=runtime.seed, default=0, help="of nothing: scores are not random")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps", "xla"])
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    args = parser.parse_args(argv)
+    runtime.check_out_dir(os.path.dirname(args.out) or ".")
+    device, autocast = runtime.setup(args)
+    folders = family_folders(args.rewards)
+    first, name = RewardModel.from_pretrained(folders[0]), runtime.run_flags(folders[0]).get("tokenizer", "gpt2")
+    models = [load_reward_model(folder, "--rewards", first, name, device) for folder in folders]
+
+    rows, tokenizer = list(load_rows(args.data)), get_tokenizer(name)
+    arrays = encode(rows, tokenizer)
+    block_size = min(model.config.block_size for model in models)
+    fits = [one for one in fitted(arrays, block_size, np.arange(len(rows))) if one[1] is not None]
+    examples = [(prompt, responses) for _, prompt, responses in fits]
+    if not examples:
+        raise InputError(f"--data: {args.data}: no row fits block_size {block_size}")
+    scores = np.stack([runtime.score(model, examples, autocast, desc="score") for model in models], axis=2)     # (N, K, M)
+    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+    with open(args.out + ".tmp", "w", encoding="utf-8") as file:
+        for (number, _, _), row_scores in zip(fits, scores.tolist()):
+            row, values = rows[number], [s if len(models) > 1 else s[0] for s in row_scores]
+            if len(values) == 2:
+                record = dict(zip(("chosen", "rejected", "score_chosen", "score_rejected"), row["responses"] + values))
+            else:
+                record = {"responses": row["responses"], "scores": values}
+            file.write(json.dumps({"prompt": row["prompt"]} | record, ensure_ascii=False) + "\n")
+    os.replace(args.out + ".tmp", args.out)
+    print(f"{args.out}: {len(fits)} rows with scores of {len(models)} reward models; {len(rows) - len(fits)} dropped (a response alone "
+          f"does not fit block_size {block_size})")
+
+
+if __name__ == "__main__":
+    runtime.run(main)

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 import runtime
-from data import Dataset, batch_order, collate, demonstrations, training_pairs
+from data import Dataset, batch_order, collate, demonstrations, save_tokenizer, training_pairs
 from losses import NEEDS_REWARDS, PESSIMISTIC, PREFERENCE_LOSSES, loss_at_reference, margins, preference_loss
 from reward import family_folders, family_scores, load_reward_model
 from runtime import InputError
@@ -217,7 +217,8 @@ def main(argv=None):
                 tqdm.write(f"step {step:5d}  " + "  ".join(f"{k} {v:.4f}" for k, v in result.items() if "loss" in k
                                                            or k in ("validation/accuracy", "train/chosen_change")))
             if last_step:
-                policy.save_pretrained(args.out_dir)
+                policy.save_pretrained(args.out_dir, tokenizer.eot_token)
+                save_tokenizer(args.out_dir, tokenizer, policy.config.block_size)
                 break
 
             stats = whole_pass("train", batch_rows(step), gamma, backward=True)

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import runtime
-from data import batch_order, biased_subset, collate, training_pairs
+from data import batch_order, biased_subset, collate, save_tokenizer, training_pairs
 from losses import margins, plackett_luce
 from reward import RewardModel
 from runtime import InputError
@@ -57,7 +57,7 @@ def main(argv=None):
     train, validation = training_pairs(args, tokenizer, policy, device, autocast)
     validation = validation.take(range(min(args.n_eval, len(validation))))
     if not args.bias:
-        return train_one(args, policy, {"train": train, "validation": validation}, device, autocast)
+        return train_one(args, policy, tokenizer, {"train": train, "validation": validation}, device, autocast)
     if train.response_lengths().shape[1] != 2:
         raise InputError("--bias: subsets by length are made of pairs, and the rows of --data have more responses")
     folders = {bias: os.path.join(args.out_dir, str(bias)) for bias in args.bias}
@@ -73,10 +73,10 @@ def main(argv=None):
         raise InputError(f"--bias: {error}") from error
     for bias, folder in folders.items():
         member = argparse.Namespace(**{**vars(args), "bias": bias, "out_dir": folder, "resume": args.resume and folder in begun})
-        train_one(member, policy, {"train": subsets[bias], "validation": validation}, device, autocast)
+        train_one(member, policy, tokenizer, {"train": subsets[bias], "validation": validation}, device, autocast)
 
 
-def train_one(args, policy, splits, device, autocast):
+def train_one(args, policy, tokenizer, splits, device, autocast):
     """One reward model, from the policy's transformer, into the run folder args.out_dir."""
     constants = runtime.key(runtime.hash_weights(policy), runtime.hash_examples(splits["train"].examples))
     batch_rows = batch_order(splits["train"].row_lengths(), args.batch_size, args.seed)
@@ -133,7 +133,8 @@ def train_one(args, policy, splits, device, autocast):
                 run.save_state(step)
                 tqdm.write(f"step {step:5d}  " + "  ".join(f"{name} {value:.4f}" for name, value in result.items()))
             if last_step:
-                reward_model.save_pretrained(args.out_dir)
+                reward_model.save_pretrained(args.out_dir, tokenizer.eot_token)
+                save_tokenizer(args.out_dir, tokenizer, policy.config.block_size)
                 break
 
             stats = whole_pass("train", batch_rows(step), backward=True)

@@ -1,5 +1,4 @@
 """Loading, splitting, truncating, batching and choosing pairs."""
-import gzip
 import json
 
 import numpy as np
@@ -7,7 +6,6 @@ import pytest
 
 import data
 from data import SPLITS, batch_order, batches, biased_subset, bucket_of, encode, fit, longer, select
-from formats import implicit_prompt, load_rows, parse_row
 from runtime import InputError
 from tinytldr import tokenizer
 
@@ -144,107 +142,64 @@ def test_a_prompt_has_one_split_everywhere():
     assert 1450 < splits.count("train") < 1750 and 130 < splits.count("test") < 280
 
 
-# ---------------------------------------------------------------- rows
-
-def test_implicit_prompt():
-    assert implicit_prompt("\n\nHuman: Hi\n\nAssistant: A b", "\n\nHuman: Hi\n\nAssistant: A c") == "\n\nHuman: Hi\n\nAssistant:"
-    dialogue = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: "           # the texts part in a person's turn
-    assert implicit_prompt(dialogue + "one\n\nAssistant: A", dialogue + "two\n\nAssistant: A") == "\n\nHuman: Hi\n\nAssistant:"
-    assert implicit_prompt("What is this? A dog", "What is this? A den") == "What is this? A"
-    assert implicit_prompt("one", "two") == ""
-
-
-def test_a_blank_turn_of_a_dialogue_is_a_response():
-    """Four real dialogues of HH's helpful-base test set are like this."""
-    dialogue = "\n\nHuman: Hi\n\nAssistant: "
-    assert parse_row({"chosen": dialogue + "Yes?", "rejected": dialogue}, False)["responses"] == [" Yes?", " "]
-
-
 def test_equal_responses_are_dropped(capsys):
     assert len(select(encode([{"prompt": "a", "responses": [" b", " b"]}], tokenizer()), 8)) == 0
     assert "1 dropped (chosen and rejected are the same)" in capsys.readouterr().out
 
 
-def test_parse_row_layouts():
-    wanted = {"prompt": "Say hello.", "responses": [" Hello!", " Go away."]}
-    assert parse_row({**PAIR, "confidence": 7}, False) == wanted
-    assert parse_row(PAIR, True) == {"prompt": "Say hello.", "responses": [" Hello!"]}
-    assert parse_row({"prompt": "a", "completion": " b"}, True) == {"prompt": "a", "responses": [" b"]}
-    chat = {"prompt": [{"role": "user", "content": "Hi"}], "chosen": [{"role": "assistant", "content": "Yes?"}],
-            "rejected": [{"role": "assistant", "content": "No."}]}
-    as_text = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "responses": [" Yes?", " No."]}
-    assert parse_row(chat, False) == as_text
-    whole = {**chat, **{side: chat["prompt"] + chat[side] for side in ("chosen", "rejected")}}     # as in UltraFeedback
-    assert parse_row(whole, False) == as_text
-    implicit = {side: chat["prompt"] + chat[side] for side in ("chosen", "rejected")}
-    assert parse_row(implicit, False) == as_text
+def test_rows_that_are_not_alike():
+    with pytest.raises(ValueError, match=r"row 2: 1 responses with scores of shape \(\), in the first row 2"):
+        encode([{"prompt": "a", "responses": [" b", " c"]}, {"prompt": "a", "responses": [" b"]}], tokenizer())
+    with pytest.raises(ValueError, match=r"row 2: 2 responses with scores of shape \(2, 1\)"):
+        encode([{"prompt": "a", "responses": [" b", " c"]}, {"prompt": "a", "responses": [" b", " c"], "scores": [[1], [2]]}], tokenizer())
 
 
-@pytest.mark.parametrize("record, message", [
-    ({**PAIR, "chosen": "  "}, "response 'chosen' is empty"), ({**PAIR, "rejected": None}, "column 'rejected' is missing"),
-    ({**PAIR, "chosen": 3}, "column 'chosen' is neither"), ({"chosen": "a", "rejected": "b"}, "share no beginning"),
-    ({**PAIR, "chosen": [{"role": "robot", "content": "x"}]}, "column 'chosen' is not a list of chat messages"),
-    ({**PAIR, "chosen": [{"role": "assistant", "content": None}]}, "column 'chosen' is not a list of chat messages")])
-def test_parse_row_refuses(record, message):
-    with pytest.raises(ValueError, match=message):
-        parse_row(record, False)
+def test_scores_stay_with_their_rows():
+    """Through dropping, splitting and choosing."""
+    rows = [{"prompt": f"{i}", "responses": [" b", " b" if i % 3 == 0 else " c"], "scores": [[i, -i], [i + 0.5, 0]]} for i in range(300)]
+    dataset = select(encode(rows, tokenizer()), 64, split="train")
+    chosen = dataset.take(np.arange(0, len(dataset), 2))
+    assert dataset.scores.shape == (len(dataset), 2, 2) and 100 < len(dataset) < 200
+    for (prompt, _), scores in zip(chosen.examples, chosen.scores):
+        i = int(tokenizer().decode(prompt.tolist()))
+        assert scores.tolist() == [[i, -i], [i + 0.5, 0]] and i % 3
 
 
-def write(path, rows):
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    if path.suffix == ".gz":
-        with gzip.open(path, "wt") as file:
-            file.write(text)
-    else:
-        path.write_text(text)
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.csv", "a.parquet"])
-def test_load_rows_formats(tmp_path, hub_cache, name):
-    rows, path = [PAIR, {**PAIR, "prompt": "Say more."}], str(tmp_path / name)
-    if name.startswith("a.jsonl"):
-        write(tmp_path / name, rows)
-    elif name == "a.json":
-        (tmp_path / name).write_text(json.dumps(rows))
-    else:
-        import pandas
-        frame = pandas.DataFrame(rows)
-        frame.to_csv(path, index=False) if name == "a.csv" else frame.to_parquet(path)
-    assert list(load_rows(path)) == [{"prompt": row["prompt"], "responses": [" Hello!", " Go away."]} for row in rows]
-
-
-@pytest.mark.parametrize("name, content, message", [
-    ("none.jsonl", None, "no such file"), ("a.txt", "x", "files end in"), ("a.jsonl", "", "the file is empty"),
-    ("a.jsonl", '{"prompt": "a", "chosen": " b"}\n', "needs columns chosen and rejected, or prompt and responses; has prompt, chosen"),
-    ("a.jsonl", json.dumps(PAIR) + "\n" + json.dumps({**PAIR, "chosen": ""}) + "\n", "row 2: the response 'chosen' is empty"),
-    ("a.jsonl", json.dumps(PAIR) + "\n{oops\n", "row 2: not JSON"), ("a.jsonl", "[1, 2]\n", "needs columns chosen and rejected"),
-    ("a.csv", "prompt,chosen,rejected\n", "no rows")])
-def test_load_rows_refuses(tmp_path, hub_cache, name, content, message):
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(InputError, match=message) as error:
-        list(load_rows(str(tmp_path / name)))
-    assert name in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("name, content, message", [
-    ("latin.jsonl", b'{"prompt":"caf\xe9","chosen":"a","rejected":"b"}\n', "row 1: .*utf-8"),
-    ("cut.jsonl.gz", gzip.compress(json.dumps(PAIR).encode() * 50)[:40], "not a whole gzip file"),
-    ("a [1]*.jsonl", json.dumps({**PAIR, "chosen": ""}).encode(), "row 1: the response 'chosen' is empty")])
-def test_load_rows_refuses_bytes(tmp_path, hub_cache, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=message):
-        list(load_rows(str(tmp_path / name)))
+def test_tokens_are_cached_by_content(tmp_path, hub_cache, capsys, monkeypatch):
+    """The same file under another name is not read again; another content, another tokenizer and another use are."""
+    monkeypatch.setenv("NANOPREF_CACHE", str(tmp_path / "cache"))
+    wide = data.tiktoken.Encoding("bytes", pat_str=".", mergeable_ranks={bytes([b]): b for b in range(256)},
+                                  special_tokens={"<|endoftext|>": 70_000})
+    first = data.tokenised_file(jsonl(tmp_path / "a.jsonl", [PAIR]), tokenizer())
+    again = data.tokenised_file(jsonl(tmp_path / "b.jsonl", [PAIR]), tokenizer())
+    assert capsys.readouterr().out.count("tokens from") == 1 and first.keys() == again.keys() == {"tokens", "lengths", "bucket"}
+    assert all(np.array_equal(first[name], again[name]) and first[name].dtype == again[name].dtype for name in first)
+    other = data.tokenised_file(jsonl(tmp_path / "a.jsonl", [{**PAIR, "prompt": "Say more."}]), tokenizer())
+    assert not np.array_equal(first["tokens"], other["tokens"])
+    data.tokenised_file(str(tmp_path / "b.jsonl"), tokenizer(), demonstrations=True)
+    assert data.tokenised_file(str(tmp_path / "b.jsonl"), wide)["tokens"].dtype == np.int32
+    assert "tokens from" not in capsys.readouterr().out and first["tokens"].dtype == np.uint16
+    assert len(list((tmp_path / "cache").iterdir())) == 4
 
 
 def test_no_usable_pair(tmp_path, hub_cache):
     with pytest.raises(InputError, match="no usable row"):
-        data.main([f"--data={write(tmp_path / 'a.jsonl', [{**PAIR, 'rejected': PAIR['chosen']}])}", "--tokenizer=tinytldr"])
+        data.main([f"--data={jsonl(tmp_path / 'a.jsonl', [{**PAIR, 'rejected': PAIR['chosen']}])}", "--tokenizer=tinytldr"])
 
 
 def test_show(tmp_path, hub_cache, capsys):
-    data.main([f"--data={write(tmp_path / 'a.jsonl', [PAIR])}", "--tokenizer=tinytldr", "--show"])
+    data.main([f"--data={jsonl(tmp_path / 'a.jsonl', [PAIR])}", "--tokenizer=tinytldr", "--show"])
     out = capsys.readouterr().out
     coloured = out.replace("\033[32m", "<").replace("\033[31m", ">")
     assert "<H" in coloured and ">G" not in coloured.split("<H")[0] and "a.jsonl: 1 rows" in out and "chosen in 0 pairs, rejected in 1" in out
+    data.main([f"--data={tmp_path}/a.jsonl", "--tokenizer=tinytldr", "--sft"])
+    assert "response  tokens" in capsys.readouterr().out
+    ranking = {"prompt": "a", "responses": [" b", " c", " d"], "scores": [1, 2, 3]}
+    data.main([f"--data={jsonl(tmp_path / 'a.jsonl', [ranking])}", "--tokenizer=tinytldr", "--show"])
+    out = capsys.readouterr().out
+    assert "1 rows read, 1 used, 1 score(s) for each response" in out and "[1 prompt tokens, 3 + 3 + 3 response tokens]" in out

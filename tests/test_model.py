@@ -167,3 +167,61 @@ def test_checkpoint_missing_or_broken(tmp_path, model):
     (tmp_path / "model.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(InputError, match="unreadable checkpoint"):
         GPT.from_pretrained(str(tmp_path))
+
+
+def test_checkpoint_in_several_files(tmp_path, model):
+    """Sharded safetensors with an index; and what is said when one is not there."""
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    names, where = sorted(tensors), {}
+    for number, shard in enumerate((names[::2], names[1::2])):
+        where |= {name: f"model-{number}.safetensors" for name in shard}
+        save_file({name: tensors[name] for name in shard}, tmp_path / f"model-{number}.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    tokens = torch.arange(12)[None]
+    assert torch.equal(GPT.from_pretrained(str(tmp_path)).logits(tokens), model.logits(tokens))
+    (tmp_path / "model-1.safetensors").unlink()
+    with pytest.raises(InputError, match="no model-1.safetensors in this folder"):
+        GPT.from_pretrained(str(tmp_path))
+
+
+def test_checkpoint_as_torch_file(tmp_path, model):
+    """pytorch_model.bin, in half precision too; read without running code from it."""
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    tokens = torch.arange(12)[None]
+    assert torch.equal(GPT.from_pretrained(str(tmp_path)).logits(tokens), model.logits(tokens))
+    torch.save({name: tensor.half() for name, tensor in tensors.items()}, tmp_path / "pytorch_model.bin")
+    torch.testing.assert_close(GPT.from_pretrained(str(tmp_path)).logits(tokens), model.logits(tokens), rtol=0, atol=1e-2)
+    for bad in ({"wte.weight": print}, [tensors]):
+        torch.save(bad, tmp_path / "pytorch_model.bin")
+        with pytest.raises(InputError, match="unreadable checkpoint") as error:
+            GPT.from_pretrained(str(tmp_path))
+        assert "\n" not in str(error.value)
+
+
+def test_hub_names(tmp_path, model, monkeypatch):
+    """A name that is no folder is asked of the hub, file by file; without network and cache, one line says what to do."""
+    model.save_pretrained(tmp_path)
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, filename: str(tmp_path / filename))
+    tokens = torch.arange(12)[None]
+    assert torch.equal(GPT.from_pretrained("gpt2-medium").logits(tokens), model.logits(tokens))
+
+    def offline(name, filename):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(InputError, match=r"gpt2: no such folder, and the hub gave no config.json \(LocalEntryNotFoundError\); without "
+                                         "network, copy the model's config.json and model.safetensors into a folder and name that"):
+        GPT.from_pretrained("gpt2")
+
+
+def test_end_of_text_in_a_saved_config(tmp_path, model):
+    model.save_pretrained(tmp_path / "policy", eos_token_id=5)
+    RewardModel.from_policy(model).save_pretrained(tmp_path / "rm", eos_token_id=5)
+    for folder in ("policy", "rm"):
+        assert json.loads((tmp_path / folder / "config.json").read_text())["eos_token_id"] == 5

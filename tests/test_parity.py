@@ -4,6 +4,8 @@ Skipped where they are not installed; `bash runs/parity.sh` installs them into a
 """
 import contextlib
 import json
+import os
+import random
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch
 import runtime
 import tinytldr
 import train_policy
-from data import batch_order, collate, get_tokenizer, preferences
+from data import batch_order, collate, get_tokenizer, preferences, save_tokenizer
 from losses import bradley_terry, dpo, ipo
 from model import GPT, TRANSPOSED, GPTConfig
 from reward import RewardModel
@@ -52,20 +54,21 @@ TOKENS = torch.randint(0, VOCAB, (4, 40), generator=torch.Generator().manual_see
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("block_size", [48, 1024, 1500])
 def test_gpt2_in_and_out(tmp_path, tied, block_size):
-    """A transformers GPT-2 loads here, and what is saved here loads there: the same logits to 1e-5, the same parameters."""
+    """A transformers GPT-2 loads here, and what is saved here loads there: the same logits, the same parameters."""
     theirs = random_weights(transformers.GPT2LMHeadModel(gpt2_config(tied, block_size)), seed=1)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = GPT.from_pretrained(str(tmp_path / "theirs"))
     assert ours.config.block_size == block_size and ours.config.tie_word_embeddings == tied
     with torch.no_grad():
-        wanted = theirs(TOKENS).logits
-        torch.testing.assert_close(ours.logits(TOKENS), wanted, rtol=0, atol=1e-5)
+        wanted = theirs.double()(TOKENS).logits      # in float64, where rounding can't hide or cause a difference
+        torch.testing.assert_close(ours.double().logits(TOKENS), wanted, rtol=0, atol=1e-10)
+    ours.float()
     ours.save_pretrained(tmp_path / "ours")
     again, loading = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(loading.values()), loading
     assert type(again) is transformers.GPT2LMHeadModel and again.config.n_positions == block_size
     with torch.no_grad():
-        torch.testing.assert_close(again(TOKENS).logits, wanted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(again.double()(TOKENS).logits, wanted, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("block_size", [48, 1500])
@@ -101,6 +104,40 @@ def test_greedy_generation(tmp_path):
     wanted = theirs.generate(torch.tensor(prompts), attention_mask=torch.ones(4, 10), do_sample=False, max_new_tokens=20,
                              eos_token_id=None)[:, 10:].tolist()
     assert GPT.from_pretrained(str(tmp_path)).generate(prompts, 20, temperature=0) == wanted
+
+
+@pytest.mark.parametrize("encoding", ["tinytldr", "gpt2"])
+def test_tokenizer_out(tmp_path, encoding):
+    """AutoTokenizer reads the saved tokenizer and gives tiktoken's tokens, there and back, for all kinds of text."""
+    if encoding == "gpt2" and not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        pytest.skip("no network, and TIKTOKEN_CACHE_DIR names no copy of tiktoken's files")
+    ours = get_tokenizer(encoding)
+    save_tokenizer(tmp_path, ours, 4096)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.eos_token_id == ours.eot_token and theirs.model_max_length == 4096
+    draw = random.Random(0)
+    letters = [chr(c) for c in (*range(32, 127), *range(160, 1500), *range(0x4E00, 0x4E40), *range(0x1F600, 0x1F640))] + list(" \n\t") * 200
+    texts = ["", " ", "  a   b\n\n c\t d  ", "It's I'LL we've 12345 67", "\r\n\r\n   ", "na\u00efve \u65e5\u672c\u8a9e x\u00b2", "end<|endoftext|>start",
+             *(tinytldr.post(0, "train", i) + tinytldr.demonstration(0, "train", i, 0) for i in range(100)),
+             *("".join(draw.choices(letters, k=60)) for _ in range(300))]
+    for text in texts:
+        ids = ours.encode(text, allowed_special="all")
+        assert theirs.encode(text) == ids
+        assert theirs.decode(ids) == text
+
+
+def test_a_run_folder_in_a_pipeline(world):
+    """What transformers' pipelines make of run folders: the policy's greedy reply, and the reward model's reward."""
+    tokenizer, prompt = get_tokenizer("tinytldr"), tinytldr.post(0, "test", 0)
+    policy, reward_model = GPT.from_pretrained(f"{world}/sft"), RewardModel.from_pretrained(f"{world}/rm")
+    ids, = policy.generate([tokenizer.encode_ordinary(prompt)], 20, temperature=0, stop=tokenizer.eot_token)
+    reply = tokenizer.decode([token for token in ids if token != tokenizer.eot_token])
+    generate = transformers.pipeline("text-generation", model=f"{world}/sft", device="cpu")
+    assert generate(prompt, do_sample=False, max_new_tokens=20)[0]["generated_text"] == prompt + reply
+    classify = transformers.pipeline("text-classification", model=f"{world}/rm", device="cpu", function_to_apply="none")
+    with torch.no_grad():
+        wanted = reward_model(collate([(tokenizer.encode_ordinary(prompt), [tokenizer.encode_ordinary(reply) + [tokenizer.eot_token]])]))
+    assert classify(f"{prompt}{reply}<|endoftext|>")[0]["score"] == pytest.approx(wanted.item(), abs=1e-5)
 
 
 # ---------------------------------------------------------------- TRL: losses, gradients, a whole run

@@ -4,14 +4,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import data
 import evaluate
+import reward
 import runtime
+import sample
 import train_policy
 import train_rm
-from losses import PREFERENCE_LOSSES
+from losses import NEEDS_REWARDS, PREFERENCE_LOSSES
 from model import GPT
 from runtime import InputError
 
@@ -148,6 +151,94 @@ def test_file_data_end_to_end(tmp_path, hub_cache):
                    f"--rms={tmp_path}/rms", f"--out_dir={tmp_path}/report", "--max_new_tokens=8"])
     results = json.loads((tmp_path / "report/results.json").read_text())
     assert results["policies"]["e-dpo"]["kl_ref_pi"] > 0 and len(results["reward_models"]) == 2
+
+
+# ---------------------------------------------------------------- scores from a file, rankings
+
+def read(path):
+    return Path(path).read_text()
+
+
+def test_scores_from_a_file_are_as_good_as_reward_models(world, tmp_path, hub_cache):
+    """`reward.py --score` writes the family's scores beside the pairs; distilling these columns gives the same metrics, but for
+    rounding (they were scored in other batches), as distilling from the family itself."""
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps({"prompt": f"{i}:", "chosen": " my boss" * (i % 3 + 1), "rejected": f" broke {i}"}) + "\n"
+                             for i in range(120)))
+    reward.main(["--score", f"--data={pairs}", f"--rewards={world}/rms", f"--out={tmp_path}/scored.jsonl"])
+    scored = [json.loads(line) for line in read(tmp_path / "scored.jsonl").splitlines()]
+    assert len(scored) == 120 and {key: scored[7][key] for key in ("prompt", "chosen", "rejected")} == json.loads(read(pairs).splitlines()[7])
+    assert len(scored[7]["score_chosen"]) == len(scored[7]["score_rejected"]) == 2
+    flags = ["--loss=e-dpo", f"--init_from={world}/sft", "--max_steps=4", "--batch_size=8", "--max_new_tokens=8"]
+    train_policy.main([*flags, f"--data={pairs}", f"--rewards={world}/rms", f"--out_dir={tmp_path}/a"])
+    train_policy.main([*flags, f"--data={tmp_path}/scored.jsonl", "--rewards=scores", f"--out_dir={tmp_path}/b"])
+    for a, b in zip(metrics(tmp_path / "a"), metrics(tmp_path / "b"), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+    reward.main(["--score", f"--data={pairs}", f"--rewards={world}/rm", f"--out={tmp_path}/one.jsonl"])
+    assert isinstance(json.loads(read(tmp_path / "one.jsonl").splitlines()[0])["score_chosen"], float)
+    with pytest.raises(InputError, match="--rewards=scores: .*pairs.jsonl has no score_chosen"):
+        train_policy.main([*flags, f"--data={pairs}", "--rewards=scores", f"--out_dir={tmp_path}/c"])
+
+
+@pytest.fixture(scope="module")
+def rankings(world, tmp_path_factory):
+    """Three responses for each prompt, with scores that like "broke"."""
+    path = tmp_path_factory.mktemp("rankings") / "rankings.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{i}:", "responses": [" my boss", " broke" * (i % 4 + 1), " exhausted"],
+                                        "scores": [0, i % 4 + 1, -1]}) + "\n" for i in range(120)))
+    return path
+
+
+def test_a_reward_model_learns_a_ranking(world, rankings, tmp_path):
+    """Plackett-Luce from ln 3! = ln 6 down; and its scores rank the responses."""
+    train_rm.main([f"--data={rankings}", f"--init_from={world}/sft", "--max_steps=30", "--batch_size=16", "--lr=1e-2", f"--out_dir={tmp_path}/rm"])
+    lines = metrics(tmp_path / "rm")
+    assert lines[0]["validation/loss"] == pytest.approx(np.log(6), abs=1e-4)
+    assert lines[-1]["validation/loss"] < 0.5 and lines[-1]["validation/accuracy"] > 0.9
+    reward.main(["--score", f"--data={rankings}", f"--rewards={tmp_path}/rm", f"--out={tmp_path}/scored.jsonl"])
+    scored = [json.loads(line) for line in read(tmp_path / "scored.jsonl").splitlines()]
+    assert len(scored) == 120 and all(row["responses"][0].startswith(" broke") for row in scored)
+    assert np.mean([row["scores"] == sorted(row["scores"], reverse=True) for row in scored]) > 0.9
+
+
+@pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
+def test_every_loss_trains_on_rankings(world, rankings, tmp_path, loss):
+    rewards = ["--rewards=scores"] if loss in NEEDS_REWARDS else []
+    train_policy.main([f"--loss={loss}", f"--data={rankings}", f"--init_from={world}/sft", "--max_steps=20", "--batch_size=16", "--lr=1e-3",
+                       "--max_new_tokens=8", f"--out_dir={tmp_path}", *rewards])
+    lines = [line for line in metrics(tmp_path) if "validation/accuracy" in line]
+    assert lines[-1]["validation/accuracy"] > 0.9
+    assert lines[-1]["validation/chosen_change"] > lines[-1]["validation/rejected_change"]
+
+
+@pytest.mark.parametrize("script, flags, message", [
+    (train_policy, ["--loss=dpo", "--rho=0.2"], "--rho: D_rho is made of pairs"), (train_rm, ["--bias=0.2,0.5"], "--bias: subsets by length")])
+def test_length_bias_needs_pairs(world, rankings, tmp_path, script, flags, message):
+    with pytest.raises(InputError, match=message):
+        script.main([f"--data={rankings}", f"--init_from={world}/sft", f"--out_dir={tmp_path}/out", *flags])
+
+
+# ---------------------------------------------------------------- talking to the result
+
+def test_sample_streams_what_generate_gives(world, capsys):
+    sample.main([f"{world}/sft", "--prompt=POST: My boss.\n\nTL;DR:", "--temperature=0", "--max_new_tokens=8"])
+    policy, tokenizer = GPT.from_pretrained(f"{world}/sft"), data.get_tokenizer("tinytldr")
+    ids, = policy.generate([tokenizer.encode_ordinary("POST: My boss.\n\nTL;DR:")], 8, temperature=0, stop=tokenizer.eot_token)
+    wanted = tokenizer.decode([token for token in ids if token != tokenizer.eot_token])
+    assert f"[{world}/sft]{wanted}" + ("" if ids[-1] == tokenizer.eot_token else " ...") + "\n\n" == capsys.readouterr().out
+
+
+def test_sample_beside_the_reference(world, tmp_path, capsys):
+    """With --compare the reference answers too; a policy that has not moved says the same."""
+    train_policy.main(policy_flags(world, tmp_path / "run", "dpo", max_steps=1, lr=1e-12))
+    capsys.readouterr()
+    sample.main([f"{tmp_path}/run", "--compare", "--n=2", "--max_new_tokens=8"])
+    out = capsys.readouterr().out
+    assert out.startswith("POST: ") and out.count(f"[{tmp_path}/run]") == 2
+    mine, its = out.split(f"[the reference, {world}/sft]")[0], out.split(f"[the reference, {world}/sft]")[1:]
+    assert [part.strip() for part in mine.split(f"[{tmp_path}/run]")[1:]] == [part.strip() for part in its]
+    with pytest.raises(InputError, match="--compare: .* was trained from no reference"):
+        sample.main([f"{world}/sft", "--compare"])
 
 
 def test_interrupted_family_goes_on(world, tmp_path, monkeypatch):

@@ -1,0 +1,128 @@
+"""The paper's protocol on real preferences, start to end: reference policy, oracle reward model, relabelled pairs, D_rho,
+reward models, policies, and their advantage by the oracle's reward.
+
+    bash runs/tldr.sh                                  # TL;DR from the hub, from GPT-2, at the paper's scale
+    bash runs/helpful.sh --rho=all --labels=human      # Anthropic's helpful-base, people's own labels: the unbiased setting
+
+Every stage is one of the repository's scripts, printed as it is run. What is finished is not run again, and what was interrupted
+goes on where it was: call it again with the same flags and --out.
+"""
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+
+LOSSES = ("dpo", "ipo", "d-dpo", "p-dpo", "dp-dpo", "e-dpo")
+
+
+def parse_flags(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    # what
+    parser.add_argument("--data", required=True, help="preference pairs: a file or a hub name")
+    parser.add_argument("--sft_data", required=True, help="demonstrations: a file or a hub name (preference pairs serve too)")
+    parser.add_argument("--out", required=True, help="folder for all runs and the report")
+    parser.add_argument("--init_from", default="gpt2", help="what SFT starts from: a hub name, a folder in GPT-2's layout, or scratch")
+    parser.add_argument("--labels", default="oracle", choices=["oracle", "human"], help="of the pairs that all but the oracle learn from")
+    parser.add_argument("--rho", default="0.2", help="fraction of these pairs in which the longer response is preferred, or all")
+    parser.add_argument("--n_pairs", help="pairs to train on (default: as many as there are)")
+    parser.add_argument("--family", default="bias", choices=["bias", "seeds", "scores"],
+                        help="e-DPO's reward models: differing in length bias, or in the seed alone, or the scores in --data's own columns")
+    parser.add_argument("--bias", default="0.2,0.4,0.5,0.6,0.8", help="with --family=bias")
+    parser.add_argument("--seeds", default="0,1,2,3,4", help="with --family=seeds")
+    parser.add_argument("--losses", default=",".join(LOSSES))
+    # how much: the paper's numbers where it has some
+    parser.add_argument("--sft_steps", default="3000")
+    parser.add_argument("--sft_batch_size", default="32")
+    parser.add_argument("--sft_lr", default="5e-5")
+    parser.add_argument("--oracle_steps", default="3000")
+    parser.add_argument("--rm_steps", default="3000")
+    parser.add_argument("--rm_batch_size", default="64")
+    parser.add_argument("--rm_lr", default="4e-6")
+    parser.add_argument("--steps", default="10000", help="of every policy")
+    parser.add_argument("--batch_size", default="16", help="pairs, of every policy")
+    parser.add_argument("--lr", default="1e-6", help="of every policy")
+    parser.add_argument("--micro_batch_size", default="16")
+    parser.add_argument("--max_new_tokens", default="64", help="longest sample")
+    parser.add_argument("--n_prompts", default="1000", help="test prompts")
+    for flag, default in (("n_layer", "4"), ("n_head", "8"), ("n_embd", "256"), ("block_size", "512")):
+        parser.add_argument(f"--{flag}", default=default, help="with --init_from=scratch")
+    parser.add_argument("--seed", default="0")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    args = parser.parse_args(argv)
+    args.losses = args.losses.split(",")
+    if not set(args.losses) <= set(LOSSES):
+        parser.error(f"--losses: comma-separated, of {', '.join(LOSSES)}")
+    if args.family == "scores" and args.labels == "oracle":
+        print("note: --family=scores distils the scores in --data; the other losses learn from the oracle's labels")
+    return args
+
+
+def run(script, *flags):
+    print(f"\n$ python {script} {shlex.join(flags)}", flush=True)
+    done = subprocess.run([sys.executable, script, *flags])
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def train(script, folder, *flags):
+    """One training run, if it is not finished."""
+    if os.path.exists(os.path.join(folder, "model.safetensors")):
+        print(f"\n{folder}: finished before")
+        return
+    resume = ["--resume"] if os.path.exists(os.path.join(folder, "state.pt")) else []
+    run(script, *flags, f"--out_dir={folder}", *resume)
+
+
+def main(argv=None):
+    args = parse_flags(argv)
+    path = lambda name: os.path.join(args.out, name)
+    sft, oracle, rm, rms = map(path, ("sft", "oracle", "rm", "rms"))
+    same = [f"--device={args.device}", f"--dtype={args.dtype}", f"--micro_batch_size={args.micro_batch_size}"]
+    data, seed = [f"--data={args.data}", f"--init_from={sft}", *same], f"--seed={args.seed}"
+    shape = [f"--{name}={getattr(args, name)}" for name in ("n_layer", "n_head", "n_embd", "block_size")]
+
+    # The reference policy.
+    train("train_policy.py", sft, "--loss=sft", f"--data={args.sft_data}", f"--init_from={args.init_from}", "--tokenizer=gpt2",
+          f"--max_steps={args.sft_steps}", f"--batch_size={args.sft_batch_size}", f"--lr={args.sft_lr}", seed, *same,
+          *(shape if args.init_from == "scratch" else []))
+
+    # The oracle: a reward model on people's labels of all training pairs. What it thinks is the truth from here on.
+    reward = [*data, f"--batch_size={args.rm_batch_size}", f"--lr={args.rm_lr}"]
+    train("train_rm.py", oracle, *reward, "--rho=all", f"--max_steps={args.oracle_steps}", seed)
+
+    # The pairs that the others learn from: relabelled by the oracle, and of these D_rho.
+    labels = [f"--relabel={oracle}"] if args.labels == "oracle" else []
+    pairs = [*labels, f"--rho={args.rho}", *([f"--n_pairs={args.n_pairs}"] if args.n_pairs else [])]
+
+    # Reward models on D_rho: one, and the family.
+    reward += [*pairs, f"--max_steps={args.rm_steps}"]
+    if args.family == "scores":
+        rm = rms = "scores"
+    elif {"d-dpo", "dp-dpo"} & set(args.losses):
+        train("train_rm.py", rm, *reward, seed)
+    if "e-dpo" in args.losses and args.family == "bias":
+        if not all(os.path.exists(os.path.join(rms, str(float(bias)), "model.safetensors")) for bias in args.bias.split(",")):
+            begun = any(os.path.exists(os.path.join(rms, str(float(bias)), "state.pt")) for bias in args.bias.split(","))
+            run("train_rm.py", *reward, f"--bias={args.bias}", f"--out_dir={rms}", seed, *["--resume"] * begun)
+    elif "e-dpo" in args.losses and args.family == "seeds":
+        for member in args.seeds.split(","):
+            train("train_rm.py", os.path.join(rms, member), *reward, f"--seed={member}")
+
+    # The policies.
+    for loss in args.losses:
+        rewards = {"d-dpo": [f"--rewards={rm}"], "dp-dpo": [f"--rewards={rm}"], "e-dpo": [f"--rewards={rms}"]}.get(loss, [])
+        kl = [f"--max_new_tokens={args.max_new_tokens}"] if loss in ("p-dpo", "dp-dpo", "e-dpo") else []
+        train("train_policy.py", path(loss), f"--loss={loss}", *data, *pairs, *rewards, *kl, f"--max_steps={args.steps}",
+              f"--batch_size={args.batch_size}", f"--lr={args.lr}", seed)
+
+    # What they reached, by the oracle.
+    trained = [folder for folder in dict.fromkeys((rm, rms)) if os.path.isdir(folder)]
+    run("evaluate.py", f"--data={args.data}", f"--ref={sft}", f"--oracle={oracle}", *labels,
+        *([f"--rms={','.join(trained)}"] if trained else []), f"--n_prompts={args.n_prompts}", f"--max_new_tokens={args.max_new_tokens}", seed, f"--device={args.device}",
+        f"--dtype={args.dtype}", f"--out_dir={args.out}", *map(path, args.losses))
+
+
+if __name__ == "__main__":
+    main()
