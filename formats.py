@@ -82,17 +82,18 @@ def parse_ranking(record, prompt):
 
 def parse_row(record, demonstrations):
     """One record of a file, in any of TRL's layouts or with a list of responses -> a row. ValueError says what is wrong."""
-    prompt, scores = record.get("prompt"), None
-    if "prompt" in record:
-        prompt = text_of(prompt, "prompt")
     if demonstrations and "completion" in record:
         columns = ("completion",)
     elif "responses" in record:
         columns = ("responses",)
     else:
         columns = ("chosen", "rejected")
+    prompt, scores = record.get("prompt"), None
+    if isinstance(prompt, str) and any(isinstance(record.get(column), list) for column in columns if column != "responses"):
+        prompt = [{"role": "user", "content": prompt}]      # a text before dialogues: what the person says first
+    if "prompt" in record or columns == ("responses",):
+        prompt = text_of(prompt, "prompt")
     if columns == ("responses",):
-        prompt = text_of(prompt, "prompt")      # there has to be one
         responses, scores = parse_ranking(record, prompt)
         columns *= len(responses)
     else:

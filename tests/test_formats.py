@@ -35,6 +35,7 @@ def test_parse_row_layouts():
     assert parse_row(chat, False) == as_text
     whole = {**chat, **{side: chat["prompt"] + chat[side] for side in ("chosen", "rejected")}}     # as in UltraFeedback
     assert parse_row(whole, False) == as_text
+    assert parse_row({**whole, "prompt": "Hi"}, False) == as_text                # the prompt as text beside dialogues
     implicit = {side: chat["prompt"] + chat[side] for side in ("chosen", "rejected")}
     assert parse_row(implicit, False) == as_text
 

@@ -15,7 +15,7 @@ def test_the_glossary_is_the_report_s():
 def test_nothing_is_left_to_fill_in():
     """No word in capitals that is not a known name: placeholders are written so."""
     words = set(re.findall(r"\b[A-Z_]{4,}\b", re.sub(r"```.*?```", "", README, flags=re.S)))
-    assert words <= {"CUDA", "JSON", "JSONL", "RLHF", "TIKTOKEN_CACHE_DIR", "TMLR"}
+    assert words <= {"CUDA", "JSON", "JSONL", "NANOPREF_CACHE", "RLHF", "TIKTOKEN_CACHE_DIR", "TMLR"}
 
 
 def test_files_and_images_that_it_names_exist():
@@ -26,6 +26,7 @@ def test_files_and_images_that_it_names_exist():
 
 def test_every_flag_that_it_names_exists():
     sources = "".join((ROOT / name).read_text() for name in ("runtime.py", "data.py", "train_rm.py", "train_policy.py", "evaluate.py",
-                                                         "bench.py", "runs/bench_trl.py"))
+                                                         "bench.py", "reward.py", "sample.py", "runs/bench_trl.py",
+                                                         "runs/protocol.py"))
     known = set(re.findall(r'"--(\w+)"', sources)) | set(re.findall(r'\("(\w+)", \d+\)', sources)) | {"help"}
     assert set(re.findall(r"--(\w+)", re.sub(r"-{3,}", "", README))) <= known
