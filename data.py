@@ -265,11 +265,11 @@ SPLITS = np.array(["validation"] * 26 + ["test"] * 26 + ["train"] * 204)      # 
 
 
 def encode(rows, tokenizer):
-    """Token ids of rows, in flat arrays, as they are kept on disk: 100,000 rows are no 300,000 lists.
+    """Token ids of rows, in flat arrays, as they are kept on disk.
 
-    rows: an iterable. Returns {"tokens": all prompts and responses one after the other, "lengths": (N, 1 + K) of each
-    row's prompt and responses, "bucket": (N,) see `split_of`, and "scores": (N, K, M) if the rows have them}. ValueError
-    says which row is unlike the first.
+    rows: an iterable. Returns {"tokens": all prompts and responses one after the other, "lengths": (N, 1 + K) tokens in each
+    row's prompt and responses, "bucket": (N,) each row's place in SPLITS, and "scores": (N, K, M) if the rows have them}.
+    ValueError says which row is unlike the first.
     """
     dtype = np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.int32
     tokens, lengths, bucket, scores, shape, rows = [], [], [], [], None, iter(rows)
@@ -472,9 +472,7 @@ def main(argv=None):
     names = ["response"] if K == 1 else ["chosen", "rejected"] if K == 2 else [f"rank {k + 1}" for k in range(K)]
     for name, values in (("prompt", prompts), *zip(names, lengths.T)):
         low, median, high, most = np.percentile(values, [10, 50, 90, 99])
-        cut = arrays["lengths"][:, 0].max() > values.max() and name == "prompt"
-        print(f"{name:9} tokens: 10th percentile {low:.0f}, median {median:.0f}, 90th {high:.0f}, 99th {most:.0f}, longest {values.max()}"
-              + (f" (before cutting to fit: {arrays['lengths'][:, 0].max()})" if cut else ""))
+        print(f"{name:9} tokens: 10th percentile {low:.0f}, median {median:.0f}, 90th {high:.0f}, 99th {most:.0f}, longest {values.max()}")
     if K == 2:
         who = longer(lengths)
         print(f"longer response (by at least 10%) chosen in {(who == 1).sum()} pairs, rejected in {(who == -1).sum()}, neither longer "

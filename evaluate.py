@@ -54,13 +54,15 @@ def parse_flags(argv):
     parser.add_argument("--n_prompts", type=runtime.positive(int), default=1000, help="held-out prompts, at most")
     parser.add_argument("--max_new_tokens", type=runtime.positive(int), default=64, help="longest sample")
     parser.add_argument("--temperature", type=float, default=1.0, help="of sampling; 0 takes the most likely token")
-    parser.add_argument("--show", type=int, default=5, help="prompts whose samples are printed in the report")
+    parser.add_argument("--show", type=runtime.not_negative(int), default=5, help="prompts whose samples are printed in the report")
     parser.add_argument("--seed", type=runtime.seed, default=0, help="of the data and of sampling")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps", "xla"])
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     args = parser.parse_args(argv)
     if args.temperature and not 0.01 <= args.temperature <= 100:
         raise InputError(f"--temperature: 0, or between 0.01 and 100; not {args.temperature}")
+    if args.n_prompts < 2:
+        raise InputError("--n_prompts: an interval needs two or more")
     runtime.check_out_dir(args.out_dir)
     if args.data != "tinytldr" and not args.oracle:
         raise InputError("--oracle: only --data=tinytldr has an oracle of its own; name the run folder of a reward model")
@@ -82,8 +84,8 @@ def held_out_prompts(args, tokenizer, block_size):
         dataset, = file_splits(args.data, [args.split], tokenizer, 2 ** 30, demonstrations=True)
         prompts = [list(ids) for ids in dict.fromkeys(tuple(prompt.tolist()) for prompt, _ in dataset.examples)][:args.n_prompts]
         texts = [tokenizer.decode([token for token in ids if token != tokenizer.eot_token]) for ids in prompts]
-        if not texts:
-            raise InputError(f"--data: {args.data}: no prompt in the {args.split} split")
+        if len(texts) < 2:
+            raise InputError(f"--data: {args.data}: {len(texts)} prompts in the {args.split} split, and an interval needs two")
     room = block_size - args.max_new_tokens
     if room < 1:
         raise InputError(f"--max_new_tokens: {args.max_new_tokens} leaves no room for a prompt in block_size {block_size}")
@@ -104,7 +106,7 @@ def measure(policy, ref_side, prompts, texts, oracle, tokenizer, args, autocast)
         own, of_ref = [list(zip(prompts, [[r] for r in some])) for some in (ids, ref_ids)]
         logps = lambda model, examples: runtime.score(model, examples, autocast)[:, 0]
         numbers |= {"advantage": difference.mean(),
-                    "advantage_95": 1.96 * difference.std(ddof=1) / len(difference) ** 0.5 if len(difference) > 1 else np.nan,
+                    "advantage_95": 1.96 * difference.std(ddof=1) / len(difference) ** 0.5,
                     "win_rate": (difference > 0).mean() + 0.5 * (difference == 0).mean()}
         if args.temperature == 1:      # samples at another temperature are not from pi, nor from ref
             numbers |= {"kl_pi_ref": (logps(policy, own) - logps(ref, own)).mean(),

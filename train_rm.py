@@ -44,6 +44,8 @@ def parse_flags(argv):
         args.bias = [runtime.fraction(text) for text in args.bias.split(",")] if args.bias else None
     except ValueError:
         raise InputError(f"--bias: comma-separated fractions between 0 and 1, not {args.bias!r}") from None
+    if args.bias and len(set(args.bias)) < len(args.bias):
+        raise InputError("--bias: the members of a family differ in their bias; one is named twice")
     return args
 
 

@@ -20,8 +20,11 @@ def main(folders):
         sys.exit(__doc__)
     runs = []
     for folder in folders:
-        with open(f"{folder}/results.json", encoding="utf-8") as file:
-            runs.append(json.load(file)["policies"])
+        try:
+            with open(f"{folder}/results.json", encoding="utf-8") as file:
+                runs.append(json.load(file)["policies"])
+        except OSError as error:
+            sys.exit(f"{error.filename}: {error.strerror}; each folder is a finished speedrun's")
     print("| policy | " + " | ".join(COLUMNS) + " |")
     print("|---" * (len(COLUMNS) + 1) + "|")
     for name in runs[0]:
