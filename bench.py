@@ -30,7 +30,7 @@ import torch
 
 import runtime
 from data import batches, collate, get_tokenizer, select, tokenised_file
-from losses import PESSIMISTIC, PREFERENCE_LOSSES, bradley_terry, preference_loss
+from losses import PESSIMISTIC, PREFERENCE_LOSSES, plackett_luce, preference_loss
 from model import GPT, GPTConfig
 from reward import RewardModel
 from runtime import InputError
@@ -206,10 +206,11 @@ class Bench:
         if task == "sft":
             loss = -out.sum() / batch.lengths.sum()
         elif task == "reward model":
-            loss = bradley_terry(out).mean()
-        elif out.size(1) >= 2:      # rewards and reference log-probs come from the cache
-            rewards = torch.zeros(len(out), 2, MEMBERS, device=device)
-            loss = preference_loss(task, out, out.detach(), rewards, beta=0.1, tau=0.1, gamma=0.01).mean()
+            loss = plackett_luce(out).mean()
+        elif self.args.n_responses >= 2:      # rewards and reference log-probs come from the cache
+            K = self.args.n_responses
+            rewards = torch.zeros(len(out), K, MEMBERS, device=device)
+            loss = preference_loss(task, out, out.detach(), rewards, beta=0.1, tau=0.1, gamma=0.01, K=K).mean()
         else:
             loss = -out.mean()
         loss.backward()

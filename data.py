@@ -171,6 +171,8 @@ def relabel(dataset, rewards):
     rewards = np.asarray(rewards)
     order = np.argsort(-rewards, axis=1, kind="stable")                                         # (N, K)
     keep = [i for i, row in enumerate(rewards) if len(set(row.tolist())) == len(row)]
+    if len(keep) < len(rewards):
+        print(f"relabelled: {len(rewards) - len(keep)} dropped (the reward model is undecided)")
     scores = None if dataset.scores is None else np.take_along_axis(dataset.scores, order[:, :, None], axis=1)[keep]
     return Dataset([(dataset.examples[i][0], [dataset.examples[i][1][k] for k in order[i]]) for i in keep], scores)
 
@@ -229,7 +231,8 @@ def save_tokenizer(directory, tokenizer, block_size):
               for cut in range(1, len(token)) if token[:cut] in ranks and token[cut:] in ranks]
     special = [{"id": number, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
                 "special": True} for name, number in tokenizer._special_tokens.items()]
-    split = {"type": "Split", "pattern": {"Regex": tokenizer._pat_str}, "behavior": "Isolated", "invert": False}
+    pattern = tokenizer._pat_str.replace("}+", "}")      # "possessive" there; here it would mean "and that several times"
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     as_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     end = tokenizer.decode([tokenizer.eot_token])
     write_json(os.path.join(directory, "tokenizer.json"), {
@@ -258,7 +261,7 @@ def fit(prompt, responses, block_size):
 def bucket_of(prompt):
     """0 to 255, by the prompt's hash: its split in SPLITS. So all rows with one prompt are in one split, and a prompt has the
     same split in every file."""
-    return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).digest()[0]
+    return hashlib.sha256(prompt.encode()).digest()[0]
 
 
 SPLITS = np.array(["validation"] * 26 + ["test"] * 26 + ["train"] * 204)      # about 80% train, 10% validation, 10% test
@@ -268,31 +271,37 @@ def encode(rows, tokenizer):
     """Token ids of rows, in flat arrays, as they are kept on disk.
 
     rows: an iterable. Returns {"tokens": all prompts and responses one after the other, "lengths": (N, 1 + K) tokens in each
-    row's prompt and responses, "bucket": (N,) each row's place in SPLITS, and "scores": (N, K, M) if the rows have them}.
+    row's prompt and responses, "bucket": (N,) each row's place in SPLITS, and "scores": (N, K, M) if all rows have them}.
     ValueError says which row is unlike the first.
     """
     dtype = np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.int32
-    tokens, lengths, bucket, scores, shape, rows = [], [], [], [], None, iter(rows)
+    tokens, lengths, bucket, scores, K, rows = [], [], [], [], None, iter(rows)
     while part := list(islice(rows, 1000)):
         for row in part:
-            found = len(row["responses"]), np.shape(row.get("scores"))
-            shape = shape or found
-            if found != shape:
-                raise ValueError(f"row {len(bucket) + 1}: {found[0]} responses with scores of shape {found[1]}, in the first row "
-                                 f"{shape[0]} and {shape[1]}; they must be alike")
+            K = K or len(row["responses"])
+            if len(row["responses"]) != K:
+                raise ValueError(f"row {len(bucket) + 1}: {len(row['responses'])} responses, the first row has {K}; they must be as many")
             bucket.append(bucket_of(row["prompt"]))
             scores.append(row.get("scores"))
         texts = [text for row in part for text in (row["prompt"], *row["responses"])]
         ids = tokenizer.encode_ordinary_batch(texts, num_threads=os.cpu_count())
         for i, one in enumerate(ids):
-            is_prompt = i % (1 + shape[0]) == 0
+            is_prompt = i % (1 + K) == 0
             if not is_prompt or not one:      # an empty prompt is an end of text, and a response ends in one
                 one.append(tokenizer.eot_token)
         lengths += map(len, ids)
         tokens.append(np.fromiter(chain.from_iterable(ids), dtype))
     arrays = {"tokens": np.concatenate(tokens or [np.zeros(0, dtype)]), "bucket": np.array(bucket, np.uint8),
               "lengths": np.array(lengths, np.int32).reshape(len(bucket), -1)}
-    return arrays | ({"scores": np.array(scores, np.float32)} if shape and shape[1] else {})
+    shapes = [np.shape(one) for one in scores]      # (K, M) each, or () where there is none
+    if () in shapes:
+        if any(shapes):
+            print(f"scores: left out, as {shapes.count(())} of {len(shapes)} rows have none")
+        return arrays
+    for number, shape in enumerate(shapes, 1):
+        if shape != shapes[0]:
+            raise ValueError(f"row {number}: {shape[1]} scores for each response, the first row has {shapes[0][1]}; they must be as many")
+    return arrays | {"scores": np.array(scores, np.float32)}
 
 
 def fitted(arrays, block_size, numbers):
@@ -326,7 +335,7 @@ def select(arrays, block_size, name="data", split=None):
 
 def tokenised_file(data, tokenizer, demonstrations=False):
     """`encode` of all rows of a file or hub data set, done once: kept in the folder NANOPREF_CACHE (default: ~/.cache/nanopref)
-    under a hash of what is in the file."""
+    under a hash of what is in the file (of a folder or a hub data set: of what `datasets` says of it)."""
     folder = os.environ.get("NANOPREF_CACHE") or os.path.expanduser("~/.cache/nanopref")
     records = None
     if os.path.isfile(data):
@@ -339,7 +348,7 @@ def tokenised_file(data, tokenizer, demonstrations=False):
         records = open_records(data)
         content = records._fingerprint
     sources = []      # another way to read is other data
-    for source in (__file__, formats.__file__):
+    for source in (__file__, formats.__file__, tinytldr.__file__):
         with open(source, "rb") as file:
             sources.append(file.read())
     path = os.path.join(folder, runtime.key(content, *sources, tokenizer.name, tokenizer.n_vocab, demonstrations) + ".npz")
@@ -419,13 +428,12 @@ def training_pairs(args, tokenizer, ref, device, autocast):
     names = ("train", "validation")
     splits = preferences(args.data, names, tokenizer, ref.config.block_size, ref, cache, args.pool, args.hard_labels, args.seed)
     if args.relabel:
-        from reward import load_reward_model
-        oracle = load_reward_model(args.relabel, "--relabel", ref, args.tokenizer, device)
-        splits = [relabel(dataset, runtime.score(oracle, dataset.examples, autocast, desc="relabel")) if len(dataset) else dataset
-                  for dataset in splits]
-    for name, dataset in zip(names, splits):
-        if not len(dataset):
-            raise InputError(f"--data: {args.data}: no usable row in the {name} split")
+        from reward import family_scores, load_reward_model      # here, as reward.py stands on this file
+        oracle = {args.relabel: load_reward_model(args.relabel, "--relabel", ref, args.tokenizer, device)}
+        splits = [relabel(dataset, family_scores(oracle, dataset, args.dtype, autocast, f"{name}-relabel")[:, :, 0])
+                  for name, dataset in zip(names, splits) if len(dataset)]
+    if len(splits) < 2 or not all(map(len, splits)):
+        raise InputError(f"--data: {args.data}: no usable row in the train or the validation split")
     train, validation = splits
     n = args.n_pairs or (4000 if args.data == "tinytldr" else None)
     if rho is None:

@@ -299,6 +299,14 @@ def main(argv=None):
     else:
         oracle = lambda texts, prompts, responses, ids: np.array(list(map(tinytldr.oracle_reward, texts, responses)))
 
+    if models:
+        pairs, = preferences(args.data, [args.split], tokenizer, ref.config.block_size, ref,
+                             runtime.cache_folder(args.ref, args.out_dir), seed=args.seed)
+        if not len(pairs):
+            raise InputError(f"--data: {args.data}: no usable pair in the {args.split} split, which --rms needs")
+        if pairs.response_lengths().shape[1] != 2:
+            raise InputError("--rms: their table is about pairs, and the rows of --data have more responses; leave it out")
+
     # ---- policies
     reference, replies, ref_rewards, ref_ids = measure(ref, None, prompts, texts, oracle, tokenizer, args, autocast)
     samples = {"n": len(texts), "prompts": texts, "replies": {"reference": (replies, ref_rewards)}}
@@ -316,12 +324,6 @@ def main(argv=None):
     # ---- reward models
     rms, margins, length_difference, rm_counts = {}, {}, None, None
     if models:
-        pairs, = preferences(args.data, [args.split], tokenizer, ref.config.block_size, ref,
-                             runtime.cache_folder(args.ref, args.out_dir), seed=args.seed)
-        if not len(pairs):
-            raise InputError(f"--data: {args.data}: no usable pair in the {args.split} split, which --rms needs")
-        if pairs.response_lengths().shape[1] != 2:
-            raise InputError("--rms: their table is about pairs, and the rows of --data have more responses; leave it out")
         if relabeller:
             pairs = relabel(pairs, runtime.score(relabeller, pairs.examples, autocast))
         rms, margins, length_difference, rm_counts = reward_model_table(models, pairs, autocast)

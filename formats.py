@@ -5,7 +5,7 @@ record may look like, in TRL's column names where it has some:
 
     prompt, chosen, rejected            a preference pair; also score_chosen, score_rejected: numbers, or lists of them
     chosen, rejected                    whole texts or dialogues: the prompt is what they have in common
-    prompt, responses                   K of them, the best first; or as `scores` (numbers or lists) or `ranks` (1 is best) say
+    prompt, responses                   K of them, the best first; or in the order of `ranks` (1 is best); or of `scores` (as above)
     prompt, completion                  a demonstration, for supervised fine-tuning
 
 A prompt or a response is text or a list of chat messages, [{"role": "user", "content": "Hi"}, ...] (roles user, assistant,
@@ -66,15 +66,22 @@ def scores_of(values, columns):
 
 
 def parse_ranking(record, prompt):
-    """A row with a list of responses, the best first, or with `scores` or `ranks` (1 is best) that say which is best."""
+    """A list of responses, the best first, or with `ranks` (1 is best) or else `scores` that say which is best. Returns
+    (responses, the best first, and their scores or None)."""
     listed = record["responses"]
     if not isinstance(listed, list) or len(listed) < 2:
         raise ValueError("column 'responses' is not a list of two responses or more")
     responses = [text_of(response, "responses", prompt) for response in listed]
-    scores = scores_of(record["scores"], ["scores"] * len(responses)) if record.get("scores") is not None else None
-    order = [-sum(numbers) for numbers in scores] if scores else record.get("ranks") or range(len(responses))
-    if not isinstance(order, (list, range)) or len(order) != len(responses) or not all(isinstance(x, (int, float)) for x in order):
-        raise ValueError(f"column {'scores' if scores else 'ranks'!r} is not a list of {len(responses)} numbers, one for each response")
+    scores = record.get("scores")
+    if scores is not None:
+        if not isinstance(scores, list) or len(scores) != len(responses):
+            raise ValueError(f"column 'scores' is not a list of {len(responses)}, one number or list for each response")
+        scores = scores_of(scores, ["scores"] * len(responses))
+    order = record.get("ranks")
+    if order is None:
+        order = [-sum(numbers) for numbers in scores] if scores else range(len(responses))
+    elif not isinstance(order, list) or len(order) != len(responses) or not all(isinstance(x, (int, float)) for x in order):
+        raise ValueError(f"column 'ranks' is not a list of {len(responses)} numbers, one for each response")
     # A tie is broken by a hash of the text, which is as good as by chance.
     by_rank = sorted(range(len(responses)), key=lambda k: (order[k], hashlib.sha256(responses[k].encode()).digest()))
     return [responses[k] for k in by_rank], scores and [scores[k] for k in by_rank]
@@ -84,12 +91,13 @@ def parse_row(record, demonstrations):
     """One record of a file, in any of TRL's layouts or with a list of responses -> a row. ValueError says what is wrong."""
     if demonstrations and "completion" in record:
         columns = ("completion",)
-    elif "responses" in record:
+    elif record.get("responses") is not None:
         columns = ("responses",)
     else:
         columns = ("chosen", "rejected")
     prompt, scores = record.get("prompt"), None
-    if isinstance(prompt, str) and any(isinstance(record.get(column), list) for column in columns if column != "responses"):
+    texts = record["responses"] if columns == ("responses",) else [record.get(column) for column in columns]
+    if isinstance(prompt, str) and any(isinstance(text, list) for text in texts or ()):
         prompt = [{"role": "user", "content": prompt}]      # a text before dialogues: what the person says first
     if "prompt" in record or columns == ("responses",):
         prompt = text_of(prompt, "prompt")
@@ -97,7 +105,7 @@ def parse_row(record, demonstrations):
         responses, scores = parse_ranking(record, prompt)
         columns *= len(responses)
     else:
-        responses = [text_of(record.get(column), column, prompt) for column in columns]
+        responses = [text_of(text, column, prompt) for text, column in zip(texts, columns)]
         score_columns = [f"score_{column}" for column in columns]
         if len(columns) == 2 and any(record.get(column) is not None for column in score_columns):
             scores = scores_of([record.get(column) for column in score_columns], score_columns)
@@ -158,7 +166,9 @@ def load_rows(data, demonstrations=False, records=None):
     chosen responses). Also prompt, responses (a list). Other columns are ignored. InputError names the file and the row.
     records: what `open_records` gave, if it has been called."""
     records = open_records(data) if records is None else records
-    wanted = [("prompt", "completion"), ("chosen", "rejected"), ("prompt", "responses")][not demonstrations:]
+    wanted = [("chosen", "rejected"), ("prompt", "responses")]
+    if demonstrations:
+        wanted.insert(0, ("prompt", "completion"))
     if not any(set(columns) <= set(records.column_names) for columns in wanted):
         raise InputError(f"--data: {data}: needs columns {', or '.join(' and '.join(columns) for columns in wanted)}; "
                          f"has {', '.join(records.column_names) or 'none'}")

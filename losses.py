@@ -13,7 +13,8 @@ Distillation", TMLR 2025, arXiv 2405.19316):
 Conventions: column 0 is the chosen response and column 1 the rejected one; log-probabilities are in nats, as floats;
 every function returns one loss per example, shape (B,), and never reduces over the batch (e-DPO's `per="batch"` picks
 its reward model with a batch mean, and still returns one loss per example). K ranked responses, the best one first, may
-stand where a pair is asked for: (B, K) instead of (B, 2), and the loss is the mean over all pairs of the K.
+stand where a policy's loss asks for a pair: (B, K) instead of (B, 2), and the loss is the mean over all pairs of the K (e-DPO's:
+the smallest of its members' means).
 """
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ def log_ratio_margin(policy, ref):
 def bradley_terry(rewards):
     """How a reward model learns from preferences: -log sigmoid(r(x, y_w) - r(x, y_l)).
 
-    Bradley & Terry (1952); Rafailov et al. (2023), Eq. 2. rewards: (B, 2). Returns (B,).
+    Bradley & Terry (1952); Rafailov et al. (2023), Eq. 2. rewards: (B, 2). Returns (B,). Training uses the next function.
     """
     return -F.logsigmoid(rewards[:, 0] - rewards[:, 1])
 

@@ -225,8 +225,7 @@ class GPT(nn.Module):
         prompts: list of non-empty token lists, none longer than block_size. temperature: 0 takes the most likely token.
         stop: the token that ends a response (it is part of the response). generator: a torch.Generator; the global random
         stream is left alone if it is given. batch_size: prompts at a time (default: up to 256, as the cache's memory
-        allows). on_token: called after every step with a list of the new tokens, one for each response of the batch that had
-        not ended (for streaming). Responses also end after max_new_tokens, or where prompt and response fill block_size.
+        allows). on_token: called after every step with the list of its new tokens, for streaming the response to one prompt. Responses also end after max_new_tokens, or where prompt and response fill block_size.
         Returns a list of token lists, in the order of the prompts.
         """
         if batch_size is None:
@@ -380,7 +379,7 @@ def read_checkpoint(dir_or_hub_name):
         elif path := find("pytorch_model.bin"):                    # old ones come as torch's own file
             tensors = torch.load(path, map_location="cpu", weights_only=True)
         else:
-            find_or_fail("model.safetensors")
+            tensors = load_file(find_or_fail("model.safetensors"))      # which says that it is not there
     except InputError:
         raise
     except Exception as error:     # torch and safetensors raise many kinds for a damaged file

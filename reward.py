@@ -3,7 +3,7 @@
 A reward model reads one number at each response's last token, in the same tree batch that the policy uses. It is known
 only up to a constant per prompt: Bradley-Terry sees differences, and so does everything downstream.
 
-    python reward.py --score --data=prefs.jsonl --rewards=out/rms     # -> out/scored.jsonl, the data with columns of scores
+    python reward.py --score --data=prefs.jsonl --rewards=out/rms     # -> out/scored.jsonl: the same rows, with scores
 """
 import argparse
 import json
@@ -89,9 +89,9 @@ def load_reward_model(folder, flag, policy, tokenizer, device):
     return model.to(device)
 
 
-def family_scores(models, dataset, K, dtype, autocast, name):
-    """Every reward model's scores of the first K responses of each row, cached next to the model. models: {folder:
-    RewardModel}. Returns (N, K, M) float32."""
+def family_scores(models, dataset, dtype, autocast, name, K=None):
+    """Every reward model's scores of the first K responses of each row (default: all), cached next to the model. models:
+    {folder: RewardModel}. Returns (N, K, M) float32."""
     ranked = [(prompt, responses[:K]) for prompt, responses in dataset.examples]
     scores = []
     for folder, model in models.items():
@@ -103,41 +103,52 @@ def family_scores(models, dataset, K, dtype, autocast, name):
 
 def main(argv=None):
     parser = runtime.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--score", action="store_true", required=True, help="score every response of --data")
-    parser.add_argument("--data", required=True, help="a file of preferences, or a hub name")
+    parser.add_argument("--score", action="store_true", required=True, help="score every response of --data (there is nothing else)")
+    parser.add_argument("--data", required=True, help="preferences: a file or a hub name")
     parser.add_argument("--rewards", default="out/rms", help="reward models, or folders of families, comma-separated")
-    parser.add_argument("--out", default="out/scored.jsonl", help="the file to write: the rows of --data with score_chosen and "
-                                                                  "score_rejected (rankings: scores), lists if there are several models")
-    parser.add_argument("--seed", type=runtime.seed, default=0, help="of nothing: scores are not random")
+    parser.add_argument("--out", default="out/scored.jsonl", help="the file to write: prompt, chosen, rejected, score_chosen, "
+                        "score_rejected (or prompt, responses, ranks, scores); scores are lists if there are several reward models")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps", "xla"])
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     args = parser.parse_args(argv)
-    runtime.check_out_dir(os.path.dirname(args.out) or ".")
+    args.seed = 0
+    if os.path.isdir(args.out) or not args.out.endswith(".jsonl"):
+        raise InputError(f"--out: {args.out!r} is not the name of a .jsonl file")
+    runtime.check_out_dir(os.path.dirname(args.out) or ".", "--out")
     device, autocast = runtime.setup(args)
     folders = family_folders(args.rewards)
-    first, name = RewardModel.from_pretrained(folders[0]), runtime.run_flags(folders[0]).get("tokenizer", "gpt2")
-    models = [load_reward_model(folder, "--rewards", first, name, device) for folder in folders]
+    models = [RewardModel.from_pretrained(folder).to(device) for folder in folders]
+    names = [runtime.run_flags(folder).get("tokenizer", "gpt2") for folder in folders]
+    if len(set(names)) > 1:
+        raise InputError(f"--rewards: {folders[0]} reads {names[0]} tokens, and another of them {(set(names) - {names[0]}).pop()} tokens")
+    tokenizer, block_size = get_tokenizer(names[0]), min(model.config.block_size for model in models)
+    for folder, model in zip(folders, models):
+        if model.config.vocab_size < tokenizer.n_vocab:
+            raise InputError(f"--rewards: {folder} knows {model.config.vocab_size} tokens, and {names[0]} has {tokenizer.n_vocab}")
 
-    rows, tokenizer = list(load_rows(args.data)), get_tokenizer(name)
-    arrays = encode(rows, tokenizer)
-    block_size = min(model.config.block_size for model in models)
-    fits = [one for one in fitted(arrays, block_size, np.arange(len(rows))) if one[1] is not None]
-    examples = [(prompt, responses) for _, prompt, responses in fits]
-    if not examples:
+    rows = list(load_rows(args.data))
+    try:
+        arrays = encode(rows, tokenizer)
+    except ValueError as error:
+        raise InputError(f"--data: {args.data}: {error}") from error
+    kept = [(number, (prompt, responses)) for number, prompt, responses in fitted(arrays, block_size, np.arange(len(rows)))
+            if prompt is not None and all(text.strip() for text in rows[number]["responses"])]
+    if not kept:
         raise InputError(f"--data: {args.data}: no row fits block_size {block_size}")
-    scores = np.stack([runtime.score(model, examples, autocast, desc="score") for model in models], axis=2)     # (N, K, M)
+    scores = np.stack([runtime.score(model, [example for _, example in kept], autocast, desc=folder)
+                       for folder, model in zip(folders, models)], axis=2)                                      # (N, K, M)
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     with open(args.out + ".tmp", "w", encoding="utf-8") as file:
-        for (number, _, _), row_scores in zip(fits, scores.tolist()):
+        for (number, _), row_scores in zip(kept, scores.tolist()):
             row, values = rows[number], [s if len(models) > 1 else s[0] for s in row_scores]
             if len(values) == 2:
                 record = dict(zip(("chosen", "rejected", "score_chosen", "score_rejected"), row["responses"] + values))
-            else:
-                record = {"responses": row["responses"], "scores": values}
+            else:      # the order stays what it was, whatever the scores say
+                record = {"responses": row["responses"], "ranks": list(range(1, len(values) + 1)), "scores": values}
             file.write(json.dumps({"prompt": row["prompt"]} | record, ensure_ascii=False) + "\n")
     os.replace(args.out + ".tmp", args.out)
-    print(f"{args.out}: {len(fits)} rows with scores of {len(models)} reward models; {len(rows) - len(fits)} dropped (a response alone "
-          f"does not fit block_size {block_size})")
+    print(f"{args.out}: {len(kept)} rows with the scores of {len(models)} reward models; {len(rows) - len(kept)} dropped (a response is "
+          f"blank, or alone does not fit block_size {block_size})")
 
 
 if __name__ == "__main__":

@@ -155,13 +155,13 @@ def keep_memory():
         libc.mallopt(-1, -1)           # M_TRIM_THRESHOLD: never give the heap back
 
 
-def check_out_dir(out_dir):
-    """Says before the work, not after it, that --out_dir can't be made."""
+def check_out_dir(out_dir, flag="--out_dir"):
+    """Says before the work, not after it, that a folder can't be made."""
     above = os.path.abspath(out_dir)
     while not os.path.exists(above):
         above = os.path.dirname(above)
     if not os.path.isdir(above) or not os.access(above, os.W_OK):
-        raise InputError(f"--out_dir: {out_dir!r} can't be made: {above!r} is {'a file' if os.path.isfile(above) else 'not writable'}")
+        raise InputError(f"{flag}: {out_dir!r} can't be made: {above!r} is {'a file' if os.path.isfile(above) else 'not writable'}")
 
 
 def load_policy(args, device):

@@ -21,11 +21,12 @@ from runtime import InputError
 def parse_flags(argv):
     parser = runtime.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("policy", help="a run folder, or a folder or hub name in Hugging Face's GPT-2 layout")
-    parser.add_argument("--prompt", help="what to answer (default: a test post for a model of TinyTLDR, else lines from standard input)")
+    parser.add_argument("--prompt", help="what to answer (default: for a model of TinyTLDR one of its test posts, by --seed, else the lines of "
+                                         "standard input, one by one)")
     parser.add_argument("--chat", action="store_true", help="the prompt is what a person says in a dialogue")
     parser.add_argument("--compare", action="store_true", help="also print what the policy that it was trained from says")
     parser.add_argument("--n", type=runtime.positive(int), default=1, help="samples for each prompt")
-    parser.add_argument("--max_new_tokens", type=runtime.positive(int), default=128, help="longest sample")
+    parser.add_argument("--max_new_tokens", type=runtime.positive(int), default=64, help="longest sample")
     parser.add_argument("--temperature", type=float, default=1.0, help="of sampling; 0 takes the most likely token")
     parser.add_argument("--seed", type=runtime.seed, default=0, help="of sampling")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps", "xla"])
@@ -55,6 +56,8 @@ def main(argv=None):
     flags = runtime.run_flags(args.policy)
     tokenizer = get_tokenizer(flags.get("tokenizer", "gpt2"))
     policies = {args.policy: GPT.from_pretrained(args.policy).to(device)}
+    if policies[args.policy].config.vocab_size < tokenizer.n_vocab:
+        raise InputError(f"{args.policy}: knows {policies[args.policy].config.vocab_size} tokens, and {tokenizer.name} has {tokenizer.n_vocab}")
     room = policies[args.policy].config.block_size - args.max_new_tokens
     if room < 1:
         raise InputError(f"--max_new_tokens: {args.max_new_tokens} leaves no room for a prompt in block_size "
@@ -68,7 +71,7 @@ def main(argv=None):
     if args.prompt is not None:
         prompts = [args.prompt]
     elif tokenizer.name == "tinytldr":
-        prompts = [tinytldr.post(0, "test", args.seed)]
+        prompts = [tinytldr.post(0, "test", args.seed % 1000)]
         print(prompts[0] + "\n")
     else:
         if sys.stdin.isatty():

@@ -124,6 +124,8 @@ def main(argv=None):
             raise InputError(f"--data: {args.data}: no usable row in the train or the validation split")
     else:
         train, validation = training_pairs(args, tokenizer, policy, device, autocast)
+        if args.rewards == "scores" and train.scores is None:
+            raise InputError(f"--rewards=scores: {args.data} has no score_chosen and score_rejected, nor scores, in all its rows")
     splits = {"train": train, "validation": validation.take(range(min(args.n_eval, len(validation))))}
     K = len(train.examples[0][1])      # responses that are compared; the KL term's sample comes after them
     if not sft:
@@ -132,11 +134,9 @@ def main(argv=None):
             splits = {s: add_reference_samples(d, policy, tokenizer, args, cache, autocast, s) for s, d in splits.items()}
         ref = {s: reference_logps(d, policy, args, cache, autocast, s) for s, d in splits.items()}
         if args.rewards == "scores":
-            if train.scores is None:
-                raise InputError(f"--rewards=scores: {args.data} has no score_chosen and score_rejected, nor scores of its responses")
             rewards = {s: torch.tensor(d.scores) for s, d in splits.items()}              # (N, K, M) each
         elif args.loss in NEEDS_REWARDS:
-            rewards = {s: torch.tensor(family_scores(reward_models, d, K, args.dtype, autocast, s)) for s, d in splits.items()}
+            rewards = {s: torch.tensor(family_scores(reward_models, d, args.dtype, autocast, s, K)) for s, d in splits.items()}
     constants = runtime.key(runtime.hash_weights(policy), runtime.hash_examples(splits["train"].examples),
                             rewards["train"].numpy().tobytes() if rewards else b"")
     response_tokens = {split: dataset.response_lengths().sum(axis=1) for split, dataset in splits.items()}
@@ -217,8 +217,8 @@ def main(argv=None):
                 tqdm.write(f"step {step:5d}  " + "  ".join(f"{k} {v:.4f}" for k, v in result.items() if "loss" in k
                                                            or k in ("validation/accuracy", "train/chosen_change")))
             if last_step:
-                policy.save_pretrained(args.out_dir, tokenizer.eot_token)
                 save_tokenizer(args.out_dir, tokenizer, policy.config.block_size)
+                policy.save_pretrained(args.out_dir, tokenizer.eot_token)
                 break
 
             stats = whole_pass("train", batch_rows(step), gamma, backward=True)

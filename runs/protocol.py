@@ -5,9 +5,10 @@ reward models, policies, and their advantage by the oracle's reward.
     bash runs/helpful.sh --rho=all --labels=human      # Anthropic's helpful-base, people's own labels: the unbiased setting
 
 Every stage is one of the repository's scripts, printed as it is run. What is finished is not run again, and what was interrupted
-goes on where it was: call it again with the same flags and --out.
+goes on where it was: call it again with the same flags. With other flags, name another --out.
 """
 import argparse
+import json
 import os
 import shlex
 import subprocess
@@ -26,37 +27,50 @@ def parse_flags(argv):
     parser.add_argument("--labels", default="oracle", choices=["oracle", "human"], help="of the pairs that all but the oracle learn from")
     parser.add_argument("--rho", default="0.2", help="fraction of these pairs in which the longer response is preferred, or all")
     parser.add_argument("--n_pairs", help="pairs to train on (default: as many as there are)")
-    parser.add_argument("--family", default="bias", choices=["bias", "seeds", "scores"],
-                        help="e-DPO's reward models: differing in length bias, or in the seed alone, or the scores in --data's own columns")
+    parser.add_argument("--family", default="bias", choices=["bias", "seeds", "scores"], help="e-DPO's reward models: differing in length "
+                        "bias; or in their seed, which also draws D_rho; or (for all losses that distil) the scores in --data's own columns")
     parser.add_argument("--bias", default="0.2,0.4,0.5,0.6,0.8", help="with --family=bias")
     parser.add_argument("--seeds", default="0,1,2,3,4", help="with --family=seeds")
-    parser.add_argument("--losses", default=",".join(LOSSES))
+    parser.add_argument("--losses", default=",".join(LOSSES), help="the policies to train")
+    for flag in ("beta", "tau", "gamma"):
+        parser.add_argument(f"--{flag}", help="of the losses that have it (default: train_policy.py's, which were chosen on TinyTLDR)")
     # how much: the paper's numbers where it has some
-    parser.add_argument("--sft_steps", default="3000")
-    parser.add_argument("--sft_batch_size", default="32")
-    parser.add_argument("--sft_lr", default="5e-5")
-    parser.add_argument("--oracle_steps", default="3000")
-    parser.add_argument("--rm_steps", default="3000")
-    parser.add_argument("--rm_batch_size", default="64")
-    parser.add_argument("--rm_lr", default="4e-6")
-    parser.add_argument("--steps", default="10000", help="of every policy")
-    parser.add_argument("--batch_size", default="16", help="pairs, of every policy")
-    parser.add_argument("--lr", default="1e-6", help="of every policy")
-    parser.add_argument("--micro_batch_size", default="16")
-    parser.add_argument("--max_new_tokens", default="64", help="longest sample")
+    for flag, default, of in (("sft_steps", "3000", "SFT"), ("sft_batch_size", "32", "SFT"), ("sft_lr", "5e-5", "SFT"),
+                              ("oracle_steps", "3000", "the oracle"), ("rm_steps", "3000", "every reward model"),
+                              ("rm_batch_size", "64", "the oracle and every reward model"),
+                              ("rm_lr", "4e-6", "the oracle and every reward model"), ("steps", "10000", "every policy"),
+                              ("batch_size", "16", "every policy"), ("lr", "1e-6", "every policy"),
+                              ("micro_batch_size", "16", "one pass, in all of them")):
+        parser.add_argument(f"--{flag}", default=default, help=f"of {of} (default: {default})")
+    parser.add_argument("--max_new_tokens", default="64", help="longest sample, in tokens")
     parser.add_argument("--n_prompts", default="1000", help="test prompts")
     for flag, default in (("n_layer", "4"), ("n_head", "8"), ("n_embd", "256"), ("block_size", "512")):
         parser.add_argument(f"--{flag}", default=default, help="with --init_from=scratch")
-    parser.add_argument("--seed", default="0")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--seed", default="0", help="of everything")
+    parser.add_argument("--device", default="auto", help="as in the scripts")
+    parser.add_argument("--dtype", default="auto", help="as in the scripts")
     args = parser.parse_args(argv)
     args.losses = args.losses.split(",")
     if not set(args.losses) <= set(LOSSES):
         parser.error(f"--losses: comma-separated, of {', '.join(LOSSES)}")
-    if args.family == "scores" and args.labels == "oracle":
-        print("note: --family=scores distils the scores in --data; the other losses learn from the oracle's labels")
     return args
+
+
+def same_as_before(args):
+    """Stages that are finished are kept, so the flags they were run with have to be these. They are in protocol.json."""
+    path = os.path.join(args.out, "protocol.json")
+    flags = {name: value for name, value in vars(args).items() if name not in ("out", "losses", "n_prompts", "device", "dtype")}
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            before = json.load(file)
+        for name in flags:
+            if flags[name] != before.get(name):
+                print(f"protocol.py: error: --out: {args.out} was begun with --{name}={before.get(name)}, not {flags[name]}; name another "
+                      "folder", file=sys.stderr)
+                sys.exit(2)
+    os.makedirs(args.out, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(flags, file, indent=2)
 
 
 def run(script, *flags):
@@ -77,6 +91,7 @@ def train(script, folder, *flags):
 
 def main(argv=None):
     args = parse_flags(argv)
+    same_as_before(args)
     path = lambda name: os.path.join(args.out, name)
     sft, oracle, rm, rms = map(path, ("sft", "oracle", "rm", "rms"))
     same = [f"--device={args.device}", f"--dtype={args.dtype}", f"--micro_batch_size={args.micro_batch_size}"]
@@ -103,18 +118,23 @@ def main(argv=None):
     elif {"d-dpo", "dp-dpo"} & set(args.losses):
         train("train_rm.py", rm, *reward, seed)
     if "e-dpo" in args.losses and args.family == "bias":
-        if not all(os.path.exists(os.path.join(rms, str(float(bias)), "model.safetensors")) for bias in args.bias.split(",")):
-            begun = any(os.path.exists(os.path.join(rms, str(float(bias)), "state.pt")) for bias in args.bias.split(","))
+        members = [os.path.join(rms, str(float(bias))) for bias in args.bias.split(",")]
+        if not all(os.path.exists(os.path.join(member, "model.safetensors")) for member in members):
+            begun = any(os.path.exists(os.path.join(member, "state.pt")) for member in members)
             run("train_rm.py", *reward, f"--bias={args.bias}", f"--out_dir={rms}", seed, *["--resume"] * begun)
     elif "e-dpo" in args.losses and args.family == "seeds":
         for member in args.seeds.split(","):
             train("train_rm.py", os.path.join(rms, member), *reward, f"--seed={member}")
 
     # The policies.
+    distils = {"d-dpo": rm, "dp-dpo": rm, "e-dpo": rms}
     for loss in args.losses:
-        rewards = {"d-dpo": [f"--rewards={rm}"], "dp-dpo": [f"--rewards={rm}"], "e-dpo": [f"--rewards={rms}"]}.get(loss, [])
-        kl = [f"--max_new_tokens={args.max_new_tokens}"] if loss in ("p-dpo", "dp-dpo", "e-dpo") else []
-        train("train_policy.py", path(loss), f"--loss={loss}", *data, *pairs, *rewards, *kl, f"--max_steps={args.steps}",
+        flags = [f"--rewards={distils[loss]}"] if loss in distils else []
+        if loss in ("p-dpo", "dp-dpo", "e-dpo"):
+            flags += [f"--max_new_tokens={args.max_new_tokens}"] + [f"--gamma={args.gamma}"] * (args.gamma is not None)
+        scale = "tau" if loss == "ipo" else "beta"
+        flags += [f"--{scale}={getattr(args, scale)}"] * (getattr(args, scale) is not None)
+        train("train_policy.py", path(loss), f"--loss={loss}", *data, *pairs, *flags, f"--max_steps={args.steps}",
               f"--batch_size={args.batch_size}", f"--lr={args.lr}", seed)
 
     # What they reached, by the oracle.

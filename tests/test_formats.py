@@ -111,9 +111,10 @@ RANKING = {"prompt": "Say hello.", "responses": [" b", " a", " c"]}
 
 @pytest.mark.parametrize("more, order, scores", [
     ({}, " b a c", None), ({"ranks": [3, 1, 2]}, " a c b", None), ({"scores": [0.5, -1, 2]}, " c b a", [[2], [0.5], [-1]]),
-    ({"scores": [[0, 0], [3, -1], [1, 2]]}, " c a b", [[1, 2], [3, -1], [0, 0]]), ({"scores": None, "ranks": [2, 3, 1]}, " c b a", None)])
+    ({"scores": [[0, 0], [3, -1], [1, 2]]}, " c a b", [[1, 2], [3, -1], [0, 0]]), ({"scores": None, "ranks": [2, 3, 1]}, " c b a", None),
+    ({"scores": [1, 2, 3], "ranks": [2, 1, 3]}, " a b c", [[2], [1], [3]])])
 def test_ranked_responses(more, order, scores):
-    """The best first: as listed, by ranks, by scores, or by the mean of several scores."""
+    """The best first: as listed, by ranks, else by scores, or by the mean of several scores. Scores stay with their response."""
     row = parse_row({**RANKING, **more}, False)
     assert "".join(row["responses"]) == order and row.get("scores") == scores
     assert parse_row({**RANKING, **more}, True) == {"prompt": "Say hello.", "responses": [order[:2]]}
@@ -134,7 +135,9 @@ def test_ties_in_a_ranking_do_not_go_by_place():
 
 def test_ranked_chat_messages():
     record = {"prompt": [{"role": "user", "content": "Hi"}], "responses": [[{"role": "assistant", "content": text}] for text in "ab"]}
-    assert parse_row(record, False) == {"prompt": "\n\nHuman: Hi\n\nAssistant:", "responses": [" a", " b"]}
+    as_text = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "responses": [" a", " b"]}
+    whole = [record["prompt"] + response for response in record["responses"]]
+    assert parse_row(record, False) == parse_row({"prompt": "Hi", "responses": whole}, False) == as_text
 
 
 @pytest.mark.parametrize("record, message", [
@@ -142,7 +145,7 @@ def test_ranked_chat_messages():
     ({**PAIR, "score_chosen": [1, 2], "score_rejected": [1]}, "'score_rejected' has 1 numbers, 'score_chosen' 2"),
     ({**PAIR, "score_chosen": float("nan"), "score_rejected": 1}, "'score_chosen' is neither"),
     ({**RANKING, "responses": [" a"]}, "two responses or more"), ({**RANKING, "responses": " a"}, "two responses or more"),
-    ({**RANKING, "scores": [1, 2]}, "'scores' is not a list of 3 numbers"), ({**RANKING, "ranks": [1, 2]}, "'ranks' is not a list of 3"),
+    ({**RANKING, "scores": [1, 2]}, "'scores' is not a list of 3,"), ({**RANKING, "ranks": [1, 2]}, "'ranks' is not a list of 3"),
     ({**RANKING, "ranks": ["a", "b", "c"]}, "'ranks' is not a list of 3"), ({"responses": [" a", " b"]}, "column 'prompt' is missing"),
     ({**RANKING, "responses": [" a", " ", " b"]}, "the response 'responses' is empty")])
 def test_bad_scores_and_rankings(record, message):

@@ -8,6 +8,7 @@ import os
 import random
 
 import pytest
+import tiktoken
 import torch
 
 import runtime
@@ -106,18 +107,23 @@ def test_greedy_generation(tmp_path):
     assert GPT.from_pretrained(str(tmp_path)).generate(prompts, 20, temperature=0) == wanted
 
 
-@pytest.mark.parametrize("encoding", ["tinytldr", "gpt2"])
+@pytest.mark.parametrize("encoding", ["tinytldr", "digits", "gpt2"])
 def test_tokenizer_out(tmp_path, encoding):
     """AutoTokenizer reads the saved tokenizer and gives tiktoken's tokens, there and back, for all kinds of text."""
     if encoding == "gpt2" and not os.environ.get("TIKTOKEN_CACHE_DIR"):
         pytest.skip("no network, and TIKTOKEN_CACHE_DIR names no copy of tiktoken's files")
-    ours = get_tokenizer(encoding)
+    if encoding == "digits":       # a pattern with possessive counts, as in the encodings after GPT-2's
+        words = [bytes([b]) for b in range(256)] + [b"12", b"23", b"123", b"34", b" a"]
+        ours = tiktoken.Encoding("digits", pat_str=r"\p{N}{1,3}+| ?\p{L}++|[^\p{L}\p{N}]", special_tokens={"<|endoftext|>": 261},
+                                 mergeable_ranks={word: rank for rank, word in enumerate(words)})
+    else:
+        ours = get_tokenizer(encoding)
     save_tokenizer(tmp_path, ours, 4096)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.eos_token_id == ours.eot_token and theirs.model_max_length == 4096
     draw = random.Random(0)
     letters = [chr(c) for c in (*range(32, 127), *range(160, 1500), *range(0x4E00, 0x4E40), *range(0x1F600, 0x1F640))] + list(" \n\t") * 200
-    texts = ["", " ", "  a   b\n\n c\t d  ", "It's I'LL we've 12345 67", "\r\n\r\n   ", "na\u00efve \u65e5\u672c\u8a9e x\u00b2", "end<|endoftext|>start",
+    texts = ["", " ", "  a   b\n\n c\t d  ", "It's I'LL we've 12345 67", "1234567 34 1 2334", "\r\n\r\n   ", "na\u00efve \u65e5\u672c\u8a9e x\u00b2", "end<|endoftext|>start",
              *(tinytldr.post(0, "train", i) + tinytldr.demonstration(0, "train", i, 0) for i in range(100)),
              *("".join(draw.choices(letters, k=60)) for _ in range(300))]
     for text in texts:

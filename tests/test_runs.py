@@ -199,6 +199,8 @@ def test_a_reward_model_learns_a_ranking(world, rankings, tmp_path):
     scored = [json.loads(line) for line in read(tmp_path / "scored.jsonl").splitlines()]
     assert len(scored) == 120 and all(row["responses"][0].startswith(" broke") for row in scored)
     assert np.mean([row["scores"] == sorted(row["scores"], reverse=True) for row in scored]) > 0.9
+    again = list(data.load_rows(f"{tmp_path}/scored.jsonl"))     # the order is still the ranking's, also where the scores differ
+    assert [row["responses"] for row in again] == [row["responses"] for row in data.load_rows(str(rankings))]
 
 
 @pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
