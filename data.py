@@ -352,17 +352,24 @@ def tokenised_file(data, tokenizer, demonstrations=False):
         with open(source, "rb") as file:
             sources.append(file.read())
     path = os.path.join(folder, runtime.key(content, *sources, tokenizer.name, tokenizer.n_vocab, demonstrations) + ".npz")
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"NANOPREF_CACHE: the folder {folder!r} can't be made: {error.strerror}") from error
     if os.path.exists(path):
-        print(f"{data}: tokens from {path}")
-        with np.load(path) as arrays:
-            return dict(arrays)
+        try:
+            with np.load(path) as arrays:
+                arrays = dict(arrays)
+            print(f"{data}: tokens from {path}")
+            return arrays
+        except Exception:     # numpy raises many kinds for a damaged file, which is written anew
+            print(f"{path}: damaged")
     try:
         arrays = encode(load_rows(data, demonstrations, records), tokenizer)
     except InputError:
         raise
     except ValueError as error:
         raise InputError(f"--data: {data}: {error}") from error
-    os.makedirs(folder, exist_ok=True)
     temporary = f"{path}.{os.getpid()}.tmp"
     with open(temporary, "wb") as file:
         np.savez(file, **arrays)
@@ -441,9 +448,11 @@ def training_pairs(args, tokenizer, ref, device, autocast):
     if train.response_lengths().shape[1] != 2:
         raise InputError("--rho: D_rho is made of pairs, and the rows of --data have more responses; use --rho=all")
     try:
-        return train.take(biased_subset(train.response_lengths(), rho, n, args.seed)), validation
+        chosen = biased_subset(train.response_lengths(), rho, n, args.seed)
     except ValueError as error:
         raise InputError(f"--rho, --n_pairs: {error}") from error
+    print(f"D_rho: {len(chosen)} of {len(train)} training pairs, the longer response preferred in {rho:.0%} of them")
+    return train.take(chosen), validation
 
 
 def show(dataset, tokenizer, n=4):

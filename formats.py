@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import warnings
 
 from runtime import InputError
 
@@ -49,6 +50,8 @@ def text_of(value, column, prompt=None):
             value += "\n\nAssistant:"
         elif prompt is not None:       # which may stand again before the response, and ends in "Assistant:" already
             value = value.removeprefix(prompt).removeprefix("\n\nAssistant:")
+            if value.startswith(("\n\nHuman:", "\n\nSystem:")):
+                raise ValueError(f"column {column!r} is a dialogue that does not begin with the prompt")
     if not isinstance(value, str):
         raise ValueError(f"column {column!r} is {'missing' if value is None else 'neither text nor chat messages'}")
     return value
@@ -58,10 +61,10 @@ def scores_of(values, columns):
     """Rewards that came with K responses, numbers or lists with one number per reward model -> K lists of floats."""
     lists = [value if isinstance(value, list) else [value] for value in values]
     for numbers, column in zip(lists, columns):
-        if not numbers or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers):
+        if not numbers or not all(isinstance(x, (int, float)) and abs(x) < 3e38 for x in numbers):      # finite in float32
             raise ValueError(f"column {column!r} is {'missing' if numbers == [None] else 'neither a number nor a list of numbers'}")
         if len(numbers) != len(lists[0]):
-            raise ValueError(f"column {column!r} has {len(numbers)} numbers, {columns[0]!r} {len(lists[0])}; they must be alike")
+            raise ValueError(f"column {column!r} has {len(numbers)} numbers for one response, {len(lists[0])} for another")
     return lists
 
 
@@ -80,7 +83,8 @@ def parse_ranking(record, prompt):
     order = record.get("ranks")
     if order is None:
         order = [-sum(numbers) for numbers in scores] if scores else range(len(responses))
-    elif not isinstance(order, list) or len(order) != len(responses) or not all(isinstance(x, (int, float)) for x in order):
+    elif not isinstance(order, list) or len(order) != len(responses) or not all(
+            isinstance(x, (int, float)) and math.isfinite(x) for x in order):
         raise ValueError(f"column 'ranks' is not a list of {len(responses)} numbers, one for each response")
     # A tie is broken by a hash of the text, which is as good as by chance.
     by_rank = sorted(range(len(responses)), key=lambda k: (order[k], hashlib.sha256(responses[k].encode()).digest()))
@@ -97,8 +101,9 @@ def parse_row(record, demonstrations):
         columns = ("chosen", "rejected")
     prompt, scores = record.get("prompt"), None
     texts = record["responses"] if columns == ("responses",) else [record.get(column) for column in columns]
-    if isinstance(prompt, str) and any(isinstance(text, list) for text in texts or ()):
-        prompt = [{"role": "user", "content": prompt}]      # a text before dialogues: what the person says first
+    if isinstance(prompt, str) and isinstance(texts, list) and texts and isinstance(texts[0], list):
+        # a text beside dialogues: they hold the prompt themselves, or are one message, and the text is what the person says
+        prompt = texts[0][:-1] or [{"role": "user", "content": prompt}]
     if "prompt" in record or columns == ("responses",):
         prompt = text_of(prompt, "prompt")
     if columns == ("responses",):
@@ -114,7 +119,7 @@ def parse_row(record, demonstrations):
             raise ValueError("column 'prompt' is missing")
         prompt = implicit_prompt(*responses)
         if not prompt:
-            raise ValueError("there is no column 'prompt', and 'chosen' and 'rejected' share no beginning")
+            raise ValueError("there is no column 'prompt', and 'chosen' and 'rejected' share no beginning of whole words")
         responses = [response[len(prompt):] for response in responses]
     for column, response in zip(columns, responses):
         # a blank turn in a whole dialogue is what the assistant said there; a blank column is a mistake in the file
@@ -129,8 +134,9 @@ BUILDERS = {"jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet"}
 
 
 def open_records(data):
-    """A datasets.Dataset: a JSONL, JSON, CSV or Parquet file (gzip too), a folder of such files, or the `train` split of a data
-    set on the hub: owner/name, or owner/name/folder for the files in one folder of it. InputError says what is wrong."""
+    """A datasets.Dataset: a JSONL, JSON, CSV or Parquet file (text also gzipped); or the `train` split of a data set on the
+    hub: owner/name, or owner/name/folder for the files in one folder of it; or of a folder like one. InputError says what is
+    wrong."""
     import datasets   # here, so that the rest runs where it is not installed
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL + 1)      # its troubles are reported below, in one line
@@ -141,7 +147,11 @@ def open_records(data):
                 raise InputError(f"--data: {data}: files end in {', '.join(BUILDERS)}, or one of these and .gz")
             if os.path.getsize(data) == 0:
                 raise InputError(f"--data: {data}: the file is empty")
-            return datasets.load_dataset(BUILDERS[suffix], data_files=glob.escape(data), split="train")
+            # in a CSV file "NA" is a word, and a row with a field too many is a mistake, not one with a name in front
+            options = {"keep_default_na": False, "na_values": [""], "index_col": False} if suffix == "csv" else {}
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message="Length of header")
+                return datasets.load_dataset(BUILDERS[suffix], data_files=glob.escape(data), split="train", **options)
         if os.path.isdir(data):
             return datasets.load_dataset(data, split="train")
         if suffix in BUILDERS or data.startswith((".", "/", "~")) or data.count("/") > 2 or not data:
@@ -152,7 +162,7 @@ def open_records(data):
         raise
     except Exception as error:     # datasets raises whatever its readers do
         reason = ' '.join(str(error.__cause__ or error).split())[:200]
-        if "corresponds to no data" in reason or "BatchSize must be greater" in reason:
+        if not reason or "corresponds to no data" in reason or "BatchSize must be greater" in reason:
             reason = "the file has no rows"
         raise InputError(f"--data: {data}: {first_bad_line(data) or reason}") from error
 

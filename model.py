@@ -383,8 +383,10 @@ def read_checkpoint(dir_or_hub_name):
     except InputError:
         raise
     except Exception as error:     # torch and safetensors raise many kinds for a damaged file
-        raise InputError(f"{dir_or_hub_name}: unreadable checkpoint: {' '.join(str(error).split())[:200]}") from error
-    if not isinstance(config, dict) or not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{dir_or_hub_name}: unreadable checkpoint: {reason}") from error
+    if not isinstance(config, dict) or not isinstance(tensors, dict) or not all(
+            isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in tensors.items()):
         raise InputError(f"{dir_or_hub_name}: unreadable checkpoint: not a configuration with named tensors")
     named = {}
     for name, tensor in tensors.items():
@@ -392,7 +394,7 @@ def read_checkpoint(dir_or_hub_name):
             continue
         if name.split(".")[0] in ("wte", "wpe", "h", "ln_f"):         # saved from a bare GPT2Model
             name = "transformer." + name
-        named[name] = tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
+        named[name] = tensor.t().contiguous() if name.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
     return config, named
 
 

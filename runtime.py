@@ -378,6 +378,9 @@ def run_flags(folder):
         return {}
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file).get("nanopref") or {}
+            flags = json.load(file).get("nanopref") or {}
     except (ValueError, AttributeError) as error:
         raise InputError(f"{path}: not a JSON object: {error}") from error
+    if not isinstance(flags, dict):
+        raise InputError(f"{path}: 'nanopref' is not an object of flags")
+    return flags

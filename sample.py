@@ -63,10 +63,13 @@ def main(argv=None):
         raise InputError(f"--max_new_tokens: {args.max_new_tokens} leaves no room for a prompt in block_size "
                          f"{policies[args.policy].config.block_size}")
     if args.compare:
-        reference = flags.get("init_from", "scratch")
-        if reference == "scratch":
+        reference = flags.get("init_from")
+        if not isinstance(reference, str) or reference == "scratch":
             raise InputError(f"--compare: {args.policy} was trained from no reference policy")
-        policies[f"the reference, {reference}"] = GPT.from_pretrained(reference).to(device)
+        try:
+            policies[f"the reference, {reference}"] = GPT.from_pretrained(reference).to(device)
+        except InputError as error:
+            raise InputError(f"--compare: the policy was trained from {error}") from error
 
     if args.prompt is not None:
         prompts = [args.prompt]

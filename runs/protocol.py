@@ -14,11 +14,16 @@ import shlex
 import subprocess
 import sys
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+import runtime  # noqa: E402
+from runtime import InputError  # noqa: E402
+
 LOSSES = ("dpo", "ipo", "d-dpo", "p-dpo", "dp-dpo", "e-dpo")
 
 
 def parse_flags(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = runtime.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # what
     parser.add_argument("--data", required=True, help="preference pairs: a file or a hub name")
     parser.add_argument("--sft_data", required=True, help="demonstrations: a file or a hub name (preference pairs serve too)")
@@ -26,33 +31,39 @@ def parse_flags(argv):
     parser.add_argument("--init_from", default="gpt2", help="what SFT starts from: a hub name, a folder in GPT-2's layout, or scratch")
     parser.add_argument("--labels", default="oracle", choices=["oracle", "human"], help="of the pairs that all but the oracle learn from")
     parser.add_argument("--rho", default="0.2", help="fraction of these pairs in which the longer response is preferred, or all")
-    parser.add_argument("--n_pairs", help="pairs to train on (default: as many as there are)")
+    parser.add_argument("--n_pairs", type=runtime.positive(int), help="pairs to train on (default: as many as there are)")
     parser.add_argument("--family", default="bias", choices=["bias", "seeds", "scores"], help="e-DPO's reward models: differing in length "
                         "bias; or in their seed, which also draws D_rho; or (for all losses that distil) the scores in --data's own columns")
     parser.add_argument("--bias", default="0.2,0.4,0.5,0.6,0.8", help="with --family=bias")
     parser.add_argument("--seeds", default="0,1,2,3,4", help="with --family=seeds")
     parser.add_argument("--losses", default=",".join(LOSSES), help="the policies to train")
-    for flag in ("beta", "tau", "gamma"):
-        parser.add_argument(f"--{flag}", help="of the losses that have it (default: train_policy.py's, which were chosen on TinyTLDR)")
+    for flag, kind in (("beta", runtime.positive(float)), ("tau", runtime.positive(float)), ("gamma", str)):
+        parser.add_argument(f"--{flag}", type=kind, help="of the losses that have it (default: train_policy.py's, chosen on TinyTLDR)")
     # how much: the paper's numbers where it has some
-    for flag, default, of in (("sft_steps", "3000", "SFT"), ("sft_batch_size", "32", "SFT"), ("sft_lr", "5e-5", "SFT"),
-                              ("oracle_steps", "3000", "the oracle"), ("rm_steps", "3000", "every reward model"),
-                              ("rm_batch_size", "64", "the oracle and every reward model"),
-                              ("rm_lr", "4e-6", "the oracle and every reward model"), ("steps", "10000", "every policy"),
-                              ("batch_size", "16", "every policy"), ("lr", "1e-6", "every policy"),
-                              ("micro_batch_size", "16", "one pass, in all of them")):
-        parser.add_argument(f"--{flag}", default=default, help=f"of {of} (default: {default})")
-    parser.add_argument("--max_new_tokens", default="64", help="longest sample, in tokens")
-    parser.add_argument("--n_prompts", default="1000", help="test prompts")
-    for flag, default in (("n_layer", "4"), ("n_head", "8"), ("n_embd", "256"), ("block_size", "512")):
-        parser.add_argument(f"--{flag}", default=default, help="with --init_from=scratch")
-    parser.add_argument("--seed", default="0", help="of everything")
-    parser.add_argument("--device", default="auto", help="as in the scripts")
-    parser.add_argument("--dtype", default="auto", help="as in the scripts")
+    for flag, default, of in (("sft_steps", 3000, "SFT"), ("sft_batch_size", 32, "SFT"), ("sft_lr", 5e-5, "SFT"),
+                              ("oracle_steps", 3000, "the oracle"), ("rm_steps", 3000, "every reward model"),
+                              ("rm_batch_size", 64, "the oracle and every reward model"),
+                              ("rm_lr", 4e-6, "the oracle and every reward model"), ("steps", 10000, "every policy"),
+                              ("batch_size", 16, "every policy"), ("lr", 1e-6, "every policy"),
+                              ("micro_batch_size", 16, "one pass, in all of them")):
+        parser.add_argument(f"--{flag}", type=runtime.positive(type(default)), default=default, help=f"of {of} (default: {default})")
+    parser.add_argument("--max_new_tokens", type=runtime.positive(int), default=64, help="longest sample, in tokens")
+    parser.add_argument("--n_prompts", type=runtime.positive(int), default=1000, help="test prompts")
+    for flag, default in (("n_layer", 4), ("n_head", 8), ("n_embd", 256), ("block_size", 512)):
+        parser.add_argument(f"--{flag}", type=runtime.positive(int), default=default, help="with --init_from=scratch")
+    parser.add_argument("--seed", type=runtime.seed, default=0, help="of everything")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps", "xla"])
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     args = parser.parse_args(argv)
     args.losses = args.losses.split(",")
     if not set(args.losses) <= set(LOSSES):
-        parser.error(f"--losses: comma-separated, of {', '.join(LOSSES)}")
+        raise InputError(f"--losses: comma-separated, of {', '.join(LOSSES)}")
+    runtime.resolve_rho(args)
+    for flag, kind in (("bias", runtime.fraction), ("seeds", runtime.seed)):      # say what is wrong before the work, not after it
+        try:
+            [kind(text) for text in getattr(args, flag).split(",")]
+        except ValueError:
+            raise InputError(f"--{flag}: comma-separated {'fractions between 0 and 1' if flag == 'bias' else 'whole numbers'}") from None
     return args
 
 
@@ -65,9 +76,7 @@ def same_as_before(args):
             before = json.load(file)
         for name in flags:
             if flags[name] != before.get(name):
-                print(f"protocol.py: error: --out: {args.out} was begun with --{name}={before.get(name)}, not {flags[name]}; name another "
-                      "folder", file=sys.stderr)
-                sys.exit(2)
+                raise InputError(f"--out: {args.out} was begun with --{name}={before.get(name)}, not {flags[name]}; name another folder")
     os.makedirs(args.out, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         json.dump(flags, file, indent=2)
@@ -75,9 +84,9 @@ def same_as_before(args):
 
 def run(script, *flags):
     print(f"\n$ python {script} {shlex.join(flags)}", flush=True)
-    done = subprocess.run([sys.executable, script, *flags])
+    done = subprocess.run([sys.executable, os.path.join(ROOT, script), *flags])
     if done.returncode:
-        sys.exit(done.returncode)
+        sys.exit(done.returncode)      # the script has said why
 
 
 def train(script, folder, *flags):
@@ -145,4 +154,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    runtime.run(main)

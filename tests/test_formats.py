@@ -36,13 +36,19 @@ def test_parse_row_layouts():
     whole = {**chat, **{side: chat["prompt"] + chat[side] for side in ("chosen", "rejected")}}     # as in UltraFeedback
     assert parse_row(whole, False) == as_text
     assert parse_row({**whole, "prompt": "Hi"}, False) == as_text                # the prompt as text beside dialogues
+    before = [{"role": "system", "content": "Be kind."}, *chat["prompt"], {"role": "assistant", "content": "Yes?"}, *chat["prompt"]]
+    longer = {**{side: before + chat[side] for side in ("chosen", "rejected")}, "prompt": "Hi"}
+    assert parse_row(longer, False) == {"prompt": "\n\nSystem: Be kind.\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Hi\n\nAssistant:",
+                                        "responses": [" Yes?", " No."]}
+    with pytest.raises(ValueError, match="'rejected' is a dialogue that does not begin with the prompt"):
+        parse_row({**longer, "rejected": chat["prompt"] + chat["rejected"]}, False)
     implicit = {side: chat["prompt"] + chat[side] for side in ("chosen", "rejected")}
     assert parse_row(implicit, False) == as_text
 
 
 @pytest.mark.parametrize("record, message", [
     ({**PAIR, "chosen": "  "}, "response 'chosen' is empty"), ({**PAIR, "rejected": None}, "column 'rejected' is missing"),
-    ({**PAIR, "chosen": 3}, "column 'chosen' is neither"), ({"chosen": "a", "rejected": "b"}, "share no beginning"),
+    ({**PAIR, "chosen": 3}, "column 'chosen' is neither"), ({"chosen": "a", "rejected": "b"}, "share no beginning of whole words"),
     ({**PAIR, "chosen": [{"role": "robot", "content": "x"}]}, "column 'chosen' is not a list of chat messages"),
     ({**PAIR, "chosen": [{"role": "assistant", "content": None}]}, "column 'chosen' is not a list of chat messages")])
 def test_parse_row_refuses(record, message):
@@ -142,8 +148,9 @@ def test_ranked_chat_messages():
 
 @pytest.mark.parametrize("record, message", [
     ({**PAIR, "score_chosen": 1}, "column 'score_rejected' is missing"), ({**PAIR, "score_chosen": "x", "score_rejected": 1}, "'score_chosen' is neither"),
-    ({**PAIR, "score_chosen": [1, 2], "score_rejected": [1]}, "'score_rejected' has 1 numbers, 'score_chosen' 2"),
-    ({**PAIR, "score_chosen": float("nan"), "score_rejected": 1}, "'score_chosen' is neither"),
+    ({**PAIR, "score_chosen": [1, 2], "score_rejected": [1]}, "'score_rejected' has 1 numbers for one response, 2"),
+    ({**PAIR, "score_chosen": float("nan"), "score_rejected": 1}, "'score_chosen' is neither"), ({**RANKING, "scores": 1}, "'scores' is not"),
+    ({**PAIR, "score_chosen": 1e39, "score_rejected": 1}, "'score_chosen' is neither"), ({**RANKING, "ranks": [1, float("nan"), 2]}, "'ranks' is not"),
     ({**RANKING, "responses": [" a"]}, "two responses or more"), ({**RANKING, "responses": " a"}, "two responses or more"),
     ({**RANKING, "scores": [1, 2]}, "'scores' is not a list of 3,"), ({**RANKING, "ranks": [1, 2]}, "'ranks' is not a list of 3"),
     ({**RANKING, "ranks": ["a", "b", "c"]}, "'ranks' is not a list of 3"), ({"responses": [" a", " b"]}, "column 'prompt' is missing"),
@@ -181,6 +188,19 @@ def test_a_folder_of_files(tmp_path, hub_cache):
     write(tmp_path / "data" / "test.jsonl.gz", [record, record])
     assert list(load_rows(str(tmp_path / "data"))) == [
         {"prompt": "\n\nHuman: Hi\n\nAssistant:", "responses": [" Yes?", " No."], "scores": [[8.5], [3.0]]}]
+
+
+def test_words_and_fields_of_csv(tmp_path, hub_cache):
+    """NA and None are words, an empty field is missing, and a field too many is refused."""
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,chosen,rejected\nNA,None,null\n")
+    assert list(load_rows(str(path))) == [{"prompt": "NA", "responses": ["None", "null"]}]
+    path.write_text("prompt,chosen,rejected\na,b,c,d\n")
+    with pytest.raises(InputError, match="a.csv: Length of header"):
+        list(load_rows(str(path)))
+    path.write_text("prompt,chosen,rejected\na,,c\n")
+    with pytest.raises(InputError, match="row 1: column 'chosen' is missing"):
+        list(load_rows(str(path)))
 
 
 def test_other_columns_are_ignored(tmp_path, hub_cache):

@@ -196,7 +196,7 @@ def test_checkpoint_as_torch_file(tmp_path, model):
     assert torch.equal(GPT.from_pretrained(str(tmp_path)).logits(tokens), model.logits(tokens))
     torch.save({name: tensor.half() for name, tensor in tensors.items()}, tmp_path / "pytorch_model.bin")
     torch.testing.assert_close(GPT.from_pretrained(str(tmp_path)).logits(tokens), model.logits(tokens), rtol=0, atol=1e-2)
-    for bad in ({"wte.weight": print}, [tensors]):
+    for bad in ({"wte.weight": print}, [tensors], {1: torch.zeros(1)}):
         torch.save(bad, tmp_path / "pytorch_model.bin")
         with pytest.raises(InputError, match="unreadable checkpoint") as error:
             GPT.from_pretrained(str(tmp_path))

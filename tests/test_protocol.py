@@ -4,6 +4,7 @@ import os
 import pytest
 
 from runs import protocol
+from runtime import InputError
 
 
 @pytest.fixture
@@ -41,11 +42,18 @@ def test_all_stages_once(stages, tmp_path):
     assert [script for script, _ in stages("--gamma=0.1", "--tau=2")] == ["evaluate.py"]
 
 
-def test_other_flags_need_another_folder(stages, capsys):
+def test_other_flags_need_another_folder(stages):
     stages()
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(InputError, match="--out: .* was begun with --rho=0.2, not all"):
         stages("--rho=all")
-    assert "was begun with --rho=0.2, not all" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, message", [(["--rho=2"], "--rho: a fraction"), (["--bias=a,b"], "--bias: comma-separated fractions"),
+                                            (["--losses=dpo,xx"], "--losses"), (["--steps=abc"], "--steps"), (["--foo=1"], "--foo")])
+def test_bad_flags_are_refused_before_the_work(stages, tmp_path, flags, message):
+    with pytest.raises(InputError, match=message):
+        stages(*flags)
+    assert not (tmp_path / "out").exists()
 
 
 def test_human_labels_and_a_family_by_seeds(stages, tmp_path):

@@ -28,5 +28,5 @@ def test_every_flag_that_it_names_exists():
     sources = "".join((ROOT / name).read_text() for name in ("runtime.py", "data.py", "train_rm.py", "train_policy.py", "evaluate.py",
                                                          "bench.py", "reward.py", "sample.py", "runs/bench_trl.py",
                                                          "runs/protocol.py"))
-    known = set(re.findall(r'"--(\w+)"', sources)) | set(re.findall(r'\("(\w+)", \d+\)', sources)) | {"help"}
+    known = set(re.findall(r'"--(\w+)"', sources)) | set(re.findall(r'\("(\w+)", [\d.e-]+[,)]', sources)) | {"help"}
     assert set(re.findall(r"--(\w+)", re.sub(r"-{3,}", "", README))) <= known
