@@ -225,8 +225,9 @@ class GPT(nn.Module):
         prompts: list of non-empty token lists, none longer than block_size. temperature: 0 takes the most likely token.
         stop: the token that ends a response (it is part of the response). generator: a torch.Generator; the global random
         stream is left alone if it is given. batch_size: prompts at a time (default: up to 256, as the cache's memory
-        allows). on_token: called after every step with the list of its new tokens, for streaming the response to one prompt. Responses also end after max_new_tokens, or where prompt and response fill block_size.
-        Returns a list of token lists, in the order of the prompts.
+        allows). on_token: called after every step with the list of its new tokens, for streaming the response to one prompt.
+        Responses also end after max_new_tokens, or where prompt and response fill block_size. Returns a list of token lists,
+        in the order of the prompts.
         """
         if batch_size is None:
             columns = max(map(len, prompts), default=0) + max_new_tokens

@@ -147,9 +147,9 @@ def main(argv=None):
               f"--batch_size={args.batch_size}", f"--lr={args.lr}", seed)
 
     # What they reached, by the oracle.
-    trained = [folder for folder in dict.fromkeys((rm, rms)) if os.path.isdir(folder)]
-    run("evaluate.py", f"--data={args.data}", f"--ref={sft}", f"--oracle={oracle}", *labels,
-        *([f"--rms={','.join(trained)}"] if trained else []), f"--n_prompts={args.n_prompts}", f"--max_new_tokens={args.max_new_tokens}", seed, f"--device={args.device}",
+    trained = ",".join(folder for folder in (rm, rms) if os.path.isdir(folder))
+    run("evaluate.py", f"--data={args.data}", f"--ref={sft}", f"--oracle={oracle}", *labels, *[f"--rms={trained}"] * bool(trained),
+        f"--n_prompts={args.n_prompts}", f"--max_new_tokens={args.max_new_tokens}", seed, f"--device={args.device}",
         f"--dtype={args.dtype}", f"--out_dir={args.out}", *map(path, args.losses))
 
 
