@@ -14,7 +14,7 @@ import json
 import os
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 
 import numpy as np
 import tiktoken
@@ -460,8 +460,9 @@ def show(dataset, tokenizer, n=4):
     batch = collate(dataset.examples[:n])
     colours = ["\033[0m", "\033[32m", "\033[31m", "\033[34m", "\033[35m"]
     for tokens, branch, lengths in zip(batch.tokens.tolist(), batch.branch.tolist(), batch.lengths.tolist()):
-        for token, role in zip(tokens, branch):
-            print(colours[max(role, 0) % len(colours)] + ("·" if role < 0 else tokenizer.decode([token])), end="")
+        for role, part in groupby(zip(branch, tokens), key=lambda column: column[0]):
+            ids = [token for _, token in part]
+            print(colours[max(role, 0) % len(colours)] + ("·" * len(ids) if role < 0 else tokenizer.decode(ids)), end="")
         print(f"\033[0m\n[{branch.count(0)} prompt tokens, {' + '.join(map(str, lengths))} response tokens]\n")
     print(f"tokens {tuple(batch.tokens.shape)}: {(batch.branch == 0).sum()} prompt, {(batch.branch > 0).sum()} response, "
           f"{(batch.branch < 0).sum()} padding")
