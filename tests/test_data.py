@@ -199,7 +199,7 @@ def test_show(tmp_path, hub_cache, capsys):
     data.main([f"--data={jsonl(tmp_path / 'a.jsonl', [PAIR])}", "--tokenizer=tinytldr", "--show"])
     out = capsys.readouterr().out
     coloured = out.replace("\033[32m", "<").replace("\033[31m", ">")
-    assert "<H" in coloured and ">G" not in coloured.split("<H")[0] and "a.jsonl: 1 rows" in out and "chosen in 0 pairs, rejected in 1" in out
+    assert "Say hello.< Hello!<|endoftext|>> Go away.<|endoftext|>" in coloured and "a.jsonl: 1 rows" in out and "chosen in 0 pairs, rejected in 1" in out
     data.main([f"--data={tmp_path}/a.jsonl", "--tokenizer=tinytldr", "--sft"])
     assert "response  tokens" in capsys.readouterr().out
     ranking = {"prompt": "a", "responses": [" b", " c", " d"], "scores": [1, 2, 3]}
