@@ -169,7 +169,7 @@ def relabel(dataset, rewards):
     """The same rows with their responses in the order of the rewards, the highest first; rows with ties dropped.
     rewards: (N, K)."""
     rewards = np.asarray(rewards)
-    order = np.argsort(-rewards, axis=1, kind="stable")                                         # (N, K)
+    order = np.argsort(-rewards, axis=1)                                                        # (N, K)
     keep = [i for i, row in enumerate(rewards) if len(set(row.tolist())) == len(row)]
     if len(keep) < len(rewards):
         print(f"relabelled: {len(rewards) - len(keep)} dropped (the reward model is undecided)")
@@ -292,7 +292,7 @@ def encode(rows, tokenizer):
         lengths += map(len, ids)
         tokens.append(np.fromiter(chain.from_iterable(ids), dtype))
     arrays = {"tokens": np.concatenate(tokens or [np.zeros(0, dtype)]), "bucket": np.array(bucket, np.uint8),
-              "lengths": np.array(lengths, np.int32).reshape(len(bucket), -1)}
+              "lengths": np.array(lengths, np.int32).reshape(len(bucket), 1 + (K or 0))}
     shapes = [np.shape(one) for one in scores]      # (K, M) each, or () where there is none
     if () in shapes:
         if any(shapes):

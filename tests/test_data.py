@@ -100,15 +100,16 @@ def test_biased_subset_defaults_to_seed_0():
     assert not np.array_equal(biased_subset(lengths, 0.5, 20), biased_subset(lengths, 0.5, 20, seed=1))
 
 
-def test_relabel():
-    """The highest reward first, scores too; a row with a tie goes."""
+def test_relabel(capsys):
+    """The highest reward first, scores too; a row with a tie goes, and is said to."""
     scores = np.arange(6, dtype=np.float32).reshape(3, 2, 1)
     dataset = data.Dataset([([i], [[1], [2, 2]]) for i in range(3)], scores)
     again = data.relabel(dataset, [[1.0, 0.0], [0.0, 0.5], [2.0, 2.0]])
     assert again.examples == [([0], [[1], [2, 2]]), ([1], [[2, 2], [1]])]
     assert again.scores.tolist() == [[[0], [1]], [[3], [2]]]
+    assert capsys.readouterr().out == "relabelled: 1 dropped (the reward model is undecided)\n"
     ranking = data.relabel(data.Dataset([([0], [[1], [2], [3]])]), [[0.5, -1.0, 0.7]])
-    assert ranking.examples == [([0], [[3], [1], [2]])] and ranking.scores is None
+    assert ranking.examples == [([0], [[3], [1], [2]])] and ranking.scores is None and capsys.readouterr().out == ""
 
 
 # ---------------------------------------------------------------- tokens
@@ -145,6 +146,29 @@ def test_a_prompt_has_one_split_everywhere():
 def test_equal_responses_are_dropped(capsys):
     assert len(select(encode([{"prompt": "a", "responses": [" b", " b"]}], tokenizer()), 8)) == 0
     assert "1 dropped (chosen and rejected are the same)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("K, what", [(2, "chosen and rejected"), (3, "all responses")])
+def test_what_was_dropped_is_said(capsys, K, what):
+    good, same, long = [" a"] * (K - 1) + [" b"], [" a"] * K, [" a"] * (K - 1) + ["abcdefghijkl"]
+    rows = [{"prompt": "a", "responses": responses} for responses in (good, same, same, long, long, long)]
+    assert len(select(encode(rows, tokenizer()), 8)) == 1
+    assert capsys.readouterr().out == ("data: 6 rows, 3 dropped (a response alone does not fit block_size 8), "
+                                       f"2 dropped ({what} are the same)\n")
+    assert len(select(encode(rows[:1], tokenizer()), 8, "these")) == 1 and len(select(encode([], tokenizer()), 8)) == 0
+    assert capsys.readouterr().out == "these: 1 rows\ndata: 0 rows\n"
+
+
+def test_types_of_the_arrays():
+    """Small ones, as there may be 100,000 rows; 16 bits for all of 65,536 tokens."""
+    arrays = encode([{"prompt": "a", "responses": [" b", " c"], "scores": [[0.5], [1]]}] * 2500, tokenizer())
+    assert {name: array.dtype for name, array in arrays.items()} == {"tokens": np.uint16, "lengths": np.int32, "bucket": np.uint8, "scores": np.float32}
+    assert arrays["lengths"].shape == (2500, 3) and arrays["scores"].shape == (2500, 2, 1) and len(arrays["tokens"]) == arrays["lengths"].sum()
+    for last, dtype in ((65_535, np.uint16), (65_536, np.int32)):
+        encoding = data.tiktoken.Encoding("bytes", pat_str=".", mergeable_ranks={bytes([b]): b for b in range(256)},
+                                          special_tokens={"<|endoftext|>": last})
+        tokens = encode([{"prompt": "a", "responses": ["b"]}], encoding)["tokens"]
+        assert tokens.dtype == dtype and tokens.tolist() == [97, 98, last]
 
 
 def test_rows_that_are_not_alike(capsys):

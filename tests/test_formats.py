@@ -40,8 +40,9 @@ def test_parse_row_layouts():
     longer = {**{side: before + chat[side] for side in ("chosen", "rejected")}, "prompt": "Hi"}
     assert parse_row(longer, False) == {"prompt": "\n\nSystem: Be kind.\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Hi\n\nAssistant:",
                                         "responses": [" Yes?", " No."]}
-    with pytest.raises(ValueError, match="'rejected' is a dialogue that does not begin with the prompt"):
-        parse_row({**longer, "rejected": chat["prompt"] + chat["rejected"]}, False)
+    for start in (chat["prompt"], [{"role": "system", "content": "Be brief."}, *chat["prompt"]]):
+        with pytest.raises(ValueError, match="^column 'rejected' is a dialogue that does not begin with the prompt"):
+            parse_row({**longer, "rejected": start + chat["rejected"]}, False)
     implicit = {side: chat["prompt"] + chat[side] for side in ("chosen", "rejected")}
     assert parse_row(implicit, False) == as_text
 
@@ -151,9 +152,10 @@ def test_ranked_chat_messages():
     ({**PAIR, "score_chosen": [1, 2], "score_rejected": [1]}, "'score_rejected' has 1 numbers for one response, 2"),
     ({**PAIR, "score_chosen": float("nan"), "score_rejected": 1}, "'score_chosen' is neither"), ({**RANKING, "scores": 1}, "'scores' is not"),
     ({**PAIR, "score_chosen": 1e39, "score_rejected": 1}, "'score_chosen' is neither"), ({**RANKING, "ranks": [1, float("nan"), 2]}, "'ranks' is not"),
-    ({**RANKING, "responses": [" a"]}, "two responses or more"), ({**RANKING, "responses": " a"}, "two responses or more"),
+    ({**RANKING, "responses": [" a"]}, "^column 'responses' is not a list of two responses or more"), ({**RANKING, "responses": [" a", 1]}, "^column 'responses' is neither"),
+    ({**RANKING, "scores": [1, 2, "x"]}, "^column 'scores' is neither"), ({**RANKING, "responses": " a"}, "two responses or more"),
     ({**RANKING, "scores": [1, 2]}, "'scores' is not a list of 3,"), ({**RANKING, "ranks": [1, 2]}, "'ranks' is not a list of 3"),
-    ({**RANKING, "ranks": ["a", "b", "c"]}, "'ranks' is not a list of 3"), ({"responses": [" a", " b"]}, "column 'prompt' is missing"),
+    ({**RANKING, "ranks": ["a", "b", "c"]}, "'ranks' is not a list of 3"), ({"responses": [" a", " b"]}, "^column 'prompt' is missing"),
     ({**RANKING, "responses": [" a", " ", " b"]}, "the response 'responses' is empty")])
 def test_bad_scores_and_rankings(record, message):
     with pytest.raises(ValueError, match=message):
