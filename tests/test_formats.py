@@ -49,12 +49,18 @@ def test_parse_row_layouts():
 
 @pytest.mark.parametrize("record, message", [
     ({**PAIR, "chosen": "  "}, "response 'chosen' is empty"), ({**PAIR, "rejected": None}, "column 'rejected' is missing"),
-    ({**PAIR, "chosen": 3}, "column 'chosen' is neither"), ({"chosen": "a", "rejected": "b"}, "share no beginning of whole words"),
+    ({**PAIR, "chosen": 3}, "column 'chosen' is neither"), ({"chosen": "a", "rejected": "b"}, "^there is no column 'prompt', and 'chosen' and 'rejected' share no beginning of whole words$"),
     ({**PAIR, "chosen": [{"role": "robot", "content": "x"}]}, "column 'chosen' is not a list of chat messages"),
-    ({**PAIR, "chosen": [{"role": "assistant", "content": None}]}, "column 'chosen' is not a list of chat messages")])
+    ({**PAIR, "chosen": [{"role": "assistant", "content": None}]},
+     r"column 'chosen' is not a list of chat messages with a role \(user, assistant or system\) and a text as content$")])
 def test_parse_row_refuses(record, message):
     with pytest.raises(ValueError, match=message):
         parse_row(record, False)
+
+
+def test_a_demonstration_needs_its_prompt():
+    with pytest.raises(ValueError, match="^column 'prompt' is missing$"):
+        parse_row({"completion": " b"}, True)
 
 
 def write(path, rows):
