@@ -54,8 +54,7 @@ def parse_flags(argv):
     parser.add_argument("--batch_size", type=runtime.positive(int), default=8, help="pairs per step")
     parser.add_argument("--steps", type=runtime.positive(int), default=10, help="turns to measure, after three to warm up")
     parser.add_argument("--seed", type=runtime.seed, default=0)
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps", "xla"])
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    runtime.device_flags(parser)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="use torch.compile")
     parser.add_argument("--profile", action="store_true", help="where the time of the first task goes")
     parser.add_argument("--scaling", action="store_true", help="step time and memory against four sizes")
@@ -230,7 +229,7 @@ class Bench:
 def measure(args):
     """-> a list of one dictionary per task, and one for the machine."""
     bench = Bench(args)
-    config, times, rates, mfus = bench.config, {task: [] for task in args.only}, [], {task: [] for task in args.only}
+    config, times, rates = bench.config, {task: [] for task in args.only}, []
     for turn in range(-3, args.steps):
         shown = bench.examples("dpo", turn)
         tokens = sum(len(prompt) + sum(map(len, responses)) for prompt, responses in shown)
@@ -339,23 +338,20 @@ def profile(args):
 
 # ---------------------------------------------------------------- cost against size
 
-SCALING = {"prompt": [f"--prompt={n}" for n in (64, 128, 256, 512, 1024)],
-           "response": [f"--response={n},{n}" for n in (16, 32, 64, 128, 256)],
-           "responses per prompt": [f"--n_responses={n}" for n in (2, 3, 4, 6, 8)],
-           "batch": [f"--batch_size={n}" for n in (2, 4, 8, 16, 32)]}
+SCALING = [*(f"--prompt={n}" for n in (64, 128, 256, 512, 1024)), *(f"--response={n},{n}" for n in (16, 32, 64, 128, 256)),
+           *(f"--n_responses={n}" for n in (2, 3, 4, 6, 8)), *(f"--batch_size={n}" for n in (2, 4, 8, 16, 32))]
 
 
 def scaling(args):
     """A process for each size, so that peak memory is its own."""
     print("| varied | DPO step, s | unique tokens | µs per token | peak memory, GiB |\n|---|---|---|---|---|")
-    for flags in SCALING.values():
-        for flag in flags:
-            done = subprocess.run([sys.executable, __file__, f"--model={args.model}", f"--shape={args.shape}", "--only=dpo", "--json",
-                                   f"--steps={args.steps}", f"--device={args.device}", f"--dtype={args.dtype}", flag],
-                                  capture_output=True, text=True, check=True)
-            (result,), machine = json.loads(done.stdout)
-            print(f"| `{flag}` | {result['seconds']:.3f} | {result['useful']:,.0f} | {1e6 / result['tokens_per_s']:.0f} | "
-                  f"{machine['peak_gib']:.2f} |", flush=True)
+    for flag in SCALING:
+        done = subprocess.run([sys.executable, __file__, f"--model={args.model}", f"--shape={args.shape}", "--only=dpo", "--json",
+                               f"--steps={args.steps}", f"--device={args.device}", f"--dtype={args.dtype}", flag],
+                              capture_output=True, text=True, check=True)
+        (result,), machine = json.loads(done.stdout)
+        print(f"| `{flag}` | {result['seconds']:.3f} | {result['useful']:,.0f} | {1e6 / result['tokens_per_s']:.0f} | "
+              f"{machine['peak_gib']:.2f} |", flush=True)
 
 
 def main(argv=None):

@@ -451,8 +451,10 @@ def training_pairs(args, tokenizer, ref, device, autocast):
         chosen = biased_subset(train.response_lengths(), rho, n, args.seed)
     except ValueError as error:
         raise InputError(f"--rho, --n_pairs: {error}") from error
-    print(f"D_rho: {len(chosen)} of {len(train)} training pairs, the longer response preferred in {rho:.0%} of them")
-    return train.take(chosen), validation
+    d_rho = train.take(chosen)
+    print(f"D_rho: {len(d_rho)} of {len(train)} training pairs, the longer response preferred in "
+          f"{(longer(d_rho.response_lengths()) == 1).mean():.0%} of them")
+    return d_rho, validation
 
 
 def show(dataset, tokenizer, n=4):

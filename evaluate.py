@@ -56,8 +56,7 @@ def parse_flags(argv):
     parser.add_argument("--temperature", type=float, default=1.0, help="of sampling; 0 takes the most likely token")
     parser.add_argument("--show", type=runtime.not_negative(int), default=5, help="prompts whose samples are printed in the report")
     parser.add_argument("--seed", type=runtime.seed, default=0, help="of the data and of sampling")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps", "xla"])
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    runtime.device_flags(parser)
     args = parser.parse_args(argv)
     if args.temperature and not 0.01 <= args.temperature <= 100:
         raise InputError(f"--temperature: 0, or between 0.01 and 100; not {args.temperature}")

@@ -108,8 +108,7 @@ def main(argv=None):
     parser.add_argument("--rewards", default="out/rms", help="reward models, or folders of families, comma-separated")
     parser.add_argument("--out", default="out/scored.jsonl", help="the file to write: prompt, chosen, rejected, score_chosen, "
                         "score_rejected (or prompt, responses, ranks, scores); scores are lists if there are several reward models")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps", "xla"])
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    runtime.device_flags(parser)
     args = parser.parse_args(argv)
     args.seed = 0
     if os.path.isdir(args.out) or not args.out.endswith(".jsonl"):

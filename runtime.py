@@ -77,6 +77,13 @@ def fraction(text):
     return value
 
 
+def device_flags(parser):
+    """Where to compute and in what precision: what every script asks."""
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps", "xla"])
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
+                        help="of matrix products; weights, losses and sums stay float32 (auto: bfloat16 on cuda and xla)")
+
+
 def shared_flags(doc):
     """The flags that train_policy.py and train_rm.py have in common. A default of None is resolved by the script."""
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -94,9 +101,7 @@ def shared_flags(doc):
     parser.add_argument("--seed", type=seed, default=0, help="of the data, of initialisation and of the batch order")
     parser.add_argument("--eval_every", type=positive(int), help="steps between evaluations, at which state is saved too")
     parser.add_argument("--n_eval", type=positive(int), default=256, help="rows in each evaluation during training")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps", "xla"])
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-                        help="of matrix products; weights, losses and sums stay float32 (auto: bfloat16 on cuda and xla)")
+    device_flags(parser)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="use torch.compile")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out_dir")
     # the preference data

@@ -29,8 +29,7 @@ def parse_flags(argv):
     parser.add_argument("--max_new_tokens", type=runtime.positive(int), default=64, help="longest sample")
     parser.add_argument("--temperature", type=float, default=1.0, help="of sampling; 0 takes the most likely token")
     parser.add_argument("--seed", type=runtime.seed, default=0, help="of sampling")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps", "xla"])
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    runtime.device_flags(parser)
     args = parser.parse_args(argv)
     if args.temperature and not 0.01 <= args.temperature <= 100:
         raise InputError(f"--temperature: 0, or between 0.01 and 100; not {args.temperature}")

@@ -17,9 +17,8 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import runtime  # noqa: E402
+from losses import NEEDS_REWARDS, PESSIMISTIC, PREFERENCE_LOSSES  # noqa: E402
 from runtime import InputError  # noqa: E402
-
-LOSSES = ("dpo", "ipo", "d-dpo", "p-dpo", "dp-dpo", "e-dpo")
 
 
 def parse_flags(argv):
@@ -36,7 +35,7 @@ def parse_flags(argv):
                         "bias; or in their seed, which also draws D_rho; or (for all losses that distil) the scores in --data's own columns")
     parser.add_argument("--bias", default="0.2,0.4,0.5,0.6,0.8", help="with --family=bias")
     parser.add_argument("--seeds", default="0,1,2,3,4", help="with --family=seeds")
-    parser.add_argument("--losses", default=",".join(LOSSES), help="the policies to train")
+    parser.add_argument("--losses", default=",".join(PREFERENCE_LOSSES), help="the policies to train")
     for flag, kind in (("beta", runtime.positive(float)), ("tau", runtime.positive(float)), ("gamma", str)):
         parser.add_argument(f"--{flag}", type=kind, help="of the losses that have it (default: train_policy.py's, chosen on TinyTLDR)")
     # how much: the paper's numbers where it has some
@@ -52,12 +51,11 @@ def parse_flags(argv):
     for flag, default in (("n_layer", 4), ("n_head", 8), ("n_embd", 256), ("block_size", 512)):
         parser.add_argument(f"--{flag}", type=runtime.positive(int), default=default, help="with --init_from=scratch")
     parser.add_argument("--seed", type=runtime.seed, default=0, help="of everything")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps", "xla"])
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    runtime.device_flags(parser)
     args = parser.parse_args(argv)
     args.losses = args.losses.split(",")
-    if not set(args.losses) <= set(LOSSES):
-        raise InputError(f"--losses: comma-separated, of {', '.join(LOSSES)}")
+    if not set(args.losses) <= set(PREFERENCE_LOSSES):
+        raise InputError(f"--losses: comma-separated, of {', '.join(PREFERENCE_LOSSES)}")
     runtime.resolve_rho(args)
     for flag, kind in (("bias", runtime.fraction), ("seeds", runtime.seed)):      # say what is wrong before the work, not after it
         try:
@@ -136,10 +134,9 @@ def main(argv=None):
             train("train_rm.py", os.path.join(rms, member), *reward, f"--seed={member}")
 
     # The policies.
-    distils = {"d-dpo": rm, "dp-dpo": rm, "e-dpo": rms}
     for loss in args.losses:
-        flags = [f"--rewards={distils[loss]}"] if loss in distils else []
-        if loss in ("p-dpo", "dp-dpo", "e-dpo"):
+        flags = [f"--rewards={rms if loss == 'e-dpo' else rm}"] if loss in NEEDS_REWARDS else []
+        if loss in PESSIMISTIC:
             flags += [f"--max_new_tokens={args.max_new_tokens}"] + [f"--gamma={args.gamma}"] * (args.gamma is not None)
         scale = "tau" if loss == "ipo" else "beta"
         flags += [f"--{scale}={getattr(args, scale)}"] * (getattr(args, scale) is not None)

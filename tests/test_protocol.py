@@ -32,7 +32,7 @@ def test_all_stages_once(stages, tmp_path):
     out = f"{tmp_path}/out"
     assert [(script, os.path.relpath(flags["out_dir"], out)) for script, flags in commands] == [
         ("train_policy.py", "sft"), ("train_rm.py", "oracle"), ("train_rm.py", "rm"), ("train_rm.py", "rms"),
-        *(("train_policy.py", loss) for loss in protocol.LOSSES), ("evaluate.py", ".")]
+        *(("train_policy.py", loss) for loss in protocol.PREFERENCE_LOSSES), ("evaluate.py", ".")]
     assert "relabel" not in commands[1][1] and commands[1][1]["rho"] == "all"
     assert all(flags["relabel"] == f"{out}/oracle" for _, flags in commands[2:]) and commands[-1][1]["oracle"] == f"{out}/oracle"
     by_loss = {flags["loss"]: flags for script, flags in commands if "loss" in flags}
