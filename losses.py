@@ -1,154 +1,234 @@
-"""Every loss in the repository, each a pure function of a few numbers per example. Read this file first.
+"""Every loss in the repository, each a pure function of a few numbers per example. Read this first.
 
-Notation, shared by all of them (and by the paper, Fisch et al., "Robust Preference Optimization through Reward Model
+Notation, as in the paper (Fisch et al., "Robust Preference Optimization through Reward Model
 Distillation", TMLR 2025, arXiv 2405.19316):
 
     x, y            a prompt and a response
-    pi, ref         the policy being trained and the frozen reference policy (the supervised fine-tuned model)
-    logp(y|x)       sum over the response's tokens, its end-of-text token included, of log p(token | x, tokens before)
+    pi, ref         the policy being trained, and the frozen reference policy (the SFT model)
+    logp(y|x)       sum over the response's tokens, end of text included, of log p(token | before)
     h               log-ratio margin: [logp_pi(y1) - logp_ref(y1)] - [logp_pi(y2) - logp_ref(y2)]
-    beta * h        implicit reward margin: the policy seen as a reward model (Rafailov et al. 2023, Eq. 5)
+    beta * h        implicit reward margin: the policy read as a reward model
     r(x, y)         explicit reward; only differences between responses to one prompt mean anything
 
-Conventions: column 0 is the chosen response and column 1 the rejected one; log-probabilities are in nats, as floats;
-every function returns one loss per example, shape (B,), and never reduces over the batch (e-DPO's `per="batch"` picks
-its reward model with a batch mean, and still returns one loss per example). K ranked responses, the best one first, may
-stand where a policy's loss asks for a pair: (B, K) instead of (B, 2), and the loss is the mean over all pairs of the K (e-DPO's:
-the smallest of its members' means).
+Column 0 is the chosen response and column 1 the rejected one. Log-probs are in nats. Every function
+returns one loss per example, shape (B,), and leaves the mean over the batch to the training loop.
 """
+import math
+from typing import Callable, NamedTuple
+
 import torch
 import torch.nn.functional as F
 
-
-def margins(values):
-    """Differences between responses, the better one first. values: (B, K, ...). Returns (B, K (K - 1) / 2, ...): of a pair
-    just value 0 - value 1; of three responses 0 - 1, 0 - 2, 1 - 2."""
-    better, worse = torch.triu_indices(values.size(1), values.size(1), offset=1, device=values.device)
-    return values[:, better] - values[:, worse]
+# ------------------------------------------------------------------ the losses of a pair
 
 
-def log_ratio_margin(policy, ref):
-    """h = [logp_pi(y1) - logp_ref(y1)] - [logp_pi(y2) - logp_ref(y2)], in nats.
+def log_ratio_margin(logps, ref_logps):
+    """h: by how many nats more than the reference the policy prefers the chosen response.
 
-    policy, ref: (B, 2) summed response log-probs. Returns (B, 1); for K responses (B, K (K - 1) / 2), one h per pair.
+    logps, ref_logps: (B, 2) summed response log-probs of the policy and of the reference.
+    Returns (B,).
     """
-    return margins(policy - ref)
+    log_ratio = logps - ref_logps                   # (B, 2)
+    return log_ratio[:, 0] - log_ratio[:, 1]        # (B,)
+
+
+def reward_margin(rewards):
+    """r(x, y1) - r(x, y2). rewards: (B, 2), or (B, 2, M) of M models. Returns (B,) or (B, M)."""
+    return rewards[:, 0] - rewards[:, 1]
 
 
 def bradley_terry(rewards):
-    """How a reward model learns from preferences: -log sigmoid(r(x, y_w) - r(x, y_l)).
+    """How a reward model learns from preferences: -log sigmoid(r(x, y1) - r(x, y2)).
 
-    Bradley & Terry (1952); Rafailov et al. (2023), Eq. 2. rewards: (B, 2). Returns (B,). Training uses the next function.
+    Bradley & Terry (1952); Rafailov et al. (2023), Eq. 2. rewards: (B, 2). Returns (B,).
     """
-    return -F.logsigmoid(rewards[:, 0] - rewards[:, 1])
+    return -F.logsigmoid(reward_margin(rewards))
 
 
-def plackett_luce(rewards):
-    """How a reward model learns from a ranking: -log of the chance that responses picked one after the other, each with
-    probability softmax(rewards of those that are left), come out in this order. With K = 2 it is Bradley-Terry.
-
-    Luce (1959), Plackett (1975). rewards: (B, K), the best response first. Returns (B,).
-    """
-    return sum(-F.logsigmoid(rewards[:, k] - rewards[:, k + 1:].logsumexp(dim=1)) for k in range(rewards.size(1) - 1))
-
-
-def dpo(policy, ref, beta):
+def dpo(logps, ref_logps, beta):
     """Direct preference optimisation: -log sigmoid(beta * h), Bradley-Terry on the implicit reward.
 
-    Rafailov et al. (2023), Eq. 7. With one label per pair (and no contradictory cycle of them) it has no finite minimum:
-    it always pays to widen the margin, and nothing in it says that the chosen log-prob should stay where it is.
-    policy, ref: (B, 2) summed response log-probs. Returns (B,); ln 2 where policy == ref.
+    Rafailov et al. (2023), Eq. 7. With one label per pair it has no finite minimum: it always pays
+    to widen the margin, and nothing in it says that the chosen log-prob should stay where it is.
+    logps, ref_logps: (B, 2). Returns (B,).
     """
-    return -F.logsigmoid(beta * log_ratio_margin(policy, ref)).mean(dim=1)
+    return -F.logsigmoid(beta * log_ratio_margin(logps, ref_logps))
 
 
-def ipo(policy, ref, tau):
-    """Identity preference optimisation: (h - 1 / (2 tau))^2, a margin to reach instead of one to widen for ever.
+def ipo(logps, ref_logps, tau):
+    """Identity preference optimisation: (h - 1 / (2 tau))^2, a margin to reach, not to widen.
 
-    Azar et al. (2023), Eq. 17. policy, ref: (B, 2) summed response log-probs, as in that paper; pass per-token means to
-    get the variant that TRL uses. Returns (B,); 1 / (4 tau^2) where policy == ref.
+    Azar et al. (2023), Eq. 17. logps, ref_logps: (B, 2) summed log-probs. Returns (B,).
     """
-    return ((log_ratio_margin(policy, ref) - 1 / (2 * tau)) ** 2).mean(dim=1)
+    return (log_ratio_margin(logps, ref_logps) - 1 / (2 * tau)) ** 2
 
 
-def distill(policy, ref, rewards, beta):
+def ipo_per_token(logps, ref_logps, lengths, tau):
+    """IPO on the mean log-prob of a token, as TRL has it. lengths: (B, 2) tokens. Returns (B,)."""
+    return ipo(logps / lengths, ref_logps / lengths, tau)
+
+
+def distill(logps, ref_logps, rewards, beta):
     """Reward-model distillation, d-DPO: (r(y1) - r(y2) - beta * h)^2.
 
-    The paper's section on reward model distillation: the implicit reward margin regresses on the explicit one. Finite
-    targets, so no run-away, and the labels enter only through r: a pair may be unlabelled, and the order is immaterial.
-    policy, ref: (B, 2) summed response log-probs; rewards: (B, 2). Returns (B,); (r(y1) - r(y2))^2 where policy == ref.
+    The paper's section on reward model distillation: the implicit reward margin regresses on the
+    explicit one. Its targets are finite, and the labels enter only through r: a pair may be
+    unlabelled, and which response comes first does not matter.
+    logps, ref_logps, rewards: (B, 2). Returns (B,).
     """
-    return ((margins(rewards) - beta * log_ratio_margin(policy, ref)) ** 2).mean(dim=1)
+    return (reward_margin(rewards) - beta * log_ratio_margin(logps, ref_logps)) ** 2
 
 
-def ensemble_distill(policy, ref, rewards, beta, per="example"):
-    """Distillation from a family of reward models, e-DPO's first term: min_m (r_m(y1) - r_m(y2) - beta * h)^2.
+def distill_mean(logps, ref_logps, rewards, beta):
+    """d-DPO from the mean of M reward models (usually M = 1). rewards: (B, 2, M). Returns (B,)."""
+    return distill(logps, ref_logps, rewards.mean(dim=2), beta)
 
-    The paper's section on pessimistic reward model distillation: with the forward KL below, the policy stays close to
-    the reference among those that *some* member of the family explains. Gradients flow through the best member only.
-    per="example" takes the minimum for each example (what the paper runs); per="batch" takes one member for the whole
-    batch, the objective as stated, where the minimum stands outside the expectation.
-    policy, ref: (B, 2) summed response log-probs; rewards: (B, 2, M), M members. Returns (B,).
+
+def ensemble_distill(logps, ref_logps, rewards, beta, min_per="example"):
+    """Distillation from a family of reward models, e-DPO: min_m (r_m(y1) - r_m(y2) - beta * h)^2.
+
+    The paper's section on pessimistic reward model distillation: with the forward KL below, the
+    policy stays close to the reference among those that *some* member of the family explains.
+    Gradients flow through the best member only. The paper's objective has the minimum outside the
+    expectation, one member for all data; what it runs, and min_per="example" does, is a minimum for
+    each example, which amounts to a larger family. min_per="batch" takes one member per batch.
+    logps, ref_logps: (B, 2); rewards: (B, 2, M), of M members. Returns (B,).
     """
-    errors = margins(rewards) - beta * log_ratio_margin(policy, ref).unsqueeze(2)      # (B, pairs, M)
-    losses = (errors ** 2).mean(dim=1)                                                 # (B, M)
-    if per == "example":
+    members = [distill(logps, ref_logps, r, beta) for r in rewards.unbind(dim=2)]
+    return best_member(torch.stack(members, dim=1), min_per)
+
+
+def best_member(losses, min_per):
+    """The losses of the member that fits best. losses: (B, M), M members. Returns (B,)."""
+    if min_per == "batch":
+        return losses[:, losses.mean(dim=0).argmin()]
+    if min_per == "example":
         return losses.min(dim=1).values
-    if per == "batch":
-        return losses[:, losses.detach().mean(dim=0).argmin()]
-    raise ValueError(f'per must be "example" or "batch", not {per!r}')
+    raise ValueError(f'min_per must be "example" or "batch", not {min_per!r}')
 
 
-def forward_kl(policy_on_ref_samples, ref_on_ref_samples):
-    """Monte-Carlo estimate of KL(ref || pi) = E_{y ~ ref}[logp_ref(y) - logp_pi(y)], in nats per response.
+def forward_kl(logps_of_ref_samples, ref_logps_of_ref_samples):
+    """Estimate of KL(ref || pi) = E_{y ~ ref}[logp_ref(y) - logp_pi(y)], in nats per response.
 
-    The pessimism of p-DPO, dp-DPO and e-DPO: it punishes the policy for forgetting what the reference would say. The
-    estimate is unbiased for a pi that does not depend on the samples, so not for one trained on these very samples; a single
-    one may be negative. They are drawn once and cached.
-    policy_on_ref_samples, ref_on_ref_samples: (B, S) log-probs of S samples from ref for each prompt. Returns (B,).
+    The pessimism of p-DPO, dp-DPO and e-DPO, added with a weight gamma: it punishes the policy for
+    forgetting what the reference would say. A given gamma holds DPO better than d-DPO. At the
+    reference DPO pulls h up with a force of beta / 2, d-DPO with 2 beta (r1 - r2), which is more
+    for margins above 1/4; and where DPO's force fades, d-DPO's lasts until h = (r1 - r2) / beta,
+    like a spring of stiffness 2 beta^2.
+
+    The samples are drawn once and cached. For a policy that was not trained on them the estimate is
+    unbiased; it may be negative.
+    logps_of_ref_samples, ref_logps_of_ref_samples: (B, S), S samples per prompt. Returns (B,).
     """
-    return (ref_on_ref_samples - policy_on_ref_samples).mean(dim=1)
+    return (ref_logps_of_ref_samples - logps_of_ref_samples).mean(dim=1)
 
 
-PREFERENCE_LOSSES = ("dpo", "ipo", "d-dpo", "p-dpo", "dp-dpo", "e-dpo")
-NEEDS_REWARDS = ("d-dpo", "dp-dpo", "e-dpo")     # distil from explicit rewards
-PESSIMISTIC = ("p-dpo", "dp-dpo", "e-dpo")       # add gamma * KL(ref || pi)
+def sft(logps):
+    """Supervised fine-tuning: -logp(y|x), of all K demonstrations in a row. The training loop
+    divides the batch's sum by its number of response tokens. logps: (B, K). Returns (B,)."""
+    return -logps.sum(dim=1)
 
 
-def preference_loss(name, policy, ref, rewards=None, beta=0.1, tau=0.1, gamma=0.0, per="example", K=2):
-    """The six objectives by name: what each is made of.
+# ------------------------------------------------------------------ the table of losses
 
-    policy, ref: (B, K) log-probs of chosen and rejected, or (B, K + S) with S samples from ref after them for the
-    pessimistic losses; rewards: (B, K, M) for the distilling ones (d-DPO and dp-DPO use their mean over M; e-DPO the
-    best). Returns (B,).
+
+class Loss(NamedTuple):
+    """A row of the table: all that the command line, the training loop and the tests ask of a loss.
+
+    equation        (logps, *needs, **knobs) -> (B,)
+    needs           columns of the data: ref_logps, rewards, lengths; ref_samples for the KL term
+    knobs           its flags, and their defaults
+    at_reference    (ref_logps, rewards, lengths, **knobs) -> its value where the policy is the
+                    reference, derived by hand; the training loop asserts it at step 0
+    counts          what the training loop averages over: "pairs" (rows), or "tokens"
     """
-    pair, ref_pair = policy[:, :K], ref[:, :K]
-    if name in ("dpo", "p-dpo"):
-        losses = dpo(pair, ref_pair, beta)
-    elif name == "ipo":
-        losses = ipo(pair, ref_pair, tau)
-    elif name in ("d-dpo", "dp-dpo"):
-        losses = distill(pair, ref_pair, rewards.mean(dim=2), beta)
-    elif name == "e-dpo":
-        losses = ensemble_distill(pair, ref_pair, rewards, beta, per)
+    equation: Callable
+    needs: tuple
+    knobs: dict
+    at_reference: Callable = None
+    counts: str = "pairs"
+
+
+GAMMA = (1e-4, 1e-2)    # the paper's: annealed linearly over training, from the first to the last
+
+# Every beta and tau was chosen on validation prompts with the same budget of trials (LOG.md).
+LOSSES = {
+    "sft": Loss(sft, (), {}, counts="tokens"),
+    "dpo": Loss(dpo, ("ref_logps",), {"beta": 0.3},
+                lambda **_: math.log(2)),                                   # -log sigmoid(0)
+    "ipo": Loss(ipo, ("ref_logps",), {"tau": 0.1},
+                lambda tau, **_: 1 / (4 * tau**2)),                         # (0 - 1 / (2 tau))^2
+    "ipo-per-token": Loss(ipo_per_token, ("ref_logps", "lengths"), {"tau": 0.1},
+                          lambda tau, **_: 1 / (4 * tau**2)),
+    "d-dpo": Loss(distill_mean, ("ref_logps", "rewards"), {"beta": 0.3},
+                  lambda rewards, **_: reward_margin(rewards.mean(dim=2)) ** 2),   # (r1 - r2 - 0)^2
+    "p-dpo": Loss(dpo, ("ref_logps", "ref_samples"), {"beta": 0.3, "gamma": GAMMA},
+                  lambda **_: math.log(2)),
+    "dp-dpo": Loss(distill_mean, ("ref_logps", "rewards", "ref_samples"),
+                   {"beta": 0.3, "gamma": GAMMA},
+                   lambda rewards, **_: reward_margin(rewards.mean(dim=2)) ** 2),
+    "e-dpo": Loss(ensemble_distill, ("ref_logps", "rewards", "ref_samples"),
+                  {"beta": 0.3, "gamma": GAMMA, "min_per": "example"},
+                  lambda rewards, min_per, **_: best_member(reward_margin(rewards) ** 2, min_per)),
+}
+PREFERENCE_LOSSES = [name for name, loss in LOSSES.items() if loss.counts == "pairs"]
+
+
+def training_loss(name, logps, ref_logps=None, rewards=None, lengths=None, n_samples=0, gamma=0.0,
+                  **knobs):
+    """The loss called `name`, put together as its row of the table says.
+
+    logps, ref_logps: (B, K + S) log-probs of K responses, then of S = n_samples samples from the
+    reference; lengths: (B, K + S) tokens; rewards: (B, K, M). gamma: weight of the KL term now.
+    knobs: the loss's others, such as beta. Returns (B,).
+    """
+    loss, K = LOSSES[name], logps.size(1) - n_samples
+    columns = {"ref_logps": ref_logps, "rewards": rewards, "lengths": lengths}
+    arguments = [columns[need][:, :K] for need in loss.needs if need != "ref_samples"]
+    if K > 2 and loss.counts == "pairs":
+        losses = mean_over_pairs(loss.equation, logps[:, :K], *arguments, **knobs)
     else:
-        raise ValueError(f"no loss is called {name!r}: choose from {', '.join(PREFERENCE_LOSSES)}")
-    if name in PESSIMISTIC:
-        losses = losses + gamma * forward_kl(policy[:, K:], ref[:, K:])
+        losses = loss.equation(logps[:, :K], *arguments, **knobs)
+    if "ref_samples" in loss.needs:
+        losses = losses + gamma * forward_kl(logps[:, K:], ref_logps[:, K:])
     return losses
 
 
-def loss_at_reference(name, rewards, tau):
-    """What `preference_loss` must give where policy == ref, derived by hand. With the check that the policy's log-probs
-    are the cached ones of the reference, it is what train_policy.py asserts before step 0.
+def loss_at_reference(name, ref_logps, rewards=None, lengths=None, n_samples=0, **knobs):
+    """What `training_loss` must give where the policy is the reference. The same arguments.
+    Returns (B,)."""
+    B, K = ref_logps.size(0), ref_logps.size(1) - n_samples
+    columns = {"ref_logps": ref_logps, "rewards": rewards, "lengths": lengths}
+    pairs = {column: all_pairs(v[:, :K]) for column, v in columns.items() if v is not None}
+    value = torch.as_tensor(LOSSES[name].at_reference(**pairs, **knobs), device=ref_logps.device)
+    return value.expand(len(pairs["ref_logps"])).view(B, -1).mean(dim=1)
 
-    rewards: (B, K, M) for the distilling losses, else None. Returns a number, or (B,) where it depends on the rewards.
+
+# ------------------------------------------------------------------ rankings of K responses
+
+
+def all_pairs(values):
+    """Every pair of K ranked responses, the better one first, as a row of its own.
+    values: (B, K, ...), the best first. Returns (B * P, 2, ...), P = K (K - 1) / 2."""
+    pairs = torch.combinations(torch.arange(values.size(1), device=values.device))    # (P, 2)
+    return values[:, pairs].flatten(0, 1)
+
+
+def mean_over_pairs(pair_loss, *columns, **knobs):
+    """A pair loss, averaged over all pairs of a ranking. columns: (B, K, ...). Returns (B,)."""
+    losses = pair_loss(*map(all_pairs, columns), **knobs)       # (B * P,)
+    return losses.view(len(columns[0]), -1).mean(dim=1)         # (B,)
+
+
+def plackett_luce(rewards):
+    """How a reward model learns from a ranking: -log of the chance that responses, picked one after
+    the other in proportion to exp(reward), come out in this order. Each pick is Bradley-Terry
+    between the one picked and the (soft) maximum of those left, so K = 2 is Bradley-Terry itself.
+
+    Luce (1959), Plackett (1975). rewards: (B, K), the best response first. Returns (B,).
     """
-    if name in ("dpo", "p-dpo"):
-        return torch.tensor(2.0).log()                               # -log sigmoid(0)
-    if name == "ipo":
-        return torch.tensor(1 / (4 * tau ** 2))                      # (0 - 1 / (2 tau))^2
-    if name != "e-dpo":
-        rewards = rewards.mean(dim=2, keepdim=True)
-    # The mean square of all differences of K numbers is twice their sample variance; e-DPO has the member that spreads least.
-    return 2 * rewards.var(dim=1).min(dim=1).values
+    losses = 0
+    for k in range(rewards.size(1) - 1):
+        left = rewards[:, k + 1:].logsumexp(dim=1)                              # (B,)
+        losses = losses + bradley_terry(torch.stack([rewards[:, k], left], dim=1))
+    return losses

@@ -1,0 +1,19 @@
+"""The plumbing under the method: nobody needs to read it before wanting to change it.
+
+    flags.py        command-line flags, what is refused, and the one line that says why
+    device.py       where to compute, in what precision, memory settings
+    optimizer.py    AdamW and the learning-rate schedule
+    head.py         the log-probs of tokens, fast
+    passes.py       a model over a whole data set: scores, samples
+    cache.py        what is constant is computed once and kept on disk
+    run_folder.py   the run folder: flags, metrics, state, resuming, the line on the screen
+    checkpoint.py   weights in Hugging Face's GPT-2 layout, in and out
+    tokenizer.py    tiktoken encodings, in; Hugging Face's tokenizer.json, out
+    formats.py      rows of text from files and from the hub, in every layout
+    tokens.py       rows of text as flat arrays of token ids, kept on disk
+    report.py       tables and the evaluation report
+    figures.py      its figures
+    files.py        files that are whole or not there
+
+It knows nothing of the files in the root: models, functions and arrays come as arguments.
+"""

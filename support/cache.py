@@ -1,0 +1,58 @@
+"""What is constant is computed once: JSON values on disk, named by what they depend on."""
+import hashlib
+import json
+import os
+
+import numpy as np
+
+from support.files import write_json
+
+
+def cached(folder, name, key, compute, *args):
+    """compute(*args), an array or what JSON can hold; from folder/name-key.json if it is there.
+    Arrays come back as lists."""
+    path = os.path.join(folder, f"{name}-{key}.json")
+    if os.path.exists(path):
+        print(f"{name}: from {path}")
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    value = compute(*args)
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    os.makedirs(folder, exist_ok=True)
+    write_json(path, value)
+    return value
+
+
+def cache_folder(init_from, out_dir):
+    """The reference's own folder, so that all policies trained from it share one cache; the run's
+    for a hub name."""
+    return os.path.join(init_from if os.path.isdir(init_from) else out_dir, "cache")
+
+
+def key(*parts):
+    """A short hash of bytes, arrays and printable values, for the names of cached files."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            part = part.tobytes()
+        digest.update(part if isinstance(part, bytes) else repr(part).encode())
+        digest.update(b"\0")
+    return digest.hexdigest()[:16]
+
+
+def hash_weights(model):
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def hash_examples(examples):
+    """examples: (prompt ids, [response ids, ...])."""
+    digest = hashlib.sha256()
+    for prompt, responses in examples:
+        for ids in (prompt, *responses):
+            digest.update(np.asarray(ids, np.int32).tobytes() + b"|")
+        digest.update(b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,78 @@
+"""Where to compute, in what precision, and with what memory."""
+import contextlib
+import ctypes
+
+import torch
+
+from support.flags import InputError
+
+
+def setup(args):
+    """Resolves --device and --dtype ("auto" in `args` is replaced), and seeds torch with --seed.
+    Returns (device, autocast), autocast() being the context to compute in."""
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if torch.backends.mps.is_available():
+            name = "mps"
+    missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
+    if name == "xla":
+        try:
+            import torch_xla
+        except ImportError:
+            raise InputError("--device=xla needs torch_xla: pip install torch_xla") from None
+        device = torch_xla.device()
+    elif missing.get(name):
+        raise InputError(f"--device={name}: this machine has none; use --device=cpu")
+    else:
+        device = torch.device(name)
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if name in ("cuda", "xla") else "float32"
+    args.device = name
+    keep_memory()
+    if name == "cuda":
+        torch.set_float32_matmul_precision("high")
+    torch.manual_seed(args.seed)
+    return device, Autocast(device.type, args.dtype)
+
+
+class Autocast:
+    """autocast(): the context in which models run."""
+
+    def __init__(self, device_type, dtype):
+        self.device_type, self.dtype = device_type, dtype
+
+    def __call__(self):
+        if self.dtype == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device_type, dtype=torch.bfloat16)
+
+
+def keep_memory():
+    """Tells glibc to keep freed memory for the next step. Otherwise every large array is given back
+    to the system when it is freed, and comes back one page at a time, each zeroed first: a fifth of
+    a step on a CPU (LOG.md)."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):   # other C libraries have no such
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2 ** 30)      # M_MMAP_THRESHOLD: take what is below 1 GiB from the heap
+        libc.mallopt(-1, -1)           # M_TRIM_THRESHOLD: never give the heap back
+
+
+def shape_multiple(args):
+    """What batches' shapes are rounded up to. torch_xla compiles every shape anew, and so does the
+    CPU's library for bfloat16 products (a third of a step if every batch has another shape)."""
+    if args.device == "xla":
+        return 128
+    return 32 if args.dtype == "bfloat16" else 1
+
+
+def new_generator(device, seed):
+    """A torch.Generator on the device (torch_xla has none: on the CPU)."""
+    return torch.Generator("cpu" if device.type == "xla" else device).manual_seed(seed)
+
+
+def end_step(device):
+    """torch_xla runs a step's graph here; elsewhere there is nothing to do."""
+    if device.type == "xla":
+        import torch_xla
+        torch_xla.sync()

@@ -1,0 +1,27 @@
+"""Files that are whole or not there."""
+import contextlib
+import json
+import os
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary name to write to; after the block the file has its own name, and the access
+    rights of any new file. If the block fails, nothing is left."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)     # safetensors makes them private
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+
+
+def write_json(path, value, indent=None):
+    """Writes JSON; ValueError for NaN and infinity, which are none."""
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=indent, allow_nan=False)
+        file.write("\n")

@@ -1,0 +1,54 @@
+"""A model over a whole data set, once: scores and samples."""
+import contextlib
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from support.device import new_generator
+
+
+@torch.no_grad()
+def score(model, dataset, autocast=contextlib.nullcontext, multiple=1, desc="score",
+          tokens_per_batch=16_384):
+    """model(batch) for all rows of a data set, the longest first: log-probs from a policy, rewards
+    from a reward model. Returns (N, K) float32."""
+    device = next(model.parameters()).device
+    sizes = dataset.row_lengths()
+    order = np.argsort(-sizes, kind="stable")
+    scores = np.zeros(dataset.response_lengths().shape, np.float32)         # (N, K)
+    done = 0
+    with tqdm(total=len(order), desc=desc, disable=None, leave=False) as bar:
+        while done < len(order):
+            rows = order[done:done + max(1, tokens_per_batch // sizes[order[done]])]
+            batch = dataset.batch(rows, multiple).to(device)
+            with autocast():
+                scores[rows] = model(batch).float().cpu().numpy()
+            done += len(rows)
+            bar.update(len(rows))
+    return scores
+
+
+def sample(model, prompts, max_new_tokens, stop, seed, temperature=1.0,
+           autocast=contextlib.nullcontext, desc="sample"):
+    """One response for each prompt. prompts: lists of token ids, whose beginning is cut off where
+    they leave no room for max_new_tokens. seed: a number or several. Returns lists of token ids.
+
+    The random numbers come from a generator of their own: sampling never touches the training's.
+    """
+    room = max(1, model.config.block_size - max_new_tokens)
+    prompts = [list(prompt)[-room:] for prompt in prompts]
+    number = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    generator = new_generator(next(model.parameters()).device, number)
+    responses, size = [], 1024
+    with tqdm(total=len(prompts), desc=desc, disable=None, leave=False) as bar, autocast():
+        while len(responses) < len(prompts):
+            part = prompts[len(responses):len(responses) + size]
+            responses += model.generate(part, max_new_tokens, temperature, stop, generator)
+            bar.update(len(part))
+    return responses
+
+
+def text_of(response, tokenizer):
+    """A sample as text, without its end-of-text token."""
+    return tokenizer.decode([token for token in response if token != tokenizer.eot_token])

@@ -1,0 +1,144 @@
+"""The evaluation report: report.md with its tables, figures and samples, and results.json."""
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from support.figures import advantage_figure, logprob_figure, margin_figure, remove
+from support.files import write_json
+from support.run_folder import run_flags, run_names
+
+GLOSSARY = Path(__file__).parent.parent / "docs" / "glossary.md"
+SHOWN_FLAGS = ["loss", "beta", "tau", "gamma", "rewards", "rho", "n_pairs", "max_steps",
+               "batch_size", "lr", "seed"]
+
+
+def write_report(args, prompts, results, replies, rewards, judged):
+    """Writes and prints what evaluate.py measured.
+
+    results: {name: numbers}, the reference first; replies, rewards: {name: N texts, (N,)} to the N
+    prompts (texts). judged: (table, margins, lengths) of reward models, or None.
+    """
+    os.makedirs(args.out_dir, exist_ok=True)
+    runs = run_names(args.policies)
+    flags = {name: run_flags(folder) for name, folder in runs.items()}
+    curves = {name: training_curve(folder) for name, folder in runs.items()}
+    for name, (steps, chosen, rejected) in curves.items():
+        if steps:
+            results[name] |= {"chosen_change": chosen[-1], "rejected_change": rejected[-1]}
+    policies = {name: numbers for name, numbers in results.items() if name != "reference"}
+
+    remove(args.out_dir, "advantage.png", "logprob_change.png", "reward_margins.png")
+    trained = [[name] + [cell(f.get(flag)) for flag in SHOWN_FLAGS] for name, f in flags.items()]
+    parts = [f"# Report\n\nOracle: {args.oracle or 'the reward of TinyTLDR (tinytldr.py)'}. "
+             f"Prompts: {len(prompts)} of the {args.split} split of {args.data}, one sample each "
+             f"at temperature {args.temperature:g}. Reference: {args.ref}.",
+             f"## Policies\n\n{verdict(policies)}\n\n{policy_table(results)}",
+             image(advantage_figure(policies, args.out_dir)),
+             image(logprob_figure(curves, args.out_dir)),
+             "How they were trained (empty: not used):\n\n"
+             + markdown_table(["policy"] + SHOWN_FLAGS, trained)]
+    if judged is not None:
+        table, margins, lengths = judged
+        parts.append(reward_model_section(table, lengths))
+        parts.append(image(margin_figure(margins, lengths, args.out_dir)))
+    parts += sample_sections(args.show, prompts, replies, rewards)
+    parts.append("## Glossary\n\n" + GLOSSARY.read_text(encoding="utf-8").split("\n", 2)[2].strip())
+
+    path = os.path.join(args.out_dir, "report.md")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("\n\n".join(part for part in parts if part) + "\n")
+    write_json(os.path.join(args.out_dir, "results.json"), {
+        "reference": results["reference"], "policies": policies, "flags": flags,
+        "reward_models": judged[0] if judged else {}, "evaluation": vars(args)}, indent=2)
+    print(f"\n{policy_table(results)}\n\n{path}")
+
+
+def training_curve(folder):
+    """From a policy's metrics.jsonl: steps, and at each the change of the log-probs of chosen and
+    of rejected training responses."""
+    path = os.path.join(folder, "metrics.jsonl")
+    lines = []
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            lines = [json.loads(line) for line in file if line.endswith("\n")]
+    lines = [line for line in lines if "train/chosen_change" in line]
+    return ([line["step"] for line in lines], [line["train/chosen_change"] for line in lines],
+            [line["train/rejected_change"] for line in lines])
+
+
+# ------------------------------------------------------------------ parts of the report
+
+
+def markdown_table(header, rows):
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+
+
+def image(name):
+    return name and f"![{name.removesuffix('.png').replace('_', ' ')}]({name})"
+
+
+def cell(value, form="{}"):
+    return "" if value is None else form.format(value)
+
+
+def policy_table(results):
+    """results: {name: numbers}, the reference first."""
+    header = ["policy", "advantage", "behind the best", "win rate", "length", "unended",
+              "KL(pi ‖ ref)", "KL(ref ‖ pi)", "chosen change", "rejected change"]
+    rows = []
+    for name, r in results.items():
+        advantage = "0"
+        if name != "reference":
+            advantage = f"{r['advantage']:+.3f} ± {r['advantage_95']:.3f}"
+        behind, half_width = r["behind_best"]
+        rows.append([name, advantage, f"{behind:.3f} ± {half_width:.3f}",
+                     cell(r.get("win_rate"), "{:.3f}"), f"{r['length']:.1f}", f"{r['unended']:.3f}",
+                     cell(r.get("kl_pi_ref"), "{:.2f}"), cell(r.get("kl_ref_pi"), "{:.2f}"),
+                     cell(r.get("chosen_change"), "{:+.1f}"),
+                     cell(r.get("rejected_change"), "{:+.1f}")])
+    return markdown_table(header, rows)
+
+
+def verdict(policies):
+    """Which policy did best, said whoever it is."""
+    best = max(policies, key=lambda name: policies[name]["advantage"])
+    text = f"Highest advantage: **{best}** ({policies[best]['advantage']:+.3f})."
+    near = []
+    for name, numbers in policies.items():
+        behind, half_width = numbers["behind_best"]
+        if name != best and behind <= half_width:
+            near.append(name)
+    if near:
+        text += f" Prompt by prompt, these can't be told from it: {', '.join(near)}."
+    lowest = min(policies, key=lambda name: policies[name].get("chosen_change", 0))
+    change = policies[lowest].get("chosen_change", 0)
+    if change < 0:
+        text += (" The chosen responses lost most log-probability under "
+                 f"**{lowest}** ({change:+.1f} nats).")
+    return text
+
+
+def reward_model_section(table, lengths):
+    """table: {folder: numbers}; lengths: (N, 2) of the pairs."""
+    header = ["reward model", "accuracy", "longer chosen", "shorter chosen", "longer scored higher"]
+    rows = [[folder] + [cell(value, "{:.3f}") for value in numbers.values()]
+            for folder, numbers in table.items()]
+    return (f"## Reward models\n\nOn {len(lengths)} held-out pairs with their natural mix of "
+            f"lengths.\n\n{markdown_table(header, rows)}")
+
+
+def sample_sections(n, prompts, replies, rewards):
+    """n prompts, spread over the split and so chosen before anything was seen, with all replies."""
+    sections = []
+    for number, i in enumerate(np.arange(min(n, len(prompts))) * len(prompts) // max(n, 1), 1):
+        quoted = prompts[i].strip().replace("\n", "\n> ")
+        rows = [[name, f"{rewards[name][i]:+.2f}",
+                 replies[name][i].strip().replace("|", "\\|").replace("\n", " ")]
+                for name in replies]
+        table = markdown_table(["policy", "oracle reward", "reply"], rows)
+        heading = "## Samples\n\n" if number == 1 else ""
+        sections.append(f"{heading}**Prompt {number}**\n\n> {quoted}\n\n{table}")
+    return sections

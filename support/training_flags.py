@@ -1,0 +1,157 @@
+"""The flags of train_policy.py and train_rm.py: defaults, and what is refused."""
+import argparse
+
+from support.flags import (
+    InputError,
+    Parser,
+    check_out_dir,
+    comma_separated,
+    device_flags,
+    first_last,
+    fraction,
+    fraction_or_all,
+    not_negative_float,
+    positive_float,
+    positive_int,
+    resolve,
+    seed,
+)
+from support.run_folder import run_flags
+
+
+def policy_flags(argv, doc, losses):
+    """The flags of train_policy.py, checked. losses: the table of losses.py."""
+    parser = training_flags(doc)
+    add = parser.add_argument
+    add("--loss", default="e-dpo", choices=list(losses))
+    add("--rewards", help="folder of a reward model or of a family, or several, comma-separated "
+        "(default: out/rms for e-dpo, else out/rm); or scores: those that --data came with")
+    add("--beta", type=positive_float, help="scale of the implicit reward, in reward per nat "
+        "(default: the loss's, in losses.py; so for all that follow)")
+    add("--tau", type=positive_float, help="the margin to reach is 1 / (2 tau)")
+    add("--gamma", type=first_last, help="weight of the forward KL: FIRST,LAST, annealed linearly "
+        "over training, or one number for all of it")
+    add("--min_per", choices=["example", "batch"], help="pick the best reward model for each "
+        "example, or one for each batch")
+    knobs = {name: default for loss in losses.values() for name, default in loss.knobs.items()}
+    for knob in sorted(set(knobs) - {"beta", "tau", "gamma", "min_per"}):       # of losses added
+        add(f"--{knob}", type=type(knobs[knob]), help="see losses.py")
+    add("--max_new_tokens", type=positive_int, help="longest sample for the KL term (default: 64)")
+    sizes = {"n_layer": 2, "n_head": 4, "n_embd": 128, "block_size": 192}
+    for size, default in sizes.items():
+        add(f"--{size}", type=positive_int, help=f"of a model from scratch (default: {default})")
+    args = parser.parse_args(argv)
+
+    sft, loss = args.loss == "sft", losses[args.loss]
+    args.out_dir = args.out_dir or f"out/{args.loss}"
+    args.init_from = args.init_from or ("scratch" if sft else "out/sft")
+    if sft:
+        training_defaults(args, max_steps=1000, batch_size=32, lr=4e-3)
+    else:
+        training_defaults(args, max_steps=400, batch_size=16, lr=2e-4)
+    table = preference_data_flags(args, used=not sft)       # flag: (used?, default, by what)
+    for knob in knobs:
+        users = [name for name in losses if knob in losses[name].knobs]
+        table[knob] = (knob in loss.knobs, loss.knobs.get(knob), f"--loss={', '.join(users)}")
+    default_rewards = "out/rms" if args.loss == "e-dpo" else "out/rm"
+    table["rewards"] = ("rewards" in loss.needs, default_rewards, "losses that distil rewards")
+    table["max_new_tokens"] = ("ref_samples" in loss.needs, 64, "losses with a KL term")
+    for size, default in sizes.items():
+        table[size] = (args.init_from == "scratch", default, "--init_from=scratch")
+    resolve(args, table)
+
+    if not sft and args.init_from == "scratch":
+        raise InputError(f"--init_from: --loss={args.loss} needs a reference policy, such as the "
+                         "run of --loss=sft")
+    if args.n_embd and args.n_embd % args.n_head:
+        raise InputError(f"--n_head: {args.n_head} heads do not divide --n_embd={args.n_embd}")
+    if args.min_per == "batch" and args.micro_batch_size < args.batch_size:
+        raise InputError("--min_per=batch: one minimum per batch needs the whole batch in one "
+                         "pass; leave --micro_batch_size out")
+    check_folders_and_tokenizer(args, rewards=args.rewards)
+    return args
+
+
+def reward_flags(argv, doc):
+    """The flags of train_rm.py, checked."""
+    parser = training_flags(doc)
+    parser.add_argument("--bias", type=comma_separated(fraction, "fractions"), help="train a "
+                        "family: a reward model on each subset of D_rho in which the longer "
+                        "response is preferred in this fraction of the pairs, such as 0.2,0.5,0.8")
+    args = parser.parse_args(argv)
+    args.out_dir = args.out_dir or ("out/rms" if args.bias else "out/rm")
+    args.init_from = args.init_from or "out/sft"
+    training_defaults(args, max_steps=100, batch_size=64, lr=5e-4)
+    resolve(args, preference_data_flags(args))
+    if args.init_from == "scratch":
+        raise InputError("--init_from: a reward model starts from a language model, such as the "
+                         "run of --loss=sft")
+    if args.bias and len(set(args.bias)) < len(args.bias):
+        raise InputError("--bias: the members of a family differ in their bias; one is named twice")
+    check_folders_and_tokenizer(args)
+    return args
+
+
+def training_flags(doc):
+    """The flags that both scripts have in common. A default of None is filled in later."""
+    parser = Parser(doc)
+    add = parser.add_argument
+    add("--data", default="tinytldr", help="tinytldr, a JSONL/JSON/CSV/Parquet file, or a hub name")
+    add("--out_dir", help="the run folder")
+    add("--init_from", help="a run folder, a Hugging Face GPT-2 folder or hub name, or scratch")
+    add("--tokenizer", help="tinytldr, or a name of tiktoken's (default: as --init_from)")
+    add("--max_steps", type=positive_int, help="optimizer steps")
+    add("--batch_size", type=positive_int, help="rows (pairs) per optimizer step")
+    add("--micro_batch_size", type=positive_int, help="rows per forward pass (default: the batch)")
+    add("--lr", type=positive_float, help="peak learning rate: warm-up over 5%% of the steps, then "
+                                          "a cosine down to a tenth")
+    add("--weight_decay", type=not_negative_float, default=0.0, help="of matrices and embeddings")
+    add("--grad_clip", type=positive_float, default=1.0, help="largest norm of the gradient")
+    add("--seed", type=seed, default=0, help="of the data, initial weights and the batch order")
+    add("--eval_every", type=positive_int, help="steps between evaluations, which save the state")
+    add("--n_eval", type=positive_int, help="rows in each evaluation (default: 256, or fewer in a "
+                                            "short run)")
+    device_flags(parser)
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="use torch.compile")
+    add("--resume", action="store_true", help="go on from the state in --out_dir")
+    # the preference data
+    add("--rho", type=fraction_or_all, help="fraction of the training pairs in which the longer "
+        "response is preferred, or all for the pairs as they are (default: 0.2 on tinytldr)")
+    add("--n_pairs", type=positive_int, help="training pairs (default: 4000 on tinytldr, else all)")
+    add("--pool", type=positive_int, help="tinytldr: pairs to choose from (default: 10000)")
+    add("--hard_labels", action="store_true", default=None,
+        help="tinytldr: the higher oracle reward always wins")
+    add("--relabel", help="a reward-model run folder: relabel the pairs of --data by it")
+    return parser
+
+
+def training_defaults(args, max_steps, batch_size, lr):
+    """Fills in what both training scripts leave open: the given defaults, and those that follow."""
+    args.max_steps = args.max_steps or max_steps
+    args.batch_size = args.batch_size or batch_size
+    args.micro_batch_size = min(args.micro_batch_size or args.batch_size, args.batch_size)
+    args.lr = args.lr or lr
+    # A short run is evaluated less often, on fewer rows, so that evaluating stays the smaller part.
+    args.eval_every = args.eval_every or max(25, args.max_steps // 8)
+    args.n_eval = args.n_eval or min(256, max(16, args.max_steps * args.batch_size // 16))
+
+
+def preference_data_flags(args, used=True):
+    """The rows of `resolve`'s table for the flags of the preference data. used: is there any?"""
+    tiny = args.data == "tinytldr"
+    what = "--data=tinytldr" if used else "the preference losses"
+    return {
+        "rho": (used, 0.2 if tiny else "all", what),
+        "n_pairs": (used, 4000 if tiny else None, what),
+        "pool": (used and tiny, 10_000, what),
+        "hard_labels": (used and tiny, False, what),
+        "relabel": (used, None, what),
+    }
+
+
+def check_folders_and_tokenizer(args, **inputs):
+    """Nothing is overwritten that is read, and --tokenizer is that of --init_from by default."""
+    check_out_dir(args.out_dir, {"init_from": args.init_from, "relabel": args.relabel, **inputs})
+    default = "tinytldr" if args.data == "tinytldr" else "gpt2"
+    default = run_flags(args.init_from).get("tokenizer", default)
+    args.tokenizer = args.tokenizer or default
