@@ -1,10 +1,9 @@
 """Preference data, from text to batches: token ids, the tree batch, batch order, D_rho.
 
-In text a row is {"prompt": str, "responses": [str, ...]}: of a preference pair the chosen response
-first and the rejected one second, of a ranking the best first, of a demonstration just one. In
-token ids it is an *example*, (prompt ids, [response ids, ...]), each response ending in the
-end-of-text token. What training takes as given about every example (the reference's log-probs,
-rewards, samples for the KL term) is a column of the `Dataset` that holds them.
+In text a row is {"prompt": str, "responses": [str, ...]}: the chosen response and the rejected one,
+or K of them, the best first, or one demonstration. In token ids it is an *example*, (prompt ids,
+[response ids, ...]), each response ending in the end-of-text token. What training takes as given
+about every example (the reference's log-probs, rewards) is a column of the `Dataset`.
 
     python runs/show.py --data=prefs.jsonl      # one batch in colour, and what became of every row
 """
@@ -18,7 +17,7 @@ from support.flags import InputError
 from support.tokenizer import tiktoken_encoding
 from support.tokens import encode, select, tokenised_file
 
-# ------------------------------------------------------------------ the tree batch
+# ---------------- the tree batch
 
 
 @dataclass
@@ -68,9 +67,8 @@ class TreeBatch:
 def collate(examples, multiple=1):
     """(prompt ids, [response ids, ...]) examples -> TreeBatch.
 
-    All examples have the same number of responses; prompts and responses have a token or more.
-    `multiple` rounds T and R up, for compilers that want few distinct shapes. ValueError if an
-    example is off.
+    All examples have the same number of responses; prompts and responses have a token or more
+    (ValueError). `multiple` rounds T and R up, for compilers that want few distinct shapes.
     """
     B, K = len(examples), len(examples[0][1])
     for prompt, responses in examples:
@@ -119,7 +117,7 @@ def collate(examples, multiple=1):
     return TreeBatch(*map(torch.from_numpy, arrays), context)
 
 
-# ------------------------------------------------------------------ data sets
+# ---------------- data sets
 
 
 @dataclass
@@ -141,10 +139,9 @@ class Dataset:
 
     def take(self, rows):
         """The data set of some rows: indices."""
-        columns = {name: None if values is None else values[rows]
-                   for name, values in (("rewards", self.rewards), ("ref_logps", self.ref_logps))}
-        examples = [self.examples[i] for i in rows]
-        return Dataset(examples, n_samples=self.n_samples, **columns)
+        rewards = None if self.rewards is None else self.rewards[rows]
+        ref_logps = None if self.ref_logps is None else self.ref_logps[rows]
+        return Dataset([self.examples[i] for i in rows], rewards, ref_logps, self.n_samples)
 
     def first(self, n):
         return self.take(np.arange(len(self))[:n])
@@ -180,7 +177,7 @@ def by_length(dataset):
     return dataset.take(np.argsort(dataset.row_lengths(), kind="stable"))
 
 
-# ------------------------------------------------------------------ batch order
+# ---------------- batch order
 
 
 def batches(lengths, batch_size, seed, epoch, window=32):
@@ -188,8 +185,7 @@ def batches(lengths, batch_size, seed, epoch, window=32):
 
     lengths: (N,), tokens per row. The indices are shuffled, cut into windows of `window` batches,
     sorted by length inside each window and cut into batches, whose order is shuffled again. What
-    does not fill a batch is left out this epoch, and is somewhere else in the next; if there is
-    less than one batch, all of it is one.
+    does not fill a batch is left out this epoch; if there is less than one batch, all of it is one.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
@@ -219,7 +215,7 @@ class BatchOrder:
         return self.plan[number]
 
 
-# ------------------------------------------------------------------ D_rho and relabelling
+# ---------------- D_rho and relabelling
 
 
 def longer(lengths):
@@ -234,11 +230,14 @@ def biased_subset(lengths, rho, n=None, seed=0):
     longer response is the chosen one. Pairs with no longer response are left out.
 
     lengths: (N, 2) response lengths in tokens, chosen/rejected. rho: in [0, 1]. n: how many pairs,
-    or None for as many as there can be. Returns (n,) int64 indices, in order. ValueError if there
-    are too few pairs. Source: the paper's experiments on TL;DR, with rho in {.2, .3, ..., .8}.
+    or None for as many as there can be. Returns (n,) int64 indices, in order. InputError (a
+    ValueError) if there are too few pairs. Source: the paper's experiments on TL;DR.
     """
     if not 0 <= rho <= 1:
-        raise ValueError(f"rho is a fraction between 0 and 1, not {rho}")
+        raise InputError(f"rho is a fraction between 0 and 1, not {rho}")
+    if np.shape(lengths)[1] != 2:
+        raise InputError("--rho, --bias: subsets by length are of pairs; with more responses use "
+                         "--rho=all")
     sides = longer(lengths)
     chosen, rejected = np.flatnonzero(sides == 1), np.flatnonzero(sides == -1)
 
@@ -250,9 +249,9 @@ def biased_subset(lengths, rho, n=None, seed=0):
         while n > 0 and not possible(n):
             n -= 1
     if not possible(n):
-        raise ValueError(f"no {n or 'such'} pairs with the longer response chosen in a fraction "
-                         f"{rho}: of {len(sides)} pairs, {len(chosen)} have the longer one chosen "
-                         f"and {len(rejected)} have it rejected")
+        raise InputError(f"--rho, --bias, --n_pairs: no {n or 'such'} pairs in which the longer "
+                         f"response is chosen in a fraction {rho}: of {len(sides)}, {len(chosen)} "
+                         f"have it chosen and {len(rejected)} rejected")
     n_chosen = round(rho * n)
     rng = np.random.default_rng(seed)
     return np.sort(np.concatenate([rng.choice(chosen, n_chosen, replace=False),
@@ -261,17 +260,10 @@ def biased_subset(lengths, rho, n=None, seed=0):
 
 def d_rho(dataset, rho, n, seed):
     """The training pairs of a data set with this bias, and says so; rho "all": the first n rows as
-    they are. n: None for as many as possible. InputError if there are too few."""
+    they are. n: None for as many as possible."""
     if rho == "all":
         return dataset.first(n)
-    lengths = dataset.response_lengths()
-    if lengths.shape[1] != 2:
-        raise InputError("--rho: D_rho is made of pairs, and the rows of --data have more "
-                         "responses; use --rho=all")
-    try:
-        subset = dataset.take(biased_subset(lengths, rho, n, seed))
-    except ValueError as error:
-        raise InputError(f"--rho, --n_pairs: {error}") from error
+    subset = dataset.take(biased_subset(dataset.response_lengths(), rho, n, seed))
     share = (longer(subset.response_lengths()) == 1).mean()
     print(f"D_rho: {len(subset)} of {len(dataset)} training pairs, the longer response preferred "
           f"in {share:.0%} of them")
@@ -293,20 +285,11 @@ def relabel(dataset, rewards):
     return Dataset(examples, columns).take(np.flatnonzero(~undecided))
 
 
-# ------------------------------------------------------------------ text to tokens to data sets
+# ---------------- text to tokens to data sets
 
 def get_tokenizer(name):
     """A tiktoken.Encoding: "tinytldr" is built here, any other name is tiktoken's ("gpt2")."""
     return tinytldr.tokenizer() if name == "tinytldr" else tiktoken_encoding(name)
-
-
-def usable(arrays, block_size, name, split=None):
-    """A Dataset of the usable rows of `encode`'s arrays, of one split or of all. InputError if
-    there is none."""
-    dataset = Dataset(*select(arrays, block_size, name, split))
-    if not len(dataset):
-        raise InputError(f"--data: {name}: no usable row")
-    return dataset
 
 
 def demonstrations(data, split, tokenizer, block_size, seed=0):
@@ -314,17 +297,17 @@ def demonstrations(data, split, tokenizer, block_size, seed=0):
     one each; or TinyTLDR's with four each (a prompt costs little if its responses share it)."""
     if data == "tinytldr":
         arrays = encode(tinytldr.demonstration_rows(seed, split), tokenizer)
-        return usable(arrays, block_size, f"{data}, {split}")
+        return Dataset(*select(arrays, block_size, f"{data}, {split}"))
     arrays = tokenised_file(data, tokenizer, demonstrations=True)
-    return usable(arrays, block_size, f"{data}, {split}", split)
+    return Dataset(*select(arrays, block_size, f"{data}, {split}", split))
 
 
 def preferences(data, split, tokenizer, policy, cache, pool=None, hard_labels=False, seed=0):
     """A Dataset of preferences as they come, with their natural mix of lengths: those of a file; or
     for TinyTLDR pairs sampled from `policy`, `pool` of them to train on."""
+    block_size = policy.config.block_size
     if data == "tinytldr":
         n = pool if split == "train" else 1000
         rows = tinytldr.pair_rows(split, n, policy, cache, hard_labels, seed)
-        return usable(encode(rows, tokenizer), policy.config.block_size, f"{data}, {split}")
-    arrays = tokenised_file(data, tokenizer)
-    return usable(arrays, policy.config.block_size, f"{data}, {split}", split)
+        return Dataset(*select(encode(rows, tokenizer), block_size, f"{data}, {split}"))
+    return Dataset(*select(tokenised_file(data, tokenizer), block_size, f"{data}, {split}", split))

@@ -17,13 +17,13 @@ from support.cache import cache_folder
 from support.checkpoint import read_sizes
 from support.device import setup, shape_multiple
 from support.flags import InputError, comparison_flags, run_script
-from support.passes import sample, score, text_of
-from support.report import write_report
+from support.passes import prompt_room, sample, score, text_of
+from support.report import judge, write_report
 from support.run_folder import check_same_tokens, run_flags, run_names
 from support.tokens import prompts_of, tokenised_file
 
 
-def held_out_prompts(args, tokenizer, block_size):
+def held_out_prompts(args, tokenizer, policy):
     """Each prompt of the split once, with room for a response: (texts, lists of token ids)."""
     if args.data == "tinytldr":
         texts = [tinytldr.post(args.seed, args.split, i) for i in range(args.n_prompts)]
@@ -33,12 +33,8 @@ def held_out_prompts(args, tokenizer, block_size):
         prompts = prompts_of(arrays, args.split)[:args.n_prompts]
         texts = [text_of(prompt, tokenizer) for prompt in prompts]
     if len(texts) < 2:
-        raise InputError(f"--n_prompts, --data: {len(texts)} prompts in the {args.split} split; an "
-                         "interval needs two")
-    room = block_size - args.max_new_tokens
-    if room < 1:
-        raise InputError(f"--max_new_tokens: {args.max_new_tokens} leaves no room for a prompt in "
-                         f"block_size {block_size}")
+        raise InputError(f"--n_prompts: an interval needs two, and {args.split} has {len(texts)}")
+    room = prompt_room(policy, args.max_new_tokens)
     return texts, [prompt[-room:] for prompt in prompts]
 
 
@@ -72,8 +68,8 @@ def answer(policy, texts, prompts, oracle_models, tokenizer, args, autocast):
 
 
 def compare(policy, ref, own, of_ref, difference, args, autocast):
-    """What the report says of a policy beside its reference (docs/glossary.md). own, of_ref: the
-    Datasets of its replies and the reference's; difference: (N,) of their oracle rewards."""
+    """What the report says of a policy beside its reference (docs/glossary.md). own, of_ref: their
+    replies, a Dataset each; difference: (N,) of the oracle rewards."""
     advantage, half_width = interval(difference)
     win_rate = (difference > 0).mean() + 0.5 * (difference == 0).mean()
     numbers = {"advantage": advantage, "advantage_95": half_width, "win_rate": float(win_rate)}
@@ -83,27 +79,6 @@ def compare(policy, ref, own, of_ref, difference, args, autocast):
                           for dataset in (own, of_ref)]             # (N, 1) log-ratios
         numbers |= {"kl_pi_ref": float(on_own.mean()), "kl_ref_pi": -float(on_ref.mean())}
     return numbers
-
-
-def judge_reward_models(models, pairs, args, autocast):
-    """Held-out accuracy of reward models {folder: model}, by who is longer, and their margins,
-    chosen minus rejected. Returns ({folder: numbers}, {folder: (N,)}, lengths (N, 2)); None for
-    rankings, of which it says nothing."""
-    lengths = pairs.response_lengths()
-    if lengths.shape[1] != 2:
-        print("reward models: left out of the report, which is about pairs")
-        return None
-    sides, table, margins = longer(lengths), {}, {}
-    for folder, model in models.items():
-        rewards = score(model, pairs, autocast, shape_multiple(args), folder)
-        margin = margins[folder] = rewards[:, 0] - rewards[:, 1]
-        right = (margin > 0) + 0.5 * (margin == 0)
-        groups = {"accuracy": right, "longer_chosen": right[sides == 1],
-                  "shorter_chosen": right[sides == -1],
-                  "longer_has_higher_reward": (margin * sides > 0)[sides != 0]}
-        table[folder] = {name: float(values.mean()) if len(values) else None
-                         for name, values in groups.items()}
-    return table, margins, lengths
 
 
 def main(argv=None):
@@ -120,7 +95,7 @@ def main(argv=None):
     reward_models = load_reward_models(args.rms, "--rms", *loading)
     oracle_models = load_reward_models(args.oracle, "--oracle", *loading)
     relabellers = load_reward_models(args.relabel, "--relabel", *loading)
-    texts, prompts = held_out_prompts(args, tokenizer, ref.config.block_size)
+    texts, prompts = held_out_prompts(args, tokenizer, ref)
 
     # ---- policies, each beside the reference and the best of them
     answering = (texts, prompts, oracle_models, tokenizer, args, autocast)
@@ -138,12 +113,18 @@ def main(argv=None):
 
     # ---- reward models
     judged = None
-    if reward_models:
+    if reward_models:      # for their accuracy on held-out pairs
         cache = cache_folder(args.ref, args.out_dir)
         pairs = preferences(args.data, args.split, tokenizer, ref, cache, seed=args.seed)
         if relabellers:
             pairs = relabel(pairs, mean_reward(relabellers, pairs, args, autocast))
-        judged = judge_reward_models(reward_models, pairs, args, autocast)
+        lengths = pairs.response_lengths()
+        if lengths.shape[1] == 2:
+            scores = {folder: score(model, pairs, autocast, shape_multiple(args), folder)
+                      for folder, model in reward_models.items()}
+            judged = judge(scores, lengths, longer(lengths))
+        else:
+            print("reward models: left out of the report, which is about pairs")
 
     write_report(args, texts, results, replies, rewards, judged)
 

@@ -19,7 +19,7 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 
-# ------------------------------------------------------------------ the losses of a pair
+# ---------------- the losses of a pair
 
 
 def log_ratio_margin(logps, ref_logps):
@@ -49,10 +49,11 @@ def dpo(logps, ref_logps, beta):
     """Direct preference optimisation: -log sigmoid(beta * h), Bradley-Terry on the implicit reward.
 
     Rafailov et al. (2023), Eq. 7. With one label per pair it has no finite minimum: it always pays
-    to widen the margin, and nothing in it says that the chosen log-prob should stay where it is.
+    to widen the margin, and nothing says that the chosen log-prob should stay where it is.
     logps, ref_logps: (B, 2). Returns (B,).
     """
-    return -F.logsigmoid(beta * log_ratio_margin(logps, ref_logps))
+    h = log_ratio_margin(logps, ref_logps)
+    return -F.logsigmoid(beta * h)
 
 
 def ipo(logps, ref_logps, tau):
@@ -60,7 +61,8 @@ def ipo(logps, ref_logps, tau):
 
     Azar et al. (2023), Eq. 17. logps, ref_logps: (B, 2) summed log-probs. Returns (B,).
     """
-    return (log_ratio_margin(logps, ref_logps) - 1 / (2 * tau)) ** 2
+    h = log_ratio_margin(logps, ref_logps)
+    return (h - 1 / (2 * tau)) ** 2
 
 
 def ipo_per_token(logps, ref_logps, lengths, tau):
@@ -72,11 +74,11 @@ def distill(logps, ref_logps, rewards, beta):
     """Reward-model distillation, d-DPO: (r(y1) - r(y2) - beta * h)^2.
 
     The paper's section on reward model distillation: the implicit reward margin regresses on the
-    explicit one. Its targets are finite, and the labels enter only through r: a pair may be
-    unlabelled, and which response comes first does not matter.
+    explicit one. The targets are finite, and the labels enter only through r: a pair needs none.
     logps, ref_logps, rewards: (B, 2). Returns (B,).
     """
-    return (reward_margin(rewards) - beta * log_ratio_margin(logps, ref_logps)) ** 2
+    h = log_ratio_margin(logps, ref_logps)
+    return (reward_margin(rewards) - beta * h) ** 2
 
 
 def distill_mean(logps, ref_logps, rewards, beta):
@@ -88,10 +90,10 @@ def ensemble_distill(logps, ref_logps, rewards, beta, min_per="example"):
     """Distillation from a family of reward models, e-DPO: min_m (r_m(y1) - r_m(y2) - beta * h)^2.
 
     The paper's section on pessimistic reward model distillation: with the forward KL below, the
-    policy stays close to the reference among those that *some* member of the family explains.
-    Gradients flow through the best member only. The paper's objective has the minimum outside the
-    expectation, one member for all data; what it runs, and min_per="example" does, is a minimum for
-    each example, which amounts to a larger family. min_per="batch" takes one member per batch.
+    policy stays close to the reference among those that *some* member of the family explains. The
+    objective as stated has the minimum outside the expectation, one member for all data; what the
+    paper runs, and min_per="example" does, is a minimum for each example, which amounts to a larger
+    family. min_per="batch" takes one member per batch.
     logps, ref_logps: (B, 2); rewards: (B, 2, M), of M members. Returns (B,).
     """
     members = [distill(logps, ref_logps, r, beta) for r in rewards.unbind(dim=2)]
@@ -111,25 +113,24 @@ def forward_kl(logps_of_ref_samples, ref_logps_of_ref_samples):
     """Estimate of KL(ref || pi) = E_{y ~ ref}[logp_ref(y) - logp_pi(y)], in nats per response.
 
     The pessimism of p-DPO, dp-DPO and e-DPO, added with a weight gamma: it punishes the policy for
-    forgetting what the reference would say. A given gamma holds DPO better than d-DPO. At the
+    forgetting what the reference would say. The same gamma holds DPO better than d-DPO: at the
     reference DPO pulls h up with a force of beta / 2, d-DPO with 2 beta (r1 - r2), which is more
-    for margins above 1/4; and where DPO's force fades, d-DPO's lasts until h = (r1 - r2) / beta,
-    like a spring of stiffness 2 beta^2.
+    for margins above 1/4; and d-DPO's pull is a spring's, of stiffness 2 beta^2, that lets go only
+    at h = (r1 - r2) / beta, far away for a small beta.
 
-    The samples are drawn once and cached. For a policy that was not trained on them the estimate is
-    unbiased; it may be negative.
+    Unbiased for a policy that was not trained on these samples; it may be negative.
     logps_of_ref_samples, ref_logps_of_ref_samples: (B, S), S samples per prompt. Returns (B,).
     """
     return (ref_logps_of_ref_samples - logps_of_ref_samples).mean(dim=1)
 
 
 def sft(logps):
-    """Supervised fine-tuning: -logp(y|x), of all K demonstrations in a row. The training loop
-    divides the batch's sum by its number of response tokens. logps: (B, K). Returns (B,)."""
+    """Supervised fine-tuning: -logp(y|x), of all demonstrations in a row. The training loop divides
+    the batch's sum by its number of response tokens. logps: (B, K). Returns (B,)."""
     return -logps.sum(dim=1)
 
 
-# ------------------------------------------------------------------ the table of losses
+# ---------------- the table of losses
 
 
 class Loss(NamedTuple):
@@ -204,7 +205,7 @@ def loss_at_reference(name, ref_logps, rewards=None, lengths=None, n_samples=0, 
     return value.expand(len(pairs["ref_logps"])).view(B, -1).mean(dim=1)
 
 
-# ------------------------------------------------------------------ rankings of K responses
+# ---------------- rankings of K responses
 
 
 def all_pairs(values):
@@ -223,7 +224,7 @@ def mean_over_pairs(pair_loss, *columns, **knobs):
 def plackett_luce(rewards):
     """How a reward model learns from a ranking: -log of the chance that responses, picked one after
     the other in proportion to exp(reward), come out in this order. Each pick is Bradley-Terry
-    between the one picked and the (soft) maximum of those left, so K = 2 is Bradley-Terry itself.
+    against the (soft) maximum of those left, so K = 2 is Bradley-Terry itself.
 
     Luce (1959), Plackett (1975). rewards: (B, K), the best response first. Returns (B,).
     """

@@ -3,8 +3,8 @@
 A batch is a `TreeBatch` (data.py): each row holds one prompt followed by its K responses, and the
 prompt is computed once. Three things make that equal to K separate sequences: the attention mask (a
 response sees the prompt and itself, not its siblings), the positions (every response starts again
-at the prompt's length), and where predictions are read (each response's first token is predicted
-from the *last prompt position*, whichever response lies in between).
+at the prompt's length), and where predictions are read (each response's first token from the *last
+prompt position*, whatever lies in between).
 
 The weights are laid out and named as in Hugging Face's GPT-2.
 """
@@ -44,10 +44,11 @@ class Attention(nn.Module):
         takes half the work of a mask. cache: see Transformer. Returns (B, T - skip, C).
         """
         B, T, C = x.size()                                              # rows, columns, width
+        heads = (B, T, self.n_head, C // self.n_head)
         q, k, v = self.c_attn(x).split(C, dim=2)                        # (B, T, C) each
-        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)     # (B, heads, T, C/heads)
-        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)     # (B, heads, T, C/heads)
-        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)     # (B, heads, T, C/heads)
+        q = q.view(heads).transpose(1, 2)                               # (B, heads, T, C/heads)
+        k = k.view(heads).transpose(1, 2)                               # (B, heads, T, C/heads)
+        v = v.view(heads).transpose(1, 2)                               # (B, heads, T, C/heads)
         if cache is not None:       # write these T columns, attend to everything up to them
             cached_k, cached_v, start = cache
             cached_k[:, :, start:start + T] = k
@@ -60,7 +61,7 @@ class Attention(nn.Module):
                 q[:, :, :causal], k[:, :, :causal], v[:, :, :causal], is_causal=True))
         if mask is not None:
             y.append(F.scaled_dot_product_attention(q[:, :, causal:], k, v, attn_mask=mask))
-        y = torch.cat(y, dim=2)                                     # (B, heads, T - skip, C/heads)
+        y = torch.cat(y, dim=2)                                         # (B, heads, T - skip, ...)
         y = y.transpose(1, 2).reshape(B, T - skip, C)
         return self.c_proj(y)
 
@@ -89,9 +90,9 @@ class Block(nn.Module):
 def tree_mask(branch, context, dtype):
     """Token q sees token k iff k <= q in the row, and k is in the prompt or in q's own response.
 
-    branch: (B, T), 0 for the prompt, k for response k, -1 for padding (which sees the prompt and
-    itself, so that no softmax is empty, and which no response sees). context: the first columns,
-    prompt in every row, which need no mask.
+    branch: (B, T), 0 for the prompt, k for response k, -1 for padding (which sees the prompt, so
+    that no softmax is empty, and which no response sees). context: the first columns, prompt in
+    every row, which need no mask.
     Returns (B, 1, T - context, T), 0 where q sees k and -inf where not, to be added to the scores.
     """
     T = branch.size(1)
@@ -184,11 +185,10 @@ class GPT(nn.Module):
         """Samples one response for each prompt: lists of tokens in, lists of tokens out.
 
         prompts: none empty, none longer than block_size. temperature: 0 takes the most likely
-        token. stop: the token that ends a response, and is part of it. generator: a
-        torch.Generator; if it is given, the global random stream is left alone. batch_size:
-        prompts at a time (default: up to 256, as the cache's memory allows). on_token: called
-        after every step with the list of new tokens. Responses also end after max_new_tokens, or
-        where prompt and response fill block_size. Returns them in the order of the prompts.
+        token. stop: the token that ends a response, and is part of it; it also ends after
+        max_new_tokens, or where it fills block_size. generator: a torch.Generator of its own, so
+        that the global random stream is left alone. batch_size: prompts at a time (default: as the
+        cache's memory allows). on_token: called after every step with the list of new tokens.
         """
         if not all(0 < len(prompt) <= self.config.block_size for prompt in prompts):
             raise ValueError(f"prompts must have 1 to {self.config.block_size} tokens")

@@ -13,6 +13,7 @@ from model import GPT
 from support.device import new_generator, setup
 from support.flags import InputError, run_script, talk_flags
 from support.formats import chat_text
+from support.passes import prompt_room
 from support.run_folder import run_flags
 from support.tokenizer import check_vocabulary
 
@@ -55,10 +56,7 @@ def main(argv=None):
     policy = GPT.from_pretrained(args.policy).to(device)
     check_vocabulary(policy, tokenizer, args.policy)
     policies = {args.policy: policy}
-    room = policy.config.block_size - args.max_new_tokens
-    if room < 1:
-        raise InputError(f"--max_new_tokens: {args.max_new_tokens} leaves no room for a prompt in "
-                         f"block_size {policy.config.block_size}")
+    room = prompt_room(policy, args.max_new_tokens)
     if args.chat and args.prompt is None and tokenizer.name == "tinytldr":
         raise InputError("--chat: it would be ignored: a model of TinyTLDR answers posts")
     if args.compare:

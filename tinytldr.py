@@ -21,26 +21,24 @@ A summary is clauses joined by "; ". **The oracle reward** of a summary is the s
     -0.02   for each token, the end-of-text token not counted
 
 so the best summary states all six facts and nothing else. Demonstrations, from which the reference
-policy learns, are of mixed quality: facts left out, chatter kept, now and then a fact that is not
-in the post.
+policy learns, leave facts out, keep chatter, and now and then state a fact that is not in the post.
 
 **Labels**: of two summaries the first is preferred with probability
 sigmoid((R1 - R2) / LABEL_TEMPERATURE), a Bradley-Terry draw; with hard labels the higher reward
 always wins. Pairs with equal rewards are dropped.
 
-Everything is a pure function of (seed, split, index), and no two posts of the world are alike: the
-index is mapped one-to-one to a combination of facts, and the splits use disjoint ranges of it.
+Everything is a pure function of (seed, split, index), and no two posts are alike: the index is
+mapped one-to-one to a combination of facts, and the splits use disjoint ranges of it.
 
     python tinytldr.py      # three posts, their demonstrations, and what the oracle says of each
 """
-import re
 from functools import lru_cache
 
 import numpy as np
-import tiktoken
 
 from support.cache import cached, hash_weights, key
 from support.passes import sample, text_of
+from support.tokenizer import word_encoding
 
 
 def facts(table):
@@ -156,7 +154,6 @@ CHATTER = [  # (sentence in a post, clause in a summary that kept it)
 
 UNSUPPORTED, CHATTERED, BROKEN, PER_TOKEN = -1.0, -1.0, -1.0, -0.02
 LABEL_TEMPERATURE = 0.5
-END_OF_TEXT = "<|endoftext|>"
 
 WEIGHT = {slot: weight for slot, (weight, _) in SLOTS.items()}
 FACT_OF_CLAUSE = {clause: (slot, i) for slot, (_, slot_facts) in SLOTS.items()
@@ -166,7 +163,7 @@ N_WORLDS = 12 ** len(SLOTS)                                       # combinations
 SPLIT_START = {"train": 0, "validation": 2_000_000, "test": 2_400_000}      # a split's first index
 
 
-# ------------------------------------------------------------------ posts and demonstrations
+# ---------------- posts and demonstrations
 
 
 def facts_of(seed, split, index):
@@ -176,9 +173,8 @@ def facts_of(seed, split, index):
     start = SPLIT_START[split]
     if not 0 <= index < starts[starts.index(start) + 1] - start:
         raise ValueError(f"the {split} split has no index {index}")
-    # A step without a factor 2 or 3 has no common divisor with 12^6, so that the map is a
-    # permutation. It is near the golden ratio of the whole, so that any range of indices is spread
-    # evenly over the world.
+    # A step without a factor 2 or 3 makes the map a permutation of 0 ... 12^6 - 1; near the golden
+    # ratio of the whole, it spreads any range of indices evenly over the world.
     number = ((start + index) * 1_845_439 + seed * 777_767_777) % N_WORLDS
     combination = {}
     for slot in SLOTS:
@@ -203,8 +199,8 @@ def post(seed, split, index):
 
 
 def demonstration(seed, split, index, person=0):
-    """A summary of mixed quality, as a person in a hurry might write it (with its leading space).
-    Every post can be summarised by any number of persons, 0, 1, 2 ..."""
+    """A summary as a person in a hurry might write it, with its leading space. Every post can be
+    summarised by any number of persons, 0, 1, 2 ..."""
     rng, text, clauses = _rng(seed, split, index, purpose=2 + person), post(seed, split, index), []
     for slot, i in facts_of(seed, split, index).items():
         u = rng.random()
@@ -226,7 +222,7 @@ def demonstration_rows(seed, split):
         yield {"prompt": post(seed, split, i), "responses": responses}
 
 
-# ------------------------------------------------------------------ the oracle
+# ---------------- the oracle
 
 
 @lru_cache(maxsize=100_000)
@@ -267,14 +263,14 @@ def oracle_reward(prompt, summary):
     return sum(points for _, _, points in judge(prompt, summary)) + PER_TOKEN * n_tokens
 
 
-# ------------------------------------------------------------------ pairs to learn from
+# ---------------- pairs to learn from
 
 PAIRS_FROM = {"train": 200_000, "validation": 0, "test": 0}     # first post: not those of SFT
 
 
 def pair_rows(split, n, policy, cache, hard=False, seed=0):
-    """n pairs of summaries sampled from `policy`, labelled by the oracle: rows of text with the
-    preferred one first, kept in the folder `cache`. hard: labels without noise."""
+    """n pairs of summaries sampled from `policy`, labelled by the oracle, as rows of text, kept in
+    the folder `cache`. hard: labels without noise."""
     world = [(post(seed, split, i), demonstration(seed, split, i)) for i in range(100)]
     verdicts = [judge(*example) for example in world]       # another world is other data
     name = key(hash_weights(policy), world, verdicts, LABEL_TEMPERATURE, PER_TOKEN,
@@ -308,25 +304,15 @@ def prefers_first(rewards, seed, hard=False):
     return np.random.default_rng([seed, 1]).random(len(gap)) < 1 / (1 + np.exp(-gap))
 
 
-# ------------------------------------------------------------------ the tokenizer
-
-SPLIT_INTO_WORDS = r" ?[A-Za-z']+| ?[^\sA-Za-z']+|\s"     # all characters: any text round-trips
+# ---------------- the tokenizer
 
 
 @lru_cache(maxsize=1)
 def tokenizer():
-    """A tiktoken.Encoding built here: the 256 bytes, then every word of the world (with and without
-    a space before it) as one token, then the end of text. Other text falls back to bytes."""
-    sentences = [text for _, slot_facts in SLOTS.values() for fact in slot_facts for text in fact]
-    sentences += [text for chatter in CHATTER for text in chatter]
-    sentences += ["POST:", "TL;DR:"] + [text + ";" for text in sentences]
-    pieces = {piece for text in sentences for piece in re.findall(SPLIT_INTO_WORDS, text)}
-    pieces |= {" " + piece for piece in pieces if not piece.startswith(" ")}
-    words = [bytes([b]) for b in range(256)]
-    words += sorted(piece.encode() for piece in pieces if len(piece.encode()) > 1)
-    return tiktoken.Encoding(name="tinytldr", pat_str=SPLIT_INTO_WORDS,
-                             mergeable_ranks={word: rank for rank, word in enumerate(words)},
-                             special_tokens={END_OF_TEXT: len(words)})
+    """A tiktoken.Encoding in which every word of the world is a token; other text is bytes."""
+    texts = [text for _, slot_facts in SLOTS.values() for fact in slot_facts for text in fact]
+    texts += [text for chatter in CHATTER for text in chatter]
+    return word_encoding("tinytldr", [*texts, "POST:", "TL;DR:", *(text + ";" for text in texts)])
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """Trains a policy: supervised fine-tuning (--loss=sft), or a preference loss from a reference.
 
-    python train_policy.py --loss=sft                        # the reference policy     -> out/sft
-    python train_policy.py --loss=dpo                        # from out/sft             -> out/dpo
-    python train_policy.py --loss=e-dpo --rewards=out/rms    # distils a family of reward models
+    python train_policy.py --loss=sft                       # the reference policy -> out/sft
+    python train_policy.py --loss=dpo                       # from out/sft -> out/dpo
+    python train_policy.py --loss=e-dpo --rewards=out/rms   # distils a family of reward models
     python train_policy.py --loss=p-dpo --data=prefs.jsonl --init_from=gpt2 --lr=1e-6
 
-The reference is --init_from, as it was before step 0. What depends on it alone (its log-probs of
-the training responses, its samples for the KL term) and the reward models' scores are columns of
-the data set, computed once before training and cached: a step is one forward and one backward pass
-of the policy, whatever the loss. Flags and their defaults: --help, and support/training_flags.py.
+The reference is --init_from, as it was before step 0. What it says of the training responses, its
+samples for the KL term and the reward models' scores are columns of the data set, computed once
+before training and cached: a step is one forward and one backward pass of the policy, whatever the
+loss. Flags and their defaults: --help, and support/training_flags.py.
 """
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ def with_columns(dataset, name, policy, tokenizer, reward_models, args, autocast
     entry = key(weights, hash_examples(dataset.examples), args.dtype)
     logps = cached(cache, f"{name}-logps", entry, score, policy, dataset, autocast,
                    shape_multiple(args), f"{name} log-probs")
-    dataset.ref_logps = np.array(logps, np.float32)                 # (N, K + S)
+    dataset.ref_logps = np.array(logps, np.float32)  # (N, K + S)
     return dataset
 
 
@@ -62,7 +62,7 @@ def statistics(logps, ref_logps, n_samples):
         return {}
     B, K = len(logps), logps.size(1) - n_samples
     logps = logps.detach()
-    change = logps - ref_logps                                                  # (B, K + S)
+    change = logps - ref_logps  # (B, K + S)
     h = log_ratio_margin(all_pairs(logps[:, :K]), all_pairs(ref_logps[:, :K]))  # (B * pairs,)
     prefers_chosen = (h > 0).float() + 0.5 * (h == 0)
     values = {"chosen_change": change[:, 0],
@@ -86,7 +86,7 @@ def denominators(dataset, loss):
 def evaluate(policy, dataset, args, knobs, gamma, device, autocast):
     """Means of the loss and the statistics over a whole data set: {name: number}."""
     count = int(denominators(dataset, LOSSES[args.loss]).sum())
-    size = 4 * args.micro_batch_size                                # no gradient, less memory
+    size = 4 * args.micro_batch_size  # no gradient, less memory
     sums = {}
     for part in np.split(np.arange(len(dataset)), range(size, len(dataset), size)):
         batch = dataset.batch(part, shape_multiple(args)).to(device)
@@ -159,17 +159,17 @@ def main(argv=None):
         if step == args.max_steps:
             break
 
-        rows = order.rows(step)                                     # a pure function of the step
-        count = int(counted[rows].sum())                            # rows; for SFT, tokens
-        for part in np.split(rows, range(args.micro_batch_size, len(rows), args.micro_batch_size)):
-            batch = train.batch(part, multiple).to(device)          # the tree, with its columns
+        rows, size = order.rows(step), args.micro_batch_size    # a pure function of the step
+        count = int(counted[rows].sum())                        # rows; for SFT, tokens
+        for part in np.split(rows, range(size, len(rows), size)):
+            batch = train.batch(part, multiple).to(device)      # the tree, with its columns
             with autocast():
-                logps = policy(batch)                               # (b, K + S)
+                logps = policy(batch)                           # (b, K + S)
             losses = training_loss(args.loss, logps, **batch.columns(), gamma=gamma, **knobs)
-            if step == 0 and loss.at_reference:                     # the policy is the reference
+            if step == 0 and loss.at_reference:                 # the policy is the reference
                 expected = loss_at_reference(args.loss, **batch.columns(), **knobs)
                 check_step_0(losses, expected, logps, batch.ref_logps, args)
-            (losses.sum() / count).backward()           # adds up to the gradient of the whole batch
+            (losses.sum() / count).backward()                   # part of the whole batch's gradient
             run.watch(count, loss=losses, **statistics(logps, batch.ref_logps, batch.n_samples))
         grad_norm = clip_grad_norm_(policy.parameters(), args.grad_clip)
         set_learning_rate(optimizer, learning_rate(step, args.max_steps, args.lr))

@@ -22,7 +22,7 @@ from model import GPT
 from reward import RewardModel, training_pairs
 from support.cache import hash_examples, hash_weights, key
 from support.device import setup, shape_multiple
-from support.flags import InputError, run_script
+from support.flags import run_script
 from support.optimizer import adamw, learning_rate, set_learning_rate
 from support.run_folder import Run, family_to_train
 from support.tokenizer import check_vocabulary, save_tokenizer
@@ -32,7 +32,7 @@ from support.training_flags import reward_flags
 def statistics(rewards):
     """What to watch (docs/glossary.md), per example. rewards: (B, K). Returns {name: (B,)}."""
     B = len(rewards)
-    margin = reward_margin(all_pairs(rewards.detach()))                         # (B * pairs,)
+    margin = reward_margin(all_pairs(rewards.detach()))  # (B * pairs,)
     prefers_chosen = (margin > 0).float() + 0.5 * (margin == 0)
     return {"margin": margin.view(B, -1).mean(dim=1),
             "accuracy": prefers_chosen.view(B, -1).mean(dim=1)}
@@ -41,7 +41,7 @@ def statistics(rewards):
 @torch.no_grad()
 def evaluate(reward_model, dataset, args, device, autocast):
     """Means of the loss and the statistics over a whole data set: {name: number}."""
-    size = 4 * args.micro_batch_size                                # no gradient, less memory
+    size = 4 * args.micro_batch_size  # no gradient, less memory
     sums = {}
     for part in np.split(np.arange(len(dataset)), range(size, len(dataset), size)):
         batch = dataset.batch(part, shape_multiple(args)).to(device)
@@ -66,13 +66,7 @@ def main(argv=None):
     if not args.bias:
         return train_one(args, policy, tokenizer, train, validation, device, autocast)
     lengths = train.response_lengths()
-    if lengths.shape[1] != 2:
-        raise InputError("--bias: subsets by length are made of pairs, and the rows of --data have "
-                         "more responses")
-    try:
-        subsets = [train.take(biased_subset(lengths, bias, seed=args.seed)) for bias in args.bias]
-    except ValueError as error:
-        raise InputError(f"--bias: {error}") from error
+    subsets = [train.take(biased_subset(lengths, bias, seed=args.seed)) for bias in args.bias]
     for (bias, folder, resume), subset in zip(family_to_train(args), subsets):
         flags = {**vars(args), "bias": bias, "out_dir": folder, "resume": resume}
         member = argparse.Namespace(**flags)
@@ -102,16 +96,16 @@ def train_one(args, policy, tokenizer, train, validation, device, autocast):
         if step == args.max_steps:
             break
 
-        rows = order.rows(step)                                     # a pure function of the step
-        for part in np.split(rows, range(args.micro_batch_size, len(rows), args.micro_batch_size)):
-            batch = train.batch(part, multiple).to(device)          # the tree
+        rows, size = order.rows(step), args.micro_batch_size    # a pure function of the step
+        for part in np.split(rows, range(size, len(rows), size)):
+            batch = train.batch(part, multiple).to(device)      # the tree
             with autocast():
-                rewards = reward_model(batch)                       # (b, K)
-            losses = plackett_luce(rewards)         # of pairs: -log sigmoid(r_chosen - r_rejected)
-            if step == 0:                           # the head is zero: any ranking is as likely
+                rewards = reward_model(batch)                   # (b, K)
+            losses = plackett_luce(rewards)                     # pairs: -log sigmoid(r1 - r2)
+            if step == 0:                                       # a zero head ranks by chance
                 expected = torch.full_like(losses, math.lgamma(rewards.size(1) + 1))
                 torch.testing.assert_close(losses, expected)
-            (losses.sum() / len(rows)).backward()       # adds up to the gradient of the whole batch
+            (losses.sum() / len(rows)).backward()               # part of the whole batch's gradient
             run.watch(len(rows), loss=losses, **statistics(rewards))
         grad_norm = clip_grad_norm_(reward_model.parameters(), args.grad_clip)
         set_learning_rate(optimizer, learning_rate(step, args.max_steps, args.lr))

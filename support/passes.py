@@ -6,6 +6,7 @@ import torch
 from tqdm import tqdm
 
 from support.device import new_generator
+from support.flags import InputError
 
 
 @torch.no_grad()
@@ -47,6 +48,15 @@ def sample(model, prompts, max_new_tokens, stop, seed, temperature=1.0,
             responses += model.generate(part, max_new_tokens, temperature, stop, generator)
             bar.update(len(part))
     return responses
+
+
+def prompt_room(model, max_new_tokens):
+    """How many tokens a prompt may have. InputError if that is none."""
+    room = model.config.block_size - max_new_tokens
+    if room < 1:
+        raise InputError(f"--max_new_tokens: {max_new_tokens} leaves no room for a prompt in "
+                         f"block_size {model.config.block_size}")
+    return room
 
 
 def text_of(response, tokenizer):

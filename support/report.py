@@ -68,6 +68,25 @@ def training_curve(folder):
             [line["train/rejected_change"] for line in lines])
 
 
+def judge(rewards, lengths, sides):
+    """Accuracy of reward models on held-out pairs, by which response is longer, and their margins.
+
+    rewards: {folder: (N, 2)}, chosen/rejected; lengths: (N, 2); sides: (N,), +1 where the chosen
+    response is longer, -1 the rejected one, 0 neither. Returns ({folder: numbers}, {folder: (N,)},
+    lengths).
+    """
+    table, margins = {}, {}
+    for folder, values in rewards.items():
+        margin = margins[folder] = values[:, 0] - values[:, 1]
+        right = (margin > 0) + 0.5 * (margin == 0)
+        groups = {"accuracy": right, "longer_chosen": right[sides == 1],
+                  "shorter_chosen": right[sides == -1],
+                  "longer_has_higher_reward": (margin * sides > 0)[sides != 0]}
+        table[folder] = {name: float(group.mean()) if len(group) else None
+                         for name, group in groups.items()}
+    return table, margins, lengths
+
+
 # ------------------------------------------------------------------ parts of the report
 
 

@@ -1,5 +1,6 @@
 """Tokenizers: tiktoken's encodings in, Hugging Face's tokenizer.json out."""
 import os
+import re
 
 import tiktoken
 
@@ -18,6 +19,22 @@ def tiktoken_encoding(name):
         raise InputError(f"--tokenizer: tiktoken could not download its {name!r} encoding "
                          f"({type(error).__name__}); on a machine without network, point "
                          "TIKTOKEN_CACHE_DIR at a copy of its cache") from error
+
+
+END_OF_TEXT = "<|endoftext|>"
+SPLIT_INTO_WORDS = r" ?[A-Za-z']+| ?[^\sA-Za-z']+|\s"     # all characters: any text round-trips
+
+
+def word_encoding(name, texts):
+    """A tiktoken.Encoding of the 256 bytes, then every word of the texts (with and without a space
+    before it) as one token, then the end of text. Other text falls back to bytes."""
+    pieces = {piece for text in texts for piece in re.findall(SPLIT_INTO_WORDS, text)}
+    pieces |= {" " + piece for piece in pieces if not piece.startswith(" ")}
+    words = [bytes([b]) for b in range(256)]
+    words += sorted(piece.encode() for piece in pieces if len(piece.encode()) > 1)
+    return tiktoken.Encoding(name=name, pat_str=SPLIT_INTO_WORDS,
+                             mergeable_ranks={word: rank for rank, word in enumerate(words)},
+                             special_tokens={END_OF_TEXT: len(words)})
 
 
 def check_vocabulary(model, tokenizer, where):

@@ -136,7 +136,8 @@ def examples_of(arrays, block_size, rows):
 def select(arrays, block_size, name="data", split=None):
     """The rows of `encode` that are of use, in one split or in all; says how many were dropped and
     why. A prompt's split goes by its hash: it is the same in every file. Returns (examples,
-    scores): a list of (prompt ids, [response ids, ...]), and (N, K, M) or None."""
+    scores): a list of (prompt ids, [response ids, ...]), and (N, K, M) or None. InputError if there
+    is no such row."""
     rows = np.arange(len(arrays["hash"]))
     if split is not None:
         rows = np.flatnonzero(SPLITS[arrays["hash"]] == split)
@@ -157,6 +158,8 @@ def select(arrays, block_size, name="data", split=None):
         what = "chosen and rejected" if K == 2 else "all responses"
         message += f", {equal} dropped ({what} are the same)"
     print(message)
+    if not examples:
+        raise InputError(f"--data: {name}: no usable row")
     return examples, arrays["scores"][kept] if "scores" in arrays else None
 
 

@@ -151,7 +151,8 @@ def preference_data_flags(args, used=True):
 
 def check_folders_and_tokenizer(args, **inputs):
     """Nothing is overwritten that is read, and --tokenizer is that of --init_from by default."""
-    check_out_dir(args.out_dir, {"init_from": args.init_from, "relabel": args.relabel, **inputs})
+    start = None if args.init_from == "scratch" else args.init_from
+    check_out_dir(args.out_dir, {"init_from": start, "relabel": args.relabel, **inputs})
     default = "tinytldr" if args.data == "tinytldr" else "gpt2"
     default = run_flags(args.init_from).get("tokenizer", default)
     args.tokenizer = args.tokenizer or default
