@@ -277,6 +277,8 @@ def relabel(dataset, rewards):
     undecided = (np.diff(np.sort(rewards, axis=1), axis=1) == 0).any(axis=1)        # (N,)
     if undecided.any():
         print(f"relabelled: {undecided.sum()} dropped (the reward model is undecided)")
+    if undecided.all():
+        raise InputError("--relabel: no row is left")
     examples = [(prompt, [responses[k] for k in row_order])
                 for (prompt, responses), row_order in zip(dataset.examples, order)]
     columns = dataset.rewards

@@ -79,9 +79,10 @@ def family_scores(models, dataset, args, autocast, name):
     columns = []
     for folder, model in models.items():
         entry = key(hash_weights(model), hash_examples(dataset.examples), args.dtype)
-        columns.append(cached(os.path.join(folder, "cache"), f"{name}-rewards", entry, score, model,
-                              dataset, autocast, shape_multiple(args), f"{name} rewards"))
-    return np.stack(columns, axis=2, dtype=np.float32, casting="same_kind")     # M of (N, K)
+        rewards = cached(os.path.join(folder, "cache"), f"{name}-rewards", entry, score, model,
+                         dataset, autocast, shape_multiple(args), f"{name} rewards")
+        columns.append(np.array(rewards, np.float32))       # (N, K)
+    return np.stack(columns, axis=2)
 
 
 def training_pairs(args, tokenizer, policy, device, autocast):

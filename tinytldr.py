@@ -41,15 +41,15 @@ from support.passes import sample, text_of
 from support.tokenizer import word_encoding
 
 
-def facts(table):
-    """Lines of "wording in a post | another wording | clause in a summary" as tuples."""
-    lines = table.strip().splitlines()
+def table(text):
+    """Lines of "a | b | c" as tuples."""
+    lines = text.strip().splitlines()
     return [tuple(part.strip() for part in line.split("|")) for line in lines]
 
 
-# slot -> (what stating its fact is worth, its twelve facts)
+# slot -> (points, its twelve facts: wording in a post | another wording | clause in a summary)
 SLOTS = {
-    "who": (1.5, facts("""
+    "who": (1.5, table("""
 My roommate is the problem here. | The person I share a flat with is getting to me. | my roommate
 This is about my older sister. | I grew up sharing everything with my sister. | my sister
 My boss is who I have to write about. | The man who signs my paychecks is at it again. | my boss
@@ -64,7 +64,7 @@ A guy on our football team is involved. | We have a new teammate this season. | 
 My mother's brother visits a lot. | I am talking about my uncle. | my uncle
 I pay a student to teach me maths. | My tutor comes by twice a week. | my tutor
 """)),
-    "event": (1.5, facts("""
+    "event": (1.5, table("""
 Every night the speakers are on until two. | The music never stops before sunrise. \
     | loud music at night
 I lent them cash and never saw it again. | They owe me four hundred dollars. | unpaid loan
@@ -82,7 +82,7 @@ They cancelled our trip an hour before. | The holiday we planned was called off.
 They smoke inside although I have asthma. | The whole place smells of cigarettes. | smoking indoors
 They lied to me about where they were. | I found out that the story was made up. | lied to me
 """)),
-    "tried": (0.25, facts("""
+    "tried": (0.25, table("""
 I asked nicely and was laughed at. | A polite request got me nowhere. | asked nicely
 I left a note on the door. | I put my complaint in writing and taped it up. | left a note
 I shouted once and regret it. | We had a screaming match in the hallway. | had a fight
@@ -96,7 +96,7 @@ I bought them a gift to make peace. | I baked a cake as a peace offering. | gave
 I stayed at a hotel for some days. | I slept elsewhere for a week. | stayed elsewhere
 I set clear rules and wrote them down. | We agreed on rules in the kitchen. | set rules
 """)),
-    "feeling": (0.25, facts("""
+    "feeling": (0.25, table("""
 I am worn out by now. | I have no energy left at all. | exhausted
 It makes my blood boil. | I am so mad that I shake. | furious
 I cry when nobody is looking. | It breaks my heart a little. | sad
@@ -110,7 +110,7 @@ I wish that I had what they have. | I admit that I am a bit envious. | jealous
 I expected so much better. | It let me down badly. | disappointed
 Strangely I do not care much. | It leaves me cold by now. | numb
 """)),
-    "obstacle": (0.25, facts("""
+    "obstacle": (0.25, table("""
 There is no money left for anything. | My account is empty until payday. | broke
 Our lease runs for another year. | I signed a contract until next summer. | stuck in the lease
 My final exams are in two weeks. | I have to study day and night. | exams soon
@@ -124,7 +124,7 @@ My family would never forgive me. | At home everyone takes their side. | family 
 I have no proof of any of it. | It is my word against theirs. | no proof
 I promised to keep the peace. | I gave my word not to make a scene. | made a promise
 """)),
-    "question": (1.5, facts("""
+    "question": (1.5, table("""
 Should I just pack up and leave? | Is it time to find a new place? | move out?
 Do I say sorry first? | Should the apology come from me? | apologize?
 Is it wrong to go to court over this? | Would a lawyer take my case? | sue them?
@@ -139,18 +139,19 @@ Who can I ask for help? | Where does one go for support? | where to get help?
 Should I wait until it is over? | Is it smarter to sit this out? | wait it out?
 """)),
 }
-CHATTER = [  # (sentence in a post, clause in a summary that kept it)
-    ("Sorry for the wall of text.", "sorry for the length"),
-    ("I am typing this on my phone.", "typed on a phone"),
-    ("English is not my first language.", "bad english"),
-    ("This is a throwaway account.", "throwaway account"),
-    ("I have been reading this forum for years.", "long time reader"),
-    ("It is raining here and the coffee is cold.", "rainy day"),
-    ("My cat is asleep on the keyboard.", "cat on keyboard"),
-    ("Thanks in advance to all of you.", "thanks in advance"),
-    ("I will answer questions in the comments.", "will answer comments"),
-    ("I never thought that I would post here.", "first post here"),
-]
+# sentence in a post | clause in a summary that kept it
+CHATTER = table("""
+Sorry for the wall of text. | sorry for the length
+I am typing this on my phone. | typed on a phone
+English is not my first language. | bad english
+This is a throwaway account. | throwaway account
+I have been reading this forum for years. | long time reader
+It is raining here and the coffee is cold. | rainy day
+My cat is asleep on the keyboard. | cat on keyboard
+Thanks in advance to all of you. | thanks in advance
+I will answer questions in the comments. | will answer comments
+I never thought that I would post here. | first post here
+""")
 
 UNSUPPORTED, CHATTERED, BROKEN, PER_TOKEN = -1.0, -1.0, -1.0, -0.02
 LABEL_TEMPERATURE = 0.5
