@@ -281,7 +281,8 @@ def pair_rows(split, n, policy, cache, hard=False, seed=0):
 
 def sample_pairs(split, n, policy, hard, seed):
     prompts = [post(seed, split, PAIRS_FROM[split] + i) for i in range(n)]
-    ids = [tokenizer().encode_ordinary(prompt) for prompt in prompts for _ in range(2)]
+    room = max(1, policy.config.block_size - 64)
+    ids = [tokenizer().encode_ordinary(prompt)[-room:] for prompt in prompts for _ in range(2)]
     samples = sample(policy, ids, 64, tokenizer().eot_token, seed=[seed, SPLIT_START[split]],
                      desc=f"sample {split} pairs")
     texts = [text_of(response, tokenizer()) for response in samples]

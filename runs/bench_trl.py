@@ -1,66 +1,80 @@
-"""Our training step and TRL's, in turns: same architecture, same kind of rows, batch size and threads (`bash runs/bench_trl.sh`).
+"""Our training step and TRL's, in turns: the same architecture, kind of rows, batch size and number
+of threads (`bash runs/bench_trl.sh`).
 
-TRL's side is its trainer's own loop, timed from the end of one step to the end of the next. After each, a second process
-does one of our steps while TRL waits; two processes, so that neither uses the other's memory (or its settings). Batches of
-TRL are the rows in random order, ours sorted by length within a window, as each does by default; over the data the work
-is the same. Ratios: median and (smallest .. largest) over the turns. GiB: peak memory above the imported libraries.
+TRL's side is its trainer's own loop, timed from the end of one step to the end of the next. After
+each, a second process does one of our steps while TRL waits; two processes, so that neither uses
+the other's memory (or its settings). Batches of TRL are the rows in random order, ours sorted by
+length within a window, as each does by default; over the data the work is the same. Ratios: median
+and (smallest .. largest) over the turns. GiB: peak memory above the imported libraries.
 
-settings   default   gradient checkpointing, the reference model run in every step (as TRL comes, in float32)
-           best      neither: precompute_ref_log_probs, no gradient checkpointing (the best it has on a CPU)
-           head      best, and the vocabulary projection on completion tokens only, as TRL does on CUDA; not stock on a CPU
+settings   default   gradient checkpointing, the reference model run in every step (as TRL comes, in
+                     float32)
+           best      neither: precompute_ref_log_probs, no gradient checkpointing (the best it has
+                     on a CPU)
+           head      best, and the vocabulary projection on completion tokens only, as TRL does on
+                     CUDA; not stock on a CPU
            bf16      default, with TRL's default of bfloat16
 """
-import argparse
 import json
 import multiprocessing
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from statistics import median
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import bench
+from runs import bench
+from support.flags import Parser, positive_int, run_script
 
-LINES = [(model, shape, trainer, settings) for model in ("tiny", "small") for shape in ("tldr", "hh")
-         for trainer, settings in (("dpo", "default"), ("dpo", "best"), ("dpo", "head"), ("dpo", "bf16"),
-                                   ("reward", "default"), ("reward", "best"))]
+# transformers and TRL are imported in the process that runs them: ours measures its own memory.
+
+SETTINGS = {"dpo": ("default", "best", "head", "bf16"), "reward": ("default", "best")}
+LINES = [(model, shape, trainer, settings)
+         for model in ("tiny", "small") for shape in ("tldr", "hh")
+         for trainer in SETTINGS for settings in SETTINGS[trainer]]
+OUR_WARM_UP = 5
 
 
 def our_steps(args, pipe):
-    """The second process: warms up, then does a step whenever it is asked to and says how long it took."""
-    ours = bench.Bench(args)
-    for turn in range(-5, 0):
-        ours.do(args.only[0], turn)
-    pipe.send((bench.peak_memory(ours.device) - bench.IMPORTED) / 2 ** 30)
+    """The second process: warms up, then does a step whenever it is asked to and says how long it
+    took."""
+    ours, (task,) = bench.Bench(args), args.only
+    for turn in range(OUR_WARM_UP):
+        ours.do(task, turn)
+    pipe.send(bench.memory_of_steps(ours.device) / 2 ** 30)
     while (turn := pipe.recv()) is not None:
-        pipe.send(ours.seconds(args.only[0], turn))
+        pipe.send(ours.seconds(task, turn))
 
 
 def race(model, shape, trainer, settings, steps):
-    """-> {"trl": [seconds], "ours": [seconds], "trl_gib": GiB, "our_gib": GiB}."""
+    """Returns {"trl": [seconds], "ours": [seconds], "trl_gib": GiB, "our_gib": GiB}."""
     import datasets
     import torch
     import transformers
+    import trl.trainer.utils
 
     from runs import peer
-    flags = [f"--model={model}", f"--shape={shape}", f"--steps={steps}", "--device=cpu",
-             f"--only={'reward model' if trainer == 'reward' else 'dpo'}",
-             f"--dtype={'bfloat16' if settings == 'bf16' else 'float32'}"]
-    args, warmup = bench.parse_flags(flags), 1 if model == "small" else 5
-    shapes = {**dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50257), **bench.MODELS[model]}
-    config = transformers.GPT2Config(**shapes, n_positions=1024, bos_token_id=0, eos_token_id=0, pad_token_id=0,
-                                     resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    examples = [(prompt, responses[:2]) for prompt, responses in
-                bench.made_up_examples(args, (steps + warmup) * args.batch_size, shapes["vocab_size"])]
+    args = bench.parse_flags([
+        f"--model={model}", f"--shape={shape}", f"--steps={steps}", "--device=cpu",
+        f"--only={'reward model' if trainer == 'reward' else 'dpo'}",
+        f"--dtype={'bfloat16' if settings == 'bf16' else 'float32'}"])
+    warm_up = 1 if model == "small" else 5
+    sizes = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257, **bench.MODELS[model]}
+    config = transformers.GPT2Config(
+        **sizes, n_positions=1024, bos_token_id=0, eos_token_id=0, pad_token_id=0, num_labels=1,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    n_rows = (steps + warm_up) * args.batch_size
+    examples = [(prompt, responses[:2]) for prompt, responses
+                in bench.made_up_examples(args, n_rows, sizes["vocab_size"])]
     if settings == "head":
-        import trl.trainer.utils
         trl.trainer.utils._use_triton = lambda device: True
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
     context.Process(target=our_steps, args=(args, theirs), daemon=True).start()
+    theirs.close()      # so that recv() fails if that process does
     times = {"trl": [], "ours": [], "our_gib": pipe.recv()}
     imported = bench.peak_memory(torch.device("cpu"))
 
@@ -70,60 +84,71 @@ def race(model, shape, trainer, settings, steps):
 
         def on_step_end(self, *_, **__):
             times["trl"].append(time.perf_counter() - self.start)
-            pipe.send(len(times["ours"]))
+            pipe.send(OUR_WARM_UP + len(times["ours"]))
             times["ours"].append(pipe.recv())
             self.start = time.perf_counter()
 
-    options = dict(peer.SETTINGS, per_device_train_batch_size=args.batch_size, num_train_epochs=1, logging_strategy="no",
-                   bf16=settings == "bf16", gradient_checkpointing=settings in ("default", "bf16"))
-    tokenizer, out = peer.peer_tokenizer(shapes["vocab_size"]), tempfile.mkdtemp()
+    as_trl_comes = settings in ("default", "bf16")
+    options = dict(peer.SETTINGS, per_device_train_batch_size=args.batch_size, num_train_epochs=1,
+                   logging_strategy="no", bf16=settings == "bf16",
+                   gradient_checkpointing=as_trl_comes)
+    out = tempfile.mkdtemp()
+    common = dict(processing_class=peer.peer_tokenizer(sizes["vocab_size"]), callbacks=[Turns()])
     if trainer == "dpo":
-        start = transformers.GPT2LMHeadModel(config)
-        ref = transformers.GPT2LMHeadModel(config) if settings in ("default", "bf16") else None
-        racer = peer.PreparedDPOTrainer(
-            start, ref, peer.trl.DPOConfig(out, precompute_ref_log_probs=settings in ("best", "head"),
-                                           precompute_ref_batch_size=args.batch_size, **options),
-            train_dataset=datasets.Dataset.from_list(peer.features(examples)), processing_class=tokenizer, callbacks=[Turns()])
+        policy = transformers.GPT2LMHeadModel(config)
+        ref = transformers.GPT2LMHeadModel(config) if as_trl_comes else None
+        trl_args = trl.DPOConfig(out, precompute_ref_log_probs=not as_trl_comes,
+                                 precompute_ref_batch_size=args.batch_size, **options)
+        rows = datasets.Dataset.from_list(peer.features(examples))
+        racer = peer.PreparedDPOTrainer(policy, ref, trl_args, train_dataset=rows, **common)
     else:
-        config.num_labels = 1
-        racer = peer.PreparedRewardTrainer(
-            transformers.GPT2ForSequenceClassification(config), peer.trl.RewardConfig(out, **options),
-            train_dataset=datasets.Dataset.from_list(peer.reward_features(examples)), processing_class=tokenizer,
-            callbacks=[Turns()])
+        reward_model = transformers.GPT2ForSequenceClassification(config)
+        trl_args = trl.RewardConfig(out, **options)
+        rows = datasets.Dataset.from_list(peer.reward_features(examples))
+        racer = peer.PreparedRewardTrainer(reward_model, trl_args, train_dataset=rows, **common)
     racer.train()
     pipe.send(None)
-    return {**times, "trl": times["trl"][warmup:], "ours": times["ours"][warmup:],
-            "trl_gib": (bench.peak_memory(torch.device("cpu")) - imported) / 2 ** 30}
+    trl_gib = (bench.peak_memory(torch.device("cpu")) - imported) / 2 ** 30
+    return {"trl": times["trl"][warm_up:], "ours": times["ours"][warm_up:], "trl_gib": trl_gib,
+            "our_gib": times["our_gib"]}
+
+
+def table_row(line, times):
+    model, shape, trainer, settings = line
+    ratios = [theirs / ours for theirs, ours in zip(times["trl"], times["ours"])]
+    cells = [model, shape, f"{trainer}, {settings}",
+             f"{8 / median(times['trl']):.2f}", f"{8 / median(times['ours']):.2f}",
+             f"{median(ratios):.1f} ({min(ratios):.1f} .. {max(ratios):.1f})",
+             f"{times['trl_gib']:.2f}", f"{times['our_gib']:.2f}"]
+    return "| " + " | ".join(cells) + " |"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=5, help="turns to measure")
-    parser.add_argument("--only", default="", help="only lines with all of these comma-separated words, such as tiny,hh,head")
-    parser.add_argument("--line", help="model,shape,trainer,settings: run this one here and print JSON")
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--steps", type=positive_int, default=5, help="turns to measure")
+    add("--only", default="", help="only lines with all of these comma-separated words, such as "
+        "tiny,hh,head")
+    add("--line", help="model,shape,trainer,settings: run this one here and print JSON")
     args = parser.parse_args()
     if args.line:
         print(json.dumps(race(*args.line.split(","), args.steps)))
         return
-    print("| model | shape | trainer, settings | TRL, pairs/s | here, pairs/s | times faster | TRL, GiB | here, GiB |\n"
-          "|---|---|---|---|---|---|---|---|")
+    print("| model | shape | trainer, settings | TRL, pairs/s | here, pairs/s | times faster "
+          "| TRL, GiB | here, GiB |\n" + "|---" * 8 + "|")
     words = set(filter(None, args.only.split(",")))
     for line in LINES:
         if not words <= set(line):
             continue
-        model, shape, trainer, settings = line
-        done = subprocess.run([sys.executable, __file__, f"--line={','.join(line)}", f"--steps={args.steps}"],
-                              capture_output=True, text=True)
+        command = [sys.executable, __file__, f"--line={','.join(line)}", f"--steps={args.steps}"]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            print(f"| {model} | {shape} | {trainer}, {settings} | failed: {done.stderr.strip().splitlines()[-1]} |", flush=True)
+            reason = done.stderr.strip().splitlines()[-1]
+            print(f"| {' | '.join(line[:2])} | {', '.join(line[2:])} | failed: {reason} |",
+                  flush=True)
             continue
-        times = json.loads(done.stdout.strip().splitlines()[-1])
-        ratios = [theirs / ours for theirs, ours in zip(times["trl"], times["ours"])]
-        rate = lambda seconds: 8 / statistics.median(seconds)
-        print(f"| {model} | {shape} | {trainer}, {settings} | {rate(times['trl']):.2f} | {rate(times['ours']):.2f} | "
-              f"{statistics.median(ratios):.1f} ({min(ratios):.1f} .. {max(ratios):.1f}) | {times['trl_gib']:.2f} | "
-              f"{times['our_gib']:.2f} |", flush=True)
+        print(table_row(line, json.loads(done.stdout.strip().splitlines()[-1])), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -3,7 +3,7 @@
 # in hundreds of small ways, one at a time, and lists the changes that no test notices (LOG.md says why each is accepted).
 # Works on a copy in out/mutants; about 4 minutes.
 set -euo pipefail
-source "$(dirname "$0")/venv.sh" .venv requirements.txt
+source "$(dirname "$0")/venv.sh" .venv requirements-dev.txt
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check mutmut==3.8.1
 rm -rf out/mutants && mkdir -p out/mutants
 cp -r *.py README.md runs tests out/mutants

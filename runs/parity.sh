@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs transformers and TRL into .venv-parity and compares this repository with them. Arguments go to pytest.
+# Installs transformers and TRL into .venv-parity and compares this repository with them.
+# Arguments go to pytest.
 set -euo pipefail
 source "$(dirname "$0")/venv.sh" .venv-parity requirements-parity.txt
 "$venv/bin/python" -c "import transformers, trl"      # without them the tests would be skipped

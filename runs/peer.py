@@ -1,16 +1,19 @@
-"""TRL's trainers on our rows of token ids: what tests/test_parity.py compares with and runs/bench_trl.py races against."""
+"""TRL's trainers on our rows of token ids: what tests/test_parity.py compares with and
+runs/bench_trl.py races against."""
 import tokenizers
 import torch
 import transformers
 import trl
 
-# What makes TRL's trainers quiet, and their work that of ours: no truncation, no checkpoints, float32.
-SETTINGS = dict(report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", max_length=None, remove_unused_columns=False)
+# What makes TRL's trainers quiet, and their work that of ours: no truncation, no checkpoints.
+SETTINGS = dict(report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", max_length=None,
+                remove_unused_columns=False)
 BEST = dict(bf16=False, gradient_checkpointing=False)        # on a CPU
 
 
 class PreparedDPOTrainer(trl.DPOTrainer):
-    """DPOTrainer on rows that are token ids already (as RewardTrainer takes them), in the order of the rows."""
+    """DPOTrainer on rows that are token ids already (as RewardTrainer takes them), in the order of
+    the rows."""
 
     def _prepare_dataset(self, dataset, *_):
         return dataset
@@ -27,18 +30,23 @@ class PreparedRewardTrainer(trl.RewardTrainer):
 def peer_tokenizer(vocab_size):
     """What TRL's trainers need to exist; it is asked for the padding token alone."""
     words = {str(i): i for i in range(vocab_size - 1)} | {"<end>": vocab_size - 1}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "0")),
+    model = tokenizers.models.WordLevel(words, "0")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(model),
                                                 eos_token="<end>", pad_token="0")
 
 
 def features(examples):
-    """Our examples, (prompt ids, [chosen ids, rejected ids]), in the columns of TRL's DPOTrainer."""
-    ids = lambda tokens: [int(token) for token in tokens]
-    return [{"prompt_ids": ids(prompt), "chosen_ids": ids(chosen), "rejected_ids": ids(rejected)}
-            for prompt, (chosen, rejected) in examples]
+    """Our examples, (prompt ids, [chosen ids, rejected ids]), in the columns of TRL's
+    DPOTrainer."""
+    rows = []
+    for prompt, (chosen, rejected) in examples:
+        parts = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+        rows.append({name: [int(token) for token in tokens] for name, tokens in parts.items()})
+    return rows
 
 
 def reward_features(examples):
     """The same for RewardTrainer: whole sequences."""
-    return [{"chosen_ids": row["prompt_ids"] + row["chosen_ids"], "rejected_ids": row["prompt_ids"] + row["rejected_ids"]}
+    return [{"chosen_ids": row["prompt_ids"] + row["chosen_ids"],
+             "rejected_ids": row["prompt_ids"] + row["rejected_ids"]}
             for row in features(examples)]

@@ -1,18 +1,21 @@
-"""Averages the results of several speedruns: mean over the seeds ± standard deviation between them, as a table.
+"""Averages the results of several speedruns: mean over the seeds ± standard deviation between them.
 
-    for seed in 0 1 2; do OUT=out/seed$seed bash runs/speedrun.sh --seed=$seed; done     # each as long as a speedrun
+    for seed in 0 1 2; do OUT=out/seed$seed bash runs/speedrun.sh --seed=$seed; done
     python runs/seeds.py out/seed0 out/seed1 out/seed2
 """
 import json
 import sys
 from statistics import mean, stdev
 
-COLUMNS = {"advantage": "{:+.2f}", "win_rate": "{:.2f}", "length": "{:.1f}", "kl_pi_ref": "{:.2f}", "kl_ref_pi": "{:.2f}",
-           "chosen_change": "{:+.1f}", "rejected_change": "{:+.1f}"}
+COLUMNS = {"advantage": "{:+.2f}", "win_rate": "{:.2f}", "length": "{:.1f}", "kl_pi_ref": "{:.2f}",
+           "kl_ref_pi": "{:.2f}", "chosen_change": "{:+.1f}", "rejected_change": "{:+.1f}"}
 
 
 def cell(form, values):
-    return f"{form.format(mean(values))} ± {form.format(stdev(values)).lstrip('+')}" if len(values) > 1 else form.format(*values)
+    text = form.format(mean(values))
+    if len(values) > 1:
+        text += f" ± {form.replace('+', '').format(stdev(values))}"
+    return text
 
 
 def main(folders):
@@ -28,7 +31,8 @@ def main(folders):
     print("| policy | " + " | ".join(COLUMNS) + " |")
     print("|---" * (len(COLUMNS) + 1) + "|")
     for name in runs[0]:
-        print(f"| {name} | " + " | ".join(cell(form, [run[name][key] for run in runs]) for key, form in COLUMNS.items()) + " |")
+        cells = [cell(form, [run[name][key] for run in runs]) for key, form in COLUMNS.items()]
+        print(f"| {name} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,17 @@
 #!/usr/bin/env bash
 # The whole method on the embedded task, from an empty folder to a report: out/speedrun/report.md.
-# Each line below can be run alone; what an earlier run has cached is used again. Arguments, such as --seed=1, go to every
-# command; the variable OUT names another folder.
+# Each line below can be run alone; what an earlier run has cached is used again. --seed=, --device=
+# and --dtype= go to every command; the variable OUT names another folder.
 set -eo pipefail
-source "$(dirname "$0")/venv.sh" .venv requirements.txt
+for flag in "$@"; do
+    case $flag in
+        --seed=?* | --device=?* | --dtype=?*) ;;
+        *)  echo "speedrun.sh: error: $flag: it takes --seed=, --device= and --dtype=; for other" \
+                "flags run its commands one by one" >&2
+            exit 2 ;;
+    esac
+done
+source "$(dirname "$0")/venv.sh" .venv requirements-dev.txt
 out=${OUT:-out/speedrun}
 start=$SECONDS
 flags=("$@")
@@ -13,25 +21,27 @@ python() {
 }
 
 # The reference policy: supervised fine-tuning on demonstrations of mixed quality.
-python train_policy.py --loss=sft --out_dir=$out/sft
+python train_policy.py --loss=sft --out_dir="$out/sft"
 
-# Explicit reward models. The first run samples pairs from the reference, lets the oracle label them, and keeps D_rho:
-# 4,000 pairs in which the longer response is preferred in a fraction rho = 0.2. Then one reward model on all of D_rho,
-# and a family of five on subsets of it.
-python train_rm.py --rho=0.2 --init_from=$out/sft --out_dir=$out/rm
-python train_rm.py --rho=0.2 --init_from=$out/sft --out_dir=$out/rms --bias=0.2,0.4,0.5,0.6,0.8
+# Explicit reward models. The first run samples pairs from the reference, lets the oracle label
+# them, and keeps D_rho: 4,000 pairs in which the longer response is preferred in a fraction
+# rho = 0.2. Then one reward model on all of D_rho, and a family of five on subsets of it.
+python train_rm.py --rho=0.2 --init_from="$out/sft" --out_dir="$out/rm"
+python train_rm.py --rho=0.2 --init_from="$out/sft" --out_dir="$out/rms" --bias=0.2,0.4,0.5,0.6,0.8
 
 # Six policies from the same reference, on the same pairs, for the same number of steps.
 for loss in dpo ipo p-dpo; do
-    python train_policy.py --rho=0.2 --loss=$loss --init_from=$out/sft --out_dir=$out/$loss
+    python train_policy.py --rho=0.2 --loss=$loss --init_from="$out/sft" --out_dir="$out/$loss"
 done
 for loss in d-dpo dp-dpo; do
-    python train_policy.py --rho=0.2 --loss=$loss --init_from=$out/sft --out_dir=$out/$loss --rewards=$out/rm
+    python train_policy.py --rho=0.2 --loss=$loss --init_from="$out/sft" --out_dir="$out/$loss" \
+        --rewards="$out/rm"
 done
-python train_policy.py --rho=0.2 --loss=e-dpo --init_from=$out/sft --out_dir=$out/e-dpo --rewards=$out/rms
+python train_policy.py --rho=0.2 --loss=e-dpo --init_from="$out/sft" --out_dir="$out/e-dpo" \
+    --rewards="$out/rms"
 
 # Oracle advantage on 1,000 test prompts, diagnostics, figures, samples.
-python evaluate.py --ref=$out/sft --rms=$out/rm,$out/rms --out_dir=$out \
-    $out/dpo $out/ipo $out/d-dpo $out/p-dpo $out/dp-dpo $out/e-dpo
+python evaluate.py --ref="$out/sft" --rms="$out/rm,$out/rms" --out_dir="$out" \
+    "$out/dpo" "$out/ipo" "$out/d-dpo" "$out/p-dpo" "$out/dp-dpo" "$out/e-dpo"
 
 echo "The whole speedrun took $(((SECONDS - start + 30) / 60)) min ($((SECONDS - start)) s)."

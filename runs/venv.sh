@@ -1,5 +1,6 @@
-# Sourced by the other scripts here, with a folder and a requirements file: makes that virtual environment in the root of the
-# repository once, and updates it when the requirements have changed. PYTHON names another interpreter (3.10 or newer).
+# Sourced by the other scripts here, with a folder and a requirements file: makes that virtual
+# environment in the root of the repository once, and updates it when the requirements have changed.
+# PYTHON names another interpreter (3.10 or newer).
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=$1 requirements=$2
 if ! cat requirements.txt "$requirements" | cmp -s - "$venv/installed.txt"; then

@@ -32,13 +32,11 @@ def score(model, dataset, autocast=contextlib.nullcontext, multiple=1, desc="sco
 
 def sample(model, prompts, max_new_tokens, stop, seed, temperature=1.0,
            autocast=contextlib.nullcontext, desc="sample"):
-    """One response for each prompt. prompts: lists of token ids, whose beginning is cut off where
-    they leave no room for max_new_tokens. seed: a number or several. Returns lists of token ids.
+    """One response for each prompt. prompts: lists of token ids; where one leaves no room for
+    max_new_tokens, its response is cut off. seed: a number or several. Returns lists of token ids.
 
     The random numbers come from a generator of their own: sampling never touches the training's.
     """
-    room = max(1, model.config.block_size - max_new_tokens)
-    prompts = [list(prompt)[-room:] for prompt in prompts]
     number = int(np.random.SeedSequence(seed).generate_state(1)[0])
     generator = new_generator(next(model.parameters()).device, number)
     responses, size = [], 1024

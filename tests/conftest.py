@@ -4,7 +4,7 @@ import sys
 import pytest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-os.environ["CUDA_VISIBLE_DEVICES"] = ""              # nor needs an accelerator: float32 on a CPU is what the bars are for
+os.environ["CUDA_VISIBLE_DEVICES"] = ""             # the bars are for float32 on a CPU
 os.environ.setdefault("HF_HUB_OFFLINE", "1")        # no test may reach the network
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
@@ -19,12 +19,15 @@ def hub_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory, hub_cache):
-    """A folder with the short runs that several tests look at: a reference policy, a reward model, a family of two."""
+    """A folder with the short runs that several tests look at: a reference policy, a reward model,
+    a family of two."""
     import train_policy
     import train_rm
     root = tmp_path_factory.mktemp("world")
-    train_policy.main(["--loss=sft", f"--out_dir={root}/sft", "--max_steps=60", "--batch_size=32", "--n_embd=64"])
-    shared = [f"--init_from={root}/sft", "--max_steps=6", "--batch_size=16", "--n_pairs=100", "--pool=400", "--n_eval=32"]
+    train_policy.main(["--loss=sft", f"--out_dir={root}/sft", "--max_steps=60", "--batch_size=32",
+                       "--n_embd=64"])
+    shared = [f"--init_from={root}/sft", "--max_steps=6", "--batch_size=16", "--n_pairs=100",
+              "--pool=400", "--n_eval=32"]
     train_rm.main([*shared, f"--out_dir={root}/rm"])
     train_rm.main([*shared, f"--out_dir={root}/rms", "--bias=0.2,0.6"])
     return root

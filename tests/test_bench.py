@@ -5,13 +5,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
 from data import collate
+from losses import LOSSES
 from model import GPT, GPTConfig, tree_mask
-from runtime import InputError
+from runs import bench
+from support.flags import InputError
 
 CONFIG = GPTConfig(block_size=64, vocab_size=50, n_layer=3, n_head=2, n_embd=16)
-SMALL = ["--prompt=12", "--response=3,5", "--batch_size=2", "--steps=1", "--device=cpu"]
+SMALL = ["--model=tiny", "--batch_size=2", "--steps=1", "--device=cpu"]
+SHORT = [*SMALL, "--prompt=12", "--response=3,5"]
 
 
 @pytest.fixture(autouse=True)
@@ -21,39 +23,90 @@ def micro(monkeypatch):
 
 @pytest.mark.parametrize("n_responses", [1, 2, 3])
 def test_needed_operations(n_responses):
-    """For one row, which has no padding: the matrix products that a forward pass really does, less the context's queries in
-    the last layer (computed with the keys and values, and not needed), plus two products per pair of tokens in sight."""
+    """For one row, which has no padding: the matrix products that a forward pass really does, less
+    the context's queries in the last layer (computed with the keys and values, and not needed),
+    plus two products per pair of tokens in sight."""
     examples = [(list(range(9)), [[1, 2, 3], [4], [5, 6, 7, 8]][:n_responses])]
     batch, C = collate(examples), CONFIG.n_embd
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         GPT(CONFIG).response_logps(batch)
-    counts = {str(operator): count for operator, count in counter.get_flop_counts()["Global"].items()}
+    counts = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
     products = counts["aten.mm"] + counts["aten.addmm"]
     in_sight = (tree_mask(batch.branch, 0, torch.float32) == 0)[0, 0].sum(dim=1)         # (T,)
     pairs = (CONFIG.n_layer - 1) * in_sight.sum() + in_sight[batch.context:].sum()
-    assert bench.needed_flops(CONFIG, examples) == products - 2 * C * C * batch.context + 4 * C * pairs
+    wanted = products - 2 * C * C * batch.context + 4 * C * pairs
+    assert bench.needed_flops(CONFIG, examples) == wanted
 
 
 def test_all_tasks(capsys):
-    bench.main(["--model=tiny", *SMALL])
+    bench.main(SHORT)
     table = capsys.readouterr().out
     assert all(f"| {task} |" in table for task in bench.TASKS)
+    assert set(LOSSES) <= set(bench.TASKS)
 
 
 def test_json_and_sizes(capsys):
-    bench.main(["--model=tiny", *SMALL, "--only=dpo", "--json", "--n_responses=4"])
+    bench.main([*SHORT, "--only=dpo", "--json", "--n_responses=4"])
     (result,), machine = json.loads(capsys.readouterr().out)
-    assert 2 * (12 + 4 * 3) <= result["useful"] <= 2 * (12 + 4 * 5) and machine["dtype"] == "float32"
+    assert 2 * (12 + 4 * 3) <= result["useful"] <= 2 * (12 + 4 * 5)
+    assert machine["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("task, K, S", [
+    ("sft", 1, 0), ("dpo", 3, 0), ("ipo-per-token", 3, 0), ("d-dpo", 3, 0), ("p-dpo", 3, 1),
+    ("e-dpo", 3, 1), ("reward model", 3, 0), ("score", 3, 0)])
+def test_a_task_has_the_columns_that_its_loss_needs(task, K, S):
+    """Responses, samples from the reference, rewards and reference log-probs, as train_policy.py
+    has them."""
+    dataset = bench.task_dataset(task, [([1, 2], [[3], [4], [5], [6]])] * 2)
+    batch, needs = dataset.batch([0, 1]), LOSSES[task].needs if task in LOSSES else ()
+    assert dataset.examples[0] == ([1, 2], [[3], [4], [5], [6]][:K + S])
+    assert batch.n_samples == S
+    assert (batch.ref_logps is None) == ("ref_logps" not in needs)
+    assert (batch.rewards is None) == ("rewards" not in needs)
+    if "rewards" in needs:
+        assert batch.rewards.shape == (2, K, bench.MEMBERS)
+
+
+@pytest.mark.parametrize("task, moves", [("dpo", True), ("sft", True), ("score", False)])
+def test_a_step_trains(task, moves):
+    """What is measured is an optimizer step; a score is a pass without a gradient."""
+    args = bench.parse_flags([*SHORT, f"--only={task}"])
+    measured = bench.Bench(args)
+    before = [p.detach().clone() for p in measured.policy.parameters()]
+    measured.do(task, 0)
+    after = list(measured.policy.parameters())
+    assert any(not torch.equal(p, q) for p, q in zip(before, after)) == moves
+    assert all(p.grad is None for p in after)
+
+
+def test_a_file_of_preferences(tmp_path, hub_cache, monkeypatch, capsys):
+    """--data instead of made-up rows; flags of the latter are refused."""
+    import tinytldr
+    tokenizer = tinytldr.tokenizer()
+    monkeypatch.setattr(bench, "get_tokenizer", lambda name: tokenizer)
+    monkeypatch.setitem(bench.MODELS["tiny"], "vocab_size", tokenizer.n_vocab)
+    path = tmp_path / "pairs.jsonl"
+    row = {"prompt": "POST:", "chosen": " my boss", "rejected": " broke"}
+    path.write_text(f"{json.dumps(row)}\n" * 5)
+    bench.main([*SMALL, f"--data={path}", "--only=dpo,e-dpo", "--json"])
+    results, _ = json.loads(capsys.readouterr().out.splitlines()[-1])
+    lengths = [len(tokenizer.encode(text)) for text in row.values()]
+    assert results[0]["useful"] == 2 * (sum(lengths) + 2)
+    with pytest.raises(InputError, match="--prompt: it would be ignored"):
+        bench.main([*SMALL, f"--data={path}", "--prompt=3"])
 
 
 def test_profile(capsys):
-    bench.main(["--model=tiny", *SMALL, "--only=e-dpo", "--profile"])
+    bench.main([*SHORT, "--only=e-dpo", "--profile"])
     out = capsys.readouterr().out
-    shares = [float(line.split("|")[2].strip(" %")) for line in out.split("part of the step")[1].splitlines() if "%" in line]
+    table = out.split("part of the step")[1].splitlines()
+    shares = [float(line.split("|")[2].strip(" %")) for line in table if "%" in line]
     assert "aten::mm" in out and sum(shares) == pytest.approx(100, abs=1)
 
 
-@pytest.mark.parametrize("flag", ["--only=ppo", "--response=5", "--response=0,4", "--response=a,b"])
+@pytest.mark.parametrize("flag", ["--only=ppo", "--response=5", "--response=0,4", "--response=a,b",
+                                  "--response=9,4", "--n_responses=1"])
 def test_refuses(flag):
     with pytest.raises(InputError, match=flag.split("=")[0]):
         bench.main([flag])

@@ -1,14 +1,16 @@
-"""Generation, and checkpoints in Hugging Face's layout."""
+"""The architecture, generation, and checkpoints in Hugging Face's layout."""
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import GPT, GPTConfig
-from reward import RewardModel, family_folders
-from runtime import InputError
+from model import GPT, GPTConfig, draw
+from reward import RewardModel
+from support.flags import InputError
+from support.run_folder import family_folders
 
 CONFIG = GPTConfig(block_size=20, vocab_size=13, n_layer=2, n_head=2, n_embd=16)
 STOP = 12
@@ -24,7 +26,10 @@ def model():
 
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [10, 11]]
+TOKENS = torch.arange(12)[None]
 
+
+# ---------------------------------------------------------------- generation
 
 def by_hand(model, prompt, n):
     """Greedy decoding that recomputes everything for every token."""
@@ -38,8 +43,9 @@ def by_hand(model, prompt, n):
 
 def test_greedy_generation_equals_recomputing_everything(model):
     """Prompts of different lengths in one batch, with a KV cache, against one at a time without."""
-    assert model.generate(PROMPTS, 8, temperature=0, stop=STOP) == [by_hand(model, p, 8) for p in PROMPTS]
-    assert model.generate(PROMPTS, 8, temperature=0, stop=STOP, batch_size=2) == [by_hand(model, p, 8) for p in PROMPTS]
+    wanted = [by_hand(model, prompt, 8) for prompt in PROMPTS]
+    assert model.generate(PROMPTS, 8, temperature=0, stop=STOP) == wanted
+    assert model.generate(PROMPTS, 8, temperature=0, stop=STOP, batch_size=2) == wanted
 
 
 def test_generation_fills_the_block_and_no_more(model):
@@ -52,7 +58,8 @@ def test_generation_fills_the_block_and_no_more(model):
 
 
 def test_generation_stops(model):
-    for response in model.generate(PROMPTS * 20, 15, stop=STOP, generator=torch.Generator().manual_seed(1)):
+    generator = torch.Generator().manual_seed(1)
+    for response in model.generate(PROMPTS * 20, 15, stop=STOP, generator=generator):
         assert STOP not in response[:-1] and (response[-1] == STOP or len(response) == 15)
 
 
@@ -64,11 +71,34 @@ def test_generation_leaves_the_global_random_stream_alone(model):
     assert first == model.generate(PROMPTS, 8, generator=torch.Generator().manual_seed(1))
 
 
+def test_generation_shows_every_step(model):
+    """on_token gets the new tokens after every step, the longest prompt's row first."""
+    steps = []
+    responses = model.generate(PROMPTS, 6, temperature=0, on_token=steps.append)
+    rows = [2, 0, 3, 1]
+    assert list(map(list, zip(*steps))) == [responses[row] for row in rows]
+
+
+def test_draw():
+    """Temperature 0 takes the most likely token, a low one nearly always; a probability of 0 is
+    never drawn, whichever the random number."""
+    logits = torch.tensor([[1.0, 3.0, 2.0], [5.0, 0.0, -1.0]]).repeat(500, 1)
+    assert draw(logits, 0, None).tolist() == [1, 0] * 500
+    generator = torch.Generator().manual_seed(0)
+    assert draw(logits, 0.01, generator).tolist() == [1, 0] * 500
+    impossible = torch.tensor([[-math.inf, 0.0, -math.inf]]).expand(1000, 3)
+    assert draw(impossible, 1.0, generator).tolist() == [1] * 1000
+
+
+# ---------------------------------------------------------------- the architecture
+
 def gpt2_in_numpy(weights, tokens, config):
-    """GPT-2's published forward pass, from the tensors of a checkpoint in Hugging Face's layout. tokens: (T,) -> (T, vocab)."""
+    """GPT-2's published forward pass, from the tensors of a checkpoint in Hugging Face's layout.
+    tokens: (T,) -> (T, vocab)."""
     def layer_norm(x, name):
         mean, variance = x.mean(axis=-1, keepdims=True), x.var(axis=-1, keepdims=True)
-        return (x - mean) / np.sqrt(variance + 1e-5) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+        normal = (x - mean) / np.sqrt(variance + 1e-5)
+        return normal * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
     def linear(x, name):
         return x @ weights[f"{name}.weight"] + weights[f"{name}.bias"]
@@ -77,28 +107,61 @@ def gpt2_in_numpy(weights, tokens, config):
     x = weights["transformer.wte.weight"][tokens] + weights["transformer.wpe.weight"][:T]
     for layer in range(config.n_layer):
         block = f"transformer.h.{layer}"
-        q, k, v = np.split(linear(layer_norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn"), 3, axis=1)
+        qkv = linear(layer_norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn")
+        q, k, v = np.split(qkv, 3, axis=1)
         heads = []
         for head in range(config.n_head):
             part = slice(head * size, (head + 1) * size)
-            scores = np.where(np.tri(T, dtype=bool), q[:, part] @ k[:, part].T / np.sqrt(size), -np.inf)
+            scores = q[:, part] @ k[:, part].T / np.sqrt(size)
+            scores = np.where(np.tri(T, dtype=bool), scores, -np.inf)
             attention = np.exp(scores - scores.max(axis=1, keepdims=True))
             heads.append(attention / attention.sum(axis=1, keepdims=True) @ v[:, part])
         x = x + linear(np.concatenate(heads, axis=1), f"{block}.attn.c_proj")
         hidden = linear(layer_norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")
-        gelu = 0.5 * hidden * (1 + np.tanh(np.sqrt(2 / np.pi) * (hidden + 0.044715 * hidden ** 3)))
+        inner = np.sqrt(2 / np.pi) * (hidden + 0.044715 * hidden ** 3)
+        gelu = 0.5 * hidden * (1 + np.tanh(inner))
         x = x + linear(gelu, f"{block}.mlp.c_proj")
     return layer_norm(x, "transformer.ln_f") @ weights["transformer.wte.weight"].T
 
 
 def test_logits_are_gpt2s(tmp_path, model):
-    """The architecture, without the library (tests/test_parity.py compares with it where it is installed)."""
+    """In float64, without the library (tests/test_parity.py compares with it where it is
+    installed)."""
     model.save_pretrained(tmp_path)
-    weights = {name: tensor.double().numpy() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    weights = {name: tensor.double().numpy()
+               for name, tensor in load_file(tmp_path / "model.safetensors").items()}
     tokens = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
-    found = model.double().logits(torch.tensor([tokens]))[0].detach()
-    torch.testing.assert_close(found, torch.from_numpy(gpt2_in_numpy(weights, tokens, CONFIG)), rtol=1e-10, atol=1e-10)
+    got = model.double().logits(torch.tensor([tokens, tokens[::-1]])).detach()
+    for row, row_tokens in zip(got, (tokens, tokens[::-1])):
+        wanted = torch.from_numpy(gpt2_in_numpy(weights, row_tokens, CONFIG))
+        torch.testing.assert_close(row, wanted, rtol=1e-10, atol=1e-10)
 
+
+def test_the_default_is_gpt2_small():
+    """124,439,808 parameters, the head's among the embedding's; with a head of its own, more."""
+    with torch.device("meta"):
+        tied, untied = GPT(GPTConfig()), GPT(GPTConfig(tie_word_embeddings=False))
+    assert sum(p.numel() for p in tied.parameters()) == 124_439_808
+    assert sum(p.numel() for p in untied.parameters()) == 124_439_808 + 50257 * 768
+    assert tied.config == GPTConfig(1024, 50257, 12, 12, 768, True)
+
+
+def test_initial_weights():
+    """N(0, 0.02), projections back into the residual stream divided by sqrt(2 layers), to 5% (which
+    is more than five standard errors for all of these matrices); biases 0, layer norms 1."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(128, 96, 3, 2, 64))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert parameter.abs().max() == 0, name
+        elif parameter.dim() == 1:
+            assert (parameter == 1).all(), name
+        else:
+            std = 0.02 / math.sqrt(6) if name.endswith("c_proj.weight") else 0.02
+            assert parameter.square().mean().sqrt().item() == pytest.approx(std, rel=0.05), name
+
+
+# ---------------------------------------------------------------- checkpoints
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_save_and_load(tmp_path, tied):
@@ -108,12 +171,11 @@ def test_save_and_load(tmp_path, tied):
     model.save_pretrained(tmp_path / "m")
     again = GPT.from_pretrained(str(tmp_path / "m"))
     assert again.config == config
-    tokens = torch.arange(12)[None]
-    assert torch.equal(model.logits(tokens), again.logits(tokens))
+    assert torch.equal(model.logits(TOKENS), again.logits(TOKENS))
     stored = load_file(tmp_path / "m" / "model.safetensors")
-    assert stored["transformer.h.0.mlp.c_fc.weight"].shape == (16, 64)          # Conv1D stores (in, out)
+    assert stored["transformer.h.0.mlp.c_fc.weight"].shape == (16, 64)     # Conv1D stores (in, out)
     assert ("lm_head.weight" in stored) == (not tied)
-    written = json.load(open(tmp_path / "m" / "config.json"))
+    written = json.loads((tmp_path / "m" / "config.json").read_text())
     assert written["model_type"] == "gpt2" and written["architectures"] == ["GPT2LMHeadModel"]
 
 
@@ -133,13 +195,14 @@ def test_reward_model_save_and_load(tmp_path, model):
 
 
 def test_checkpoint_without_prefix_and_with_mask_buffers(tmp_path, model):
-    """The layout of the oldest GPT-2 files: names without "transformer.", and the causal mask as a buffer."""
+    """The layout of the oldest GPT-2 files: names without "transformer.", and the causal mask as a
+    buffer."""
     model.save_pretrained(tmp_path)
-    tensors = {name.removeprefix("transformer."): t for name, t in load_file(tmp_path / "model.safetensors").items()}
+    tensors = {name.removeprefix("transformer."): tensor
+               for name, tensor in load_file(tmp_path / "model.safetensors").items()}
     tensors["h.0.attn.bias"] = torch.ones(1, 1, 20, 20)
     save_file(tensors, tmp_path / "model.safetensors")
-    tokens = torch.arange(12)[None]
-    assert torch.equal(GPT.from_pretrained(str(tmp_path)).logits(tokens), model.logits(tokens))
+    assert torch.equal(GPT.from_pretrained(str(tmp_path)).logits(TOKENS), model.logits(TOKENS))
 
 
 def edit_config(folder, **changes):
@@ -148,14 +211,19 @@ def edit_config(folder, **changes):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"n_embd": 32}, "'transformer.wte.weight' has shape .13, 16."), ({"n_layer": 3}, "no tensor 'transformer.h.2"),
-    ({"n_layer": 1}, "has a tensor 'transformer.h.1"), ({"model_type": "llama"}, "only 'gpt2'"),
+    ({"n_embd": 32}, r"size mismatch for transformer\.wte\.weight"),
+    ({"n_layer": 3}, r'Missing key\(s\) in state_dict: "transformer\.h\.2\.'),
+    ({"n_layer": 1}, r'Unexpected key\(s\) in state_dict: "transformer\.h\.1\.'),
+    ({"model_type": "llama"}, "only 'gpt2'"),
     ({"activation_function": "relu"}, "only 'gelu_new'")])
 def test_checkpoint_of_another_shape(tmp_path, model, changes, message):
     model.save_pretrained(tmp_path)
     edit_config(tmp_path, **changes)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as error:
         GPT.from_pretrained(str(tmp_path))
+    assert str(error.value).startswith(f"{tmp_path}: ") and "\n" not in str(error.value)
+    if message.startswith(("size", "Missing", "Unexpected")):
+        assert f"{tmp_path}: not the model of its config.json: " in str(error.value)
 
 
 def test_checkpoint_missing_or_broken(tmp_path, model):
@@ -178,9 +246,9 @@ def test_checkpoint_in_several_files(tmp_path, model):
     for number, shard in enumerate((names[::2], names[1::2])):
         where |= {name: f"model-{number}.safetensors" for name in shard}
         save_file({name: tensors[name] for name in shard}, tmp_path / f"model-{number}.safetensors")
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    tokens = torch.arange(12)[None]
-    assert torch.equal(GPT.from_pretrained(str(tmp_path)).logits(tokens), model.logits(tokens))
+    index = {"metadata": {}, "weight_map": where}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert torch.equal(GPT.from_pretrained(str(tmp_path)).logits(TOKENS), model.logits(TOKENS))
     (tmp_path / "model-1.safetensors").unlink()
     with pytest.raises(InputError, match="no model-1.safetensors in this folder"):
         GPT.from_pretrained(str(tmp_path))
@@ -192,10 +260,11 @@ def test_checkpoint_as_torch_file(tmp_path, model):
     tensors = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
     torch.save(tensors, tmp_path / "pytorch_model.bin")
-    tokens = torch.arange(12)[None]
-    assert torch.equal(GPT.from_pretrained(str(tmp_path)).logits(tokens), model.logits(tokens))
-    torch.save({name: tensor.half() for name, tensor in tensors.items()}, tmp_path / "pytorch_model.bin")
-    torch.testing.assert_close(GPT.from_pretrained(str(tmp_path)).logits(tokens), model.logits(tokens), rtol=0, atol=1e-2)
+    assert torch.equal(GPT.from_pretrained(str(tmp_path)).logits(TOKENS), model.logits(TOKENS))
+    half = {name: tensor.half() for name, tensor in tensors.items()}
+    torch.save(half, tmp_path / "pytorch_model.bin")
+    again = GPT.from_pretrained(str(tmp_path))
+    torch.testing.assert_close(again.logits(TOKENS), model.logits(TOKENS), rtol=0, atol=1e-2)
     for bad in ({"wte.weight": print}, [tensors], {1: torch.zeros(1)}):
         torch.save(bad, tmp_path / "pytorch_model.bin")
         with pytest.raises(InputError, match="unreadable checkpoint") as error:
@@ -204,19 +273,22 @@ def test_checkpoint_as_torch_file(tmp_path, model):
 
 
 def test_hub_names(tmp_path, model, monkeypatch):
-    """A name that is no folder is asked of the hub, file by file; without network and cache, one line says what to do."""
+    """A name that is no folder is asked of the hub, file by file; without network and cache, one
+    line says what to do."""
     model.save_pretrained(tmp_path)
     import huggingface_hub
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, filename: str(tmp_path / filename))
-    tokens = torch.arange(12)[None]
-    assert torch.equal(GPT.from_pretrained("gpt2-medium").logits(tokens), model.logits(tokens))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download",
+                        lambda name, filename: str(tmp_path / filename))
+    assert torch.equal(GPT.from_pretrained("gpt2-medium").logits(TOKENS), model.logits(TOKENS))
 
     def offline(name, filename):
         raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(InputError, match=r"gpt2: no such folder, and the hub gave no config.json \(LocalEntryNotFoundError\); without "
-                                         "network, copy the model's config.json and model.safetensors into a folder and name that"):
+    message = ("gpt2: no such folder, and the hub gave no config.json "
+               r"\(LocalEntryNotFoundError\); without network, copy the model's config.json and "
+               "model.safetensors into a folder and name that")
+    with pytest.raises(InputError, match=message):
         GPT.from_pretrained("gpt2")
 
 

@@ -1,53 +1,62 @@
-"""Real files, where there are some: NANOPREF_DATA names a folder with TL;DR and HH comparisons (and tiktoken's cache)."""
+"""Real files, where there are some: NANOPREF_DATA names a folder with TL;DR and HH comparisons (and
+tiktoken's cache)."""
 import os
 
 import numpy as np
 import pytest
 
-import data
+from data import Dataset, biased_subset, get_tokenizer, longer
+from support.formats import load_rows
+from support.tokens import encode, select, tokenised_file
 
 FOLDER = os.environ.get("NANOPREF_DATA", "")
-pytestmark = pytest.mark.skipif(not os.path.isdir(FOLDER), reason="NANOPREF_DATA names no folder with real data")
+pytestmark = pytest.mark.skipif(not os.path.isdir(FOLDER),
+                                reason="NANOPREF_DATA names no folder with real data")
 
 
 @pytest.fixture(scope="module")
-def gpt2(request):
+def gpt2():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", os.path.join(FOLDER, "tiktoken_cache"))
-    return data.get_tokenizer("gpt2")
+    return get_tokenizer("gpt2")
 
 
-@pytest.mark.parametrize("name, demonstrations, n", [("tldr_preference", False, 759), ("tldr_sft", True, 7104),
+@pytest.mark.parametrize("name, demonstrations, n", [("tldr_preference", False, 759),
+                                                     ("tldr_sft", True, 7104),
                                                      ("hh_helpful-base", False, 2320)])
 def test_every_row_is_read_and_no_response_is_cut(hub_cache, gpt2, name, demonstrations, n):
-    """All rows load; in a context of 256 tokens, only prompts lose tokens, from their start, and every response ends."""
-    rows = list(data.load_rows(os.path.join(FOLDER, f"{name}.jsonl.gz"), demonstrations))
+    """All rows load; in a context of 256 tokens, only prompts lose tokens, from their start, and
+    every response ends."""
+    rows = list(load_rows(os.path.join(FOLDER, f"{name}.jsonl.gz"), demonstrations))
     assert len(rows) == n
     rows = rows[:300]
-    dataset, fits = data.select(data.encode(rows, gpt2), 256), 0
+    examples, _ = select(encode(rows, gpt2), 256)
+    fits = 0
     for row in rows:
         if max(len(gpt2.encode_ordinary(response)) for response in row["responses"]) > 254:
             continue
-        prompt, responses = dataset.examples[fits]
+        prompt, responses = examples[fits]
         fits += 1
         assert len(prompt) + max(map(len, responses)) <= 256
         assert gpt2.encode_ordinary(row["prompt"])[-len(prompt):] == prompt.tolist()
         for ids, text in zip(responses, row["responses"]):
             assert ids[-1] == gpt2.eot_token and gpt2.decode(ids[:-1].tolist()) == text
-    assert fits == len(dataset) > 0.9 * len(rows)
+    assert fits == len(examples) > 0.9 * len(rows)
 
 
 def test_hh_prompts_end_where_the_assistant_speaks(hub_cache, gpt2, capsys):
-    """The implicit prompt is right in every dialogue; the two pairs of equal responses are dropped, and said to be."""
-    rows = list(data.load_rows(os.path.join(FOLDER, "hh_helpful-base.jsonl.gz")))
+    """The implicit prompt is right in every dialogue; the two pairs of equal responses are dropped,
+    and said to be."""
+    rows = list(load_rows(os.path.join(FOLDER, "hh_helpful-base.jsonl.gz")))
     for row in rows:
         assert row["prompt"].startswith("\n\nHuman:") and row["prompt"].endswith("\n\nAssistant:")
         assert not any("\n\nHuman:" in response for response in row["responses"])
-    assert len(data.select(data.encode(rows, gpt2), 4096)) == 2318
+    examples, _ = select(encode(rows, gpt2), 4096)
+    assert len(examples) == 2318
     assert "2 dropped (chosen and rejected are the same)" in capsys.readouterr().out
 
 
 def test_biased_subset_of_real_pairs(hub_cache, gpt2):
-    pairs = data.select(data.tokenised_file(os.path.join(FOLDER, "tldr_preference.jsonl.gz"), gpt2), 1024)
-    lengths = pairs.response_lengths()
-    chosen = data.biased_subset(lengths, 0.2)
-    assert np.mean(data.longer(lengths[chosen]) == 1) == pytest.approx(0.2, abs=0.01)
+    arrays = tokenised_file(os.path.join(FOLDER, "tldr_preference.jsonl.gz"), gpt2)
+    lengths = Dataset(*select(arrays, 1024)).response_lengths()
+    subset = biased_subset(lengths, 0.2)
+    assert np.mean(longer(lengths[subset]) == 1) == pytest.approx(0.2, abs=0.01)

@@ -1,36 +1,79 @@
-"""The scripts, end to end on runs of a few steps: determinism, resuming, and what happens to bad input."""
+"""The scripts, end to end on runs of a few steps: determinism, resuming, files, the report, and bad
+input. (The numbers of a training step are in tests/test_training.py.)"""
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiktoken
+import torch
 
 import data
 import evaluate
-import reward
-import runtime
 import sample
+import tinytldr
 import train_policy
 import train_rm
-from losses import NEEDS_REWARDS, PREFERENCE_LOSSES
-from model import GPT
-from runtime import InputError
+from losses import LOSSES, PREFERENCE_LOSSES, Loss, log_ratio_margin
+from model import GPT, GPTConfig
+from runs import score
+from support import run_folder, tokens
+from support.flags import InputError, run_script
+from support.formats import load_rows
+from support.optimizer import adamw, learning_rate
+from support.report import judge, policy_table, verdict
 
 ROOT = Path(__file__).parent.parent
+REWARDED = [name for name in PREFERENCE_LOSSES if "rewards" in LOSSES[name].needs]
 
 
 def policy_flags(world, out_dir, loss="p-dpo", **flags):
-    flags = {"max_steps": 6, "eval_every": 3, "batch_size": 8, "n_pairs": 100, "pool": 400, "n_eval": 16, **flags}
-    if loss in ("d-dpo", "dp-dpo", "e-dpo"):
+    flags = {"max_steps": 6, "eval_every": 3, "batch_size": 8, "n_pairs": 100, "pool": 400,
+             "n_eval": 16, **flags}
+    if loss in REWARDED:
         flags.setdefault("rewards", f"{world}/rms" if loss == "e-dpo" else f"{world}/rm")
-    return [f"--loss={loss}", f"--init_from={world}/sft", f"--out_dir={out_dir}", *(f"--{k}={v}" for k, v in flags.items())]
+    return [f"--loss={loss}", f"--init_from={world}/sft", f"--out_dir={out_dir}",
+            *(f"--{flag}={value}" for flag, value in flags.items())]
+
+
+def reward_flags(world, out_dir, **flags):
+    flags = {"max_steps": 6, "eval_every": 3, "batch_size": 8, "n_pairs": 100, "pool": 400,
+             "n_eval": 16, **flags}
+    return [f"--init_from={world}/sft", f"--out_dir={out_dir}",
+            *(f"--{flag}={value}" for flag, value in flags.items())]
+
+
+def read(path):
+    return Path(path).read_text(encoding="utf-8")
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in read(path).splitlines()]
 
 
 def metrics(folder):
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return read_jsonl(Path(folder) / "metrics.jsonl")
 
+
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def strict_json(path):
+    """JSON as everybody reads it: without NaN and Infinity."""
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+    return json.loads(read(path), parse_constant=refuse)
+
+
+# ------------------------------------------------------------------ training
 
 @pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
 def test_every_loss_trains(world, tmp_path, loss, capsys):
@@ -38,237 +81,192 @@ def test_every_loss_trains(world, tmp_path, loss, capsys):
     assert "step 0: policy == reference" in capsys.readouterr().out
     lines = metrics(tmp_path)
     first, last = lines[0], lines[-1]
-    assert first["step"] == 0 and last["step"] == 6 and abs(last["train/chosen_change"]) > 1e-3
-    assert abs(first["train/chosen_change"]) < 1e-4 and ("train/forward_kl" in first) == (loss in ("p-dpo", "dp-dpo", "e-dpo"))
-    config = json.loads((tmp_path / "config.json").read_text())
+    assert first["step"] == 0 and abs(first["train/chosen_change"]) < 1e-4
+    assert last["step"] == 6 and abs(last["train/chosen_change"]) > 1e-3
+    assert ("train/forward_kl" in first) == ("ref_samples" in LOSSES[loss].needs)
+    config = json.loads(read(tmp_path / "config.json"))
     assert config["nanopref"]["loss"] == loss and config["model_type"] == "gpt2"
     GPT.from_pretrained(str(tmp_path))
 
 
+def test_a_loss_that_somebody_adds(world, tmp_path, monkeypatch, capsys):
+    """A function and a row of the table are enough: it has its flag, its check at step 0 (which
+    notices a wrong derivation), and it trains."""
+    def hinge(logps, ref_logps, delta):
+        return (delta - log_ratio_margin(logps, ref_logps)).clamp(min=0)
+
+    def at_reference(delta, **_):
+        return delta
+
+    def wrong(delta, **_):
+        return delta + 1
+
+    monkeypatch.setitem(LOSSES, "hinge", Loss(hinge, ("ref_logps",), {"delta": 1.0}, at_reference))
+    train_policy.main(policy_flags(world, tmp_path / "run", "hinge", delta=2.5))
+    assert "hinge loss 2.5000 as derived" in capsys.readouterr().out
+    assert metrics(tmp_path / "run")[0]["validation/loss"] == pytest.approx(2.5, abs=1e-3)
+    assert metrics(tmp_path / "run")[-1]["train/loss"] < 2.5
+    with pytest.raises(InputError, match="--delta: it would be ignored: .* by --loss=hinge"):
+        train_policy.main(policy_flags(world, tmp_path / "other", "dpo", delta=2.5))
+    monkeypatch.setitem(LOSSES, "hinge", Loss(hinge, ("ref_logps",), {"delta": 1.0}, wrong))
+    with pytest.raises(AssertionError, match="at the reference, hinge is"):
+        train_policy.main(policy_flags(world, tmp_path / "other", "hinge"))
+
+
 def test_same_seed_same_bytes(world, tmp_path):
-    for name in ("one", "two"):
+    for name in ("first", "second"):
         train_policy.main(policy_flags(world, tmp_path / name))
-    assert (tmp_path / "one/metrics.jsonl").read_bytes() == (tmp_path / "two/metrics.jsonl").read_bytes()
-    train_policy.main(policy_flags(world, tmp_path / "three", seed=1))
-    assert (tmp_path / "one/metrics.jsonl").read_bytes() != (tmp_path / "three/metrics.jsonl").read_bytes()
+    train_policy.main(policy_flags(world, tmp_path / "third", seed=1))
+    first, second, third = [(tmp_path / name / "metrics.jsonl").read_bytes()
+                            for name in ("first", "second", "third")]
+    assert first == second != third
 
 
 def test_evaluating_more_often_changes_nothing(world, tmp_path):
-    for name, every in (("often", 1), ("seldom", 6)):
-        train_policy.main(policy_flags(world, tmp_path / name, eval_every=every))
-    assert [line for line in metrics(tmp_path / "often") if line["step"] in (0, 6)][-1] == metrics(tmp_path / "seldom")[-1]
+    for name, steps in (("often", 1), ("seldom", 6)):
+        train_policy.main(policy_flags(world, tmp_path / name, eval_every=steps))
+    often = [line for line in metrics(tmp_path / "often") if line["step"] in (0, 6)]
+    assert often[-1] == metrics(tmp_path / "seldom")[-1]
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("often", "seldom")]
+    assert weights[0] == weights[1]
 
 
-def test_gradient_does_not_depend_on_micro_batches(world, tmp_path):
-    for loss in ("sft", "p-dpo"):
-        whole, parts = ([f"--out_dir={tmp_path}/{loss}-{m}", f"--micro_batch_size={m}"] for m in (8, 3))
-        flags = policy_flags(world, tmp_path, loss, max_steps=2) if loss != "sft" else [
-            "--loss=sft", f"--init_from={world}/sft", "--max_steps=2", "--batch_size=8", "--n_eval=16"]
-        train_policy.main(flags + whole)
-        train_policy.main(flags + parts)
-        for one, other in zip(metrics(f"{tmp_path}/{loss}-8"), metrics(f"{tmp_path}/{loss}-3")):
-            for line in (one, other):      # before step 0 every margin is zero but for rounding, whose sign decides accuracy
-                for name in [name for name in line if name.endswith("accuracy")]:
+@pytest.mark.parametrize("loss", ["sft", "p-dpo"])
+def test_gradient_does_not_depend_on_micro_batches(world, demonstrations, tmp_path, loss):
+    flags = policy_flags(world, tmp_path, loss, max_steps=2)
+    if loss == "sft":
+        flags = ["--loss=sft", f"--init_from={world}/sft", "--max_steps=2", "--batch_size=8",
+                 "--n_eval=16", f"--data={demonstrations}"]
+    for size in (8, 3):
+        train_policy.main([*flags, f"--out_dir={tmp_path}/{size}", f"--micro_batch_size={size}"])
+    for whole, parts in zip(metrics(tmp_path / "8"), metrics(tmp_path / "3"), strict=True):
+        for line in (whole, parts):
+            for name in list(line):     # at first a margin is zero but for rounding, whose sign
+                if name.endswith("accuracy"):                               # decides accuracy
                     del line[name]
-            assert one == pytest.approx(other, rel=1e-4, abs=1e-4)
+        assert whole == pytest.approx(parts, rel=1e-4, abs=1e-4)
 
+
+@pytest.fixture(scope="module")
+def demonstrations(tmp_path_factory):
+    """A file of 100 of TinyTLDR's demonstrations."""
+    rows = [{"prompt": tinytldr.post(0, "train", i),
+             "completion": tinytldr.demonstration(0, "train", i)} for i in range(100)]
+    return write_jsonl(tmp_path_factory.mktemp("demonstrations") / "demonstrations.jsonl", rows)
+
+
+def test_learning_rate():
+    """Warm-up to the peak over 5% of the steps, then a cosine down to a tenth."""
+    rates = [learning_rate(step, 100, 1.0) for step in range(101)]
+    assert rates[0] == pytest.approx(0.2) and rates[4] == 1.0 and rates[5] == 1.0
+    assert rates[100] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[5:], rates[6:]))
+
+
+def test_weight_decay_is_for_matrices_and_embeddings():
+    """Without a gradient they shrink by lr * weight_decay; biases and layer norms stay."""
+    model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=2, n_head=2, n_embd=8))
+    for parameter in model.parameters():
+        parameter.data.fill_(1.0)
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = adamw(model, SimpleNamespace(lr=0.1, weight_decay=0.5))
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        is_matrix = name.endswith("weight") and ".ln_" not in name
+        torch.testing.assert_close(parameter.data,
+                                   torch.full_like(parameter, 0.95 if is_matrix else 1.0))
+
+
+# ------------------------------------------------------------------ the run folder
 
 class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("script", ["policy", "rm"])
-def test_resumed_run_equals_the_uninterrupted_one(world, tmp_path, monkeypatch, script):
-    """Killed at step 5, after state was saved at step 3; the log, the weights and the reference are as if it had not been."""
-    if script == "policy":
-        main, flags = train_policy.main, lambda folder: policy_flags(world, folder)
-    else:
-        main, flags = train_rm.main, lambda folder: [
-            f"--init_from={world}/sft", f"--out_dir={folder}", "--max_steps=6", "--eval_every=3", "--batch_size=8",
-            "--n_pairs=100", "--pool=400", "--n_eval=16"]
-    main(flags(tmp_path / "whole"))
+def interrupt(monkeypatch, script, call):
+    """Makes a script stop in its training step number `call`, counted from 0."""
+    calls = []
 
-    schedule = runtime.learning_rate
-    def killed_at_5(step, *rest):
-        if step == 5:
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == call + 1:
             raise Interrupted
-        return schedule(step, *rest)
-    monkeypatch.setattr(runtime, "learning_rate", killed_at_5)
-    with pytest.raises(Interrupted):
-        main(flags(tmp_path / "parts"))
+        return learning_rate(*args)
+
+    monkeypatch.setattr(script, "learning_rate", interrupted)
+
+
+@pytest.mark.parametrize("script, flags", [(train_policy, policy_flags), (train_rm, reward_flags)])
+def test_resumed_run_equals_the_uninterrupted_one(world, tmp_path, monkeypatch, script, flags):
+    """Killed in step 5, after the state was saved before step 3; the log, the weights and the
+    reference are as if it had not been."""
+    script.main(flags(world, tmp_path / "whole"))
+
+    with monkeypatch.context() as patch:
+        interrupt(patch, script, 5)
+        with pytest.raises(Interrupted):
+            script.main(flags(world, tmp_path / "parts"))
     assert not (tmp_path / "parts/model.safetensors").exists()
-    monkeypatch.setattr(runtime, "learning_rate", schedule)
-    main(flags(tmp_path / "parts") + ["--resume"])
-    assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "parts/metrics.jsonl").read_bytes()
-    assert (tmp_path / "whole/model.safetensors").read_bytes() == (tmp_path / "parts/model.safetensors").read_bytes()
+    state = torch.load(tmp_path / "parts/state.pt", weights_only=True)
+    assert state["step"] == 3
+    script.main(flags(world, tmp_path / "parts") + ["--resume"])
+    for name in ("metrics.jsonl", "model.safetensors"):
+        whole, parts = [(tmp_path / run / name).read_bytes() for run in ("whole", "parts")]
+        assert whole == parts
 
-    with pytest.raises(InputError, match="--lr was .* has to stay the same"):
-        main(flags(tmp_path / "parts") + ["--resume", "--lr=0.5"])
+    with pytest.raises(InputError, match="--resume: --lr was .* has to stay the same"):
+        script.main(flags(world, tmp_path / "parts") + ["--resume", "--lr=0.5"])
     with pytest.raises(InputError, match="no state.pt"):
-        main(flags(tmp_path / "nothing") + ["--resume"])
+        script.main(flags(world, tmp_path / "nothing") + ["--resume"])
+    assert not (tmp_path / "nothing").exists()
 
 
-def test_report(world, tmp_path):
-    """Every number that the report promises is there, for a policy that is the reference (known values) and one that is not."""
-    train_policy.main(policy_flags(world, tmp_path / "e-dpo", "e-dpo", lr=1e-2))
-    GPT.from_pretrained(f"{world}/sft").save_pretrained(tmp_path / "same")
-    evaluate.main([f"--ref={world}/sft", str(tmp_path / "same"), str(tmp_path / "e-dpo"), f"--rms={world}/rm,{world}/rms",
-                   f"--out_dir={tmp_path}/report", "--n_prompts=20", "--show=2"])
-    results = json.loads((tmp_path / "report/results.json").read_text())
-    same, other = results["policies"]["same"], results["policies"]["e-dpo"]
-    assert same["advantage"] == 0 and same["win_rate"] == 0.5 and same["kl_pi_ref"] == 0 and same["kl_ref_pi"] == 0
-    assert other["kl_pi_ref"] != 0 and "chosen_change" in other and other["advantage_95"] > 0
-    assert len(results["reward_models"]) == 3
-    assert set(results["reward_models"][f"{world}/rm"]) >= {"accuracy", "longer_chosen", "shorter_chosen"}
-    report = (tmp_path / "report/report.md").read_text()
-    for heading in ("## Policies", "## Reward models", "## Samples", "**Prompt 2**", "## Glossary"):
-        assert heading in report
-    for figure in ("advantage.png", "logprob_change.png", "reward_margins.png"):
-        assert figure in report and (tmp_path / "report" / figure).stat().st_size > 1000
+def test_what_was_logged_after_the_saved_state_is_logged_once(world, tmp_path, monkeypatch):
+    """Also a line that the interruption cut in two."""
+    train_policy.main(policy_flags(world, tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        interrupt(patch, train_policy, 5)
+        with pytest.raises(Interrupted):
+            train_policy.main(policy_flags(world, tmp_path / "parts"))
+    with open(tmp_path / "parts/metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "loss": 0.5}\n{"step": 5, "lo')
+    train_policy.main(policy_flags(world, tmp_path / "parts") + ["--resume"])
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
 
 
-def test_file_data_end_to_end(tmp_path, hub_cache):
-    """SFT, an oracle reward model on a file's own labels, relabelling by it, a family, e-DPO, and evaluation by it."""
-    import tinytldr
-    rows = []
-    for i in range(300):
-        one, other = (tinytldr.demonstration(0, "train", i, person) for person in (0, 1))
-        prompt = tinytldr.post(0, "train", i)
-        if one != other:
-            first = tinytldr.oracle_reward(prompt, one) > tinytldr.oracle_reward(prompt, other)
-            rows.append({"prompt": prompt, "chosen": one if first else other, "rejected": other if first else one})
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    few = ["--max_steps=4", "--batch_size=8", "--n_eval=16", f"--data={path}"]
-    train_policy.main([*few, "--loss=sft", "--tokenizer=tinytldr", f"--out_dir={tmp_path}/sft", "--n_embd=32"])
-    few.append(f"--init_from={tmp_path}/sft")
-    train_rm.main([*few, f"--out_dir={tmp_path}/oracle"])
-    few.append(f"--relabel={tmp_path}/oracle")
-    train_rm.main([*few, f"--out_dir={tmp_path}/rms", "--bias=0.4,0.6", "--rho=0.5"])
-    train_policy.main([*few, "--loss=e-dpo", f"--rewards={tmp_path}/rms", f"--out_dir={tmp_path}/e-dpo", "--rho=0.5",
-                       "--max_new_tokens=8"])
-    evaluate.main([f"--ref={tmp_path}/sft", f"{tmp_path}/e-dpo", f"--data={path}", f"--oracle={tmp_path}/oracle",
-                   f"--rms={tmp_path}/rms", f"--out_dir={tmp_path}/report", "--max_new_tokens=8"])
-    results = json.loads((tmp_path / "report/results.json").read_text())
-    assert results["policies"]["e-dpo"]["kl_ref_pi"] > 0 and len(results["reward_models"]) == 2
-
-
-# ---------------------------------------------------------------- scores from a file, rankings
-
-def read(path):
-    return Path(path).read_text()
-
-
-def test_scores_from_a_file_are_as_good_as_reward_models(world, tmp_path, hub_cache):
-    """`reward.py --score` writes the family's scores beside the pairs; distilling these columns gives the same metrics, but for
-    rounding (they were scored in other batches), as distilling from the family itself."""
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text("".join(json.dumps({"prompt": f"{i}:", "chosen": " my boss" * (i % 3 + 1), "rejected": f" broke {i}"}) + "\n"
-                             for i in range(120)))
-    reward.main(["--score", f"--data={pairs}", f"--rewards={world}/rms", f"--out={tmp_path}/scored.jsonl"])
-    scored = [json.loads(line) for line in read(tmp_path / "scored.jsonl").splitlines()]
-    assert len(scored) == 120 and {key: scored[7][key] for key in ("prompt", "chosen", "rejected")} == json.loads(read(pairs).splitlines()[7])
-    assert len(scored[7]["score_chosen"]) == len(scored[7]["score_rejected"]) == 2
-    flags = ["--loss=e-dpo", f"--init_from={world}/sft", "--max_steps=4", "--batch_size=8", "--max_new_tokens=8"]
-    train_policy.main([*flags, f"--data={pairs}", f"--rewards={world}/rms", f"--out_dir={tmp_path}/a"])
-    train_policy.main([*flags, f"--data={tmp_path}/scored.jsonl", "--rewards=scores", f"--out_dir={tmp_path}/b"])
-    for a, b in zip(metrics(tmp_path / "a"), metrics(tmp_path / "b"), strict=True):
-        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
-    reward.main(["--score", f"--data={pairs}", f"--rewards={world}/rm", f"--out={tmp_path}/one.jsonl"])
-    assert isinstance(json.loads(read(tmp_path / "one.jsonl").splitlines()[0])["score_chosen"], float)
-    with pytest.raises(InputError, match="--rewards=scores: .*pairs.jsonl has no score_chosen"):
-        train_policy.main([*flags, f"--data={pairs}", "--rewards=scores", f"--out_dir={tmp_path}/c"])
-
-
-@pytest.fixture(scope="module")
-def rankings(world, tmp_path_factory):
-    """Three responses for each prompt, with scores that like "broke"."""
-    path = tmp_path_factory.mktemp("rankings") / "rankings.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"{i}:", "responses": [" my boss", " broke" * (i % 4 + 1), " exhausted"],
-                                        "scores": [0, i % 4 + 1, -1]}) + "\n" for i in range(120)))
-    return path
-
-
-def test_a_reward_model_learns_a_ranking(world, rankings, tmp_path):
-    """Plackett-Luce from ln 3! = ln 6 down; and its scores rank the responses."""
-    train_rm.main([f"--data={rankings}", f"--init_from={world}/sft", "--max_steps=30", "--batch_size=16", "--lr=1e-2", f"--out_dir={tmp_path}/rm"])
-    lines = metrics(tmp_path / "rm")
-    assert lines[0]["validation/loss"] == pytest.approx(np.log(6), abs=1e-4)
-    assert lines[-1]["validation/loss"] < 0.5 and lines[-1]["validation/accuracy"] > 0.9
-    reward.main(["--score", f"--data={rankings}", f"--rewards={tmp_path}/rm", f"--out={tmp_path}/scored.jsonl"])
-    scored = [json.loads(line) for line in read(tmp_path / "scored.jsonl").splitlines()]
-    assert len(scored) == 120 and all(row["responses"][0].startswith(" broke") for row in scored)
-    assert np.mean([row["scores"] == sorted(row["scores"], reverse=True) for row in scored]) > 0.9
-    again = list(data.load_rows(f"{tmp_path}/scored.jsonl"))     # the order is still the ranking's, also where the scores differ
-    assert [row["responses"] for row in again] == [row["responses"] for row in data.load_rows(str(rankings))]
-
-
-@pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
-def test_every_loss_trains_on_rankings(world, rankings, tmp_path, loss):
-    rewards = ["--rewards=scores"] if loss in NEEDS_REWARDS else []
-    train_policy.main([f"--loss={loss}", f"--data={rankings}", f"--init_from={world}/sft", "--max_steps=20", "--batch_size=16", "--lr=1e-3",
-                       "--max_new_tokens=8", f"--out_dir={tmp_path}", *rewards])
-    lines = [line for line in metrics(tmp_path) if "validation/accuracy" in line]
-    assert lines[-1]["validation/accuracy"] > 0.9
-    assert lines[-1]["validation/chosen_change"] > lines[-1]["validation/rejected_change"]
-
-
-@pytest.mark.parametrize("script, flags, message", [
-    (train_policy, ["--loss=dpo", "--rho=0.2"], "--rho: D_rho is made of pairs"), (train_rm, ["--bias=0.2,0.5"], "--bias: subsets by length")])
-def test_length_bias_needs_pairs(world, rankings, tmp_path, script, flags, message):
-    with pytest.raises(InputError, match=message):
-        script.main([f"--data={rankings}", f"--init_from={world}/sft", f"--out_dir={tmp_path}/out", *flags])
-
-
-# ---------------------------------------------------------------- talking to the result
-
-def test_sample_streams_what_generate_gives(world, capsys):
-    sample.main([f"{world}/sft", "--prompt=POST: My boss.\n\nTL;DR:", "--temperature=0", "--max_new_tokens=8"])
-    policy, tokenizer = GPT.from_pretrained(f"{world}/sft"), data.get_tokenizer("tinytldr")
-    ids, = policy.generate([tokenizer.encode_ordinary("POST: My boss.\n\nTL;DR:")], 8, temperature=0, stop=tokenizer.eot_token)
-    wanted = tokenizer.decode([token for token in ids if token != tokenizer.eot_token])
-    assert f"[{world}/sft]{wanted}" + ("" if ids[-1] == tokenizer.eot_token else " ...") + "\n\n" == capsys.readouterr().out
-
-
-def test_sample_beside_the_reference(world, tmp_path, capsys):
-    """With --compare the reference answers too; a policy that has not moved says the same."""
-    train_policy.main(policy_flags(world, tmp_path / "run", "dpo", max_steps=1, lr=1e-12))
-    capsys.readouterr()
-    sample.main([f"{tmp_path}/run", "--compare", "--n=2", "--max_new_tokens=8"])
-    out = capsys.readouterr().out
-    assert out.startswith("POST: ") and out.count(f"[{tmp_path}/run]") == 2
-    mine, its = out.split(f"[the reference, {world}/sft]")[0], out.split(f"[the reference, {world}/sft]")[1:]
-    assert [part.strip() for part in mine.split(f"[{tmp_path}/run]")[1:]] == [part.strip() for part in its]
-    with pytest.raises(InputError, match="--compare: .* was trained from no reference"):
-        sample.main([f"{world}/sft", "--compare"])
+def test_a_damaged_state_is_said(world, tmp_path):
+    train_policy.main(policy_flags(world, tmp_path))
+    (tmp_path / "state.pt").write_bytes((tmp_path / "state.pt").read_bytes()[:1000])
+    with pytest.raises(InputError, match="--resume: state.pt or metrics.jsonl .* is missing or "
+                                         "damaged"):
+        train_policy.main(policy_flags(world, tmp_path) + ["--resume"])
 
 
 def test_interrupted_family_goes_on(world, tmp_path, monkeypatch):
-    """Killed in the second of three members: the first is kept, the second resumed, the third begun."""
-    flags = [f"--init_from={world}/sft", "--max_steps=4", "--eval_every=2", "--batch_size=8", "--n_pairs=100", "--pool=400",
-             "--n_eval=16", "--bias=0.2,0.4,0.6"]
-    train_rm.main([*flags, f"--out_dir={tmp_path}/whole"])
-    schedule, calls = runtime.learning_rate, []
-    def killed_at_the_seventh(*args):
-        calls.append(args)
-        if len(calls) == 4 + 3:
-            raise Interrupted
-        return schedule(*args)
-    monkeypatch.setattr(runtime, "learning_rate", killed_at_the_seventh)
-    with pytest.raises(Interrupted):
-        train_rm.main([*flags, f"--out_dir={tmp_path}/parts"])
-    monkeypatch.setattr(runtime, "learning_rate", schedule)
-    train_rm.main([*flags, f"--out_dir={tmp_path}/parts", "--resume"])
+    """Killed in the second of three members: the first is kept, the second resumed, the third
+    begun."""
+    def flags(folder, bias="0.2,0.4,0.6"):
+        return reward_flags(world, folder, max_steps=4, eval_every=2, bias=bias)
+
+    train_rm.main(flags(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        interrupt(patch, train_rm, 4 + 2)
+        with pytest.raises(Interrupted):
+            train_rm.main(flags(tmp_path / "parts"))
+    assert sorted(os.listdir(tmp_path / "parts")) == ["0.2", "0.4"]
+    train_rm.main(flags(tmp_path / "parts") + ["--resume"])
     for bias in ("0.2", "0.4", "0.6"):
-        assert (tmp_path / "whole" / bias / "metrics.jsonl").read_bytes() == (tmp_path / "parts" / bias / "metrics.jsonl").read_bytes()
+        for name in ("metrics.jsonl", "model.safetensors"):
+            whole, parts = [(tmp_path / run / bias / name).read_bytes()
+                            for run in ("whole", "parts")]
+            assert whole == parts
     with pytest.raises(InputError, match="would join this family"):
-        train_rm.main([*flags[:-1], "--bias=0.2,0.5", f"--out_dir={tmp_path}/parts"])
+        train_rm.main(flags(tmp_path / "parts", bias="0.2,0.5"))
 
 
 def test_resuming_needs_the_same_reference(world, tmp_path):
-    import shutil
     shutil.copytree(f"{world}/sft", tmp_path / "sft")
-    flags = [flag for flag in policy_flags(world, tmp_path / "run") if "init_from" not in flag] + [f"--init_from={tmp_path}/sft"]
+    flags = policy_flags(tmp_path, tmp_path / "run")
     train_policy.main(flags)
     other = GPT.from_pretrained(str(tmp_path / "sft"))
     other.transformer.ln_f.bias.data += 0.1
@@ -277,48 +275,24 @@ def test_resuming_needs_the_same_reference(world, tmp_path):
         train_policy.main(flags + ["--resume"])
 
 
-def test_reward_model_of_another_kind(world, tmp_path):
-    with pytest.raises(InputError, match="not a reward model"):
-        train_policy.main(policy_flags(world, tmp_path / "run", "d-dpo", rewards=f"{world}/sft"))
-    config = json.loads(Path(f"{world}/rm/config.json").read_text())
-    import shutil
-    shutil.copytree(f"{world}/rm", tmp_path / "rm")
-    (tmp_path / "rm/config.json").write_text(json.dumps({**config, "nanopref": {"tokenizer": "gpt2"}}))
-    with pytest.raises(InputError, match="--rewards: .* reads gpt2 tokens, the policy tinytldr tokens"):
-        train_policy.main(policy_flags(world, tmp_path / "run", "d-dpo", rewards=f"{tmp_path}/rm"))
-    assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_all_files_of_a_run_have_the_same_access_rights(world, tmp_path, umask):
+    """Those of any new file, also where a library makes it private."""
+    before = os.umask(umask)
+    try:
+        train_policy.main(policy_flags(world, tmp_path / "run", "dpo", max_steps=1))
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "run").iterdir()}
+    assert modes.keys() >= {"model.safetensors", "config.json", "metrics.jsonl", "state.pt",
+                            "tokenizer.json"}
+    assert set(modes.values()) == {0o666 & ~umask}
 
 
-# ---------------------------------------------------------------- bad input: exit code 2, one line, nothing written
-
-@pytest.mark.parametrize("script, flags, message", [
-    ("train_policy.py", ["--los=dpo"], "unrecognized arguments: --los=dpo"),
-    ("train_policy.py", ["--loss=kto"], "argument --loss: invalid choice: 'kto'"),
-    ("train_policy.py", ["--lr=fast"], "argument --lr: invalid positive float value: 'fast'"),
-    ("train_rm.py", ["--max_steps=0"], "argument --max_steps"),
-    ("train_rm.py", ["--bias=0.2,x"], "--bias: comma-separated fractions"),
-    ("train_policy.py", ["--init_from={tmp}/nowhere"], "nowhere: no such folder"),
-    ("train_policy.py", ["--loss=sft", "--data={tmp}/none.jsonl", "--tokenizer=tinytldr"], "none.jsonl: no such file"),
-    ("evaluate.py", ["--ref={tmp}/none"], "none: no such folder"),
-    ("evaluate.py", ["--data=x.jsonl"], "--oracle")])
-def test_bad_input_from_the_shell(tmp_path, script, flags, message):
-    flags = [flag.format(tmp=tmp_path) for flag in flags] + [f"--out_dir={tmp_path}/out"]
-    done = subprocess.run([sys.executable, str(ROOT / script), *flags], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2
-    assert message in done.stderr and done.stderr.count("\n") == 1, done.stderr
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("flags, message", [
-    (["--loss=dpo", "--init_from=scratch"], "needs a reference policy"), (["--loss=dpo", "--rewards=x"], "--rewards: --loss=dpo does not use it, only d-dpo"),
-    (["--loss=ipo", "--beta=1"], "--beta: --loss=ipo does not use it"), (["--loss=dpo", "--tau=1"], "--tau: --loss=dpo"),
-    (["--gamma=1,2,3"], "--gamma: FIRST,LAST"), (["--gamma=-1"], "--gamma"), (["--rho=2"], "--rho: a fraction"),
-    (["--loss=sft", "--n_head=3"], "--n_head: 3 heads do not divide"), (["--min_per=batch", "--micro_batch_size=2"], "--min_per")])
-def test_bad_flags(world, tmp_path, flags, message):
-    with pytest.raises(InputError, match=message):
-        train_policy.main([f"--init_from={world}/sft", f"--rewards={world}/rms", f"--out_dir={tmp_path}/out", *flags]
-                          if flags[0] == "--rho=2" else [f"--out_dir={tmp_path}/out", *flags])
-    assert not (tmp_path / "out").exists()
+def test_a_diverged_run_is_not_saved(world, tmp_path):
+    with pytest.raises(InputError, match="--lr: training diverged before step"):
+        train_policy.main(policy_flags(world, tmp_path / "run", lr=1e12))
+    assert not (tmp_path / "run/model.safetensors").exists()
 
 
 def test_a_run_does_not_overwrite_its_reference(world):
@@ -334,28 +308,419 @@ def test_a_folder_that_cannot_be_made(world, tmp_path):
             train_policy.main(policy_flags(world, out_dir))
 
 
-def test_a_diverged_run_is_not_saved(world, tmp_path):
-    with pytest.raises(InputError, match="--lr: training diverged before step"):
-        train_policy.main(policy_flags(world, tmp_path / "run", lr=1e12))
-    assert not (tmp_path / "run/model.safetensors").exists()
+# ------------------------------------------------------------------ what is logged and printed
+
+def test_progress_without_a_terminal(world, tmp_path, monkeypatch, capsys):
+    """Every ten steps, if half a minute has passed, a line with the loss, the learning rate and the
+    time left."""
+    clock = iter(range(0, 100_000, 31))
+    monkeypatch.setattr(run_folder, "time", SimpleNamespace(time=clock.__next__))
+    train_policy.main(policy_flags(world, tmp_path, "dpo", max_steps=20, eval_every=100, lr=1e-3))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    line, = [line for line in lines if line.split()[1] == "10"]
+    wanted = rf"step    10  loss \d+\.\d{{4}}  lr {learning_rate(9, 20, 1e-3):.1e}  \d+ s left"
+    assert re.fullmatch(wanted, line), line
+    loss, = [m["loss"] for m in metrics(tmp_path) if m["step"] == 9]
+    assert f"loss {loss:.4f}" in line
+
+
+def test_no_line_of_progress_in_between(world, tmp_path, monkeypatch, capsys):
+    """If less than half a minute has passed since the last line."""
+    monkeypatch.setattr(run_folder, "time", SimpleNamespace(time=iter(range(1000)).__next__))
+    train_policy.main(policy_flags(world, tmp_path, "dpo", max_steps=20, eval_every=100))
+    numbers = re.findall(r"^step +(\d+) ", capsys.readouterr().out, flags=re.M)
+    assert numbers == ["0", "20"]
+
+
+def test_metrics_are_in_the_glossary_and_have_no_times(world, tmp_path):
+    """Every name in metrics.jsonl is explained; neither times nor the learning rate (a function of
+    the step) are logged, so that the bytes repeat."""
+    train_policy.main(policy_flags(world, tmp_path, "e-dpo"))
+    train_rm.main(reward_flags(world, tmp_path / "rm"))
+    lines = metrics(tmp_path) + metrics(tmp_path / "rm")
+    names = {name.split("/")[-1] for line in lines for name in line}
+    _, _, glossary = read(ROOT / "docs/glossary.md").partition("`metrics.jsonl`")
+    explained = set(re.findall(r"\w+", " ".join(re.findall(r"\*\*(.*?)\*\*", glossary))))
+    assert names <= explained
+    assert not [name for name in names if re.search("lr|learning|time|second|_s$", name)]
+
+
+# ------------------------------------------------------------------ the report
+
+@pytest.fixture(scope="module")
+def policies(world, tmp_path_factory):
+    """Runs to compare: a policy that is the reference, and one that has moved."""
+    root = tmp_path_factory.mktemp("policies")
+    GPT.from_pretrained(f"{world}/sft").save_pretrained(root / "unmoved")
+    train_policy.main(policy_flags(world, root / "e-dpo", "e-dpo", lr=1e-2))
+    return root
+
+
+def compare(world, policies, out_dir, *flags):
+    evaluate.main([f"--ref={world}/sft", f"{policies}/unmoved", f"{policies}/e-dpo",
+                   f"--out_dir={out_dir}", "--n_prompts=20", "--show=2", *flags])
+    return strict_json(Path(out_dir) / "results.json")
+
+
+def test_report(world, policies, tmp_path):
+    """Every number that the report promises is there, for a policy that is the reference (its
+    values are certain) and for one that is not."""
+    results = compare(world, policies, tmp_path, f"--rms={world}/rm,{world}/rms")
+    unmoved, moved = results["policies"]["unmoved"], results["policies"]["e-dpo"]
+    assert unmoved["advantage"] == 0 and unmoved["win_rate"] == 0.5
+    assert unmoved["kl_pi_ref"] == 0 and unmoved["kl_ref_pi"] == 0
+    assert moved["kl_pi_ref"] != 0 and moved["advantage_95"] > 0
+    assert "chosen_change" in moved and "chosen_change" not in unmoved
+    assert list(results["reward_models"]) == [f"{world}/rm", f"{world}/rms/0.2", f"{world}/rms/0.6"]
+    for numbers in results["reward_models"].values():
+        assert numbers.keys() >= {"accuracy", "longer_chosen", "shorter_chosen"}
+    report = read(tmp_path / "report.md")
+    for heading in ("## Policies", "## Reward models", "## Samples", "**Prompt 2**", "## Glossary"):
+        assert heading in report
+    for figure in ("advantage.png", "logprob_change.png", "reward_margins.png"):
+        assert f"({figure})" in report and (tmp_path / figure).stat().st_size > 1000
+
+
+def test_a_report_keeps_no_figure_of_an_older_report(world, policies, tmp_path):
+    compare(world, policies, tmp_path, f"--rms={world}/rm")
+    assert (tmp_path / "reward_margins.png").exists()
+    evaluate.main([f"--ref={world}/sft", f"{policies}/unmoved", f"--out_dir={tmp_path}",
+                   "--n_prompts=20"])
+    report = read(tmp_path / "report.md")
+    for figure in ("reward_margins.png", "logprob_change.png"):     # nor is there a curve to draw
+        assert not (tmp_path / figure).exists() and figure not in report
+    assert (tmp_path / "advantage.png").exists() and "(advantage.png)" in report
+
+
+def test_policies_are_compared_prompt_by_prompt(world, policies, tmp_path, monkeypatch):
+    """"advantage" and "behind_best" are means of paired differences of rewards, with 1.96 standard
+    errors of these differences."""
+    seen = {}
+
+    def spy(args, texts, results, replies, rewards, judged):
+        seen.update(rewards=rewards, replies=replies, texts=texts)
+        return write_report(args, texts, results, replies, rewards, judged)
+
+    write_report = evaluate.write_report
+    monkeypatch.setattr(evaluate, "write_report", spy)
+    results = compare(world, policies, tmp_path)
+    rewards = seen["rewards"]
+    for name in ("reference", "unmoved", "e-dpo"):
+        wanted = [tinytldr.oracle_reward(text, reply)
+                  for text, reply in zip(seen["texts"], seen["replies"][name])]
+        np.testing.assert_allclose(rewards[name], wanted)
+
+    def interval(differences):
+        n = len(differences)
+        mean = sum(differences) / n
+        variance = sum((d - mean) ** 2 for d in differences) / (n - 1)
+        return pytest.approx([mean, 1.96 * (variance / n) ** 0.5], rel=1e-6, abs=1e-9)
+
+    best = max(rewards, key=lambda name: rewards[name].mean())
+    numbers = {"reference": results["reference"], **results["policies"]}
+    for name, values in numbers.items():
+        assert values["behind_best"] == interval(rewards[best] - rewards[name])
+        if name != "reference":
+            assert [values["advantage"], values["advantage_95"]] == interval(
+                rewards[name] - rewards["reference"])
+    assert numbers[best]["behind_best"] == [0, 0]
+
+
+def test_a_small_difference_on_every_prompt_is_a_difference():
+    """Two policies whose intervals overlap are told apart if their difference, prompt by prompt, is
+    clear; and are not if it is not."""
+    rng = np.random.default_rng(0)
+    luck = rng.normal(size=200)                     # of the prompt, the same for everybody
+    rewards = {"best": 2 + luck, "close": 2 + luck - 0.1 + 0.01 * rng.normal(size=200),
+               "level": 2 + luck - 0.01 + rng.normal(size=200)}
+    policies = {}
+    for name, values in rewards.items():
+        advantage, half_width = evaluate.interval(values)
+        policies[name] = {"advantage": advantage, "advantage_95": half_width,
+                          "behind_best": evaluate.interval(rewards["best"] - values)}
+    best, close = policies["best"], policies["close"]
+    assert close["advantage"] + close["advantage_95"] > best["advantage"] - best["advantage_95"]
+    text = verdict(policies)
+    assert "Highest advantage: **best**" in text
+    assert "can't be told from it: level." in text and "close" not in text
+
+
+def test_interval():
+    """By hand: differences 1, 2, 3 have mean 2 and standard error 1 / sqrt(3)."""
+    assert evaluate.interval(np.array([1.0, 2.0, 3.0])) == pytest.approx((2, 1.96 / 3 ** 0.5))
+
+
+def test_judge_by_hand():
+    """Accuracy, in all and by which response is longer; a tie counts a half; no pair, no number."""
+    rewards = np.array([[2.0, 1.0], [0.0, 3.0], [1.0, 1.0], [5.0, 4.0]])
+    lengths = np.array([[20, 10], [20, 10], [20, 10], [10, 10]])
+    table, margins, _ = judge({"rm": rewards}, lengths, np.array([1, 1, 1, 0]))
+    assert table["rm"] == {"accuracy": 2.5 / 4, "longer_chosen": 1.5 / 3, "shorter_chosen": None,
+                           "longer_has_higher_reward": 1 / 3}
+    assert margins["rm"].tolist() == [1, -3, 0, 1]
+
+
+def pairs_file(path, n, rejected=" broke"):
+    """Pairs whose chosen response is the longer one."""
+    return write_jsonl(path, [{"prompt": f"{i}:", "chosen": " my boss" * (i % 3 + 2),
+                               "rejected": rejected} for i in range(n)])
+
+
+def test_results_are_json_where_a_group_is_empty(world, policies, tmp_path):
+    """No pair has the shorter response chosen: its accuracy is null, and not NaN."""
+    path = pairs_file(tmp_path / "pairs.jsonl", 120)
+    results = compare(world, policies, tmp_path / "report", f"--data={path}", f"--rms={world}/rm",
+                      f"--oracle={world}/rm", "--max_new_tokens=8")
+    numbers = results["reward_models"][f"{world}/rm"]
+    assert numbers["shorter_chosen"] is None and 0 <= numbers["longer_chosen"] <= 1
+
+
+@pytest.mark.parametrize("rms", [True, False])
+def test_nothing_is_loaded_or_tokenised_twice(world, policies, tmp_path, monkeypatch, rms):
+    """Every policy, the reference too, is loaded once, and a file's rows are tokenised once."""
+    loaded, encoded = [], []
+    from_pretrained, encode = GPT.from_pretrained.__func__, tokens.encode
+
+    def counted_load(cls, folder):
+        loaded.append(str(folder))
+        return from_pretrained(cls, folder)
+
+    def counted_encode(rows, tokenizer):
+        rows = list(rows)
+        encoded.append(len(rows))
+        return encode(rows, tokenizer)
+
+    monkeypatch.setattr(GPT, "from_pretrained", classmethod(counted_load))
+    monkeypatch.setattr(tokens, "encode", counted_encode)
+    monkeypatch.setenv("NANOPREF_CACHE", str(tmp_path / "cache"))
+    path = pairs_file(tmp_path / "pairs.jsonl", 120)
+    flags = [f"--data={path}", f"--oracle={world}/rm", "--max_new_tokens=8"]
+    if rms:
+        flags.append(f"--rms={world}/rms")
+    compare(world, policies, tmp_path / "report", *flags)
+    assert sorted(loaded) == sorted([f"{world}/sft", f"{policies}/unmoved", f"{policies}/e-dpo"])
+    assert encoded == [120]
+
+
+def test_the_table_has_a_row_for_everybody():
+    """Also where numbers are missing: the reference, a policy without a curve."""
+    behind = (0.25, 0.125)
+    results = {"reference": {"length": 9.0, "unended": 0.0, "behind_best": behind},
+               "dpo": {"advantage": 0.5, "advantage_95": 0.25, "win_rate": 0.75, "length": 8.0,
+                       "unended": 0.1, "behind_best": (0.0, 0.0), "chosen_change": -3.0}}
+    header, _, reference, dpo = policy_table(results).splitlines()
+    assert header.count("|") == reference.count("|") == dpo.count("|")
+    assert reference.startswith("| reference | 0 | 0.250 ± 0.125 |")
+    assert dpo.startswith("| dpo | +0.500 ± 0.250 | 0.000 ± 0.000 | 0.750 | 8.0 | 0.100 |")
+    assert "| -3.0 |" in dpo
+
+
+# ------------------------------------------------------------------ files of one's own
+
+def test_file_data_end_to_end(tmp_path, hub_cache):
+    """SFT, an oracle reward model on a file's own labels, relabelling by it, a family, e-DPO, and
+    evaluation by it."""
+    rows = []
+    for i in range(300):
+        prompt = tinytldr.post(0, "train", i)
+        pair = [tinytldr.demonstration(0, "train", i, person) for person in (0, 1)]
+        if pair[0] != pair[1]:
+            rejected, chosen = sorted(pair, key=lambda text: tinytldr.oracle_reward(prompt, text))
+            rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    path = write_jsonl(tmp_path / "pairs.jsonl", rows)
+
+    few = ["--max_steps=4", "--batch_size=8", "--n_eval=16", f"--data={path}"]
+    train_policy.main([*few, "--loss=sft", "--tokenizer=tinytldr", f"--out_dir={tmp_path}/sft",
+                       "--n_embd=32"])
+    few.append(f"--init_from={tmp_path}/sft")
+    train_rm.main([*few, f"--out_dir={tmp_path}/oracle"])
+    few += [f"--relabel={tmp_path}/oracle", "--rho=0.5"]
+    train_rm.main([*few, f"--out_dir={tmp_path}/rms", "--bias=0.4,0.6"])
+    train_policy.main([*few, "--loss=e-dpo", f"--rewards={tmp_path}/rms",
+                       f"--out_dir={tmp_path}/e-dpo", "--max_new_tokens=8"])
+    evaluate.main([f"--ref={tmp_path}/sft", f"{tmp_path}/e-dpo", f"--data={path}",
+                   f"--oracle={tmp_path}/oracle", f"--relabel={tmp_path}/oracle",
+                   f"--rms={tmp_path}/rms,{tmp_path}/oracle", f"--out_dir={tmp_path}/report",
+                   "--max_new_tokens=8"])
+    results = strict_json(tmp_path / "report/results.json")
+    assert results["policies"]["e-dpo"]["kl_ref_pi"] > 0 and len(results["reward_models"]) == 3
+    # The oracle agrees with every label that it gave itself.
+    assert results["reward_models"][f"{tmp_path}/oracle"]["accuracy"] == 1
+
+
+def test_scores_from_a_file_are_as_good_as_reward_models(world, tmp_path, hub_cache):
+    """runs/score.py writes the family's scores beside the pairs; distilling these columns gives the
+    metrics that distilling from the family itself gives, but for rounding (they were scored in
+    other batches)."""
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [
+        {"prompt": f"{i}:", "chosen": " my boss" * (i % 3 + 1), "rejected": f" broke {i}"}
+        for i in range(120)])
+    scored_path = tmp_path / "scored.jsonl"
+    score.main([f"--data={pairs}", f"--rewards={world}/rms", f"--out={scored_path}"])
+    scored = read_jsonl(scored_path)
+    assert len(scored) == 120
+    kept = {name: scored[7][name] for name in ("prompt", "chosen", "rejected")}
+    assert kept == read_jsonl(pairs)[7]
+    assert len(scored[7]["score_chosen"]) == len(scored[7]["score_rejected"]) == 2
+
+    flags = ["--loss=e-dpo", f"--init_from={world}/sft", "--max_steps=4", "--batch_size=8",
+             "--max_new_tokens=8"]
+    train_policy.main([*flags, f"--data={pairs}", f"--rewards={world}/rms",
+                       f"--out_dir={tmp_path}/family"])
+    train_policy.main([*flags, f"--data={scored_path}", "--rewards=scores",
+                       f"--out_dir={tmp_path}/columns"])
+    for family, columns in zip(metrics(tmp_path / "family"), metrics(tmp_path / "columns"),
+                               strict=True):
+        assert family == pytest.approx(columns, rel=1e-3, abs=1e-4)
+
+    score.main([f"--data={pairs}", f"--rewards={world}/rm", f"--out={tmp_path}/single.jsonl"])
+    assert isinstance(read_jsonl(tmp_path / "single.jsonl")[0]["score_chosen"], float)
+    with pytest.raises(InputError, match="--rewards=scores: .*pairs.jsonl has no score_chosen"):
+        train_policy.main([*flags, f"--data={pairs}", "--rewards=scores",
+                           f"--out_dir={tmp_path}/none"])
+
+
+# ------------------------------------------------------------------ rankings
+
+@pytest.fixture(scope="module")
+def rankings(world, tmp_path_factory):
+    """Three responses for each prompt, with scores that like "broke"."""
+    rows = [{"prompt": f"{i}:", "responses": [" my boss", " broke" * (i % 4 + 1), " exhausted"],
+             "scores": [0, i % 4 + 1, -1]} for i in range(120)]
+    return write_jsonl(tmp_path_factory.mktemp("rankings") / "rankings.jsonl", rows)
+
+
+def test_a_reward_model_learns_a_ranking(world, rankings, tmp_path):
+    """Plackett-Luce from ln 3! = ln 6 down; and its scores rank the responses."""
+    train_rm.main([f"--data={rankings}", f"--init_from={world}/sft", "--max_steps=30",
+                   "--batch_size=16", "--lr=1e-2", f"--out_dir={tmp_path}/rm"])
+    lines = metrics(tmp_path / "rm")
+    assert lines[0]["validation/loss"] == pytest.approx(np.log(6), abs=1e-4)
+    assert lines[-1]["validation/loss"] < 0.5 and lines[-1]["validation/accuracy"] > 0.9
+
+    scored_path = tmp_path / "scored.jsonl"
+    score.main([f"--data={rankings}", f"--rewards={tmp_path}/rm", f"--out={scored_path}"])
+    scored = read_jsonl(scored_path)
+    assert len(scored) == 120
+    assert all(row["responses"][0].startswith(" broke") for row in scored)
+    right = [row["scores"] == sorted(row["scores"], reverse=True) for row in scored]
+    assert np.mean(right) > 0.9
+    # The order is still the ranking's, also where the scores differ.
+    again = [row["responses"] for row in load_rows(str(scored_path))]
+    assert again == [row["responses"] for row in load_rows(rankings)]
+
+
+@pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
+def test_every_loss_trains_on_rankings(world, rankings, tmp_path, loss):
+    flags = [f"--loss={loss}", f"--data={rankings}", f"--init_from={world}/sft", "--max_steps=20",
+             "--batch_size=16", "--lr=1e-3", f"--out_dir={tmp_path}"]
+    if loss in REWARDED:
+        flags.append("--rewards=scores")
+    if "ref_samples" in LOSSES[loss].needs:
+        flags.append("--max_new_tokens=8")
+    train_policy.main(flags)
+    last = [line for line in metrics(tmp_path) if "validation/accuracy" in line][-1]
+    assert last["validation/accuracy"] > 0.9
+    assert last["validation/chosen_change"] > last["validation/rejected_change"]
+
+
+@pytest.mark.parametrize("script, flags", [(train_policy, ["--loss=dpo", "--rho=0.2"]),
+                                           (train_rm, ["--bias=0.2,0.5"])])
+def test_length_bias_needs_pairs(world, rankings, tmp_path, script, flags):
+    with pytest.raises(InputError, match="--rho, --bias: subsets by length are of pairs"):
+        script.main([f"--data={rankings}", f"--init_from={world}/sft", f"--out_dir={tmp_path}/out",
+                     *flags])
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------ talking to the result
+
+def test_sample_streams_what_generate_gives(world, capsys):
+    prompt = "POST: My boss.\n\nTL;DR:"
+    sample.main([f"{world}/sft", f"--prompt={prompt}", "--temperature=0", "--max_new_tokens=8"])
+    policy, tokenizer = GPT.from_pretrained(f"{world}/sft"), data.get_tokenizer("tinytldr")
+    ids, = policy.generate([tokenizer.encode_ordinary(prompt)], 8, temperature=0,
+                           stop=tokenizer.eot_token)
+    wanted = tokenizer.decode([token for token in ids if token != tokenizer.eot_token])
+    ending = "" if ids[-1] == tokenizer.eot_token else " ..."
+    assert capsys.readouterr().out == f"[{world}/sft]{wanted}{ending}\n\n"
+
+
+def test_sample_beside_the_reference(world, tmp_path, capsys):
+    """With --compare the reference answers too; a policy that has not moved says the same."""
+    train_policy.main(policy_flags(world, tmp_path / "run", "dpo", max_steps=1, lr=1e-12))
+    capsys.readouterr()
+    sample.main([f"{tmp_path}/run", "--compare", "--n=2", "--max_new_tokens=8"])
+    out = capsys.readouterr().out
+    assert out.startswith("POST: ") and out.count(f"[{tmp_path}/run]") == 2
+    of_policy, *of_ref = out.split(f"[the reference, {world}/sft]")
+    of_policy = of_policy.split(f"[{tmp_path}/run]")[1:]
+    assert [part.strip() for part in of_policy] == [part.strip() for part in of_ref]
+    with pytest.raises(InputError, match="--compare: .* was trained from no reference"):
+        sample.main([f"{world}/sft", "--compare"])
+
+
+# ------------------------------------------------------------------ bad input
+
+@pytest.mark.parametrize("script, flags, message", [
+    ("train_policy", ["--loss=kto"], "argument --loss: invalid choice: 'kto'"),
+    ("train_rm", ["--max_steps=0"], "argument --max_steps: invalid positive int value: '0'"),
+    ("evaluate", ["--ref={tmp}/none"], "none: no such folder"),
+    ("sample", ["{tmp}/none"], "none: no such folder")])
+def test_bad_input_from_the_shell(tmp_path, script, flags, message):
+    """Exit code 2, one line that names the script, and nothing is written."""
+    flags = [flag.format(tmp=tmp_path) for flag in flags]
+    done = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *flags], text=True,
+                          capture_output=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"{script}.py: error: ")
+    assert message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script, flags, message", [
+    (train_policy, ["--los=dpo"], "unrecognized arguments: --los=dpo"),
+    (train_policy, ["--lr=fast"], "argument --lr: invalid positive float value: 'fast'"),
+    (train_policy, ["--init_from=./nowhere"], "nowhere: no such folder"),
+    (train_policy, ["--loss=sft", "--data=none.jsonl"], "none.jsonl: no such file"),
+    (train_rm, ["--bias=0.2,x"], "argument --bias: invalid list of comma-separated fractions"),
+    (evaluate, ["--data=x.jsonl"], "--oracle: only --data=tinytldr has an oracle")])
+def test_bad_input(tmp_path, hub_cache, monkeypatch, capsys, script, flags, message):
+    """The same, without a process for each."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [script.__file__, *flags, "--out_dir=out"])
+    monkeypatch.setattr(data, "tiktoken_encoding", lambda name: tinytldr.tokenizer())
+    with pytest.raises(SystemExit) as stop:
+        run_script(script.main)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"{script.__name__}.py: error: ")
+    assert message in error and error.count("\n") == 1, error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reward_model_of_another_kind(world, tmp_path):
+    with pytest.raises(InputError, match="this is a language model, not a reward model"):
+        train_policy.main(policy_flags(world, tmp_path / "run", "d-dpo", rewards=f"{world}/sft"))
+    shutil.copytree(f"{world}/rm", tmp_path / "rm")
+    config = json.loads(read(tmp_path / "rm/config.json"))
+    config["nanopref"] = {"tokenizer": "gpt2"}
+    (tmp_path / "rm/config.json").write_text(json.dumps(config))
+    message = "--rewards: .* reads gpt2 tokens, the policy tinytldr tokens"
+    with pytest.raises(InputError, match=message):
+        train_policy.main(policy_flags(world, tmp_path / "run", "d-dpo", rewards=f"{tmp_path}/rm"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_too_few_pairs_for_the_bias(world, tmp_path):
-    with pytest.raises(InputError, match="--rho, --n_pairs: no 399 pairs"):
+    with pytest.raises(InputError, match="--rho, --bias, --n_pairs: no 399 pairs"):
         train_policy.main(policy_flags(world, tmp_path, n_pairs=399))
 
 
 def test_tokenizer_that_the_model_has_no_room_for(world, tmp_path, monkeypatch):
-    import tiktoken
-    large = tiktoken.Encoding("large", pat_str=".", mergeable_ranks={bytes([b]): b for b in range(256)},
-                              special_tokens={"<|endoftext|>": 99_999})
-    monkeypatch.setattr(data, "get_tokenizer", lambda name: large)
-    with pytest.raises(InputError, match="--tokenizer: large has 100000 tokens"):
+    large = tiktoken.Encoding("large", pat_str=".", special_tokens={"<|endoftext|>": 99_999},
+                              mergeable_ranks={bytes([b]): b for b in range(256)})
+    monkeypatch.setattr(train_policy, "get_tokenizer", lambda name: large)
+    message = "--tokenizer: the model knows .* tokens, and large has 100000"
+    with pytest.raises(InputError, match=message):
         train_policy.main(policy_flags(world, tmp_path, tokenizer="large"))
-
-
-def test_learning_rate():
-    """Warm-up to the peak at 5% of the steps, then a cosine down to a tenth."""
-    rates = [runtime.learning_rate(step, 100, 1.0) for step in range(101)]
-    assert rates[0] == pytest.approx(0.2) and rates[4] == 1.0 and rates[5] == 1.0
-    assert rates[100] == pytest.approx(0.1) and all(a >= b for a, b in zip(rates[5:], rates[6:]))

@@ -1,36 +1,62 @@
-"""The tree batch: its layout to the last number, and that it equals separate sequences in values and in gradients."""
+"""The tree batch: its layout to the last number, that it equals separate sequences in values and in
+gradients, and that the fast head equals the plain formula."""
+import dataclasses
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+import model as model_file
 from data import collate
-from model import GPT, GPTConfig, TargetLogps, tree_mask
+from model import GPT, GPTConfig, tree_mask
 from reward import RewardModel
+from support import head
 
 CONFIG = GPTConfig(block_size=24, vocab_size=31, n_layer=2, n_head=2, n_embd=16)
 
 
+# ---------------------------------------------------------------- layout
+
 def test_collate_layout():
-    """Two rows with two responses each; the second row ends in padding."""
+    """Two rows with two responses each; the second row ends in padding. First tokens are predicted
+    from the last prompt position: 2, and 6 + 0."""
     batch = collate([([5, 6, 7], [[8, 9], [10]]), ([11], [[12], [13, 14]])])
     assert batch.tokens.tolist() == [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 0, 0]]
     assert batch.branch.tolist() == [[0, 0, 0, 1, 1, 2], [0, 1, 2, 2, -1, -1]]
     assert batch.position.tolist() == [[0, 1, 2, 3, 4, 3], [0, 1, 1, 2, 0, 0]]
-    assert batch.predictor.tolist() == [2, 3, 2, 6, 6, 8]      # first tokens from the last prompt position: 2, and 6 + 0
+    assert batch.predictor.tolist() == [2, 3, 2, 6, 6, 8]
     assert batch.target.tolist() == [8, 9, 10, 12, 13, 14]
     assert batch.slot.tolist() == [0, 0, 1, 2, 3, 3]
     assert batch.last.tolist() == [[4, 5], [1, 3]]
     assert batch.lengths.tolist() == [[2, 1], [1, 2]]
     assert batch.context == 0
+    assert (batch.n_samples, batch.ref_logps, batch.rewards) == (0, None, None)
+    tensors = [value for value in vars(batch).values() if torch.is_tensor(value)]
+    assert len(tensors) == 8 and {tensor.dtype for tensor in tensors} == {torch.int64}
 
 
 def test_collate_counts_from_the_end_of_the_context():
-    """The context is what comes before the last prompt token in every row: here one column. What is read is counted after it."""
+    """The context is what comes before the last prompt token in every row: here one column. What is
+    read is counted after it: in row 0 columns 2, 3, 2 less 1, in row 1 1, 1, 3 less 1, plus 5."""
     batch = collate([([5, 6, 7], [[8, 9], [10]]), ([11, 15], [[12], [13, 14]])])
     assert batch.context == 1
     assert batch.tokens.tolist() == [[5, 6, 7, 8, 9, 10], [11, 15, 12, 13, 14, 0]]
-    assert batch.predictor.tolist() == [1, 2, 1, 5, 5, 7]      # row 0: columns 2, 3, 2 less 1; row 1: 1, 1, 3 less 1, plus 5
+    assert batch.predictor.tolist() == [1, 2, 1, 5, 5, 7]
     assert batch.last.tolist() == [[3, 4], [1, 3]]
+
+
+def test_collate_of_three_responses():
+    batch = collate([([5, 6], [[7], [8, 9, 10], [11, 12]])])
+    assert batch.tokens.tolist() == [[5, 6, 7, 8, 9, 10, 11, 12]]
+    assert batch.branch.tolist() == [[0, 0, 1, 2, 2, 2, 3, 3]]
+    assert batch.position.tolist() == [[0, 1, 2, 2, 3, 4, 2, 3]]
+    assert batch.predictor.tolist() == [0, 0, 2, 3, 0, 5]
+    assert batch.target.tolist() == [7, 8, 9, 10, 11, 12]
+    assert batch.slot.tolist() == [0, 1, 1, 1, 2, 2]
+    assert batch.last.tolist() == [[1, 4, 6]]
+    assert batch.lengths.tolist() == [[1, 3, 2]]
 
 
 def test_collate_pads_no_further_than_the_longest_row():
@@ -39,27 +65,47 @@ def test_collate_pads_no_further_than_the_longest_row():
 
 
 def test_collate_rounds_shapes_up():
-    """Padding goes to slot B * K, which response_logps throws away."""
-    batch = collate([([5, 6, 7], [[8, 9], [10]])], multiple=4)
-    assert batch.tokens.tolist() == [[5, 6, 7, 8, 9, 10, 0, 0]]
-    assert batch.branch.tolist() == [[0, 0, 0, 1, 1, 2, -1, -1]]
-    assert batch.slot.tolist() == [0, 0, 1, 2]
-    plain = collate([([5, 6, 7], [[8, 9], [10]])])
-    model = make(GPT)
-    torch.testing.assert_close(model(batch), model(plain))
+    """The row and the response tokens to the multiple, the context down to it. Padding goes to slot
+    B * K, which response_logps throws away."""
+    batch = collate([([5, 6, 7, 1, 2, 3], [[8, 9, 4], [10, 0]])], multiple=4)
+    assert batch.tokens.tolist() == [[5, 6, 7, 1, 2, 3, 8, 9, 4, 10, 0, 0]]
+    assert batch.branch.tolist() == [[0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 2, -1]]
+    assert batch.context == 4
+    assert batch.predictor.tolist() == [1, 2, 3, 1, 5, 0, 0, 0]
+    assert batch.target.tolist() == [8, 9, 4, 10, 0, 0, 0, 0]
+    assert batch.slot.tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert batch.last.tolist() == [[4, 6]]
+    exact = collate([([5, 6, 7, 1, 2], [[8, 9], [10]])], multiple=4)    # nothing to round
+    assert exact.tokens.shape == (1, 8) and exact.context == 4
 
 
 @pytest.mark.parametrize("bad, message", [
     ([([], [[1]])], "^prompts and responses need at least one token$"),
     ([([1], [[]])], "^prompts and responses need at least one token$"),
-    ([([1], [[1]]), ([1], [[1], [2]])], "same number of responses: got 1 and 2")])
+    ([([1], [[1], [2]]), ([1], [[1], []])], "^prompts and responses need at least one token$"),
+    ([([1], [[1]]), ([1], [[1], [2]])],
+     "^every example of a batch needs the same number of responses: got 1 and 2$")])
 def test_collate_refuses(bad, message):
     with pytest.raises(ValueError, match=message):
         collate(bad)
 
 
+def test_a_batch_moves_to_a_device_whole():
+    """Every tensor of it, the columns too; and what a loss may ask for is among them."""
+    batch = collate([([5, 6, 7], [[8, 9], [10]])])
+    batch.n_samples, batch.ref_logps = 1, torch.zeros(1, 2)
+    assert batch.to("meta") is batch
+    tensors = [value for value in vars(batch).values() if torch.is_tensor(value)]
+    assert len(tensors) == 9 and {tensor.device.type for tensor in tensors} == {"meta"}
+    assert (batch.context, batch.n_samples, batch.rewards) == (2, 1, None)
+    columns = batch.columns()
+    assert columns["ref_logps"] is batch.ref_logps and columns["lengths"] is batch.lengths
+    assert columns["rewards"] is None and columns["n_samples"] == 1
+
+
 def test_tree_mask():
-    """Prompt of two tokens, responses of two and one, one padding column; then without the first column, as a query."""
+    """Prompt of two tokens, responses of two and one, one padding column; then without the first
+    column, as a query."""
     branch = torch.tensor([[0, 0, 1, 1, 2, -1]])
     mask = tree_mask(branch, 0, torch.float64)
     assert mask.shape == (1, 1, 6, 6) and mask.dtype == torch.float64
@@ -69,31 +115,39 @@ def test_tree_mask():
                                                [1, 1, 1, 1, 0, 0],
                                                [1, 1, 0, 0, 1, 0],
                                                [1, 1, 0, 0, 0, 1]]
+    assert set(mask.unique().tolist()) == {-math.inf, 0.0}
     assert torch.equal(tree_mask(branch, 1, torch.float64), mask[:, :, 1:])
+    assert tree_mask(branch, 2, torch.float32).dtype == torch.float32
 
 
-def make(kind, seed=0):
+# ---------------------------------------------------------------- equal to separate sequences
+
+def make(kind, seed=0, config=CONFIG):
+    """In float64, and away from the initial zeros, so that every part matters."""
     torch.manual_seed(seed)
-    model = kind(CONFIG)
-    for parameter in model.parameters():           # away from the initial zeros, so that every part matters
+    model = kind(config)
+    for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.double()
 
 
-def random_examples(K, rows=6, seed=0):
-    """Ragged rows; the first has one-token responses only, and a one-token prompt."""
+def random_examples(K, rows=6, seed=0, shortest_prompt=1):
+    """Ragged rows; the first has one-token responses only, and the shortest prompt."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low, high):
         n = torch.randint(low, high, (1,), generator=generator).item()
         return torch.randint(0, CONFIG.vocab_size, (n,), generator=generator).tolist()
 
-    return [(draw(1, 2), [draw(1, 2) for _ in range(K)])] + [(draw(1, 12), [draw(1, 10) for _ in range(K)])
-                                                            for _ in range(rows - 1)]
+    examples = [(draw(shortest_prompt, shortest_prompt + 1), [draw(1, 2) for _ in range(K)])]
+    for _ in range(rows - 1):
+        examples.append((draw(shortest_prompt, 14), [draw(1, 10) for _ in range(K)]))
+    return examples
 
 
 def separate_logps(model, examples):
-    """Brute force: every prompt + response alone, plain causal logits, a sum over the response's tokens."""
+    """Brute force: every prompt + response alone, plain causal logits, a sum over the response's
+    tokens."""
     out = []
     for prompt, responses in examples:
         for response in responses:
@@ -109,94 +163,133 @@ def separate_rewards(model, examples):
         for response in responses:
             tokens = torch.tensor([prompt + response])
             hidden = model.transformer(tokens, torch.arange(tokens.size(1))[None])
-            out.append(model.score(hidden[0, -1])[0])
+            out.append(hidden[0, -1] @ model.score.weight[0])
     return torch.stack(out).view(len(examples), -1)
 
 
+BOTH_MODELS = pytest.mark.parametrize("kind, brute_force", [(GPT, separate_logps),
+                                                            (RewardModel, separate_rewards)])
+
+
 def gradients(model, values):
+    """Of a sum in which no response counts like another: {parameter name: gradient}."""
     model.zero_grad()
-    weights = torch.linspace(-1, 1, values.numel(), dtype=values.dtype).view_as(values)    # no response counts like another
+    weights = torch.linspace(-1, 1.5, values.numel(), dtype=values.dtype).view_as(values)
     (values * weights).sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("kind, brute_force", [(GPT, separate_logps), (RewardModel, separate_rewards)])
+def relative_error(got, wanted):
+    return ((got.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+def assert_equal_with_gradients(model, got, wanted, tolerance):
+    """Two ways to compute some values: they agree relative to their size, and so do the gradients
+    of every parameter."""
+    assert got.dtype == wanted.dtype and got.shape == wanted.shape
+    assert relative_error(got, wanted) < tolerance
+    of_got, of_wanted = gradients(model, got), gradients(model, wanted)
+    for name in of_wanted:
+        assert of_wanted[name].norm() > 0, name
+        assert relative_error(of_got[name], of_wanted[name]) < tolerance, name
+
+
+@BOTH_MODELS
 @pytest.mark.parametrize("K", [1, 2, 3])
 def test_tree_equals_separate_sequences(kind, brute_force, K):
-    """Log-probs, rewards and all their gradients, for ragged lengths, one-token prompts and one-token responses."""
+    """Log-probs, rewards and all their gradients in float64, for ragged lengths, one-token prompts
+    and one-token responses."""
     model, examples = make(kind), random_examples(K)
-    tree, separate = model(collate(examples)), brute_force(model, examples)
-    tolerance = dict(rtol=1e-5, atol=2e-5)          # the sums are float32, whatever the model is
-    torch.testing.assert_close(tree, separate.float(), **tolerance)
-    of_tree, of_separate = gradients(model, tree), gradients(model, separate)
-    for name in of_tree:
-        torch.testing.assert_close(of_tree[name], of_separate[name], rtol=1e-4, atol=1e-4, msg=lambda m: f"{name}: {m}")
+    tree = model(collate(examples))
+    assert tree.shape == (6, K) and tree.dtype == torch.float64
+    assert_equal_with_gradients(model, tree, brute_force(model, examples), 1e-9)
 
 
-@pytest.mark.parametrize("kind", [GPT, RewardModel])
-def test_a_long_context_changes_nothing(kind):
-    """Prompts of eight tokens and more, so that the attention is split into a causal and a masked part."""
-    model, examples = make(kind), [([1] * 8 + prompt, responses) for prompt, responses in random_examples(2, seed=2)]
-    examples = [(prompt[:CONFIG.block_size - max(map(len, responses))], responses) for prompt, responses in examples]
+@BOTH_MODELS
+@pytest.mark.parametrize("n_layer, n_head", [(1, 1), (3, 4)])
+def test_tree_equals_separate_sequences_in_models_of_other_shapes(kind, brute_force, n_layer,
+                                                                  n_head):
+    """The context ends inside all prompts, with one layer and with several."""
+    config = dataclasses.replace(CONFIG, n_layer=n_layer, n_head=n_head, tie_word_embeddings=False)
+    model, examples = make(kind, config=config), random_examples(2, seed=3, shortest_prompt=4)
     batch = collate(examples)
-    assert batch.context >= 7
-    alone = torch.cat([model(collate([(prompt, [response])])) for prompt, responses in examples for response in responses])
+    assert batch.context == 3
+    assert_equal_with_gradients(model, model(batch), brute_force(model, examples), 1e-9)
+
+
+@BOTH_MODELS
+def test_a_long_context_changes_nothing(kind, brute_force):
+    """Prompts of eight tokens and more, so that the attention is split into a causal and a masked
+    part; together, each response in a row of its own, and without the tree."""
+    model, examples = make(kind), random_examples(2, seed=2, shortest_prompt=8)
+    batch = collate(examples)
+    assert batch.context == 7
     together = model(batch)
-    torch.testing.assert_close(together, alone.view_as(together), rtol=1e-5, atol=2e-5)
-    brute_force = separate_logps if kind is GPT else separate_rewards
-    of_tree, of_separate = gradients(model, together), gradients(model, brute_force(model, examples))
-    for name in of_tree:
-        torch.testing.assert_close(of_tree[name], of_separate[name], rtol=1e-4, atol=1e-4, msg=lambda m: f"{name}: {m}")
+    alone = [model(collate([(prompt, [response])]))
+             for prompt, responses in examples for response in responses]
+    assert relative_error(torch.cat(alone).view_as(together), together) < 1e-9
+    assert_equal_with_gradients(model, together, brute_force(model, examples), 1e-9)
 
 
-def test_the_head_in_several_pieces(monkeypatch):
-    """TargetLogps gives the same values and gradients whatever number of rows it takes at a time, and F.cross_entropy's."""
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(10, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64)
-    target, sizes = torch.randint(0, 7, (10,)), torch.rand(10, dtype=torch.float64)
-
-    def values_and_gradients(logps):
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        values = logps(h, w)
-        (values * sizes).sum().backward()
-        return values.double(), h.grad, w.grad
-
-    wanted = values_and_gradients(lambda h, w: -F.cross_entropy(h @ w.t(), target, reduction="none"))
-    for rows in (3, 10, 1024):
-        monkeypatch.setattr(TargetLogps, "ROWS", rows)
-        for found, right in zip(values_and_gradients(lambda h, w: TargetLogps.apply(h, w, target, True)), wanted):
-            torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-6)     # log-probs are float32
+@BOTH_MODELS
+def test_padding_changes_nothing(kind, brute_force):
+    """Shapes that are rounded up, and a context that is rounded down."""
+    model, examples = make(kind), random_examples(2, seed=2, shortest_prompt=6)
+    batch = collate(examples, multiple=4)
+    assert batch.context == 4 and batch.tokens.size(1) % 4 == 0 and len(batch.target) % 4 == 0
+    assert_equal_with_gradients(model, model(batch), brute_force(model, examples), 1e-9)
 
 
 @pytest.mark.parametrize("kind", [GPT, RewardModel])
 def test_company_does_not_matter(kind):
-    """A row gives the same numbers alone and beside longer rows, whose length makes padding of it."""
+    """A row gives the same numbers alone and beside longer rows, which give it padding."""
     model, examples = make(kind), random_examples(2, rows=8, seed=1)
     together = model(collate(examples))
     for i in range(len(examples)):
-        torch.testing.assert_close(model(collate(examples[i:i + 1])), together[i:i + 1], rtol=1e-5, atol=1e-5)
+        alone = model(collate(examples[i:i + 1]))
+        assert relative_error(alone, together[i:i + 1]) < 1e-9
 
 
-def test_siblings_do_not_matter():
-    """A response's log-prob and reward do not change when its sibling does, or when the two change places."""
-    for kind in (GPT, RewardModel):
-        model = make(kind)
-        prompt, one, other, another = [1, 2, 3], [4, 5, 6], [7, 8], [9, 10, 11, 12]
-        first = model(collate([(prompt, [one, other])]))
-        torch.testing.assert_close(model(collate([(prompt, [one, another])]))[:, 0], first[:, 0])
-        torch.testing.assert_close(model(collate([(prompt, [other, one])])), first.flip(1))
+@pytest.mark.parametrize("kind", [GPT, RewardModel])
+def test_siblings_do_not_matter(kind):
+    """A response's log-prob and reward do not change when its sibling does, or when the two change
+    places."""
+    model = make(kind)
+    prompt, first, second, third = [1, 2, 3], [4, 5, 6], [7, 8], [9, 10, 11, 12]
+    values = model(collate([(prompt, [first, second])]))
+    other_sibling = model(collate([(prompt, [first, third])]))
+    assert relative_error(other_sibling[:, 0], values[:, 0]) < 1e-9
+    turned = model(collate([(prompt, [second, first])]))
+    assert relative_error(turned, values.flip(1)) < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_have_the_type_of_the_weights(dtype):
+    batch = collate(random_examples(2))
+    policy, reward_model = make(GPT).to(dtype), make(RewardModel).to(dtype)
+    assert policy.response_logps(batch).dtype == dtype
+    assert policy.response_logps(batch, fast=False).dtype == dtype
+    assert reward_model(batch).dtype == dtype
 
 
 def test_rewards_keep_float32_under_autocast():
-    """Products below the head may be bfloat16, rewards are not, or many would tie: they differ from what bfloat16 can hold."""
-    model = make(RewardModel).float()
+    """Products below the head may be bfloat16, rewards are not, or many would tie: they are float32
+    products of what the transformer gives, which differ from what bfloat16 can hold."""
+    model, batch = make(RewardModel).float(), collate(random_examples(2))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rewards = model(collate(random_examples(2)))
-    assert rewards.dtype == torch.float32 and not torch.equal(rewards, rewards.bfloat16().float())
+        rewards = model(batch)
+        mask = tree_mask(batch.branch, batch.context, torch.float32)
+        hidden = model.transformer(batch.tokens, batch.position, mask)
+    assert rewards.dtype == torch.float32
+    assert not torch.equal(rewards, rewards.bfloat16().float())
+    for b, columns in enumerate(batch.last.tolist()):
+        wanted = hidden[b, columns].float() @ model.score.weight[0]
+        torch.testing.assert_close(rewards[b], wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_log_probs_under_autocast():
-    """The vocabulary's product is bfloat16 then, the log-probs are float32 sums: near those of float32, and not the same."""
+    """The vocabulary's product is bfloat16 then, the log-probs are float32 sums: near those of
+    float32, and not the same."""
     model, batch = make(GPT).float(), collate(random_examples(2))
     exact = model(batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -208,3 +301,161 @@ def test_log_probs_under_autocast():
 def test_reward_model_starts_at_zero():
     torch.manual_seed(0)
     assert RewardModel(CONFIG)(collate(random_examples(2))).abs().max() == 0
+
+
+# ---------------------------------------------------------------- the fast head
+
+@pytest.mark.parametrize("rows", [1, 7, 64, 1024])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_the_fast_head_equals_the_plain_formula(monkeypatch, dtype, tolerance, tied, rows):
+    """Values and all gradients, however many tokens it takes at a time, with padding."""
+    monkeypatch.setattr(head, "ROWS", rows)
+    config = dataclasses.replace(CONFIG, tie_word_embeddings=tied)
+    model, batch = make(GPT, config=config).to(dtype), collate(random_examples(3), multiple=16)
+    fast, plain = model.response_logps(batch), model.response_logps(batch, fast=False)
+    assert fast.dtype == dtype and len(batch.target) > 64
+    assert_equal_with_gradients(model, fast, plain, tolerance)
+
+
+def test_the_fast_head_is_the_default(monkeypatch):
+    """model(batch) and response_logps(batch) take it, fast=False does not."""
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return head.token_logps(*arguments)
+
+    monkeypatch.setattr(model_file, "token_logps", counted)
+    model, batch = make(GPT), collate(random_examples(2))
+    model(batch)
+    model.response_logps(batch)
+    assert len(calls) == 2
+    model.response_logps(batch, fast=False)
+    assert len(calls) == 2
+
+
+def head_inputs(R=10, C=4, vocab=7, dtype=torch.float64):
+    """hidden, weight, target, and how much each token counts."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(R, C, generator=generator, dtype=torch.float64)
+    weight = torch.randn(vocab, C, generator=generator, dtype=torch.float64)
+    target = torch.randint(0, vocab, (R,), generator=generator)
+    sizes = torch.rand(R, generator=generator, dtype=torch.float64)
+    return hidden.to(dtype), weight.to(dtype), target, sizes.to(dtype)
+
+
+def cross_entropy(hidden, weight, target):
+    return -F.cross_entropy(hidden @ weight.t(), target, reduction="none")
+
+
+@pytest.mark.parametrize("rows", [1, 3, 10, 1024])
+def test_token_logps_are_cross_entropys(monkeypatch, rows):
+    """Values and gradients of F.cross_entropy, to rounding in float64."""
+    monkeypatch.setattr(head, "ROWS", rows)
+    hidden, weight, target, sizes = head_inputs()
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    results = []
+    for function in (head.token_logps, cross_entropy):
+        logps = function(hidden, weight, target)
+        assert logps.shape == (10,)
+        results.append([logps, *torch.autograd.grad((logps * sizes).sum(), (hidden, weight))])
+    for got, wanted in zip(*results):
+        assert got.dtype == torch.float64 and relative_error(got, wanted) < 1e-12
+
+
+def test_token_logps_of_logits_beyond_what_exp_can_hold():
+    """Logits of +-1000 in float32: exact values, gradients of 0 and 1."""
+    weight = torch.tensor([[1000.0], [-1000.0], [0.0]], requires_grad=True)
+    hidden = torch.ones(3, 1, requires_grad=True)
+    logps = head.token_logps(hidden, weight, torch.arange(3))
+    assert logps.tolist() == [0.0, -2000.0, -1000.0]
+    logps.sum().backward()
+    assert weight.grad.tolist() == [[-2.0], [1.0], [1.0]]
+    assert hidden.grad.tolist() == [[0.0], [-2000.0], [-1000.0]]
+
+
+def test_what_is_added_up_is_float32_under_autocast():
+    """The sum over the vocabulary (5,001 equal tokens, which bfloat16 would round to 4,992), and
+    the difference of two logits (which it would round to a multiple of 0.5)."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        equal = head.token_logps(torch.ones(40, 2), torch.zeros(5001, 2), torch.arange(40))
+        weight = torch.tensor([[100.0], [1.0078125], [-50.0]])
+        apart = head.token_logps(torch.ones(1, 1), weight, torch.tensor([1]))
+    assert equal.dtype == apart.dtype == torch.float32
+    torch.testing.assert_close(equal, torch.full((40,), -math.log(5001)), rtol=1e-6, atol=0)
+    assert apart.tolist() == [1.0078125 - 100]
+
+
+def test_products_are_bfloat16_under_autocast():
+    """A logit is the product of rounded factors, rounded: 1 + 1/512 counts as 1."""
+    weight = torch.tensor([[1 + 1 / 512], [0.0]])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = head.token_logps(torch.ones(1, 1), weight, torch.tensor([1]))
+    assert rounded.item() == pytest.approx(-math.log(1 + math.exp(1)), abs=2e-3)
+    exact = head.token_logps(torch.ones(1, 1), weight, torch.tensor([1]))
+    assert exact.item() == pytest.approx(-math.log(1 + math.exp(1 + 1 / 512)), abs=1e-6)
+
+
+def test_the_weights_gradient_is_added_up_in_float32_under_autocast(monkeypatch):
+    """256 pieces of 8 tokens: the error of the gradient, against float32's, is that of single
+    bfloat16 products (it is one product with 2048 tokens at a time). Power: adding the pieces in
+    bfloat16 is worse by more than five times."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2048, 16).abs(), 0.3 * torch.randn(31, 16)
+    target, sizes = torch.randint(0, 31, (2048,)), torch.rand(2048)
+
+    def gradient(rows, tokens=slice(None), bfloat16=True):
+        monkeypatch.setattr(head, "ROWS", rows)
+        w = weight.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
+            logps = head.token_logps(hidden[tokens], w, target[tokens])
+        (logps * sizes[tokens]).sum().backward()
+        assert w.grad.dtype == torch.float32
+        return w.grad
+
+    exact = gradient(2048, bfloat16=False)
+    single = relative_error(gradient(2048), exact)
+    assert 1e-4 < single < 1e-2
+    assert relative_error(gradient(8), exact) < 1.2 * single
+    total = torch.zeros(31, 16, dtype=torch.bfloat16)
+    for start in range(0, 2048, 8):
+        total += gradient(8, slice(start, start + 8)).bfloat16()
+    assert relative_error(total, exact) > 5 * single
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_gradients_have_the_types_of_what_they_are_of(monkeypatch, dtype):
+    """Whatever the type of the products; log-probs are float32 at least."""
+    monkeypatch.setattr(head, "ROWS", 4)
+    hidden, weight, target, _ = head_inputs(dtype=dtype)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    logps = head.token_logps(hidden, weight, target)
+    assert logps.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    logps.sum().backward()
+    assert hidden.grad.dtype == weight.grad.dtype == dtype
+
+
+def test_the_fast_head_keeps_its_arrays_until_the_backward_pass(monkeypatch):
+    """One for every piece, until it has been used; none if there will be no backward pass."""
+    hidden, weight, target, _ = head_inputs()
+    monkeypatch.setattr(head, "ROWS", 3)
+    context = SimpleNamespace()
+    head.TokenLogps.forward(context, hidden, weight, target, torch.float64, True)
+    assert len(context.kept) == 4
+    head.TokenLogps.backward(context, torch.ones(10, dtype=torch.float64))
+    assert context.kept == []
+
+    contexts, forward = [], head.TokenLogps.forward
+
+    def watched(ctx, *arguments):
+        contexts.append(ctx)
+        return forward(ctx, *arguments)
+
+    monkeypatch.setattr(head.TokenLogps, "forward", staticmethod(watched))
+    head.token_logps(hidden.requires_grad_(), weight, target)
+    with torch.no_grad():
+        head.token_logps(hidden, weight, target)
+    assert [len(ctx.kept) for ctx in contexts] == [4, 0]

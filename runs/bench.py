@@ -1,0 +1,466 @@
+"""What a training step costs, and what the machine could do: seconds, tokens, memory, and the share
+of the rate of its matrix products.
+
+    python runs/bench.py                            # 6 layers, width 384, TL;DR's lengths: 3 min
+    python runs/bench.py --model=tiny --shape=hh    # 4 layers, width 128; long responses
+    python runs/bench.py --data=prefs.jsonl --model=gpt2 --device=cuda
+    python runs/bench.py --only=dpo --profile       # where the time goes, operators and parts
+    python runs/bench.py --scaling                  # against four sizes
+    bash runs/bench_trl.sh                          # side by side with TRL
+
+Everything is measured in turns in one process, so that a busy machine disturbs all rows alike:
+trust ratios, not seconds.
+
+step        median seconds of an optimizer step as in train_policy.py (collate, forward, loss,
+            backward, clip, AdamW; not what it logs) and (min .. max)
+useful      tokens that had to be looked at: every prompt and every response once, no padding
+needed      floating-point operations that the step has to do: the prompt once, the last layer only
+            where something is read, the vocabulary projection on response tokens only, causal
+            attention; the backward pass twice the forward
+MFU         needed operations per second over the machine's rate for the model's own matrix
+            products, measured in the same turns
+"""
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from statistics import mean, median
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import numpy as np
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from data import BatchOrder, Dataset, get_tokenizer
+from losses import LOSSES, PREFERENCE_LOSSES, plackett_luce, training_loss
+from model import GPT, GPTConfig
+from reward import RewardModel
+from support.device import end_step, setup, shape_multiple
+from support.flags import (
+    InputError,
+    Parser,
+    comma_separated,
+    device_flags,
+    number_type,
+    positive_int,
+    resolve,
+    run_script,
+    seed,
+)
+from support.optimizer import adamw, set_learning_rate
+from support.tokens import select, tokenised_file
+from train_policy import denominators
+
+MODELS = {"tiny": dict(n_layer=4, n_head=4, n_embd=128, vocab_size=1024),
+          "small": dict(n_layer=6, n_head=6, n_embd=384),
+          "gpt2": {}}
+SHAPES = {"tldr": (340, [25, 55]), "hh": (150, [60, 140])}      # tokens of a prompt, of a response
+GENERATE = ("generate", "generate, no cache")
+TASKS = ("sft", *PREFERENCE_LOSSES, "reward model", "score", *GENERATE)
+WARM_UP = 3                         # turns
+N_NEW, MEMBERS = 16, 5              # tokens to generate; reward models in e-DPO's family
+LR = 1e-5
+
+
+def parse_flags(argv):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--model", default="small", choices=MODELS)
+    add("--data", help="preferences: a file or a hub name, instead of made-up ones")
+    add("--shape", choices=SHAPES, help="of made-up data (default: tldr)")
+    add("--prompt", type=positive_int, help="tokens in a made-up prompt (default: of --shape)")
+    add("--response", type=comma_separated(positive_int, "token counts FROM,TO"),
+        help="tokens in a made-up response (default: of --shape)")
+    add("--n_responses", type=number_type(int, "number from 2 up", lambda n: n >= 2),
+        help="per made-up prompt, without the KL term's (default: 2)")
+    add("--only", help=f"comma-separated, of: {', '.join(TASKS)}")
+    add("--batch_size", type=positive_int, default=8, help="rows (pairs) per step")
+    add("--steps", type=positive_int, default=10, help="turns to measure, after three to warm up")
+    add("--seed", type=seed, default=0)
+    device_flags(parser)
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="use torch.compile")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--profile", action="store_true", help="where the first task's time goes")
+    output.add_argument("--scaling", action="store_true", help="time and memory against four sizes")
+    output.add_argument("--json", action="store_true", help="print the results as JSON")
+    args = parser.parse_args(argv)
+    args.only = args.only.split(",") if args.only else list(TASKS)
+    for task in args.only:
+        if task not in TASKS:
+            raise InputError(f"--only: {task!r} is none of {', '.join(TASKS)}")
+    prompt, response = SHAPES[args.shape or "tldr"]
+    defaults = {"shape": "tldr", "prompt": prompt, "response": response, "n_responses": 2}
+    resolve(args, {flag: (args.data is None, default, "made-up data, which is without --data")
+                   for flag, default in defaults.items()})
+    if args.response and (len(args.response) != 2 or args.response[0] > args.response[1]):
+        raise InputError("--response: FROM,TO in tokens, such as 25,55")
+    return args
+
+
+# ---------------- the work
+
+
+def made_up_examples(args, n, vocab_size):
+    """n prompts with K + 1 responses of random tokens: the last one stands for the KL term's
+    sample."""
+    rng = np.random.default_rng(args.seed)
+
+    def tokens(length):
+        return rng.integers(0, vocab_size, length).astype(np.int32)
+
+    low, high = args.response
+    return [(tokens(args.prompt),
+             [tokens(rng.integers(low, high + 1)) for _ in range(args.n_responses + 1)])
+            for _ in range(n)]
+
+
+def needed_flops(config, examples):
+    """Floating-point operations of one forward pass over (prompt, responses) examples, a
+    multiply-add counting two. A reward model: vocab_size 0."""
+    C, flops = config.n_embd, 0
+    for prompt, responses in examples:
+        P, lengths = len(prompt), [len(response) for response in responses]
+        R = sum(lengths)
+        tokens, read = P + R, 1 + R             # read: the last prompt token and the responses
+        causal = P * (P + 1) // 2               # pairs of tokens of which one sees the other
+        tree = sum(n * P + n * (n + 1) // 2 for n in lengths)
+        # 12 C^2 weights for each token; attention: scores and weighted sums
+        layer = 24 * C * C * tokens + 4 * C * (causal + tree)
+        # keys and values for all tokens, the rest for those that are read
+        last_layer = 4 * C * C * tokens + 20 * C * C * read + 4 * C * (P + tree)
+        flops += (config.n_layer - 1) * layer + last_layer + 2 * C * config.vocab_size * R
+    return flops
+
+
+def matmul_rate(config, tokens, response_tokens, dtype, device):
+    """Operations per second of the matrix products of one step, and nothing else: for each of the
+    model's weights, forward, gradient of the input, gradient of the weight."""
+    C, L, seconds, flops = config.n_embd, config.n_layer, 0.0, 0
+    shapes = [(tokens, C, 3 * C, L), (tokens, C, C, L), (tokens, C, 4 * C, L),
+              (tokens, 4 * C, C, L), (response_tokens, C, config.vocab_size, 1)]
+    for n, fan_in, fan_out, times in shapes:
+        x = torch.randn(n, fan_in, dtype=dtype, device=device)
+        w = torch.randn(fan_out, fan_in, dtype=dtype, device=device)
+        y = x @ w.t()
+        for _ in range(2):      # the second time counts: the memory is there
+            synchronise(device)
+            start = time.perf_counter()
+            torch.mm(x, w.t(), out=y)
+            x_grad, w_grad = y @ w, y.t() @ x
+            synchronise(device)
+            last = time.perf_counter() - start
+        seconds += times * last
+        flops += times * 6 * n * fan_in * fan_out
+        del x, w, y, x_grad, w_grad
+    return flops / seconds
+
+
+def synchronise(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    elif device.type == "xla":
+        import torch_xla
+        torch_xla.sync(wait=True)
+
+
+def peak_memory(device):
+    """Bytes: of the device, or the largest this process has been."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = "/proc/self/status"
+    if os.path.exists(status):      # Linux, where ru_maxrss starts from the size of the parent
+        with open(status, encoding="utf-8") as file:
+            kilobytes, = [line.split()[1] for line in file if line.startswith("VmHWM")]
+        return int(kilobytes) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # macOS: bytes
+
+
+def memory_of_steps(device):
+    """The peak so far, without the imported libraries: the work's own."""
+    return peak_memory(device) - (IMPORTED if device.type != "cuda" else 0)
+
+
+@torch.no_grad()
+def generate_without_cache(model, prompts, n):
+    """n greedy tokens for prompts of one length, everything computed again for every token."""
+    tokens = torch.tensor(prompts, device=model.lm_head.weight.device)
+    for _ in range(n):
+        position = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+        logits = model.lm_head(model.transformer(tokens, position)[:, -1])
+        tokens = torch.cat([tokens, logits.argmax(dim=1, keepdim=True)], dim=1)
+
+
+# ---------------- the measurement
+
+
+class Bench:
+    """Models, data and optimizers, and one function that does a task once."""
+
+    def __init__(self, args):
+        self.args = argparse.Namespace(**vars(args), lr=LR, weight_decay=0.0)
+        self.device, self.autocast = setup(self.args)
+        self.multiple = shape_multiple(self.args)
+        self.dtype = getattr(torch, self.args.dtype)
+        self.config = GPTConfig(**MODELS[args.model])
+        examples = self.examples()
+        self.datasets = {task: task_dataset(task, examples) for task in {*args.only, "dpo"}}
+        # every task the rows of DPO, so that all can be compared
+        self.order = BatchOrder(self.datasets["dpo"].row_lengths(), args.batch_size, args.seed)
+        self.counted = {task: denominators(self.datasets[task], LOSSES[task])
+                        for task in args.only if task in LOSSES}
+        self.policy = GPT(self.config).to(self.device)
+        self.models = {task: self.policy for task in args.only}
+        if "reward model" in args.only:
+            self.models["reward model"] = RewardModel.from_policy(self.policy).to(self.device)
+        networks = set(self.models.values())
+        if args.compile:
+            for network in networks:
+                network.compile(dynamic=True)
+        self.optimizers = {network: adamw(network, self.args) for network in networks}
+
+    def examples(self):
+        """Those of --data, or made-up ones; each with a response more, in place of the sample that
+        the KL term needs."""
+        args, config = self.args, self.config
+        if args.data is None:
+            config.block_size = max(config.block_size, args.prompt + args.response[1])
+            return made_up_examples(args, 32 * args.batch_size, config.vocab_size)
+        tokenizer = get_tokenizer("gpt2")
+        if tokenizer.n_vocab > config.vocab_size:
+            raise InputError(f"--model: {args.model} knows {config.vocab_size} tokens, and --data "
+                             f"is in GPT-2's {tokenizer.n_vocab}; use small or gpt2")
+        examples, _ = select(tokenised_file(args.data, tokenizer), config.block_size, args.data)
+        return [(prompt, [*responses, responses[0]]) for prompt, responses in examples]
+
+    def do(self, task, turn):
+        """A task once, on the rows of a turn."""
+        rows, dataset, model = self.order.rows(turn), self.datasets[task], self.models[task]
+        if task in GENERATE:
+            shortest = min(len(dataset.examples[i][0]) for i in rows)
+            prompts = [dataset.examples[i][0][-shortest:].tolist() for i in rows]
+            with self.autocast():
+                if task == "generate":
+                    model.generate(prompts, N_NEW, temperature=0)
+                else:
+                    generate_without_cache(model, prompts, N_NEW)
+            return
+
+        batch = dataset.batch(rows, self.multiple).to(self.device)
+        with torch.set_grad_enabled(task != "score"), self.autocast():
+            outputs = model(batch)                  # (B, K + S) log-probs, or (B, K) rewards
+        if task == "score":
+            return
+        if task == "reward model":
+            losses, count = plackett_luce(outputs), len(rows)
+        else:
+            knobs = {**LOSSES[task].knobs, "gamma": 0.01}
+            losses = training_loss(task, outputs, **batch.columns(), **knobs)
+            count = int(self.counted[task][rows].sum())
+        (losses.sum() / count).backward()
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer = self.optimizers[model]
+        set_learning_rate(optimizer, LR)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        end_step(self.device)
+
+    def seconds(self, task, turn):
+        synchronise(self.device)
+        start = time.perf_counter()
+        self.do(task, turn)
+        synchronise(self.device)
+        return time.perf_counter() - start
+
+    def flops(self, task, turn):
+        """Needed operations of a task in a turn."""
+        examples = [self.datasets[task].examples[i] for i in self.order.rows(turn)]
+        config = self.config if task != "reward model" else replace(self.config, vocab_size=0)
+        passes = 1 if task == "score" else 3
+        return passes * needed_flops(config, examples)
+
+
+def task_dataset(task, examples):
+    """A Dataset with the responses and the columns that a task needs, as train_policy.py has them;
+    their values do not matter. examples: with K + 1 responses."""
+    needs = LOSSES[task].needs if task in LOSSES else ()
+    K, S = len(examples[0][1]) - 1, int("ref_samples" in needs)
+    if task == "sft":
+        K = 1
+    N, examples = len(examples), [(prompt, responses[:K + S]) for prompt, responses in examples]
+    rewards = np.zeros((N, K, MEMBERS), np.float32) if "rewards" in needs else None
+    ref_logps = np.zeros((N, K + S), np.float32) if "ref_logps" in needs else None
+    return Dataset(examples, rewards, ref_logps, n_samples=S)
+
+
+def measure(args):
+    """Returns a list with a dictionary for each task, and a dictionary for the machine."""
+    bench = Bench(args)
+    tasks, device, turns = args.only, bench.device, range(WARM_UP, WARM_UP + args.steps)
+    pairs = bench.datasets["dpo"]
+    tokens, response_tokens = pairs.row_lengths(), pairs.response_lengths().sum(axis=1)     # (N,)
+    for turn in range(WARM_UP):
+        for task in tasks:
+            bench.do(task, turn)
+    memory = memory_of_steps(device)        # before the matrix products below take theirs
+    seconds, rates = {task: [] for task in tasks}, []
+    for turn in turns:
+        for task in tasks:
+            seconds[task].append(bench.seconds(task, turn))
+        rows = bench.order.rows(turn)
+        rates.append(matmul_rate(bench.config, tokens[rows].sum(), response_tokens[rows].sum(),
+                                 bench.dtype, device))
+    results = []
+    for task in tasks:
+        s = median(seconds[task])
+        result = {"task": task, "seconds": s, "from": min(seconds[task]), "to": max(seconds[task])}
+        if task in GENERATE:
+            result["tokens_per_s"] = args.batch_size * N_NEW / s
+        else:
+            lengths = bench.datasets[task].row_lengths()
+            useful = [int(lengths[bench.order.rows(turn)].sum()) for turn in turns]
+            flops = [bench.flops(task, turn) for turn in turns]
+            shares = [f / t / rate for f, t, rate in zip(flops, seconds[task], rates)]
+            result |= {"pairs_per_s": args.batch_size / s, "useful": mean(useful),
+                       "tokens_per_s": median(n / t for n, t in zip(useful, seconds[task])),
+                       "gflop": mean(flops) / 1e9, "mfu": median(shares)}
+        results.append(result)
+    name = str(device)
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
+    elif device.type == "cpu":
+        name = f"{torch.get_num_threads()} threads of a CPU"
+    machine = {"device": name, "dtype": bench.args.dtype, "gflops": median(rates) / 1e9,
+               "gflops_from": min(rates) / 1e9, "gflops_to": max(rates) / 1e9,
+               "torch": torch.__version__, "peak_gib": memory / 2 ** 30,
+               "model": args.model, "batch_size": args.batch_size,
+               "parameters": sum(p.numel() for p in bench.policy.parameters())}
+    return results, machine
+
+
+def report(results, machine):
+    m = machine
+    print(f"{m['model']}: {m['parameters']:,} parameters, batches of {m['batch_size']}, "
+          f"{m['dtype']}, {m['device']}, torch {m['torch']}\n"
+          f"matrix products at the model's sizes: {m['gflops']:.0f} GFLOP/s "
+          f"({m['gflops_from']:.0f} .. {m['gflops_to']:.0f}); "
+          f"peak memory above the imported libraries {m['peak_gib']:.2f} GiB\n")
+    print("| task | step, s | pairs/s | useful tokens | tokens/s | needed GFLOP | MFU "
+          "| time / DPO's |\n" + "|---" * 8 + "|")
+    seconds = {r["task"]: r["seconds"] for r in results}
+    for r in results:
+        cells = [r["task"], f"{r['seconds']:.3f} ({r['from']:.3f} .. {r['to']:.3f})",
+                 "", "", f"{r['tokens_per_s']:,.0f}", "", "", ""]
+        if r["task"] not in GENERATE:
+            cells[2:4] = [f"{r['pairs_per_s']:.2f}", f"{r['useful']:,.0f}"]
+            cells[5:7] = [f"{r['gflop']:.0f}", f"{r['mfu']:.0%}"]
+            if "dpo" in seconds:
+                cells[7] = f"{r['seconds'] / seconds['dpo']:.2f}"
+        print("| " + " | ".join(cells) + " |")
+
+
+# ---------------- where the time goes
+
+
+def part_of(name, shapes, config):
+    """Which part of a step an operator belongs to, by its name and the sizes of what it reads."""
+    shapes = [shape for shape in shapes or [] if isinstance(shape, list)]
+    sizes = {size for shape in shapes for size in shape}
+    if "adamw" in name or "foreach" in name or "norm" in name and "layer" not in name:
+        return "optimizer and clipping"
+    if name == "aten::mul_" and len(shapes[0]) < 3 and config.vocab_size not in sizes:
+        return "optimizer and clipping"
+    if "embedding" in name:
+        return "embeddings"
+    if config.vocab_size in sizes:
+        return "head"
+    if "dot_product" in name or "attention" in name:
+        return "attention (scores)"
+    if "layer_norm" in name:
+        return "layer norms"
+    if "gelu" in name or 4 * config.n_embd in sizes:
+        return "MLP"
+    if name in ("aten::addmm", "aten::mm"):
+        return "attention (projections)"
+    return "copies, sums and the rest"
+
+
+def profile(args):
+    """Prints the top operators, and the share of each part, of the first task."""
+    bench, task = Bench(args), args.only[0]
+    for turn in range(WARM_UP):
+        bench.do(task, turn)
+    on_cuda, turns = bench.device.type == "cuda", range(WARM_UP, WARM_UP + 3)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if on_cuda:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
+        start = time.perf_counter()
+        for turn in turns:
+            bench.do(task, turn)
+        synchronise(bench.device)
+        wall = (time.perf_counter() - start) * 1e6                      # microseconds
+
+    def time_of(event):
+        return event.self_device_time_total if on_cuda else event.self_cpu_time_total
+
+    operators = [e for e in profiler.key_averages() if e.key.startswith("aten")]
+    print(f"{task}, {len(turns)} steps, {wall / len(turns) / 1e3:.0f} ms each under the profiler\n"
+          "\n| operator | share | calls a step |\n|---|---|---|")
+    for event in sorted(operators, key=time_of, reverse=True)[:12]:
+        print(f"| {event.key} | {time_of(event) / wall:.1%} | {event.count / len(turns):.0f} |")
+    parts = {}
+    for event in profiler.key_averages(group_by_input_shape=True):
+        if event.key.startswith("aten"):
+            part = part_of(event.key, event.input_shapes, bench.config)
+            parts[part] = parts.get(part, 0) + time_of(event)
+    parts["outside operators: Python, collate, autograd"] = wall - sum(parts.values())
+    print("\n| part of the step | share |\n|---|---|")
+    for part in sorted(parts, key=parts.get, reverse=True):
+        print(f"| {part} | {parts[part] / wall:.1%} |")
+
+
+# ---------------- cost against size
+
+SCALING = {"--prompt": (64, 128, 256, 512, 1024),
+           "--response": ("16,16", "32,32", "64,64", "128,128", "256,256"),
+           "--n_responses": (2, 3, 4, 6, 8),
+           "--batch_size": (2, 4, 8, 16, 32)}
+
+
+def scaling(args):
+    """A process for each size, so that peak memory is its own."""
+    print("| varied | DPO step, s | unique tokens | µs per token | peak memory, GiB |\n"
+          "|---|---|---|---|---|")
+    kept = [f"--{name}={getattr(args, name)}"
+            for name in ("model", "shape", "steps", "seed", "device", "dtype")]
+    for flag in [f"{name}={value}" for name, values in SCALING.items() for value in values]:
+        done = subprocess.run([sys.executable, __file__, *kept, "--only=dpo", "--json", flag],
+                              stdout=subprocess.PIPE, text=True, check=True)
+        (result,), machine = json.loads(done.stdout)
+        print(f"| `{flag}` | {result['seconds']:.3f} | {result['useful']:,.0f} | "
+              f"{1e6 / result['tokens_per_s']:.0f} | {machine['peak_gib']:.2f} |", flush=True)
+
+
+def main(argv=None):
+    args = parse_flags(argv)
+    if args.profile:
+        profile(args)
+    elif args.scaling:
+        scaling(args)
+    elif args.json:
+        print(json.dumps(measure(args)))
+    else:
+        report(*measure(args))
+
+
+IMPORTED = peak_memory(torch.device("cpu"))
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,109 @@
+"""Scores every response of a file by reward models, and writes the scores as columns beside them.
+
+    python runs/score.py --data=prefs.jsonl --rewards=out/rms       # -> out/scored.jsonl
+    python train_policy.py --loss=e-dpo --data=out/scored.jsonl --rewards=scores
+
+The columns: prompt, chosen, rejected, score_chosen, score_rejected; of more than two responses
+prompt, responses, ranks, scores. A score is a number, or a list if there are several reward models.
+"""
+import json
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import numpy as np
+
+from data import Dataset, get_tokenizer
+from reward import RewardModel
+from support.device import setup, shape_multiple
+from support.files import replacing
+from support.flags import InputError, Parser, check_out_dir, device_flags, run_script
+from support.formats import load_rows
+from support.passes import score
+from support.run_folder import family_folders, run_flags
+from support.tokenizer import check_vocabulary
+from support.tokens import encode, examples_of
+
+
+def parse_flags(argv):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--data", required=True, help="preferences: a file or a hub name")
+    add("--rewards", default="out/rms", help="reward models, or folders of families, "
+        "comma-separated")
+    add("--out", default="out/scored.jsonl", help="the file to write")
+    device_flags(parser)
+    args = parser.parse_args(argv)
+    args.seed = 0
+    if os.path.isdir(args.out) or not args.out.endswith(".jsonl"):
+        raise InputError(f"--out: {args.out!r} is not the name of a .jsonl file")
+    if os.path.realpath(args.out) == os.path.realpath(args.data):
+        raise InputError("--out: it is also --data, which would be overwritten; name another file")
+    check_out_dir(os.path.dirname(args.out) or ".", flag="--out")
+    return args
+
+
+def load(folders, device):
+    """{folder: RewardModel}, and the tokenizer that all of them read."""
+    names = [run_flags(folder).get("tokenizer", "gpt2") for folder in folders]
+    for folder, name in zip(folders, names):
+        if name != names[0]:
+            raise InputError(f"--rewards: {folders[0]} reads {names[0]} tokens, {folder} {name}")
+    tokenizer = get_tokenizer(names[0])
+    models = {folder: RewardModel.from_pretrained(folder).to(device) for folder in folders}
+    for folder, model in models.items():
+        check_vocabulary(model, tokenizer, f"--rewards: {folder}")
+    return models, tokenizer
+
+
+def scorable(data, tokenizer, block_size):
+    """Rows of text whose responses can be scored, and their examples: (rows, Dataset)."""
+    rows = list(load_rows(data))
+    try:
+        arrays = encode(rows, tokenizer)
+    except ValueError as error:
+        raise InputError(f"--data: {data}: {error}") from error
+    kept, examples = [], []
+    for number, prompt, responses in examples_of(arrays, block_size, np.arange(len(rows))):
+        if prompt is not None and all(text.strip() for text in rows[number]["responses"]):
+            kept.append(rows[number])
+            examples.append((prompt, responses))
+    print(f"{len(rows) - len(kept)} of {len(rows)} rows dropped (a response is blank, or alone "
+          f"does not fit block_size {block_size})")
+    if not kept:
+        raise InputError(f"--data: {data}: no usable row")
+    return kept, Dataset(examples)
+
+
+def record(row, scores):
+    """One line of the file. scores: for each response a number or a list."""
+    responses = row["responses"]
+    if len(responses) == 2:
+        columns = dict(zip(("chosen", "rejected", "score_chosen", "score_rejected"),
+                           (*responses, *scores)))
+    else:                           # the order stays what it was, whatever the scores say
+        ranks = list(range(1, len(responses) + 1))
+        columns = {"responses": responses, "ranks": ranks, "scores": scores}
+    return {"prompt": row["prompt"], **columns}
+
+
+def main(argv=None):
+    args = parse_flags(argv)
+    device, autocast = setup(args)
+    models, tokenizer = load(family_folders(args.rewards), device)
+    block_size = min(model.config.block_size for model in models.values())
+    rows, dataset = scorable(args.data, tokenizer, block_size)
+    rewards = np.stack([score(model, dataset, autocast, shape_multiple(args), folder)
+                        for folder, model in models.items()], axis=2)           # (N, K, M)
+    if len(models) == 1:
+        rewards = rewards[:, :, 0]                                              # (N, K)
+    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+    with replacing(args.out) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for row, scores in zip(rows, rewards.tolist()):
+            file.write(json.dumps(record(row, scores), ensure_ascii=False) + "\n")
+    print(f"{args.out}: {len(rows)} rows with the scores of {len(models)} reward models")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,240 @@
+"""Flags, before anything is read or made: what would be ignored is refused, what is wrong is said,
+what is left out is filled in."""
+import json
+from pathlib import Path
+
+import pytest
+
+import evaluate
+import sample
+import train_policy
+import train_rm
+from losses import LOSSES, PREFERENCE_LOSSES
+from support.flags import InputError
+from support.training_flags import policy_flags, reward_flags
+
+IGNORED = "--{}: it would be ignored"
+KNOBS = {"beta": "1", "tau": "1", "gamma": "1", "min_per": "example"}
+SIZES = ["n_layer", "n_head", "n_embd", "block_size"]
+
+
+@pytest.fixture
+def refuses(tmp_path, monkeypatch):
+    """A function that runs a script in an empty folder: it has to refuse the flags with a message
+    of one line, and to leave the folder empty."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(script, flags, message):
+        with pytest.raises(InputError, match=message) as error:
+            script.main(flags)
+        assert "\n" not in str(error.value)
+        assert list(tmp_path.iterdir()) == []
+
+    return run
+
+
+# ------------------------------------------------------------------ flags that would be ignored
+
+def unused_flags():
+    """(loss, flag, value) of every loss and every flag that another loss uses and it does not. The
+    losses are those of the table, also those that somebody adds."""
+    for name, loss in LOSSES.items():
+        for other in LOSSES.values():
+            for knob, default in other.knobs.items():
+                if knob not in loss.knobs:
+                    yield name, knob, KNOBS.get(knob, str(default))
+        if "rewards" not in loss.needs:
+            yield name, "rewards", "out/rm"
+        if "ref_samples" not in loss.needs:
+            yield name, "max_new_tokens", "64"
+
+
+@pytest.mark.parametrize("loss, flag, value", sorted(set(unused_flags())))
+def test_flags_of_another_loss(refuses, loss, flag, value):
+    refuses(train_policy, [f"--loss={loss}", f"--{flag}={value}"], IGNORED.format(flag))
+
+
+def test_the_table_above_has_these():
+    """What a student tries first, by hand."""
+    refused = {(loss, flag) for loss, flag, _ in unused_flags()}
+    assert refused >= {("dpo", "max_new_tokens"), ("dpo", "min_per"), ("dpo", "tau"),
+                       ("dpo", "gamma"), ("dpo", "rewards"), ("ipo", "beta"), ("ipo", "gamma"),
+                       ("d-dpo", "max_new_tokens"), ("p-dpo", "rewards"), ("dp-dpo", "min_per"),
+                       ("e-dpo", "tau"), ("sft", "beta"), ("sft", "rewards")}
+    used = [(name, knob) for name, loss in LOSSES.items() for knob in loss.knobs]
+    assert not refused & set(used)
+
+
+@pytest.mark.parametrize("flag", SIZES)
+@pytest.mark.parametrize("loss", ["sft", "e-dpo"])
+def test_sizes_of_a_model_that_has_its_own(refuses, loss, flag):
+    flags = [f"--loss={loss}", "--init_from=out/sft", f"--{flag}=8"]
+    refuses(train_policy, flags, IGNORED.format(flag) + ": it is used by --init_from=scratch")
+
+
+@pytest.mark.parametrize("flag", ["--pool=100", "--hard_labels"])
+@pytest.mark.parametrize("script, flags", [(train_policy, ["--loss=dpo"]), (train_rm, [])])
+def test_flags_of_the_embedded_task_with_a_file(refuses, script, flags, flag):
+    name = flag.strip("-").split("=")[0]
+    refuses(script, [*flags, "--data=pairs.jsonl", flag],
+            IGNORED.format(name) + ": it is used by --data=tinytldr")
+
+
+@pytest.mark.parametrize("data", ["tinytldr", "demonstrations.jsonl"])
+@pytest.mark.parametrize("flag", ["--rho=0.2", "--n_pairs=10", "--pool=10", "--hard_labels",
+                                  "--relabel=out/oracle"])
+def test_flags_of_pairs_with_demonstrations(refuses, data, flag):
+    name = flag.strip("-").split("=")[0]
+    refuses(train_policy, ["--loss=sft", f"--data={data}", flag],
+            IGNORED.format(name) + ": it is used by the preference losses")
+
+
+def test_relabelling_of_pairs_that_nobody_looks_at(refuses):
+    """evaluate.py looks at pairs for the accuracy of --rms alone."""
+    refuses(evaluate, ["out/dpo", "--relabel=out/oracle"], IGNORED.format("relabel"))
+
+
+def test_a_dialogue_with_a_model_that_answers_posts(world, refuses):
+    refuses(sample, [f"{world}/sft", "--chat"], IGNORED.format("chat"))
+
+
+# ------------------------------------------------------------------ flags that are wrong
+
+@pytest.mark.parametrize("flags, message", [
+    (["--loss=kto"], "argument --loss: invalid choice: 'kto'"),
+    (["--loss=dpo", "--bet=1"], "unrecognized arguments: --bet=1"),
+    (["--loss=dpo", "--init_from=scratch"], "--init_from: .* needs a reference policy"),
+    (["--gamma=1,2,3"], "--gamma: invalid FIRST,LAST"),
+    (["--gamma=-1"], "--gamma: invalid FIRST,LAST"),
+    (["--gamma=nan"], "--gamma: invalid FIRST,LAST"),
+    (["--rho=2"], r"--rho: invalid fraction \(or all\) value: '2'"),
+    (["--rho=some"], "--rho: invalid fraction"),
+    (["--lr=0"], "--lr: invalid positive float value: '0'"),
+    (["--lr=inf"], "--lr: invalid positive float"),
+    (["--weight_decay=-1"], "--weight_decay: invalid non-negative float"),
+    (["--seed=-1"], "--seed: invalid seed"),
+    (["--seed=4294967296"], "--seed: invalid seed"),
+    (["--batch_size=1.5"], "--batch_size: invalid positive int"),
+    (["--loss=sft", "--n_head=3"], "--n_head: 3 heads do not divide --n_embd=128"),
+    (["--min_per=batch", "--micro_batch_size=2"], "--min_per=batch: .* leave --micro_batch_size")])
+def test_bad_flags_of_a_policy(refuses, flags, message):
+    refuses(train_policy, flags, message)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--bias=0.2,x"], "--bias: invalid list of comma-separated fractions value: '0.2,x'"),
+    (["--bias=0.2,1.2"], "--bias: invalid list of comma-separated fractions"),
+    (["--bias=0.2,0.20"], "--bias: .* named twice"),
+    (["--init_from=scratch"], "--init_from: a reward model starts from a language model"),
+    (["--loss=dpo"], "unrecognized arguments: --loss=dpo"),
+    (["--max_steps=0"], "--max_steps: invalid positive int value: '0'")])
+def test_bad_flags_of_a_reward_model(refuses, flags, message):
+    refuses(train_rm, flags, message)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--data=pairs.jsonl"], "--oracle: only --data=tinytldr has an oracle of its own"),
+    (["--temperature=0.001"], "--temperature: invalid temperature"),
+    (["--n_prompts=0"], "--n_prompts: invalid positive int"),
+    (["--split=train"], "--split: invalid choice")])
+def test_bad_flags_of_a_comparison(refuses, flags, message):
+    refuses(evaluate, flags, message)
+
+
+# ------------------------------------------------------------------ what is left out
+
+def policy_args(*flags):
+    return policy_flags(list(flags), "", LOSSES)
+
+
+def test_defaults_of_dpo():
+    """Its own beta, and None for what it has no use for."""
+    args = policy_args("--loss=dpo")
+    assert (args.beta, args.init_from, args.out_dir) == (0.3, "out/sft", "out/dpo")
+    assert args.tau is args.gamma is args.min_per is args.rewards is args.max_new_tokens is None
+    assert args.n_embd is args.block_size is None
+    assert (args.rho, args.n_pairs, args.pool, args.hard_labels) == (0.2, 4000, 10_000, False)
+    assert (args.max_steps, args.batch_size, args.micro_batch_size) == (400, 16, 16)
+    assert (args.n_eval, args.eval_every, args.tokenizer) == (256, 50, "tinytldr")
+
+
+def test_defaults_of_sft():
+    args = policy_args("--loss=sft")
+    assert (args.init_from, args.n_layer, args.n_head, args.n_embd, args.block_size) == (
+        "scratch", 2, 4, 128, 192)
+    assert args.beta is args.rho is args.n_pairs is args.pool is args.hard_labels is None
+    assert (args.max_steps, args.batch_size, args.n_eval, args.eval_every) == (1000, 32, 256, 125)
+
+
+@pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
+def test_every_loss_gets_its_own_defaults(loss):
+    args = policy_args(f"--loss={loss}")
+    for name in {knob for other in LOSSES.values() for knob in other.knobs}:
+        assert getattr(args, name) == LOSSES[loss].knobs.get(name)
+    assert (args.rewards is not None) == ("rewards" in LOSSES[loss].needs)
+    assert (args.max_new_tokens is not None) == ("ref_samples" in LOSSES[loss].needs)
+
+
+def test_a_family_for_e_dpo_and_one_reward_model_for_the_others():
+    assert policy_args("--loss=e-dpo").rewards == "out/rms"
+    assert policy_args("--loss=d-dpo").rewards == policy_args("--loss=dp-dpo").rewards == "out/rm"
+
+
+def test_gamma_is_annealed_or_constant():
+    assert policy_args("--gamma=0.1,0.2").gamma == [0.1, 0.2]
+    assert policy_args("--gamma=0.1").gamma == [0.1, 0.1]
+    assert list(policy_args().gamma) == [1e-4, 1e-2]
+
+
+def test_defaults_of_file_data():
+    """The pairs as they are, all of them."""
+    args = policy_args("--loss=dpo", "--data=pairs.jsonl")
+    assert (args.rho, args.n_pairs, args.pool, args.hard_labels) == ("all", None, None, None)
+    assert args.tokenizer == "gpt2"
+    assert policy_args("--loss=dpo", "--data=pairs.jsonl", "--rho=0.3").rho == 0.3
+
+
+def test_defaults_of_reward_models():
+    args = reward_flags([], "")
+    assert (args.out_dir, args.init_from, args.bias) == ("out/rm", "out/sft", None)
+    assert (args.max_steps, args.batch_size, args.rho) == (100, 64, 0.2)
+    args = reward_flags(["--bias=0.2,0.5"], "")
+    assert (args.out_dir, args.bias) == ("out/rms", [0.2, 0.5])
+
+
+@pytest.mark.parametrize("max_steps, batch_size", [(1, 1), (6, 8), (40, 16), (100, 32)])
+def test_a_short_run_is_evaluated_seldom_and_on_few_rows(max_steps, batch_size):
+    """So that evaluating stays the smaller part; what was asked for is done all the same."""
+    short = [f"--max_steps={max_steps}", f"--batch_size={batch_size}"]
+    for args in (policy_args(*short), reward_flags(short, "")):
+        assert 16 <= args.n_eval < 256 and args.eval_every >= 25
+        assert args.n_eval <= max(16, max_steps * batch_size)
+    args = policy_args(*short, "--n_eval=300", "--eval_every=2")
+    assert (args.n_eval, args.eval_every) == (300, 2)
+
+
+def test_a_micro_batch_is_not_larger_than_the_batch():
+    assert policy_args("--batch_size=8", "--micro_batch_size=32").micro_batch_size == 8
+    assert policy_args("--batch_size=8", "--micro_batch_size=3").micro_batch_size == 3
+
+
+def test_scratch_is_a_folder_name_like_any_other(tmp_path, hub_cache, monkeypatch):
+    """For --out_dir; for --init_from it means a new model, also where there is such a folder: the
+    run can be repeated and resumed."""
+    monkeypatch.chdir(tmp_path)
+    rows = [json.dumps({"prompt": f"{i}:", "completion": " broke"}) + "\n" for i in range(40)]
+    Path("demonstrations.jsonl").write_text("".join(rows))
+    flags = ["--loss=sft", "--out_dir=scratch", "--max_steps=1", "--batch_size=2", "--n_layer=1",
+             "--n_embd=8", "--data=demonstrations.jsonl", "--tokenizer=tinytldr"]
+    for again in ([], [], ["--resume"]):
+        train_policy.main(flags + again)
+        config = json.loads(Path("scratch/config.json").read_text())
+        assert config["nanopref"]["init_from"] == "scratch" and config["n_layer"] == 1
+
+
+def test_a_new_model_has_nothing_of_a_folder_called_scratch(tmp_path, monkeypatch):
+    """Not its tokenizer either."""
+    monkeypatch.chdir(tmp_path)
+    Path("scratch").mkdir()
+    Path("scratch/config.json").write_text(json.dumps({"nanopref": {"tokenizer": "gpt2"}}))
+    assert policy_args("--loss=sft").tokenizer == "tinytldr"

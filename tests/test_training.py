@@ -1,0 +1,620 @@
+"""The training scripts, beside a trainer that is as plain as can be.
+
+The plain trainer below shares only the networks with the repository. It reads the data file itself
+and runs every prompt and response as a sequence of its own, in float64: no tree, no cache, no
+micro-batches. Every loss's equation is written out as the paper has it, and so are the annealing of
+gamma, clipping, the learning rate and AdamW. After a few steps, train_policy.py and train_rm.py
+must have arrived at its weights and have logged its numbers.
+
+From the repository come the choices that could be otherwise: which rows make up a batch, D_rho's
+random choice of pairs, the seed of the samples for the KL term.
+"""
+import hashlib
+import itertools
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import tinytldr
+import train_policy
+import train_rm
+from data import BatchOrder, biased_subset
+from losses import PREFERENCE_LOSSES
+from model import GPT, GPTConfig
+from reward import RewardModel
+
+SEED = 7
+BETA, TAU, GAMMA = 0.7, 0.3, (0.3, 0.9)
+LR, WEIGHT_DECAY = 1e-3, 1.0
+GRAD_CLIP = 1e-4        # so small that AdamW's epsilon counts: elsewhere it makes rounding visible
+BATCH, MICRO_BATCH, N_EVAL = 8, 3, 13
+MAX_NEW_TOKENS = 6
+BLOCK_SIZE = 40
+SHARED_FLAGS = [f"--seed={SEED}", f"--lr={LR}", f"--weight_decay={WEIGHT_DECAY}",
+                f"--batch_size={BATCH}", f"--n_eval={N_EVAL}", "--eval_every=1000",
+                "--device=cpu", "--dtype=float32", "--tokenizer=tinytldr"]
+
+# ------------------------------------------------------------------ the data, as files and as rows
+
+
+@dataclass
+class Row:
+    """A prompt, K responses (token ids, the best first), and what training takes as given."""
+    prompt: list
+    responses: list
+    rewards: list = None            # of each response: a list of M numbers
+    ref_logps: list = None          # of each response
+    sample: list = None             # a response drawn from the reference, for the KL term
+    ref_sample_logp: float = None
+
+
+def split_of(prompt):
+    """A prompt's split goes by the first byte of its SHA-256."""
+    number = hashlib.sha256(prompt.encode()).digest()[0]
+    if number < 26:
+        return "validation"
+    return "test" if number < 52 else "train"
+
+
+def letters(rng, shortest, longest):
+    size = rng.integers(shortest, longest + 1)
+    return "".join(rng.choice(list("abcdefghijklmnop"), size=size))
+
+
+def prompt_for(split, rng, shortest=1, longest=9):
+    """Letters that the hash puts into this split."""
+    prompt = letters(rng, shortest, longest) + ":"
+    while split_of(prompt) != split:
+        prompt = letters(rng, shortest, longest) + ":"
+    return prompt
+
+
+def make_records(K):
+    """(prompt, K responses, the scores of each by three reward models), 42 in mixed order. The
+    scores often disagree with the order of a pair. Three records to train on are special: one with
+    a response that no model can read, one with equal responses, and one with a prompt that has to
+    lose its start to fit before the responses."""
+    rng = np.random.default_rng(K)
+    records = []
+    for split in rng.permutation(["train"] * 22 + ["validation"] * 18 + ["test"] * 2):
+        texts = [first + letters(rng, 0, 7) for first in rng.permutation(list("xyz"))[:K]]
+        scores = np.round(2 * rng.normal(size=(K, 3)), 2).tolist()
+        records.append((prompt_for(split, rng), texts, scores))
+    training = [number for number, record in enumerate(records) if split_of(record[0]) == "train"]
+    too_long, equal, filling = [records[training[i]] for i in (4, 8, 12)]
+    too_long[1][0] *= BLOCK_SIZE
+    equal[1][:] = ["same"] * K
+    records[training[12]] = prompt_for("train", rng, BLOCK_SIZE, BLOCK_SIZE), *filling[1:]
+    return records
+
+
+def write_file(path, records):
+    """Pairs as chosen and rejected; rankings as responses in any order, ranked by their scores."""
+    with open(path, "w", encoding="utf-8") as file:
+        for prompt, texts, scores in records:
+            record = {"prompt": prompt, "responses": texts, "scores": scores}
+            if len(texts) == 2:
+                record = {"prompt": prompt, "chosen": texts[0], "rejected": texts[1],
+                          "score_chosen": scores[0], "score_rejected": scores[1]}
+            file.write(json.dumps(record) + "\n")
+
+
+def read_rows(records, split, demonstrations=False):
+    """The usable rows of a split, in the order of the file. demonstrations: of their first response
+    alone."""
+    tokenizer = tinytldr.tokenizer()
+    rows = []
+    for prompt, texts, scores in records:
+        if demonstrations:
+            texts = texts[:1]
+        responses = [tokenizer.encode_ordinary(text) + [tokenizer.eot_token] for text in texts]
+        too_long = max(map(len, responses)) >= BLOCK_SIZE
+        equal = len(texts) > 1 and len(set(texts)) == 1
+        if split_of(prompt) != split or too_long or equal:
+            continue
+        ranking = list(range(len(texts)))
+        if len(texts) > 2:
+            ranking.sort(key=lambda k: -sum(scores[k]))
+        room = BLOCK_SIZE - max(map(len, responses))
+        rows.append(Row(tokenizer.encode_ordinary(prompt)[-room:], [responses[k] for k in ranking],
+                        [scores[k] for k in ranking]))
+    return rows
+
+
+def randomise(model, generator):
+    """Weights of a model that is not at its start: nothing is zero, nothing is small."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            is_scale = ".ln_" in name and name.endswith("weight")
+            parameter.copy_(1 + 0.1 * noise if is_scale else 0.2 * noise)
+
+
+@dataclass
+class Lab:
+    """A folder with data files of pairs and of rankings of three (2.jsonl, 3.jsonl), a reference
+    policy (ref) whose samples end now and then, and two reward models of its size (rms); and the
+    rows of the files, {K: {split: rows}}."""
+    root: Path
+    rows: dict
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """More of them only wait for each other in networks as small as these."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory, hub_cache):
+    root = tmp_path_factory.mktemp("training")
+    tokenizer, generator = tinytldr.tokenizer(), torch.Generator().manual_seed(SEED)
+    config = GPTConfig(BLOCK_SIZE, tokenizer.n_vocab, n_layer=2, n_head=2, n_embd=16)
+    reference = GPT(config)
+    randomise(reference, generator)
+    with torch.no_grad():
+        towards_end = reference.transformer.wte.weight[tokenizer.eot_token]
+        reference.transformer.ln_f.bias += 5 * towards_end / towards_end.square().sum()
+    reference.save_pretrained(root / "ref", tokenizer.eot_token)
+    for name in ("short", "tall"):
+        reward_model = RewardModel(config)
+        randomise(reward_model, generator)
+        reward_model.save_pretrained(root / "rms" / name, tokenizer.eot_token)
+
+    lab = Lab(root, {})
+    for K in (2, 3):
+        records = make_records(K)
+        write_file(root / f"{K}.jsonl", records)
+        lab.rows[K] = {"train": read_rows(records, "train"),
+                       "validation": read_rows(records, "validation")[:N_EVAL]}
+        for rows in lab.rows[K].values():
+            add_constants(rows, lab)
+    return lab
+
+
+# ------------------------------------------------------------------ networks, a sequence at a time
+
+
+def load(kind, folder):
+    return kind.from_pretrained(folder).double()
+
+
+def logp_of(policy, prompt, response):
+    """Summed log-prob of a response, by plain causal logits over prompt + response."""
+    logits = policy.logits(torch.tensor([prompt + response]))[0]        # (tokens, vocab)
+    logps = torch.log_softmax(logits, dim=1)[len(prompt) - 1:-1]        # (response tokens, vocab)
+    return logps.gather(1, torch.tensor(response)[:, None]).sum()
+
+
+def reward_of(reward_model, prompt, response):
+    """The number that the head reads at the last token of prompt + response."""
+    tokens = torch.tensor([prompt + response])
+    positions = torch.arange(len(prompt + response))[None]
+    return reward_model.score(reward_model.transformer(tokens, positions)[0, -1])[0]
+
+
+# ------------------------------------------------------------------ the equations
+
+
+@dataclass
+class Pair:
+    """Two responses of a row, the better one first."""
+    h: torch.Tensor                 # how many nats more than the reference the policy prefers it
+    h_per_token: torch.Tensor       # by mean log-probs of a token
+    margins: list                   # r_m(better) - r_m(worse) of every reward model
+
+
+def dpo(pair):
+    return -torch.log(torch.sigmoid(BETA * pair.h))
+
+
+def ipo(pair):
+    return (pair.h - 1 / (2 * TAU)) ** 2
+
+
+def ipo_per_token(pair):
+    return (pair.h_per_token - 1 / (2 * TAU)) ** 2
+
+
+def d_dpo(pair):
+    return (sum(pair.margins) / len(pair.margins) - BETA * pair.h) ** 2
+
+
+def e_dpo(pair):
+    return min((margin - BETA * pair.h) ** 2 for margin in pair.margins)
+
+
+# loss: (the loss of a pair, is gamma * KL(ref || pi) added?, its flags)
+BETA_FLAG, TAU_FLAG = f"--beta={BETA}", f"--tau={TAU}"
+SAMPLES = [f"--gamma={GAMMA[0]},{GAMMA[1]}", f"--max_new_tokens={MAX_NEW_TOKENS}"]
+SCORES = "--rewards=scores"
+EQUATIONS = {
+    "dpo": (dpo, False, [BETA_FLAG]),
+    "ipo": (ipo, False, [TAU_FLAG]),
+    "ipo-per-token": (ipo_per_token, False, [TAU_FLAG]),
+    "d-dpo": (d_dpo, False, [BETA_FLAG, SCORES]),
+    "p-dpo": (dpo, True, [BETA_FLAG, *SAMPLES]),
+    "dp-dpo": (d_dpo, True, [BETA_FLAG, SCORES, *SAMPLES]),
+    "e-dpo": (e_dpo, True, [BETA_FLAG, SCORES, *SAMPLES]),
+}
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+class Preferences:
+    """The objective of a preference loss over some rows, and what is watched beside it."""
+
+    def __init__(self, name, one_member_for_all=False):
+        self.equation, self.has_kl, _ = EQUATIONS[name]
+        self.one_member_for_all = one_member_for_all
+
+    def __call__(self, policy, rows, progress):
+        """progress: how much of the training is over, from 0 to 1. Returns {name: mean}."""
+        gamma = GAMMA[0] + (GAMMA[1] - GAMMA[0]) * progress
+        changes = [self.changes(policy, row) for row in rows]
+        pairs = [self.pairs(row, change) for row, change in zip(rows, changes)]
+        if self.one_member_for_all:
+            keep_best_member(pairs)
+        loss = mean(mean(map(self.equation, row_pairs)) for row_pairs in pairs)
+        watched = {
+            "chosen_change": mean(change[0] for change in changes),
+            "rejected_change": mean(mean(change[1:]) for change in changes),
+            "margin": mean(mean(pair.h for pair in row_pairs) for row_pairs in pairs),
+            "accuracy": mean(mean(is_right(pair.h) for pair in row_pairs) for row_pairs in pairs)}
+        if self.has_kl:
+            kl = mean(row.ref_sample_logp - logp_of(policy, row.prompt, row.sample) for row in rows)
+            loss = loss + gamma * kl
+            watched["forward_kl"] = kl
+        return {"loss": loss, **watched}
+
+    def changes(self, policy, row):
+        """logp_pi - logp_ref of each response of a row."""
+        return [logp_of(policy, row.prompt, response) - ref_logp
+                for response, ref_logp in zip(row.responses, row.ref_logps)]
+
+    def pairs(self, row, change):
+        pairs = []
+        for i, j in itertools.combinations(range(len(row.responses)), 2):
+            n_i, n_j = len(row.responses[i]), len(row.responses[j])
+            margins = [r_i - r_j for r_i, r_j in zip(row.rewards[i], row.rewards[j])]
+            pairs.append(Pair(change[i] - change[j], change[i] / n_i - change[j] / n_j, margins))
+        return pairs
+
+
+def keep_best_member(pairs):
+    """Leaves to all pairs the margin of one reward model: that which fits them best together."""
+    flat = [pair for row_pairs in pairs for pair in row_pairs]
+    members = range(len(flat[0].margins))
+    misfits = [sum(((pair.margins[m] - BETA * pair.h) ** 2).item() for pair in flat)
+               for m in members]
+    best = misfits.index(min(misfits))
+    for pair in flat:
+        pair.margins = [pair.margins[best]]
+
+
+def is_right(margin):
+    """1 if a margin is above zero, 0 if it is below, and a half for exactly zero."""
+    return 0.5 + 0.5 * torch.sign(margin.detach())
+
+
+def supervised(policy, rows, progress):
+    """-logp(y|x) per response token."""
+    logps = [logp_of(policy, row.prompt, response) for row in rows for response in row.responses]
+    n_tokens = sum(len(response) for row in rows for response in row.responses)
+    return {"loss": -sum(logps) / n_tokens}
+
+
+def reward_modelling(reward_model, rows, progress):
+    """Plackett-Luce: -log of the product over k of exp(r_k) / (exp(r_k) + ... + exp(r_K)); of a
+    pair this is Bradley-Terry."""
+    losses, margins, hits = [], [], []
+    for row in rows:
+        r = torch.stack([reward_of(reward_model, row.prompt, y) for y in row.responses])    # (K,)
+        chances = [r[k].exp() / r[k:].exp().sum() for k in range(len(r))]
+        losses.append(-torch.log(math.prod(chances)))
+        differences = [r[i] - r[j] for i, j in itertools.combinations(range(len(r)), 2)]
+        margins.append(mean(differences))
+        hits.append(mean(map(is_right, differences)))
+    return {"loss": mean(losses), "margin": mean(margins), "accuracy": mean(hits)}
+
+
+# ------------------------------------------------------------------ the plain trainer
+
+
+def add_samples(rows, reference):
+    """A response from the reference to each row's prompt, in the order of the rows: what the seed
+    gives. float32, because rounding could change a sample."""
+    number = int(np.random.SeedSequence([SEED, 3]).generate_state(1)[0])
+    samples = reference.generate([row.prompt for row in rows], MAX_NEW_TOKENS, temperature=1.0,
+                                 stop=tinytldr.tokenizer().eot_token,
+                                 generator=torch.Generator().manual_seed(number))
+    for row, sample in zip(rows, samples):
+        row.sample = sample
+
+
+@torch.no_grad()
+def add_constants(rows, lab):
+    """The reference's samples and log-probs."""
+    reference = load(GPT, lab.root / "ref")
+    add_samples(rows, GPT.from_pretrained(lab.root / "ref"))
+    for row in rows:
+        row.ref_logps = [logp_of(reference, row.prompt, y).item() for y in row.responses]
+        row.ref_sample_logp = logp_of(reference, row.prompt, row.sample).item()
+
+
+def learning_rate(step, max_steps):
+    """Up to LR over 5% of the steps, then half a cosine down to a tenth of it."""
+    warm_up = max(1, int(0.05 * max_steps))
+    if step < warm_up:
+        return LR * (step + 1) / warm_up
+    angle = math.pi * (step - warm_up) / (max_steps - warm_up)
+    return LR * (0.1 + 0.9 * (1 + math.cos(angle)) / 2)
+
+
+class AdamW:
+    """Loshchilov & Hutter (2019), Algorithm 2."""
+
+    def __init__(self, model):
+        self.parameters = dict(model.named_parameters())
+        self.m = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        self.v = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def step(self, gradients, t, lr):
+        """t: 1 for the first step."""
+        for name, p in self.parameters.items():
+            g, m, v = gradients[name], self.m[name], self.v[name]
+            m.copy_(0.9 * m + 0.1 * g)
+            v.copy_(0.95 * v + 0.05 * g ** 2)
+            if name.endswith("weight") and ".ln_" not in name:      # matrices and embeddings
+                p -= lr * WEIGHT_DECAY * p
+            p -= lr * (m / (1 - 0.9 ** t)) / ((v / (1 - 0.95 ** t)).sqrt() + 1e-8)
+
+
+def clipped(gradients, longest):
+    """(the gradients, shortened if they are longer together than `longest`; their length before)"""
+    norm = math.sqrt(sum((g ** 2).sum().item() for g in gradients.values()))
+    return {name: g * min(1, longest / norm) for name, g in gradients.items()}, norm
+
+
+def plainly_trained(model, objective, train, watched, max_steps, grad_clip):
+    """Trains the model, and returns what metrics.jsonl should say.
+
+    objective: (model, rows, progress) -> {name: mean}; watched: {split: rows}."""
+    lengths = [sum(map(len, [row.prompt, *row.responses, row.sample or []])) for row in train]
+    order, optimizer = BatchOrder(np.array(lengths), BATCH, SEED), AdamW(model)
+    lines, window = [], []
+    for step in range(max_steps + 1):
+        if step in (0, max_steps):
+            lines.append({"step": step})
+            for split, rows in watched.items():
+                with torch.no_grad():
+                    means = objective(model, rows, step / max_steps)
+                lines[-1] |= {f"{split}/{name}": value.item() for name, value in means.items()}
+        if step == max_steps:
+            return lines
+
+        means = objective(model, [train[i] for i in order.rows(step)], step / max_steps)
+        gradients = torch.autograd.grad(means["loss"], list(optimizer.parameters.values()))
+        gradients = dict(zip(optimizer.parameters, gradients))
+        gradients, norm = clipped(gradients, grad_clip)
+        optimizer.step(gradients, step + 1, learning_rate(step, max_steps))
+        window.append({name: value.item() for name, value in means.items()} | {"grad_norm": norm})
+        if (step + 1) % 10 == 0 or step + 1 == max_steps:
+            lines.append({"step": step})
+            lines[-1] |= {name: mean(means[name] for means in window) for name in window[0]}
+            window = []
+
+
+# ------------------------------------------------------------------ the comparison
+
+
+def assert_weights(trained, plain):
+    """All weights to 1e-5. The biases of keys are left out: attention does not depend on them, so
+    that their gradient is rounding alone, which AdamW may make as long as any other."""
+    trained = dict(trained.named_parameters())
+    for name, wanted in plain.named_parameters():
+        difference = (trained[name] - wanted).detach().abs()
+        if name.endswith("c_attn.bias"):
+            queries, keys, values = difference.chunk(3)
+            difference = torch.cat([queries, values])
+        assert difference.max() < 1e-5, name
+
+
+def assert_metrics(out_dir, wanted, at_reference):
+    """metrics.jsonl says the numbers of the plain trainer, to 1e-4. at_reference: does the training
+    begin with margins of zero, of which rounding decides the sign?"""
+    lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [line["step"] for line in wanted]
+    for number, (line, plain) in enumerate(zip(lines, wanted)):
+        assert line.keys() == plain.keys()
+        for name, value in plain.items():
+            slack = 1e-4
+            if at_reference and name.endswith("accuracy"):
+                steps = {0: 1, 1: lines[1]["step"] + 1}     # the first line; the first of training
+                slack += 0.5 / steps.get(number, math.inf)
+            assert line[name] == pytest.approx(value, rel=1e-4, abs=slack), (line["step"], name)
+
+
+def check_policy(lab, out_dir, flags, objective, splits, max_steps=3, grad_clip=GRAD_CLIP):
+    """train_policy.py arrives where the plain trainer does. splits: {split: rows}."""
+    train_policy.main([*SHARED_FLAGS, f"--max_steps={max_steps}", f"--grad_clip={grad_clip}",
+                       f"--init_from={lab.root}/ref", f"--out_dir={out_dir}", *flags])
+    watched = {"validation": splits["validation"]}
+    if objective is not supervised:
+        some = np.random.default_rng(0).permutation(len(splits["train"]))[:N_EVAL]
+        watched["train"] = [splits["train"][i] for i in some]
+    policy = load(GPT, lab.root / "ref")
+    wanted = plainly_trained(policy, objective, splits["train"], watched, max_steps, grad_clip)
+    assert_weights(GPT.from_pretrained(out_dir), policy)
+    assert_metrics(out_dir, wanted, at_reference=objective is not supervised)
+
+
+def copy_of(splits, with_samples):
+    """The rows of a file, to be changed by a test; if its loss has no KL term, without samples."""
+    copies = {}
+    for split, rows in splits.items():
+        copies[split] = [replace(row, sample=row.sample if with_samples else None) for row in rows]
+    return copies
+
+
+# ------------------------------------------------------------------ the tests of train_policy.py
+
+MICRO_BATCHES = f"--micro_batch_size={MICRO_BATCH}"
+
+
+@pytest.mark.parametrize("K", [2, 3])
+@pytest.mark.parametrize("name", list(dict.fromkeys([*EQUATIONS, *PREFERENCE_LOSSES])))
+def test_every_preference_loss(name, K, lab, tmp_path):
+    """Three steps on pairs and on rankings of three, with rewards of three models from the data
+    file. A loss without an equation above is not tested: write it."""
+    if name not in EQUATIONS:
+        pytest.skip(f"{name} has no equation in this file")
+    equation, has_kl, flags = EQUATIONS[name]
+    data = f"--data={lab.root}/{K}.jsonl"
+    check_policy(lab, tmp_path, [f"--loss={name}", data, MICRO_BATCHES, *flags], Preferences(name),
+                 copy_of(lab.rows[K], with_samples=has_kl))
+
+
+@pytest.mark.parametrize("K", [2, 3])
+def test_e_dpo_with_one_member_for_each_batch(K, lab, tmp_path):
+    """--min_per=batch: the reward model with the smallest mean over all pairs of the batch."""
+    flags = ["--loss=e-dpo", f"--data={lab.root}/{K}.jsonl", "--min_per=batch"]
+    check_policy(lab, tmp_path, flags + EQUATIONS["e-dpo"][2],
+                 Preferences("e-dpo", one_member_for_all=True),
+                 copy_of(lab.rows[K], with_samples=True))
+
+
+@pytest.mark.parametrize("name", ["d-dpo", "e-dpo"])
+def test_a_family_of_reward_models_on_disk(name, lab, tmp_path):
+    """The rewards are those of each response alone, by every member."""
+    equation, has_kl, flags = EQUATIONS[name]
+    splits = copy_of(lab.rows[2], with_samples=has_kl)
+    family = [load(RewardModel, lab.root / "rms" / member) for member in ("short", "tall")]
+    for row in splits["train"] + splits["validation"]:
+        row.rewards = [[reward_of(reward_model, row.prompt, response).item()
+                        for reward_model in family] for response in row.responses]
+    flags = [flag for flag in flags if flag != SCORES]
+    flags += [f"--loss={name}", f"--rewards={lab.root}/rms", f"--data={lab.root}/2.jsonl"]
+    check_policy(lab, tmp_path, [*flags, MICRO_BATCHES], Preferences(name), splits)
+
+
+def test_relabelled_rows_keep_their_scores(lab, tmp_path):
+    """--relabel orders the responses of a row by a reward model, and the scores that came with them
+    go along; --n_pairs takes the first rows."""
+    oracle = load(RewardModel, lab.root / "rms" / "tall")
+    splits = copy_of(lab.rows[3], with_samples=True)
+    splits["train"] = splits["train"][:17]
+    for rows in splits.values():
+        for row in rows:
+            rewards = [reward_of(oracle, row.prompt, y).item() for y in row.responses]
+            ranking = np.argsort(rewards)[::-1]
+            row.responses = [row.responses[k] for k in ranking]
+            row.rewards = [row.rewards[k] for k in ranking]
+        add_constants(rows, lab)
+    flags = ["--loss=e-dpo", f"--data={lab.root}/3.jsonl", f"--relabel={lab.root}/rms/tall",
+             "--n_pairs=17", MICRO_BATCHES, *EQUATIONS["e-dpo"][2]]
+    check_policy(lab, tmp_path, flags, Preferences("e-dpo"), splits)
+
+
+def biased_rows(rows, bias):
+    """The subset of pairs with a length bias: the repository's choice, if it is as it should be."""
+    lengths = np.array([[len(y) for y in row.responses] for row in rows])
+    subset = [rows[i] for i in biased_subset(lengths, bias, seed=SEED)]
+    for row in subset:
+        assert max(map(len, row.responses)) >= 1.1 * min(map(len, row.responses))
+    n_longer = sum(len(row.responses[0]) > len(row.responses[1]) for row in subset)
+    assert 0 < n_longer == round(bias * len(subset)) < len(subset)
+    return subset
+
+
+def test_rows_with_a_length_bias_keep_their_scores(lab, tmp_path):
+    splits = copy_of(lab.rows[2], with_samples=True)
+    splits["train"] = biased_rows(splits["train"], 0.4)
+    add_constants(splits["train"], lab)                     # other rows, other samples
+    flags = ["--loss=dp-dpo", f"--data={lab.root}/2.jsonl", "--rho=0.4", MICRO_BATCHES]
+    check_policy(lab, tmp_path, flags + EQUATIONS["dp-dpo"][2], Preferences("dp-dpo"), splits)
+
+
+def demonstrations():
+    """{split: rows} of the chosen responses in the file of pairs."""
+    records = make_records(2)
+    return {"train": read_rows(records, "train", demonstrations=True),
+            "validation": read_rows(records, "validation", demonstrations=True)[:N_EVAL]}
+
+
+def test_supervised_fine_tuning(lab, tmp_path):
+    """The loss is a mean over tokens, whatever the rows and micro-batches that they are in."""
+    flags = ["--loss=sft", f"--data={lab.root}/2.jsonl", MICRO_BATCHES]
+    check_policy(lab, tmp_path, flags, supervised, demonstrations())
+
+
+def test_supervised_fine_tuning_on_several_demonstrations(lab, tmp_path, monkeypatch):
+    """The embedded task's rows have four demonstrations each; here it gets those of a file."""
+    def rows_of_text(seed, split):
+        for prompt, texts, _ in make_records(3):
+            if split_of(prompt) == split:
+                yield {"prompt": prompt, "responses": texts}
+
+    monkeypatch.setattr(tinytldr, "demonstration_rows", rows_of_text)
+    check_policy(lab, tmp_path, ["--loss=sft", MICRO_BATCHES], supervised,
+                 copy_of(lab.rows[3], with_samples=False))
+
+
+def test_warm_up_and_means_of_ten_steps(lab, tmp_path):
+    """Forty steps: two of them are warm-up, and metrics.jsonl has the means of ten each."""
+    flags = ["--loss=sft", f"--data={lab.root}/2.jsonl", MICRO_BATCHES]
+    check_policy(lab, tmp_path, flags, supervised, demonstrations(), max_steps=40)
+
+
+def test_gradients_that_are_short_are_not_clipped(lab, tmp_path):
+    flags = ["--loss=sft", f"--data={lab.root}/2.jsonl", MICRO_BATCHES]
+    check_policy(lab, tmp_path, flags, supervised, demonstrations(), grad_clip=1000)
+
+
+# ------------------------------------------------------------------ the tests of train_rm.py
+
+
+def check_reward_model(lab, out_dir, splits):
+    """The reward model in out_dir is where the plain trainer arrives from the reference's
+    transformer and a head of zeros."""
+    reward_model = RewardModel(GPT.from_pretrained(lab.root / "ref").config).double()
+    reward_model.transformer = load(GPT, lab.root / "ref").transformer
+    reward_model.score.weight.data.zero_()
+    wanted = plainly_trained(reward_model, reward_modelling, splits["train"],
+                             {"validation": splits["validation"]}, 3, GRAD_CLIP)
+    assert_weights(RewardModel.from_pretrained(out_dir), reward_model)
+    assert_metrics(out_dir, wanted, at_reference=False)
+
+
+def train_reward_models(lab, K, out_dir, *flags):
+    train_rm.main([*SHARED_FLAGS, "--max_steps=3", f"--grad_clip={GRAD_CLIP}", MICRO_BATCHES,
+                   f"--init_from={lab.root}/ref", f"--out_dir={out_dir}",
+                   f"--data={lab.root}/{K}.jsonl", *flags])
+
+
+@pytest.mark.parametrize("K", [2, 3])
+def test_a_reward_model(K, lab, tmp_path):
+    """Bradley-Terry on pairs, Plackett-Luce on rankings."""
+    train_reward_models(lab, K, tmp_path)
+    check_reward_model(lab, tmp_path, copy_of(lab.rows[K], with_samples=False))
+
+
+def test_a_family_of_reward_models(lab, tmp_path):
+    """--bias: every member starts from the reference and learns from its own subset."""
+    train_reward_models(lab, 2, tmp_path, "--bias=0.3,0.6")
+    for bias in (0.3, 0.6):
+        splits = copy_of(lab.rows[2], with_samples=False)
+        splits["train"] = biased_rows(splits["train"], bias)
+        check_reward_model(lab, tmp_path / str(bias), splits)
