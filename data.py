@@ -1,4 +1,4 @@
-"""Preference data, from text to batches: token ids, the tree batch, batch order, D_rho.
+"""Preference data, from text to batches: the tree batch, batch order, biased subsets (D_rho).
 
 In text a row is {"prompt": str, "responses": [str, ...]}: the chosen response and the rejected one,
 or K of them, the best first, or one demonstration. In token ids it is an *example*, (prompt ids,
@@ -17,7 +17,7 @@ from support.flags import InputError
 from support.tokenizer import tiktoken_encoding
 from support.tokens import encode, select, tokenised_file
 
-# ---------------- the tree batch
+# ------ the tree batch
 
 
 @dataclass
@@ -27,14 +27,14 @@ class TreeBatch:
     tokens     (B, T) int64   prompt, response 1, ..., response K, padding
     branch     (B, T) int64   0 in the prompt, k in response k, -1 in padding
     position   (B, T) int64   counts up; every response starts again at the prompt's length
-    predictor  (R,)   int64   the position that predicts each response token: an index into the
-                              B * (T - context) positions that the transformer gives
+    predictor  (R,)   int64   where each response token is predicted: a row of the transformer's
+                              output, (B * (T - context), C)
     target     (R,)   int64   the response token to predict there
     slot       (R,)   int64   row * K + response: the log-prob it is part of (B * K: padding)
     last       (B, K) int64   column, after the context, of each response's last token
     lengths    (B, K) int64   response lengths in tokens
-    context    int            columns before every row's last prompt token: looked at, never read
-    n_samples  int            S, how many of the K responses are samples from the reference
+    context    int            first columns, prompt in every row, that predict no response token
+    n_samples  int            S: the last S of these K are samples from the reference
     ref_logps  (B, K) float32           the reference's log-probs of the responses, if known
     rewards    (B, K - S, M) float32    rewards by M reward models, if known
     """
@@ -102,9 +102,9 @@ def collate(examples, multiple=1):
             branch[b, start:end] = role
             position[b, start:end] = first_position + np.arange(len(ids))
             if role > 0:
-                k, columns = role - 1, np.arange(start, end)
-                predicted_from = columns - 1                # the token before; but the first token
-                predicted_from[0] = len(prompt) - 1         # from the last one of the prompt
+                k = role - 1
+                predicted_from = np.arange(start, end) - 1  # the token before;
+                predicted_from[0] = len(prompt) - 1         # for the first one, the prompt's last
                 part = slice(r, r + len(ids))
                 predictor[part] = b * (T - context) + predicted_from - context
                 target[part] = ids
@@ -117,7 +117,7 @@ def collate(examples, multiple=1):
     return TreeBatch(*map(torch.from_numpy, arrays), context)
 
 
-# ---------------- data sets
+# ------ data sets
 
 
 @dataclass
@@ -177,7 +177,7 @@ def by_length(dataset):
     return dataset.take(np.argsort(dataset.row_lengths(), kind="stable"))
 
 
-# ---------------- batch order
+# ------ batch order
 
 
 def batches(lengths, batch_size, seed, epoch, window=32):
@@ -200,8 +200,8 @@ def batches(lengths, batch_size, seed, epoch, window=32):
 
 
 class BatchOrder:
-    """Which rows each step trains on: epoch after epoch of `batches`. It depends on the step alone,
-    so that a resumed run sees what the uninterrupted one would have seen."""
+    """Which rows each step trains on: epoch after epoch of `batches`. `rows` depends on the step
+    alone (the plan is a cache), so that a resumed run sees what it would have seen."""
 
     def __init__(self, lengths, batch_size, seed):
         self.arguments = (lengths, batch_size, seed)
@@ -215,7 +215,7 @@ class BatchOrder:
         return self.plan[number]
 
 
-# ---------------- D_rho and relabelling
+# ------ D_rho and relabelling
 
 
 def longer(lengths):
@@ -259,8 +259,8 @@ def biased_subset(lengths, rho, n=None, seed=0):
 
 
 def d_rho(dataset, rho, n, seed):
-    """The training pairs of a data set with this bias, and says so; rho "all": the first n rows as
-    they are. n: None for as many as possible."""
+    """Takes n training pairs with this bias (None: as many as possible), and prints what was found;
+    rho "all": the first n rows as they are."""
     if rho == "all":
         return dataset.first(n)
     subset = dataset.take(biased_subset(dataset.response_lengths(), rho, n, seed))
@@ -287,7 +287,7 @@ def relabel(dataset, rewards):
     return Dataset(examples, columns).take(np.flatnonzero(~undecided))
 
 
-# ---------------- text to tokens to data sets
+# ------ text to tokens to data sets
 
 def get_tokenizer(name):
     """A tiktoken.Encoding: "tinytldr" is built here, any other name is tiktoken's ("gpt2")."""
@@ -310,6 +310,6 @@ def preferences(data, split, tokenizer, policy, cache, pool=None, hard_labels=Fa
     block_size = policy.config.block_size
     if data == "tinytldr":
         n = pool if split == "train" else 1000
-        rows = tinytldr.pair_rows(split, n, policy, cache, hard_labels, seed)
+        rows = tinytldr.pair_rows(split, n, policy, tokenizer, cache, hard_labels, seed)
         return Dataset(*select(encode(rows, tokenizer), block_size, f"{data}, {split}"))
     return Dataset(*select(tokenised_file(data, tokenizer), block_size, f"{data}, {split}", split))

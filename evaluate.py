@@ -11,14 +11,13 @@ import numpy as np
 
 import tinytldr
 from data import Dataset, get_tokenizer, longer, preferences, relabel
-from model import GPT, GPTConfig
+from model import GPT
 from reward import load_reward_models
 from support.cache import cache_folder
-from support.checkpoint import read_sizes
 from support.device import setup, shape_multiple
 from support.flags import InputError, comparison_flags, run_script
-from support.passes import prompt_room, sample, score, text_of
-from support.report import judge, write_report
+from support.passes import prompt_room, sample, score, to_text
+from support.report import accuracy_table, write_report
 from support.run_folder import check_same_tokens, run_flags, run_names
 from support.tokens import prompts_of, tokenised_file
 
@@ -29,11 +28,12 @@ def held_out_prompts(args, tokenizer, policy):
         texts = [tinytldr.post(args.seed, args.split, i) for i in range(args.n_prompts)]
         prompts = [tokenizer.encode_ordinary(text) for text in texts]
     else:
+        # without --rms, demonstrations will do
         arrays = tokenised_file(args.data, tokenizer, demonstrations=args.rms is None)
         prompts = prompts_of(arrays, args.split)[:args.n_prompts]
-        texts = [text_of(prompt, tokenizer) for prompt in prompts]
+        texts = [to_text(prompt, tokenizer) for prompt in prompts]
     if len(texts) < 2:
-        raise InputError(f"--n_prompts: an interval needs two, and {args.split} has {len(texts)}")
+        raise InputError(f"--data, --n_prompts: {len(texts)}, and an interval needs two")
     room = prompt_room(policy, args.max_new_tokens)
     return texts, [prompt[-room:] for prompt in prompts]
 
@@ -57,7 +57,7 @@ def answer(policy, texts, prompts, oracle_models, tokenizer, args, autocast):
     ids = sample(policy, prompts, args.max_new_tokens, tokenizer.eot_token, [args.seed, 4],
                  args.temperature, autocast)
     dataset = Dataset([(prompt, [reply]) for prompt, reply in zip(prompts, ids)])
-    replies = [text_of(reply, tokenizer) for reply in ids]
+    replies = [to_text(reply, tokenizer) for reply in ids]
     if oracle_models:
         rewards = mean_reward(oracle_models, dataset, args, autocast)[:, 0]
     else:
@@ -74,59 +74,59 @@ def compare(policy, ref, own, of_ref, difference, args, autocast):
     win_rate = (difference > 0).mean() + 0.5 * (difference == 0).mean()
     numbers = {"advantage": advantage, "advantage_95": half_width, "win_rate": float(win_rate)}
     if args.temperature == 1:      # samples at another temperature are not from pi, nor from ref
-        on_own, on_ref = [score(policy, dataset, autocast, shape_multiple(args))
-                          - score(ref, dataset, autocast, shape_multiple(args))
-                          for dataset in (own, of_ref)]             # (N, 1) log-ratios
-        numbers |= {"kl_pi_ref": float(on_own.mean()), "kl_ref_pi": -float(on_ref.mean())}
+        multiple = shape_multiple(args)
+        on_own = score(policy, own, autocast, multiple) - score(ref, own, autocast, multiple)
+        on_ref = of_ref.ref_logps - score(policy, of_ref, autocast, multiple)       # (N, 1)
+        numbers |= {"kl_pi_ref": float(on_own.mean()), "kl_ref_pi": float(on_ref.mean())}
     return numbers
 
 
 def main(argv=None):
-    # ---- set-up
+    # ---- set-up: what is missing is said before the work, not after it
     args = comparison_flags(argv, __doc__)
     device, autocast = setup(args)
     ref = GPT.from_pretrained(args.ref).to(device)
     args.tokenizer = run_flags(args.ref).get("tokenizer", "gpt2")
     tokenizer = get_tokenizer(args.tokenizer)
-    for folder in args.policies:                # say what is missing before the work, not after it
-        config = GPTConfig(**read_sizes(folder))
-        check_same_tokens(folder, folder, config, ref.config, args.tokenizer)
+    policies = {}
+    for name, folder in run_names(args.policies).items():
+        policies[name] = GPT.from_pretrained(folder)
+        check_same_tokens(folder, folder, policies[name].config, ref.config, args.tokenizer)
     loading = (ref, args.tokenizer, device)
     reward_models = load_reward_models(args.rms, "--rms", *loading)
     oracle_models = load_reward_models(args.oracle, "--oracle", *loading)
-    relabellers = load_reward_models(args.relabel, "--relabel", *loading)
+    labellers = load_reward_models(args.relabel, "--relabel", *loading)
     texts, prompts = held_out_prompts(args, tokenizer, ref)
+
+    # ---- reward models: their accuracy on held-out pairs
+    accuracy = None
+    if reward_models:
+        cache = cache_folder(args.ref, args.out_dir)
+        pairs = preferences(args.data, args.split, tokenizer, ref, cache, seed=args.seed)
+        if labellers:
+            pairs = relabel(pairs, mean_reward(labellers, pairs, args, autocast))
+        rewards = {folder: score(model, pairs, autocast, shape_multiple(args), folder)
+                   for folder, model in reward_models.items()}
+        accuracy = accuracy_table(rewards, pairs.response_lengths(), longer)
 
     # ---- policies, each beside the reference and the best of them
     answering = (texts, prompts, oracle_models, tokenizer, args, autocast)
-    of_ref, reply, reward, numbers = answer(ref, *answering)
-    results, replies, rewards = {"reference": numbers}, {"reference": reply}, {"reference": reward}
-    for name, folder in run_names(args.policies).items():
-        policy = GPT.from_pretrained(folder).to(device)
+    of_ref, ref_replies, ref_rewards, numbers = answer(ref, *answering)
+    of_ref.ref_logps = score(ref, of_ref, autocast, shape_multiple(args))           # (N, 1)
+    results = {"reference": numbers}
+    replies, rewards = {"reference": ref_replies}, {"reference": ref_rewards}
+    for name, policy in policies.items():
+        policy.to(device)
         own, replies[name], rewards[name], results[name] = answer(policy, *answering)
-        results[name] |= compare(policy, ref, own, of_ref, rewards[name] - reward, args, autocast)
+        difference = rewards[name] - ref_rewards                                    # (N,)
+        results[name] |= compare(policy, ref, own, of_ref, difference, args, autocast)
         print(f"{name:9} advantage {results[name]['advantage']:+.3f} "
               f"± {results[name]['advantage_95']:.3f}")
     best = max(results, key=lambda name: results[name]["reward"])
     for name in results:
         results[name]["behind_best"] = interval(rewards[best] - rewards[name])
 
-    # ---- reward models
-    judged = None
-    if reward_models:      # for their accuracy on held-out pairs
-        cache = cache_folder(args.ref, args.out_dir)
-        pairs = preferences(args.data, args.split, tokenizer, ref, cache, seed=args.seed)
-        if relabellers:
-            pairs = relabel(pairs, mean_reward(relabellers, pairs, args, autocast))
-        lengths = pairs.response_lengths()
-        if lengths.shape[1] == 2:
-            scores = {folder: score(model, pairs, autocast, shape_multiple(args), folder)
-                      for folder, model in reward_models.items()}
-            judged = judge(scores, lengths, longer(lengths))
-        else:
-            print("reward models: left out of the report, which is about pairs")
-
-    write_report(args, texts, results, replies, rewards, judged)
+    write_report(args, texts, results, replies, rewards, accuracy)
 
 
 if __name__ == "__main__":

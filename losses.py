@@ -11,7 +11,7 @@ Distillation", TMLR 2025, arXiv 2405.19316):
     r(x, y)         explicit reward; only differences between responses to one prompt mean anything
 
 Column 0 is the chosen response and column 1 the rejected one. Log-probs are in nats. Every function
-returns one loss per example, shape (B,), and leaves the mean over the batch to the training loop.
+returns one loss per example, (B,); the mean over the batch is the training loop's.
 """
 import math
 from typing import Callable, NamedTuple
@@ -19,7 +19,7 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 
-# ---------------- the losses of a pair
+# ------ the losses of a pair
 
 
 def log_ratio_margin(logps, ref_logps):
@@ -89,11 +89,11 @@ def distill_mean(logps, ref_logps, rewards, beta):
 def ensemble_distill(logps, ref_logps, rewards, beta, min_per="example"):
     """Distillation from a family of reward models, e-DPO: min_m (r_m(y1) - r_m(y2) - beta * h)^2.
 
-    The paper's section on pessimistic reward model distillation: with the forward KL below, the
-    policy stays close to the reference among those that *some* member of the family explains. The
-    objective as stated has the minimum outside the expectation, one member for all data; what the
-    paper runs, and min_per="example" does, is a minimum for each example, which amounts to a larger
-    family. min_per="batch" takes one member per batch.
+    The paper's section on pessimistic reward model distillation: of the policies that *some* member
+    of the family explains, the forward KL below picks one close to the reference. As stated there,
+    one member serves all data (the minimum is outside the expectation). The paper runs, and
+    min_per="example" takes, a minimum for each pair: a larger family, whose members take turns.
+    min_per="batch" takes one member per batch.
     logps, ref_logps: (B, 2); rewards: (B, 2, M), of M members. Returns (B,).
     """
     members = [distill(logps, ref_logps, r, beta) for r in rewards.unbind(dim=2)]
@@ -113,10 +113,9 @@ def forward_kl(logps_of_ref_samples, ref_logps_of_ref_samples):
     """Estimate of KL(ref || pi) = E_{y ~ ref}[logp_ref(y) - logp_pi(y)], in nats per response.
 
     The pessimism of p-DPO, dp-DPO and e-DPO, added with a weight gamma: it punishes the policy for
-    forgetting what the reference would say. The same gamma holds DPO better than d-DPO: at the
-    reference DPO pulls h up with a force of beta / 2, d-DPO with 2 beta (r1 - r2), which is more
-    for margins above 1/4; and d-DPO's pull is a spring's, of stiffness 2 beta^2, that lets go only
-    at h = (r1 - r2) / beta, far away for a small beta.
+    forgetting what the reference would say. The same gamma weighs less against d-DPO than against
+    DPO: at the reference the pull on h is beta / 2 in DPO and 2 beta (r1 - r2) in d-DPO, more for
+    margins above 1/4, which ends only at h = (r1 - r2) / beta (docs/results.md).
 
     Unbiased for a policy that was not trained on these samples; it may be negative.
     logps_of_ref_samples, ref_logps_of_ref_samples: (B, S), S samples per prompt. Returns (B,).
@@ -125,36 +124,36 @@ def forward_kl(logps_of_ref_samples, ref_logps_of_ref_samples):
 
 
 def sft(logps):
-    """Supervised fine-tuning: -logp(y|x), of all demonstrations in a row. The training loop divides
-    the batch's sum by its number of response tokens. logps: (B, K). Returns (B,)."""
+    """Supervised fine-tuning: -logp(y|x) of all demonstrations in a row, to be divided by the
+    number of response tokens in the batch. logps: (B, K). Returns (B,)."""
     return -logps.sum(dim=1)
 
 
-# ---------------- the table of losses
+# ------ the table of losses
 
 
 class Loss(NamedTuple):
     """A row of the table: all that the command line, the training loop and the tests ask of a loss.
 
     equation        (logps, *needs, **knobs) -> (B,)
-    needs           columns of the data: ref_logps, rewards, lengths; ref_samples for the KL term
+    needs           columns, in order: ref_logps, rewards, lengths; ref_samples adds the KL term
     knobs           its flags, and their defaults
     at_reference    (ref_logps, rewards, lengths, **knobs) -> its value where the policy is the
                     reference, derived by hand; the training loop asserts it at step 0
-    counts          what the training loop averages over: "pairs" (rows), or "tokens"
+    mean_over       what the training loop averages over: "rows" of a batch, or response "tokens"
     """
     equation: Callable
     needs: tuple
     knobs: dict
     at_reference: Callable = None
-    counts: str = "pairs"
+    mean_over: str = "rows"
 
 
 GAMMA = (1e-4, 1e-2)    # the paper's: annealed linearly over training, from the first to the last
 
 # Every beta and tau was chosen on validation prompts with the same budget of trials (LOG.md).
 LOSSES = {
-    "sft": Loss(sft, (), {}, counts="tokens"),
+    "sft": Loss(sft, (), {}, mean_over="tokens"),
     "dpo": Loss(dpo, ("ref_logps",), {"beta": 0.3},
                 lambda **_: math.log(2)),                                   # -log sigmoid(0)
     "ipo": Loss(ipo, ("ref_logps",), {"tau": 0.1},
@@ -172,7 +171,7 @@ LOSSES = {
                   {"beta": 0.3, "gamma": GAMMA, "min_per": "example"},
                   lambda rewards, min_per, **_: best_member(reward_margin(rewards) ** 2, min_per)),
 }
-PREFERENCE_LOSSES = [name for name, loss in LOSSES.items() if loss.counts == "pairs"]
+PREFERENCE_LOSSES = [name for name, loss in LOSSES.items() if loss.mean_over == "rows"]
 
 
 def training_loss(name, logps, ref_logps=None, rewards=None, lengths=None, n_samples=0, gamma=0.0,
@@ -183,10 +182,11 @@ def training_loss(name, logps, ref_logps=None, rewards=None, lengths=None, n_sam
     reference; lengths: (B, K + S) tokens; rewards: (B, K, M). gamma: weight of the KL term now.
     knobs: the loss's others, such as beta. Returns (B,).
     """
-    loss, K = LOSSES[name], logps.size(1) - n_samples
+    loss = LOSSES[name]
+    K = logps.size(1) - n_samples
     columns = {"ref_logps": ref_logps, "rewards": rewards, "lengths": lengths}
     arguments = [columns[need][:, :K] for need in loss.needs if need != "ref_samples"]
-    if K > 2 and loss.counts == "pairs":
+    if K > 2 and loss.mean_over == "rows":      # a ranking
         losses = mean_over_pairs(loss.equation, logps[:, :K], *arguments, **knobs)
     else:
         losses = loss.equation(logps[:, :K], *arguments, **knobs)
@@ -196,16 +196,17 @@ def training_loss(name, logps, ref_logps=None, rewards=None, lengths=None, n_sam
 
 
 def loss_at_reference(name, ref_logps, rewards=None, lengths=None, n_samples=0, **knobs):
-    """What `training_loss` must give where the policy is the reference. The same arguments.
-    Returns (B,)."""
-    B, K = ref_logps.size(0), ref_logps.size(1) - n_samples
+    """What `training_loss` must give where the policy is the reference, and the KL term 0. Its
+    arguments. Returns (B,)."""
+    B = len(ref_logps)
+    K = ref_logps.size(1) - n_samples
     columns = {"ref_logps": ref_logps, "rewards": rewards, "lengths": lengths}
     pairs = {column: all_pairs(v[:, :K]) for column, v in columns.items() if v is not None}
     value = torch.as_tensor(LOSSES[name].at_reference(**pairs, **knobs), device=ref_logps.device)
     return value.expand(len(pairs["ref_logps"])).view(B, -1).mean(dim=1)
 
 
-# ---------------- rankings of K responses
+# ------ rankings of K responses
 
 
 def all_pairs(values):

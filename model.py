@@ -38,7 +38,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, mask=None, cache=None, skip=0):
-        """Self-attention over x: (B, T, C), for all columns but the first `skip`.
+        """Self-attention over x: (B, T, C), for all columns but the first `skip`: 0 or T - Q.
 
         mask: (B, 1, Q, keys), for the last Q columns; those before them attend causally, which
         takes half the work of a mask. cache: see Transformer. Returns (B, T - skip, C).
@@ -54,13 +54,13 @@ class Attention(nn.Module):
             cached_k[:, :, start:start + T] = k
             cached_v[:, :, start:start + T] = v
             k, v = cached_k[:, :, :start + T], cached_v[:, :, :start + T]
-        causal = T if mask is None else T - mask.size(2)                # columns without a mask
+        context = T if mask is None else T - mask.size(2)               # columns without a mask
         y = []
-        if skip < causal:
+        if skip < context:
             y.append(F.scaled_dot_product_attention(
-                q[:, :, :causal], k[:, :, :causal], v[:, :, :causal], is_causal=True))
+                q[:, :, :context], k[:, :, :context], v[:, :, :context], is_causal=True))
         if mask is not None:
-            y.append(F.scaled_dot_product_attention(q[:, :, causal:], k, v, attn_mask=mask))
+            y.append(F.scaled_dot_product_attention(q[:, :, context:], k, v, attn_mask=mask))
         y = torch.cat(y, dim=2)                                         # (B, heads, T - skip, ...)
         y = y.transpose(1, 2).reshape(B, T - skip, C)
         return self.c_proj(y)
@@ -114,10 +114,10 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
 
     def forward(self, tokens, position, mask=None, cache=None):
-        """tokens, position: (B, T). mask: (B, 1, Q, keys) to be added to the attention scores of
-        the last Q columns, and only those come out; or None for plain causal attention.
-        cache: for each layer (keys, values, start): (B, heads, columns, C / heads) tensors that
-        this call fills from column `start`. Returns (B, Q, C), or (B, T, C) without a mask."""
+        """tokens, position: (B, T). mask: (B, 1, Q, keys) for the last Q columns, added to their
+        attention scores, or true where they see; only they come out. None: plain causal attention.
+        cache: for each layer (keys, values, start): (B, heads, columns, C/heads) tensors that this
+        call fills from column `start`. Returns (B, Q, C), or (B, T, C) without a mask."""
         x = self.wte(tokens) + self.wpe(position)                   # (B, T, C)
         skip = 0
         for i, block in enumerate(self.h):
@@ -165,8 +165,8 @@ class GPT(nn.Module):
         B, K = batch.last.size()
         mask = tree_mask(batch.branch, batch.context, self.lm_head.weight.dtype)
         hidden = self.transformer(batch.tokens, batch.position, mask)       # (B, T - context, C)
-        # Where each response token is predicted from. A look-up as in an embedding, because its
-        # gradient is added up in a fixed order: with [] runs would not repeat to the byte.
+        # Where each response token is predicted. hidden[predictor] would do, but its gradient is
+        # added up in no fixed order: runs would not repeat to the byte.
         hidden = F.embedding(batch.predictor, hidden.flatten(0, 1))         # (R, C)
         if fast:
             logps = token_logps(hidden, self.lm_head.weight, batch.target)  # (R,)
@@ -177,7 +177,7 @@ class GPT(nn.Module):
         slots = slots.index_add(0, batch.slot, logps)       # each token's to its response's slot
         return slots[:-1].view(B, K)                        # the last slot collects padding
 
-    forward = response_logps      # what torch.compile wraps
+    forward = response_logps      # policy(batch), which torch.compile wraps
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=1.0, stop=None, generator=None,
@@ -213,7 +213,8 @@ class GPT(nn.Module):
         tokens = torch.zeros(B, T, dtype=torch.long)
         for row, prompt in enumerate(prompts):
             tokens[row, :len(prompt)] = torch.as_tensor(prompt, dtype=torch.long)
-        tokens, length = tokens.to(device), torch.tensor(lengths, device=device)    # (B, T), (B,)
+        tokens = tokens.to(device)                                      # (B, T)
+        length = torch.tensor(lengths, device=device)                   # (B,)
 
         # The cache: columns 0 to T - 1 are the prompt, padded on the right; column T + t is new
         # token t, in every row. A new token sees its row's prompt and all new columns so far.
@@ -230,8 +231,8 @@ class GPT(nn.Module):
         position = torch.arange(T, device=device).expand(B, T)
         cache = [(k, v, 0) for k, v in zip(keys, values)]
         hidden = self.transformer(tokens, position, cache=cache)        # (B, T, C)
-        hidden = hidden[torch.arange(B, device=device), length - 1]     # (B, C), end of each prompt
         rows = torch.arange(B, device=device)                           # those still going
+        hidden = hidden[rows, length - 1]                               # (B, C), end of each prompt
         ended = torch.zeros(B, dtype=torch.bool, device=device)
         new = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
         for t in range(max_new_tokens):
@@ -251,7 +252,7 @@ class GPT(nn.Module):
                     visible, ended = visible[keep], ended[keep]
                     keys, values = [k[keep] for k in keys], [v[keep] for v in values]
             if t + 1 < max_new_tokens:
-                position = (length + t).clamp(max=config.block_size - 1)    # beyond is cut below
+                position = (length + t).clamp(max=config.block_size - 1)    # the rest is cut off
                 cache = [(k, v, T + t) for k, v in zip(keys, values)]
                 hidden = self.transformer(token[:, None], position[:, None],
                                           visible[..., :T + t + 1], cache)[:, 0]
@@ -293,5 +294,5 @@ def draw(logits, temperature, generator):
     device = logits.device if generator is None else generator.device
     random = torch.rand(len(logits), 1, generator=generator, device=device, dtype=wide)  # [0, 1)
     random = random.to(logits.device) * cumulative[:, -1:]
-    token = torch.searchsorted(cumulative, random, right=True)      # the first with more below it
+    token = torch.searchsorted(cumulative, random, right=True)      # the first above it
     return token.squeeze(1).clamp(max=logits.size(1) - 1)

@@ -1,8 +1,7 @@
 """Explicit reward models: the transformer with a one-number head, families of them, and scores.
 
-A reward model reads one number at each response's last token, in the same tree batch that the
-policy uses. It is known only up to a constant per prompt: Bradley-Terry sees differences, and so
-does everything downstream.
+A reward model reads one number at each response's last token, in the policy's tree batch. It is
+known only up to a constant per prompt: Bradley-Terry, and all that follows, sees differences.
 """
 import os
 
@@ -36,7 +35,7 @@ class RewardModel(nn.Module):
         mask = tree_mask(batch.branch, batch.context, weight.dtype)
         hidden = self.transformer(batch.tokens, batch.position, mask)       # (B, T - context, C)
         rows = torch.arange(hidden.size(0), device=hidden.device)[:, None]  # (B, 1)
-        hidden = hidden[rows, batch.last]                                   # (B, K, C)
+        hidden = hidden[rows, batch.last]                                   # (B, K, C), none twice
         with torch.autocast(hidden.device.type, enabled=False):     # bfloat16 rewards would tie
             return self.score(hidden.to(weight.dtype)).squeeze(2)           # (B, K)
 
@@ -57,16 +56,16 @@ class RewardModel(nn.Module):
 
     def save_pretrained(self, directory, eos_token_id=None):
         """Writes config.json and model.safetensors. (transformers reads the reward at the last
-        token that is not pad_token_id, which so can't be the end-of-text token.)"""
+        token that is not pad_token_id, which can't be the end-of-text token, then.)"""
         write_checkpoint(directory, self, eos_token_id, id2label={"0": "reward"}, pad_token_id=0,
                          label2id={"reward": 0}, architectures=["GPT2ForSequenceClassification"])
 
 
 def load_reward_models(folders, flag, policy, tokenizer, device):
-    """{folder: RewardModel} of comma-separated folders, each a run or a family of runs; {} of None.
+    """{folder: RewardModel} of comma-separated folders, each a run or a family; {} for None.
     InputError, naming the flag, if one can't read what the policy writes. tokenizer: its name."""
     models = {}
-    for folder in family_folders(folders, flag) if folders else []:
+    for folder in [] if folders is None else family_folders(folders, flag):
         models[folder] = RewardModel.from_pretrained(folder).to(device)
         check_same_tokens(f"{flag}: {folder}", folder, models[folder].config, policy.config,
                           tokenizer)
@@ -90,13 +89,13 @@ def training_pairs(args, tokenizer, policy, device, autocast):
     as they come), relabelled by the reward model of --relabel, if there is one. policy: the
     reference, from which TinyTLDR's pairs are sampled."""
     cache = cache_folder(args.init_from, args.out_dir)
-    oracle = load_reward_models(args.relabel, "--relabel", policy, args.tokenizer, device)
+    labellers = load_reward_models(args.relabel, "--relabel", policy, args.tokenizer, device)
     pairs = []
     for split in ("train", "validation"):
         dataset = preferences(args.data, split, tokenizer, policy, cache, args.pool,
                               args.hard_labels, args.seed)
-        if oracle:
-            rewards = family_scores(oracle, dataset, args, autocast, f"{split}-relabel")
+        if labellers:
+            rewards = family_scores(labellers, dataset, args, autocast, f"{split}-relabel")
             dataset = relabel(dataset, rewards.mean(axis=2))
         pairs.append(dataset)
     train, validation = pairs

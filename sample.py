@@ -2,7 +2,7 @@
 
     python sample.py out/e-dpo --compare                     # on a post of TinyTLDR
     python sample.py out/my/e-dpo --prompt="SUBREDDIT: r/tifu ... TL;DR:" --n=3
-    python sample.py out/my/e-dpo --chat                     # asks for what you say in a dialogue
+    python sample.py out/my/e-dpo --chat                     # what you type is a turn of a dialogue
 """
 import codecs
 import sys
@@ -43,7 +43,7 @@ def read_prompts(args, tokenizer):
         yield post
     else:
         if sys.stdin.isatty():
-            print("one prompt a line; the end of the input ends it")
+            print("one prompt per line; Ctrl-D ends")
         for line in sys.stdin:
             yield line.rstrip("\n")
 
@@ -63,7 +63,10 @@ def main(argv=None):
         name = flags.get("init_from", "scratch")
         if name == "scratch":
             raise InputError(f"--compare: {args.policy} was trained from no reference policy")
-        policies[f"the reference, {name}"] = GPT.from_pretrained(name).to(device)
+        try:
+            policies[f"the reference, {name}"] = GPT.from_pretrained(name).to(device)
+        except InputError as error:
+            raise InputError(f"--compare: the policy was trained from {error}") from error
 
     for prompt in read_prompts(args, tokenizer):
         if args.chat:

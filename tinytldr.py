@@ -25,7 +25,7 @@ policy learns, leave facts out, keep chatter, and now and then state a fact that
 
 **Labels**: of two summaries the first is preferred with probability
 sigmoid((R1 - R2) / LABEL_TEMPERATURE), a Bradley-Terry draw; with hard labels the higher reward
-always wins. Pairs with equal rewards are dropped.
+always wins. Ties are dropped.
 
 Everything is a pure function of (seed, split, index), and no two posts are alike: the index is
 mapped one-to-one to a combination of facts, and the splits use disjoint ranges of it.
@@ -37,7 +37,7 @@ from functools import lru_cache
 import numpy as np
 
 from support.cache import cached, hash_weights, key
-from support.passes import sample, text_of
+from support.passes import sample, to_text
 from support.tokenizer import word_encoding
 
 
@@ -164,12 +164,11 @@ N_WORLDS = 12 ** len(SLOTS)                                       # combinations
 SPLIT_START = {"train": 0, "validation": 2_000_000, "test": 2_400_000}      # a split's first index
 
 
-# ---------------- posts and demonstrations
+# ------ posts and demonstrations
 
 
 def facts_of(seed, split, index):
-    """The combination of facts of one post: {slot: number of the fact}. One-to-one in (split,
-    index) for each seed."""
+    """The facts of one post: {slot: number of the fact}; for each seed one-to-one in the index."""
     starts = sorted(SPLIT_START.values()) + [N_WORLDS]
     start = SPLIT_START[split]
     if not 0 <= index < starts[starts.index(start) + 1] - start:
@@ -202,7 +201,9 @@ def post(seed, split, index):
 def demonstration(seed, split, index, person=0):
     """A summary as a person in a hurry might write it, with its leading space. Every post can be
     summarised by any number of persons, 0, 1, 2 ..."""
-    rng, text, clauses = _rng(seed, split, index, purpose=2 + person), post(seed, split, index), []
+    rng = _rng(seed, split, index, purpose=2 + person)
+    text = post(seed, split, index)
+    clauses = []
     for slot, i in facts_of(seed, split, index).items():
         u = rng.random()
         if u < 0.05:                                    # a fact that is not in the post
@@ -223,7 +224,7 @@ def demonstration_rows(seed, split):
         yield {"prompt": post(seed, split, i), "responses": responses}
 
 
-# ---------------- the oracle
+# ------ the oracle
 
 
 @lru_cache(maxsize=100_000)
@@ -234,13 +235,13 @@ def facts_in(prompt):
         for i, (wording, another, _) in enumerate(slot_facts):
             if wording in prompt or another in prompt:
                 stated.add((slot, i))
-    return stated
+    return frozenset(stated)
 
 
 def judge(prompt, summary):
-    """What the oracle says of each clause: a list of (clause, verdict, points), the cost of tokens
-    not included."""
-    true, told, verdicts = facts_in(prompt), set(), []
+    """What the oracle says of each clause, but for tokens: a list of (clause, verdict, points)."""
+    true = facts_in(prompt)
+    told, verdicts = set(), []
     for clause in summary.split(";"):
         clause = clause.strip()
         fact = FACT_OF_CLAUSE.get(clause)
@@ -259,33 +260,33 @@ def judge(prompt, summary):
 
 
 def oracle_reward(prompt, summary):
-    """The true reward of a summary (a number; the rules are at the top of this file)."""
+    """The true reward of a summary; the rules are at the top of this file."""
     n_tokens = len(tokenizer().encode_ordinary(summary))
     return sum(points for _, _, points in judge(prompt, summary)) + PER_TOKEN * n_tokens
 
 
-# ---------------- pairs to learn from
+# ------ pairs to learn from
 
 PAIRS_FROM = {"train": 200_000, "validation": 0, "test": 0}     # first post: not those of SFT
 
 
-def pair_rows(split, n, policy, cache, hard=False, seed=0):
+def pair_rows(split, n, policy, encoding, cache, hard=False, seed=0):
     """n pairs of summaries sampled from `policy`, labelled by the oracle, as rows of text, kept in
-    the folder `cache`. hard: labels without noise."""
-    world = [(post(seed, split, i), demonstration(seed, split, i)) for i in range(100)]
-    verdicts = [judge(*example) for example in world]       # another world is other data
-    name = key(hash_weights(policy), world, verdicts, LABEL_TEMPERATURE, PER_TOKEN,
-               split, PAIRS_FROM[split], n, hard, seed)
-    return cached(cache, f"{split}-pairs", name, sample_pairs, split, n, policy, hard, seed)
+    the folder `cache`. encoding: the policy's tokenizer. hard: labels without noise."""
+    posts = [post(seed, split, i) for i in range(100)]      # an edited world is other data
+    entry = key(hash_weights(policy), encoding.name, SLOTS, CHATTER, UNSUPPORTED, CHATTERED, BROKEN,
+                PER_TOKEN, LABEL_TEMPERATURE, posts, split, PAIRS_FROM[split], n, hard, seed)
+    return cached(cache, f"{split}-pairs", entry, sample_pairs, split, n, policy, encoding, hard,
+                  seed)
 
 
-def sample_pairs(split, n, policy, hard, seed):
+def sample_pairs(split, n, policy, encoding, hard, seed):
     prompts = [post(seed, split, PAIRS_FROM[split] + i) for i in range(n)]
-    room = max(1, policy.config.block_size - 64)
-    ids = [tokenizer().encode_ordinary(prompt)[-room:] for prompt in prompts for _ in range(2)]
-    samples = sample(policy, ids, 64, tokenizer().eot_token, seed=[seed, SPLIT_START[split]],
+    room = max(1, policy.config.block_size - 64)            # the summary must fit
+    ids = [encoding.encode_ordinary(prompt)[-room:] for prompt in prompts for _ in range(2)]
+    samples = sample(policy, ids, 64, encoding.eot_token, seed=[seed, SPLIT_START[split]],
                      desc=f"sample {split} pairs")
-    texts = [text_of(response, tokenizer()) for response in samples]
+    texts = [to_text(response, encoding) for response in samples]
     pairs = list(zip(texts[::2], texts[1::2]))
     rewards = np.array([[oracle_reward(prompt, summary) for summary in pair]
                         for prompt, pair in zip(prompts, pairs)])                   # (n, 2)
@@ -306,7 +307,7 @@ def prefers_first(rewards, seed, hard=False):
     return np.random.default_rng([seed, 1]).random(len(gap)) < 1 / (1 + np.exp(-gap))
 
 
-# ---------------- the tokenizer
+# ------ the tokenizer
 
 
 @lru_cache(maxsize=1)

@@ -3,7 +3,6 @@
     python train_policy.py --loss=sft                       # the reference policy -> out/sft
     python train_policy.py --loss=dpo                       # from out/sft -> out/dpo
     python train_policy.py --loss=e-dpo --rewards=out/rms   # distils a family of reward models
-    python train_policy.py --loss=p-dpo --data=prefs.jsonl --init_from=gpt2 --lr=1e-6
 
 The reference is --init_from, as it was before step 0. What it says of the training responses, its
 samples for the KL term and the reward models' scores are columns of the data set, computed once
@@ -15,7 +14,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from data import BatchOrder, by_length, demonstrations, get_tokenizer
-from losses import LOSSES, all_pairs, log_ratio_margin, loss_at_reference, training_loss
+from losses import LOSSES, all_pairs, loss_at_reference, training_loss
 from model import GPT, GPTConfig
 from reward import family_scores, load_reward_models, training_pairs
 from support.cache import cache_folder, cached, hash_examples, hash_weights, key
@@ -29,28 +28,29 @@ from support.tokenizer import check_vocabulary, save_tokenizer
 from support.training_flags import policy_flags
 
 
-def with_columns(dataset, name, policy, tokenizer, reward_models, args, autocast):
+def with_columns(dataset, split, policy, tokenizer, reward_models, args, autocast):
     """The data set with what its loss takes as given: the reference's log-probs and, if the loss
     needs them, rewards and a sample from the reference per row. policy: still the reference."""
-    needs, cache = LOSSES[args.loss].needs, cache_folder(args.init_from, args.out_dir)
+    needs = LOSSES[args.loss].needs
+    cache = cache_folder(args.init_from, args.out_dir)
     weights = hash_weights(policy)
     if "rewards" not in needs:
         dataset.rewards = None
     elif args.rewards != "scores":
-        dataset.rewards = family_scores(reward_models, dataset, args, autocast, name)
+        dataset.rewards = family_scores(reward_models, dataset, args, autocast, split)
     elif dataset.rewards is None:
         raise InputError(f"--rewards=scores: {args.data} has no score_chosen and score_rejected, "
                          "nor scores, in all its rows")
     if "ref_samples" in needs:
         prompts = [prompt.tolist() for prompt, _ in dataset.examples]
         entry = key(weights, prompts, args.max_new_tokens, args.seed, args.dtype, args.tokenizer)
-        samples = cached(cache, f"{name}-samples", entry, sample, policy, prompts,
-                         args.max_new_tokens, tokenizer.eot_token, [args.seed, 3], 1.0, autocast,
-                         f"{name} samples")
+        samples = cached(cache, f"{split}-samples", entry, sample, policy, prompts,
+                         args.max_new_tokens, tokenizer.eot_token, seed=[args.seed, 3],
+                         autocast=autocast, desc=f"{split} samples")
         dataset = dataset.with_samples(samples)
     entry = key(weights, hash_examples(dataset.examples), args.dtype)
-    logps = cached(cache, f"{name}-logps", entry, score, policy, dataset, autocast,
-                   shape_multiple(args), f"{name} log-probs")
+    logps = cached(cache, f"{split}-logps", entry, score, policy, dataset, autocast,
+                   shape_multiple(args), desc=f"{split} log-probs")
     dataset.ref_logps = np.array(logps, np.float32)  # (N, K + S)
     return dataset
 
@@ -60,10 +60,11 @@ def statistics(logps, ref_logps, n_samples):
     (B,)}; nothing for SFT, which has no reference."""
     if ref_logps is None:
         return {}
-    B, K = len(logps), logps.size(1) - n_samples
-    logps = logps.detach()
-    change = logps - ref_logps  # (B, K + S)
-    h = log_ratio_margin(all_pairs(logps[:, :K]), all_pairs(ref_logps[:, :K]))  # (B * pairs,)
+    B = len(logps)
+    K = logps.size(1) - n_samples
+    change = logps.detach() - ref_logps                     # (B, K + S) log-ratios
+    pairs = all_pairs(change[:, :K])                        # (B * P, 2)
+    h = pairs[:, 0] - pairs[:, 1]
     prefers_chosen = (h > 0).float() + 0.5 * (h == 0)
     values = {"chosen_change": change[:, 0],
               "rejected_change": change[:, 1:K].mean(dim=1),
@@ -74,10 +75,9 @@ def statistics(logps, ref_logps, n_samples):
     return values
 
 
-def denominators(dataset, loss):
-    """What each row adds to the number that a batch's loss is divided by, (N,): 1, or its tokens
-    where the loss is a mean over tokens."""
-    if loss.counts == "tokens":
+def row_weights(dataset, loss):
+    """How much each row weighs in the mean of the losses, (N,): 1, or for SFT its tokens."""
+    if loss.mean_over == "tokens":
         return dataset.response_lengths().sum(axis=1)
     return np.ones(len(dataset), np.int64)
 
@@ -85,7 +85,7 @@ def denominators(dataset, loss):
 @torch.no_grad()
 def evaluate(policy, dataset, args, knobs, gamma, device, autocast):
     """Means of the loss and the statistics over a whole data set: {name: number}."""
-    count = int(denominators(dataset, LOSSES[args.loss]).sum())
+    total = int(row_weights(dataset, LOSSES[args.loss]).sum())
     size = 4 * args.micro_batch_size  # no gradient, less memory
     sums = {}
     for part in np.split(np.arange(len(dataset)), range(size, len(dataset), size)):
@@ -93,14 +93,14 @@ def evaluate(policy, dataset, args, knobs, gamma, device, autocast):
         with autocast():
             logps = policy(batch)
         losses = training_loss(args.loss, logps, **batch.columns(), gamma=gamma, **knobs)
-        watched = statistics(logps, batch.ref_logps, batch.n_samples)
-        for name, values in {"loss": losses, **watched}.items():
-            sums[name] = sums.get(name, 0) + (values / count).sum()
+        stats = statistics(logps, batch.ref_logps, batch.n_samples)
+        for name, values in {"loss": losses, **stats}.items():
+            sums[name] = sums.get(name, 0) + (values / total).sum()
     return {name: value.item() for name, value in sums.items()}
 
 
 def anneal(gamma, step, max_steps):
-    """The weight of the KL term at a step: linear from the first to the last one over training."""
+    """The weight of the KL term at a step, linear from the first to the last; 0 without one."""
     first, last = gamma or (0.0, 0.0)
     return first + (last - first) * step / max_steps
 
@@ -114,8 +114,9 @@ def main(argv=None):
     multiple = shape_multiple(args)
     tokenizer = get_tokenizer(args.tokenizer)
     if args.init_from == "scratch":
-        sizes = (args.block_size, tokenizer.n_vocab, args.n_layer, args.n_head, args.n_embd)
-        policy = GPT(GPTConfig(*sizes)).to(device)
+        config = GPTConfig(block_size=args.block_size, vocab_size=tokenizer.n_vocab,
+                           n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)
+        policy = GPT(config).to(device)
     else:
         policy = GPT.from_pretrained(args.init_from).to(device)
     check_vocabulary(policy, tokenizer, "--tokenizer")
@@ -124,18 +125,18 @@ def main(argv=None):
 
     # ---- data: rows to train on, rows to watch, and what is constant about them
     if args.loss == "sft":
-        source = (tokenizer, policy.config.block_size, args.seed)
-        train = demonstrations(args.data, "train", *source)
-        validation = demonstrations(args.data, "validation", *source)
+        block_size = policy.config.block_size
+        train = demonstrations(args.data, "train", tokenizer, block_size, args.seed)
+        validation = demonstrations(args.data, "validation", tokenizer, block_size, args.seed)
         watched = {"validation": by_length(validation.first(args.n_eval))}
     else:
         train, validation = training_pairs(args, tokenizer, policy, device, autocast)
-        columns = (policy, tokenizer, reward_models, args, autocast)
-        train = with_columns(train, "train", *columns)
-        validation = with_columns(validation.first(args.n_eval), "validation", *columns)
+        common = (policy, tokenizer, reward_models, args, autocast)
+        train = with_columns(train, "train", *common)
+        validation = with_columns(validation.first(args.n_eval), "validation", *common)
         some = np.random.default_rng(0).permutation(len(train))[:args.n_eval]
         watched = {"validation": by_length(validation), "train": by_length(train.take(some))}
-    counted = denominators(train, loss)
+    weights = row_weights(train, loss)
     order = BatchOrder(train.row_lengths(), args.batch_size, args.seed)
 
     # ---- model
@@ -148,6 +149,7 @@ def main(argv=None):
           f"training rows, {args.max_steps} steps of {args.batch_size}, on {device}")
 
     # ---- loop
+    size = args.micro_batch_size
     for step in range(run.first_step, args.max_steps + 1):
         gamma = anneal(args.gamma, step, args.max_steps)
         if run.due(step):
@@ -156,21 +158,21 @@ def main(argv=None):
                 means = evaluate(policy, dataset, args, knobs, gamma, device, autocast)
                 results |= {f"{split}/{name}": value for name, value in means.items()}
             run.report(step, results)
-        if step == args.max_steps:
+        if step == args.max_steps:      # evaluated only
             break
 
-        rows, size = order.rows(step), args.micro_batch_size    # a pure function of the step
-        count = int(counted[rows].sum())                        # rows; for SFT, tokens
-        for part in np.split(rows, range(size, len(rows), size)):
+        rows = order.rows(step)                                 # (batch_size,)
+        total = int(weights[rows].sum())                        # rows; for SFT, tokens
+        for part in np.split(rows, range(size, len(rows), size)):       # micro-batches
             batch = train.batch(part, multiple).to(device)      # the tree, with its columns
             with autocast():
                 logps = policy(batch)                           # (b, K + S)
             losses = training_loss(args.loss, logps, **batch.columns(), gamma=gamma, **knobs)
-            if step == 0 and loss.at_reference:                 # the policy is the reference
+            if step == 0 and part[0] == rows[0] and loss.at_reference:
                 expected = loss_at_reference(args.loss, **batch.columns(), **knobs)
                 check_step_0(losses, expected, logps, batch.ref_logps, args)
-            (losses.sum() / count).backward()                   # part of the whole batch's gradient
-            run.watch(count, loss=losses, **statistics(logps, batch.ref_logps, batch.n_samples))
+            (losses.sum() / total).backward()                   # part of the whole batch's gradient
+            run.watch(total, loss=losses, **statistics(logps, batch.ref_logps, batch.n_samples))
         grad_norm = clip_grad_norm_(policy.parameters(), args.grad_clip)
         set_learning_rate(optimizer, learning_rate(step, args.max_steps, args.lr))
         optimizer.step()

@@ -6,8 +6,8 @@
 
 A member of the family is trained on a subset of D_rho in which the longer response is preferred in
 a fraction `bias` of the pairs, so that the members disagree about length, and some member is near
-the truth. Every model starts from the transformer of --init_from. The skeleton is that of
-train_policy.py: `diff train_rm.py train_policy.py`.
+the truth. Every model starts from the transformer of --init_from. The loop is that of
+train_policy.py, with rewards in the place of log-probs.
 """
 import argparse
 import math
@@ -89,20 +89,21 @@ def train_one(args, policy, tokenizer, train, validation, device, autocast):
           f"{len(train)} training rows, {args.max_steps} steps of {args.batch_size}, on {device}")
 
     # ---- loop
+    size = args.micro_batch_size
     for step in range(run.first_step, args.max_steps + 1):
         if run.due(step):
             means = evaluate(reward_model, validation, args, device, autocast)
             run.report(step, {f"validation/{name}": value for name, value in means.items()})
-        if step == args.max_steps:
+        if step == args.max_steps:      # evaluated only
             break
 
-        rows, size = order.rows(step), args.micro_batch_size    # a pure function of the step
-        for part in np.split(rows, range(size, len(rows), size)):
+        rows = order.rows(step)                                 # (batch_size,)
+        for part in np.split(rows, range(size, len(rows), size)):       # micro-batches
             batch = train.batch(part, multiple).to(device)      # the tree
             with autocast():
                 rewards = reward_model(batch)                   # (b, K)
             losses = plackett_luce(rewards)                     # pairs: -log sigmoid(r1 - r2)
-            if step == 0:                                       # a zero head ranks by chance
+            if step == 0:                                       # a zero head: log K! each
                 expected = torch.full_like(losses, math.lgamma(rewards.size(1) + 1))
                 torch.testing.assert_close(losses, expected)
             (losses.sum() / len(rows)).backward()               # part of the whole batch's gradient

@@ -40,7 +40,7 @@ from data import BatchOrder, Dataset, get_tokenizer
 from losses import LOSSES, PREFERENCE_LOSSES, plackett_luce, training_loss
 from model import GPT, GPTConfig
 from reward import RewardModel
-from support.device import end_step, setup, shape_multiple
+from support.device import setup, shape_multiple, sync
 from support.flags import (
     InputError,
     Parser,
@@ -54,7 +54,7 @@ from support.flags import (
 )
 from support.optimizer import adamw, set_learning_rate
 from support.tokens import select, tokenised_file
-from train_policy import denominators
+from train_policy import row_weights
 
 MODELS = {"tiny": dict(n_layer=4, n_head=4, n_embd=128, vocab_size=1024),
           "small": dict(n_layer=6, n_head=6, n_embd=384),
@@ -213,7 +213,7 @@ class Bench:
         self.datasets = {task: task_dataset(task, examples) for task in {*args.only, "dpo"}}
         # every task the rows of DPO, so that all can be compared
         self.order = BatchOrder(self.datasets["dpo"].row_lengths(), args.batch_size, args.seed)
-        self.counted = {task: denominators(self.datasets[task], LOSSES[task])
+        self.weights = {task: row_weights(self.datasets[task], LOSSES[task])
                         for task in args.only if task in LOSSES}
         self.policy = GPT(self.config).to(self.device)
         self.models = {task: self.policy for task in args.only}
@@ -258,18 +258,18 @@ class Bench:
         if task == "score":
             return
         if task == "reward model":
-            losses, count = plackett_luce(outputs), len(rows)
+            losses, total = plackett_luce(outputs), len(rows)
         else:
             knobs = {**LOSSES[task].knobs, "gamma": 0.01}
             losses = training_loss(task, outputs, **batch.columns(), **knobs)
-            count = int(self.counted[task][rows].sum())
-        (losses.sum() / count).backward()
+            total = int(self.weights[task][rows].sum())
+        (losses.sum() / total).backward()
         clip_grad_norm_(model.parameters(), 1.0)
         optimizer = self.optimizers[model]
         set_learning_rate(optimizer, LR)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        end_step(self.device)
+        sync(self.device)
 
     def seconds(self, task, turn):
         synchronise(self.device)

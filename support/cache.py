@@ -6,21 +6,25 @@ import os
 import numpy as np
 
 from support.files import write_json
+from support.flags import InputError
 
 
-def cached(folder, name, key, compute, *args):
-    """compute(*args), an array or what JSON can hold; from folder/name-key.json if it is there.
-    Arrays come back as lists."""
-    path = os.path.join(folder, f"{name}-{key}.json")
+def cached(folder, name, entry, compute, *args, **options):
+    """compute(*args, **options), an array or what JSON can hold; from folder/name-entry.json if it
+    is there. Arrays come back as lists. InputError if a number is not finite."""
+    path = os.path.join(folder, f"{name}-{entry}.json")
     if os.path.exists(path):
         print(f"{name}: from {path}")
         with open(path, encoding="utf-8") as file:
             return json.load(file)
-    value = compute(*args)
+    value = compute(*args, **options)
     if isinstance(value, np.ndarray):
         value = value.tolist()
     os.makedirs(folder, exist_ok=True)
-    write_json(path, value)
+    try:
+        write_json(path, value)
+    except ValueError as error:
+        raise InputError(f"{name}: the model gives numbers that are not finite") from error
     return value
 
 

@@ -50,17 +50,17 @@ def read_checkpoint(dir_or_hub_name, head):
 
 def read_sizes(dir_or_hub_name, find=None):
     """The sizes in a checkpoint's config.json, by our names."""
-    find = find or Finder(dir_or_hub_name)
+    path = (find or Finder(dir_or_hub_name)).required("config.json")
     try:
-        with open(find.required("config.json"), encoding="utf-8") as file:
+        with open(path, encoding="utf-8") as file:
             config = json.load(file)
     except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{dir_or_hub_name}: unreadable checkpoint: config.json: "
                          f"{one_line(error)}") from error
     if not isinstance(config, dict):
         raise InputError(f"{dir_or_hub_name}: config.json is not a JSON object")
+    if "nanopref" in config and "model_type" not in config:
+        raise InputError(f"{dir_or_hub_name}: this run has no model yet (is it finished?)")
     check_config(config, dir_or_hub_name)
     sizes = {ours: config[theirs] for ours, theirs in FIELDS.items()}
     return {**sizes, "tie_word_embeddings": config.get("tie_word_embeddings", True)}

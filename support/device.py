@@ -1,6 +1,7 @@
 """Where to compute, in what precision, and with what memory."""
 import contextlib
 import ctypes
+import functools
 
 import torch
 
@@ -33,19 +34,9 @@ def setup(args):
     if name == "cuda":
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
-    return device, Autocast(device.type, args.dtype)
-
-
-class Autocast:
-    """autocast(): the context in which models run."""
-
-    def __init__(self, device_type, dtype):
-        self.device_type, self.dtype = device_type, dtype
-
-    def __call__(self):
-        if self.dtype == "float32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device_type, dtype=torch.bfloat16)
+    if args.dtype == "float32":
+        return device, contextlib.nullcontext
+    return device, functools.partial(torch.autocast, device.type, dtype=torch.bfloat16)
 
 
 def keep_memory():
@@ -71,7 +62,7 @@ def new_generator(device, seed):
     return torch.Generator("cpu" if device.type == "xla" else device).manual_seed(seed)
 
 
-def end_step(device):
+def sync(device):
     """torch_xla runs a step's graph here; elsewhere there is nothing to do."""
     if device.type == "xla":
         import torch_xla

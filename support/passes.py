@@ -8,10 +8,11 @@ from tqdm import tqdm
 from support.device import new_generator
 from support.flags import InputError
 
+TOKENS_PER_BATCH = 16_384
+
 
 @torch.no_grad()
-def score(model, dataset, autocast=contextlib.nullcontext, multiple=1, desc="score",
-          tokens_per_batch=16_384):
+def score(model, dataset, autocast=contextlib.nullcontext, multiple=1, desc="score"):
     """model(batch) for all rows of a data set, the longest first: log-probs from a policy, rewards
     from a reward model. Returns (N, K) float32."""
     device = next(model.parameters()).device
@@ -21,7 +22,7 @@ def score(model, dataset, autocast=contextlib.nullcontext, multiple=1, desc="sco
     done = 0
     with tqdm(total=len(order), desc=desc, disable=None, leave=False) as bar:
         while done < len(order):
-            rows = order[done:done + max(1, tokens_per_batch // sizes[order[done]])]
+            rows = order[done:done + max(1, TOKENS_PER_BATCH // sizes[order[done]])]
             batch = dataset.batch(rows, multiple).to(device)
             with autocast():
                 scores[rows] = model(batch).float().cpu().numpy()
@@ -57,6 +58,6 @@ def prompt_room(model, max_new_tokens):
     return room
 
 
-def text_of(response, tokenizer):
+def to_text(response, tokenizer):
     """A sample as text, without its end-of-text token."""
     return tokenizer.decode([token for token in response if token != tokenizer.eot_token])

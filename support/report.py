@@ -14,11 +14,11 @@ SHOWN_FLAGS = ["loss", "beta", "tau", "gamma", "rewards", "rho", "n_pairs", "max
                "batch_size", "lr", "seed"]
 
 
-def write_report(args, prompts, results, replies, rewards, judged):
+def write_report(args, prompts, results, replies, rewards, accuracy):
     """Writes and prints what evaluate.py measured.
 
     results: {name: numbers}, the reference first; replies, rewards: {name: N texts, (N,)} to the N
-    prompts (texts). judged: (table, margins, lengths) of reward models, or None.
+    prompts (texts). accuracy: of reward models, what accuracy_table gives, or None.
     """
     os.makedirs(args.out_dir, exist_ok=True)
     runs = run_names(args.policies)
@@ -34,14 +34,14 @@ def write_report(args, prompts, results, replies, rewards, judged):
     parts = [f"# Report\n\nOracle: {args.oracle or 'the reward of TinyTLDR (tinytldr.py)'}. "
              f"Prompts: {len(prompts)} of the {args.split} split of {args.data}, one sample each "
              f"at temperature {args.temperature:g}. Reference: {args.ref}.",
-             f"## Policies\n\n{verdict(policies)}\n\n{policy_table(results)}",
+             f"## Policies\n\n{verdict(results)}\n\n{policy_table(results)}",
              image(advantage_figure(policies, args.out_dir)),
              image(logprob_figure(curves, args.out_dir)),
              "How they were trained (empty: not used):\n\n"
              + markdown_table(["policy"] + SHOWN_FLAGS, trained)]
-    if judged is not None:
-        table, margins, lengths = judged
-        parts.append(reward_model_section(table, lengths))
+    if accuracy is not None:
+        table, margins, lengths, sides = accuracy
+        parts.append(reward_model_section(table, sides))
         parts.append(image(margin_figure(margins, lengths, args.out_dir)))
     parts += sample_sections(args.show, prompts, replies, rewards)
     parts.append("## Glossary\n\n" + GLOSSARY.read_text(encoding="utf-8").split("\n", 2)[2].strip())
@@ -51,7 +51,7 @@ def write_report(args, prompts, results, replies, rewards, judged):
         file.write("\n\n".join(part for part in parts if part) + "\n")
     write_json(os.path.join(args.out_dir, "results.json"), {
         "reference": results["reference"], "policies": policies, "flags": flags,
-        "reward_models": judged[0] if judged else {}, "evaluation": vars(args)}, indent=2)
+        "reward_models": accuracy[0] if accuracy else {}, "evaluation": vars(args)}, indent=2)
     print(f"\n{policy_table(results)}\n\n{path}")
 
 
@@ -68,13 +68,16 @@ def training_curve(folder):
             [line["train/rejected_change"] for line in lines])
 
 
-def judge(rewards, lengths, sides):
+def accuracy_table(rewards, lengths, longer):
     """Accuracy of reward models on held-out pairs, by which response is longer, and their margins.
 
-    rewards: {folder: (N, 2)}, chosen/rejected; lengths: (N, 2); sides: (N,), +1 where the chosen
-    response is longer, -1 the rejected one, 0 neither. Returns ({folder: numbers}, {folder: (N,)},
-    lengths).
+    rewards: {folder: (N, 2)}, chosen/rejected; lengths: (N, 2); longer: data.longer. Returns
+    ({folder: numbers}, {folder: (N,)}, lengths, longer(lengths)), or None for rankings.
     """
+    if lengths.shape[1] != 2:
+        print("reward models: left out of the report, which is about pairs")
+        return None
+    sides = longer(lengths)
     table, margins = {}, {}
     for folder, values in rewards.items():
         margin = margins[folder] = values[:, 0] - values[:, 1]
@@ -84,7 +87,7 @@ def judge(rewards, lengths, sides):
                   "longer_has_higher_reward": (margin * sides > 0)[sides != 0]}
         table[folder] = {name: float(group.mean()) if len(group) else None
                          for name, group in groups.items()}
-    return table, margins, lengths
+    return table, margins, lengths, sides
 
 
 # ------------------------------------------------------------------ parts of the report
@@ -121,32 +124,33 @@ def policy_table(results):
     return markdown_table(header, rows)
 
 
-def verdict(policies):
-    """Which policy did best, said whoever it is."""
-    best = max(policies, key=lambda name: policies[name]["advantage"])
-    text = f"Highest advantage: **{best}** ({policies[best]['advantage']:+.3f})."
+def verdict(results):
+    """Which policy (or the reference) did best, said whoever it is. results: {name: numbers}."""
+    best = max(results, key=lambda name: results[name]["reward"])
+    text = f"Highest mean reward: **{best}** ({results[best]['reward']:+.3f})."
     near = []
-    for name, numbers in policies.items():
+    for name, numbers in results.items():
         behind, half_width = numbers["behind_best"]
         if name != best and behind <= half_width:
             near.append(name)
     if near:
         text += f" Prompt by prompt, these can't be told from it: {', '.join(near)}."
-    lowest = min(policies, key=lambda name: policies[name].get("chosen_change", 0))
-    change = policies[lowest].get("chosen_change", 0)
+    lowest = min(results, key=lambda name: results[name].get("chosen_change", 0))
+    change = results[lowest].get("chosen_change", 0)
     if change < 0:
         text += (" The chosen responses lost most log-probability under "
                  f"**{lowest}** ({change:+.1f} nats).")
     return text
 
 
-def reward_model_section(table, lengths):
-    """table: {folder: numbers}; lengths: (N, 2) of the pairs."""
+def reward_model_section(table, sides):
+    """table: {folder: numbers}; sides: (N,) of the pairs, see accuracy_table."""
     header = ["reward model", "accuracy", "longer chosen", "shorter chosen", "longer scored higher"]
     rows = [[folder] + [cell(value, "{:.3f}") for value in numbers.values()]
             for folder, numbers in table.items()]
-    return (f"## Reward models\n\nOn {len(lengths)} held-out pairs with their natural mix of "
-            f"lengths.\n\n{markdown_table(header, rows)}")
+    return (f"## Reward models\n\nOn {len(sides)} held-out pairs with their natural mix of "
+            f"lengths; in {(sides == 1).sum()} the longer response was chosen, in "
+            f"{(sides == -1).sum()} the shorter one.\n\n{markdown_table(header, rows)}")
 
 
 def sample_sections(n, prompts, replies, rewards):

@@ -10,7 +10,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from support.device import end_step
+from support.device import sync
 from support.files import replacing, write_json
 from support.flags import InputError
 
@@ -52,11 +52,11 @@ class Run:
         """Is there an evaluation before this step? Also before the first and after the last."""
         return step % self.eval_every == 0 or step == self.max_steps
 
-    def watch(self, count, **values):
-        """Adds values per example, (b,) of one micro-batch, to the means of this step. count: what
+    def watch(self, total, **values):
+        """Adds values per example, (b,) of one micro-batch, to the means of this step. total: what
         the whole batch's sum is divided by."""
         for name, value in values.items():
-            mean = (value.detach() / count).sum()
+            mean = (value.detach() / total).sum()
             self.sums[name] = self.sums.get(name, 0) + mean
 
     def end_step(self, step, **values):
@@ -64,7 +64,7 @@ class Run:
         metrics.jsonl with the means since the last one: one transfer from the device, not ten."""
         self.window.append({**self.sums, **values})
         self.sums = {}
-        end_step(self.device)
+        sync(self.device)
         self.bar.update()
         if (step + 1) % LOG_EVERY == 0 or self.due(step + 1):
             means = {}
@@ -94,7 +94,8 @@ class Run:
     def _print(self, step, values):
         rate = (time.time() - self.started) / max(1, step - self.first_step)
         line = f"step {step:5d}  " + "  ".join(f"{name} {v:.4f}" for name, v in values.items())
-        line += f"  lr {self.optimizer.param_groups[0]['lr']:.1e}"
+        if step > self.first_step:
+            line += f"  lr {self.optimizer.param_groups[0]['lr']:.1e}"
         if self.first_step < step < self.max_steps:
             line += f"  {rate * (self.max_steps - step):.0f} s left"
         tqdm.write(line, file=sys.stdout)
@@ -217,5 +218,6 @@ def run_names(folders):
     names = {}
     for folder in folders:
         name = os.path.basename(os.path.normpath(folder))
-        names[folder if name in names else name] = folder
+        taken = name in names or name == "reference"
+        names[folder if taken else name] = folder
     return names

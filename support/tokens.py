@@ -82,7 +82,9 @@ def tokenised_file(data, tokenizer, demonstrations=False):
     else:
         records = open_records(data)
         content = records._fingerprint
-    name = key(LAYOUT, content, tokenizer.name, tokenizer.n_vocab, demonstrations)
+    words = b"\0".join(tokenizer.token_byte_values())
+    name = key(LAYOUT, content, tokenizer.name, tokenizer.n_vocab, tokenizer._pat_str, words,
+               demonstrations)
     path = os.path.join(folder, name + ".npz")
     if os.path.exists(path):
         try:

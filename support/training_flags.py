@@ -32,10 +32,11 @@ def policy_flags(argv, doc, losses):
     add("--gamma", type=first_last, help="weight of the forward KL: FIRST,LAST, annealed linearly "
         "over training, or one number for all of it")
     add("--min_per", choices=["example", "batch"], help="pick the best reward model for each "
-        "example, or one for each batch")
+        "pair, or one for each batch")
     knobs = {name: default for loss in losses.values() for name, default in loss.knobs.items()}
     for knob in sorted(set(knobs) - {"beta", "tau", "gamma", "min_per"}):       # of losses added
-        add(f"--{knob}", type=type(knobs[knob]), help="see losses.py")
+        number = isinstance(knobs[knob], (int, float))
+        add(f"--{knob}", type=not_negative_float if number else str, help="see losses.py")
     add("--max_new_tokens", type=positive_int, help="longest sample for the KL term (default: 64)")
     sizes = {"n_layer": 2, "n_head": 4, "n_embd": 128, "block_size": 192}
     for size, default in sizes.items():

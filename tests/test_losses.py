@@ -303,21 +303,21 @@ def test_ranked_responses_per_batch_have_one_member():
 ANNEALED = (1e-4, 1e-2)
 ROWS = {
     "sft": ((), {}, "tokens"),
-    "dpo": (("ref_logps",), {"beta": 0.3}, "pairs"),
-    "ipo": (("ref_logps",), {"tau": 0.1}, "pairs"),
-    "ipo-per-token": (("ref_logps", "lengths"), {"tau": 0.1}, "pairs"),
-    "d-dpo": (("ref_logps", "rewards"), {"beta": 0.3}, "pairs"),
-    "p-dpo": (("ref_logps", "ref_samples"), {"beta": 0.3, "gamma": ANNEALED}, "pairs"),
-    "dp-dpo": (("ref_logps", "rewards", "ref_samples"), {"beta": 0.3, "gamma": ANNEALED}, "pairs"),
+    "dpo": (("ref_logps",), {"beta": 0.3}, "rows"),
+    "ipo": (("ref_logps",), {"tau": 0.1}, "rows"),
+    "ipo-per-token": (("ref_logps", "lengths"), {"tau": 0.1}, "rows"),
+    "d-dpo": (("ref_logps", "rewards"), {"beta": 0.3}, "rows"),
+    "p-dpo": (("ref_logps", "ref_samples"), {"beta": 0.3, "gamma": ANNEALED}, "rows"),
+    "dp-dpo": (("ref_logps", "rewards", "ref_samples"), {"beta": 0.3, "gamma": ANNEALED}, "rows"),
     "e-dpo": (("ref_logps", "rewards", "ref_samples"),
-              {"beta": 0.3, "gamma": ANNEALED, "min_per": "example"}, "pairs"),
+              {"beta": 0.3, "gamma": ANNEALED, "min_per": "example"}, "rows"),
 }
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_row_of_the_table(name):
     loss = LOSSES[name]
-    assert (loss.needs, loss.knobs, loss.counts) == ROWS[name]
+    assert (loss.needs, loss.knobs, loss.mean_over) == ROWS[name]
 
 
 def test_every_loss_but_sft_is_a_preference_loss():

@@ -1,0 +1,182 @@
+"""Mutation testing: changes the code in many small ways, one at a time, and lists the changes that
+no test notices (LOG.md says why each is accepted).
+
+    bash runs/mutants.sh                                        # both groups: MINUTES
+    bash runs/mutants.sh core                                   # the losses, data, forward passes
+    bash runs/mutants.sh training                               # the scripts, the run folder
+    bash runs/mutants.sh training "train_rm.x_main*"            # some mutants of a group, by name
+
+mutmut runs on each mutant the tests that call the changed function, until one fails. It works on
+copies of the repository in out/mutants.
+"""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+COPIED = [*sorted(path.name for path in ROOT.glob("*.py")), "README.md", "LOG.md", "docs", "runs",
+          "support", "tests"]
+
+
+class Group(NamedTuple):
+    """files: what is changed, and in each the names of functions and classes ("" for all); tests:
+    in the order in which a mutant meets them."""
+    files: dict
+    tests: tuple
+    deselected: str = ""
+
+
+GROUPS = {
+    "core": Group({
+        "losses.py": [""],
+        "data.py": ["collate", "Dataset", "by_length", "batches", "BatchOrder", "longer",
+                    "biased_subset", "relabel"],
+        "model.py": ["tree_mask", "Attention.forward", "MLP.forward", "Transformer", "GPT.logits",
+                     "GPT.response_logps"],
+        "reward.py": ["RewardModel.forward"],
+        "support/head.py": [""],
+        "support/tokens.py": ["encode", "check_scores", "fit", "examples_of", "select"],
+        "support/formats.py": ["parse", "scores_of", "text_of"],
+    }, ("test_losses", "test_theory", "test_tree", "test_estimators", "test_data", "test_tokens",
+        "test_formats", "test_model")),
+    "training": Group({
+        "train_policy.py": [""],
+        "train_rm.py": [""],
+        "reward.py": ["RewardModel.__init__", "RewardModel.from_", "RewardModel.save_",
+                      "load_reward_models", "family_scores", "training_pairs"],
+        "support/run_folder.py": [""],
+        "support/optimizer.py": [""],
+        "support/checks.py": [""],
+    }, ("test_training", "test_flags", "test_runs"), deselected="from_the_shell or report"),
+}
+
+# What is added to tests/conftest.py: the runs that many tests look at are made once, by the code as
+# it is (each mutant gets a copy); and tests run in the order of the table above.
+CONFTEST = '''
+
+import shutil
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory, hub_cache):
+    return shutil.copytree({world!r}, tmp_path_factory.mktemp("world") / "world")
+
+
+def pytest_collection_modifyitems(items):
+    order = {order!r}
+    items.sort(key=lambda item: (order.index(item.path.stem), item.reportinfo()[1]))
+'''
+MAKE_WORLD = '''
+import shutil
+
+
+def test_make_world(world):
+    shutil.copytree(world, {world!r})
+'''
+
+
+def names(group):
+    """The names that mutmut gives to a group's mutants, with * at the end."""
+    patterns = []
+    for path, functions in group.files.items():
+        module = path.removesuffix(".py").replace("/", ".")
+        for function in functions:
+            owner, _, method = function.rpartition(".")
+            if owner or function[:1].isupper():         # a class, or a method
+                function = f"xǁ{owner or function}ǁ{method if owner else ''}"
+            elif function:
+                function = f"x_{function}"
+            patterns.append(f"{module}.{function}*")
+    return patterns
+
+
+def copy(name, group):
+    """A copy of the repository with mutmut's settings. Returns its folder."""
+    folder = ROOT / "out" / "mutants" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for path in COPIED:
+        if (ROOT / path).is_dir():
+            shutil.copytree(ROOT / path, folder / path)
+        else:
+            shutil.copy(ROOT / path, folder / path)
+    for path in group.files:        # mutmut leaves decorated functions alone; no result changes
+        code = (folder / path).read_text(encoding="utf-8")
+        lines = [line for line in code.splitlines(keepends=True)
+                 if not line.startswith(("@torch.no_grad", "@torch.compiler"))]
+        (folder / path).write_text("".join(lines), encoding="utf-8")
+    settings = {
+        "source_paths": list(group.files),
+        "also_copy": COPIED,
+        "pytest_add_cli_args_test_selection": [f"tests/{test}.py" for test in group.tests],
+        "timeout_multiplier": ["3"],
+    }
+    if group.deselected:
+        settings["pytest_add_cli_args_test_selection"] += ["-k", f"not ({group.deselected})"]
+    with open(folder / "setup.cfg", "w", encoding="utf-8") as file:
+        file.write("[mutmut]\n")
+        for key, values in settings.items():
+            separator = "\n    " if len(values) > 1 else " "
+            file.write(f"{key} ={separator}{separator.join(values)}\n")
+    return folder
+
+
+def make_world(folder, group):
+    """Runs the fixture `world` of tests/conftest.py once, and replaces it by a copy."""
+    test = folder / "tests" / "test_make_world.py"
+    world = str(folder / "world")
+    test.write_text(MAKE_WORLD.format(world=world), encoding="utf-8")
+    subprocess.run([BIN / "python", "-m", "pytest", "-q", test], cwd=folder, check=True)
+    test.unlink()
+    with open(folder / "tests" / "conftest.py", "a", encoding="utf-8") as file:
+        file.write(CONFTEST.format(world=world, order=group.tests))
+
+
+def run_mutants(folder, patterns):
+    """Runs mutmut. Returns (number of mutants, names of those that no test noticed)."""
+    log = folder / "run.log"
+    with open(log, "w", encoding="utf-8") as file:
+        # One thread, as mutmut forks.
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+        done = subprocess.run([BIN / "mutmut", "run", *patterns], cwd=folder, env=variables,
+                              stdout=file, stderr=subprocess.STDOUT)
+    if done.returncode:
+        sys.exit(f"mutmut failed: {log}")
+    results = log.read_text(encoding="utf-8").split("Mutant results\n")[-1].splitlines()[1:]
+    results = [line.split() for line in results if line.strip()]
+    noticed = "🎉⏰💥"           # a test failed, it never ended, Python crashed
+    return len(results), [mutant for verdict, mutant in results if verdict not in noticed]
+
+
+def show(folder, mutant):
+    done = subprocess.run([BIN / "mutmut", "show", mutant], cwd=folder, capture_output=True,
+                          text=True, check=True)
+    print(mutant)
+    for line in done.stdout.splitlines():
+        if line.startswith(("-", "+")) and not line.startswith(("---", "+++")):
+            print(line)
+
+
+def main(chosen=None, *patterns):
+    if chosen not in (None, *GROUPS):
+        sys.exit(f"mutants.py: error: {chosen}: a group is {' or '.join(GROUPS)}")
+    summary = []
+    for name in [chosen] if chosen else GROUPS:
+        group = GROUPS[name]
+        folder = copy(name, group)
+        make_world(folder, group)
+        n, survivors = run_mutants(folder, patterns or names(group))
+        for mutant in survivors:
+            show(folder, mutant)
+        killed = n - len(survivors)
+        summary.append(f"{name}: killed {killed} of {n} ({killed / n:.1%})")
+        print(summary[-1], flush=True)
+    print("\n".join(summary))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
