@@ -52,8 +52,8 @@ def main(argv=None):
     args = talk_flags(argv, __doc__)
     device, autocast = setup(args)
     flags = run_flags(args.policy)
-    tokenizer = get_tokenizer(flags.get("tokenizer", "gpt2"))
     policy = GPT.from_pretrained(args.policy).to(device)
+    tokenizer = get_tokenizer(flags.get("tokenizer", "gpt2"))
     check_vocabulary(policy, tokenizer, args.policy)
     policies = {args.policy: policy}
     room = prompt_room(policy, args.max_new_tokens)

@@ -38,6 +38,10 @@ LINES = [(model, shape, trainer, settings)
 OUR_WARM_UP = 5
 
 
+def always(device):
+    return True
+
+
 def our_steps(args, pipe):
     """The second process: warms up, then does a step whenever it is asked to and says how long it
     took."""
@@ -70,7 +74,7 @@ def race(model, shape, trainer, settings, steps):
     examples = [(prompt, responses[:2]) for prompt, responses
                 in bench.made_up_examples(args, n_rows, sizes["vocab_size"])]
     if settings == "head":
-        trl.trainer.utils._use_triton = lambda device: True
+        trl.trainer.utils._use_triton = always
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
     context.Process(target=our_steps, args=(args, theirs), daemon=True).start()

@@ -27,7 +27,7 @@ from support import run_folder, tokens
 from support.flags import InputError, run_script
 from support.formats import load_rows
 from support.optimizer import adamw, learning_rate
-from support.report import judge, policy_table, verdict
+from support.report import accuracy_table, policy_table, verdict
 
 ROOT = Path(__file__).parent.parent
 REWARDED = [name for name in PREFERENCE_LOSSES if "rewards" in LOSSES[name].needs]
@@ -436,13 +436,23 @@ def test_a_small_difference_on_every_prompt_is_a_difference():
     policies = {}
     for name, values in rewards.items():
         advantage, half_width = evaluate.interval(values)
-        policies[name] = {"advantage": advantage, "advantage_95": half_width,
+        policies[name] = {"reward": values.mean(), "advantage": advantage,
+                          "advantage_95": half_width,
                           "behind_best": evaluate.interval(rewards["best"] - values)}
     best, close = policies["best"], policies["close"]
     assert close["advantage"] + close["advantage_95"] > best["advantage"] - best["advantage_95"]
     text = verdict(policies)
-    assert "Highest advantage: **best**" in text
+    assert "Highest mean reward: **best**" in text
     assert "can't be told from it: level." in text and "close" not in text
+
+
+def test_verdict_when_the_reference_is_best():
+    """It says so, and compares with the reference, not with the best of the policies."""
+    numbers = {"reference": (0.0, (0.0, 0.0)), "a": (-0.5, (0.5, 0.6)), "b": (-0.51, (0.51, 0.1))}
+    results = {name: {"reward": reward, "behind_best": behind}
+               for name, (reward, behind) in numbers.items()}
+    text = verdict(results)
+    assert "**reference**" in text and "can't be told from it: a." in text
 
 
 def test_interval():
@@ -450,11 +460,12 @@ def test_interval():
     assert evaluate.interval(np.array([1.0, 2.0, 3.0])) == pytest.approx((2, 1.96 / 3 ** 0.5))
 
 
-def test_judge_by_hand():
+def test_accuracy_table_by_hand():
     """Accuracy, in all and by which response is longer; a tie counts a half; no pair, no number."""
     rewards = np.array([[2.0, 1.0], [0.0, 3.0], [1.0, 1.0], [5.0, 4.0]])
     lengths = np.array([[20, 10], [20, 10], [20, 10], [10, 10]])
-    table, margins, _ = judge({"rm": rewards}, lengths, np.array([1, 1, 1, 0]))
+    table, margins, _, sides = accuracy_table({"rm": rewards}, lengths, data.longer)
+    assert sides.tolist() == [1, 1, 1, 0]
     assert table["rm"] == {"accuracy": 2.5 / 4, "longer_chosen": 1.5 / 3, "shorter_chosen": None,
                            "longer_has_higher_reward": 1 / 3}
     assert margins["rm"].tolist() == [1, -3, 0, 1]

@@ -6,7 +6,7 @@ import pytest
 
 import tinytldr
 from model import GPT, GPTConfig
-from support.tokenizer import END_OF_TEXT
+from support.tokenizer import END_OF_TEXT, word_encoding
 from tinytldr import demonstration, facts_of, judge, oracle_reward, post
 
 FIRST = ("POST: Sorry for the wall of text. My roommate is the problem here. Every night the "
@@ -116,7 +116,8 @@ def pair_cache(tmp_path, monkeypatch):
     def ask(module, **changes):
         monkeypatch.setattr(module, "sample_pairs", sample_pairs)
         before = len(sampled)
-        flags = {"split": "train", "n": 10, "hard": False, "seed": 0, **changes}
+        flags = {"split": "train", "n": 10, "hard": False, "seed": 0,
+                 "encoding": tinytldr.tokenizer(), **changes}
         module.pair_rows(policy=policy, cache=str(tmp_path / "cache"), **flags)
         return len(sampled) > before
 
@@ -142,8 +143,11 @@ def test_cached_pairs_survive_a_comment(tmp_path, pair_cache):
     assert not pair_cache(changed_copy(tmp_path, first_line, f"# a comment\n{first_line}"))
 
 
+BYTES = word_encoding("bytes", [])
+
+
 @pytest.mark.parametrize("changes", [{"split": "validation"}, {"n": 11}, {"hard": True},
-                                     {"seed": 1}])
+                                     {"seed": 1}, {"encoding": BYTES}])
 def test_cached_pairs_are_for_what_was_asked(pair_cache, changes):
     assert pair_cache(tinytldr, **changes)
 
@@ -156,7 +160,7 @@ def test_cached_pairs_do_not_survive_another_reward(pair_cache, monkeypatch, nam
 
 
 @pytest.mark.parametrize("old, new", [
-    ("if u < 0.05:", "if u < 0.5:"),                                # how demonstrations are made
+    ("if rng.random() < 0.3:", "if rng.random() < 0.9:"),           # how posts are made
     ('"train": 200_000,', '"train": 300_000,'),                     # which posts are for pairs
     ('"tried": (0.25,', '"tried": (0.5,')])                         # what a fact is worth
 def test_cached_pairs_do_not_survive_another_world(tmp_path, pair_cache, old, new):
@@ -179,6 +183,24 @@ def test_cached_pairs_do_not_survive_another_wording(pair_cache, monkeypatch):
             if not pair_cache(tinytldr):
                 survived.append(text)
     assert survived == []
+
+
+def test_pairs_are_sampled_in_the_policy_s_own_tokens(tmp_path):
+    """A policy that reads bytes is asked in bytes and stopped at its own end of text."""
+    policy = GPT(GPTConfig(600, BYTES.n_vocab, 1, 1, 4))
+    asked = []
+
+    def generate(prompts, max_new_tokens, temperature, stop, generator):
+        asked.append((prompts, stop))
+        return [BYTES.encode_ordinary(f" my boss{'; broke' * (i % 2)}") + [BYTES.eot_token]
+                for i in range(len(prompts))]
+
+    policy.generate = generate
+    rows = tinytldr.pair_rows("train", 3, policy, BYTES, str(tmp_path))
+    (prompts, stop), = asked
+    texts = [post(0, "train", tinytldr.PAIRS_FROM["train"] + i) for i in range(3)]
+    assert [BYTES.decode(prompt) for prompt in prompts[::2]] == texts and stop == BYTES.eot_token
+    assert [sorted(row["responses"]) for row in rows] == [[" my boss", " my boss; broke"]] * 3
 
 
 # ------------------------------------------------------------------ the tokenizer
