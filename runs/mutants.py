@@ -140,10 +140,8 @@ def run_mutants(folder, patterns):
     """Runs mutmut. Returns (number of mutants, names of those that no test noticed)."""
     log = folder / "run.log"
     with open(log, "w", encoding="utf-8") as file:
-        # One thread, as mutmut forks.
-        variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
-        done = subprocess.run([BIN / "mutmut", "run", *patterns], cwd=folder, env=variables,
-                              stdout=file, stderr=subprocess.STDOUT)
+        done = subprocess.run([BIN / "mutmut", "run", *patterns], cwd=folder, stdout=file,
+                              stderr=subprocess.STDOUT)
     if done.returncode:
         sys.exit(f"mutmut failed: {log}")
     results = log.read_text(encoding="utf-8").split("Mutant results\n")[-1].splitlines()[1:]
@@ -164,6 +162,8 @@ def show(folder, mutant):
 def main(chosen=None, *patterns):
     if chosen not in (None, *GROUPS):
         sys.exit(f"mutants.py: error: {chosen}: a group is {' or '.join(GROUPS)}")
+    os.environ["OMP_NUM_THREADS"] = "1"     # mutmut forks, which thread pools do not survive
+    os.environ["PYTHONIOENCODING"] = "utf-8"
     summary = []
     for name in [chosen] if chosen else GROUPS:
         group = GROUPS[name]
