@@ -186,6 +186,7 @@ def _rng(seed, split, index, purpose):
     return np.random.default_rng([seed, SPLIT_START[split] + index, purpose])
 
 
+@lru_cache(maxsize=8)
 def post(seed, split, index):
     """The text of one prompt: "POST: ...", a blank line, "TL;DR:"."""
     rng = _rng(seed, split, index, purpose=0)
@@ -312,7 +313,7 @@ def prefers_first(rewards, seed, hard=False):
 
 @lru_cache(maxsize=1)
 def tokenizer():
-    """A tiktoken.Encoding in which every word of the world is a token; other text is bytes."""
+    """A tiktoken.Encoding with a token for every word of the world; other text is bytes."""
     texts = [text for _, slot_facts in SLOTS.values() for fact in slot_facts for text in fact]
     texts += [text for chatter in CHATTER for text in chatter]
     return word_encoding("tinytldr", [*texts, "POST:", "TL;DR:", *(text + ";" for text in texts)])

@@ -6,8 +6,8 @@
 
 The reference is --init_from, as it was before step 0. What it says of the training responses, its
 samples for the KL term and the reward models' scores are columns of the data set, computed once
-before training and cached: a step is one forward and one backward pass of the policy, whatever the
-loss. Flags and their defaults: --help, and support/training_flags.py.
+before training and cached: a step is one forward and one backward pass of the policy. Flags and
+their defaults: --help, and support/training_flags.py.
 """
 import numpy as np
 import torch

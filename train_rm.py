@@ -56,8 +56,8 @@ def main(argv=None):
     # ---- set-up
     args = reward_flags(argv, __doc__)
     device, autocast = setup(args)
-    tokenizer = get_tokenizer(args.tokenizer)
     policy = GPT.from_pretrained(args.init_from).to(device)
+    tokenizer = get_tokenizer(args.tokenizer)
     check_vocabulary(policy, tokenizer, "--tokenizer")
 
     # ---- data: one training set, or one for each member of the family

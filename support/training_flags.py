@@ -155,5 +155,6 @@ def check_folders_and_tokenizer(args, **inputs):
     start = None if args.init_from == "scratch" else args.init_from
     check_out_dir(args.out_dir, {"init_from": start, "relabel": args.relabel, **inputs})
     default = "tinytldr" if args.data == "tinytldr" else "gpt2"
-    default = run_flags(args.init_from).get("tokenizer", default)
+    if start is not None:
+        default = run_flags(start).get("tokenizer", default)
     args.tokenizer = args.tokenizer or default
