@@ -176,3 +176,60 @@ def test_relabel_a_ranking(capsys):
     ranking = relabel(Dataset([([0], [[1], [2], [3]])]), np.array([[0.5, -1.0, 0.7]]))
     assert ranking.examples == [([0], [[3], [1], [2]])] and ranking.rewards is None
     assert capsys.readouterr().out == ""
+
+
+# ------------------------------------------------------------------ data sets
+
+def small_dataset():
+    """Three rows of 2 + 1, 2 + 2 and 1 + 1 response tokens; the last response is a sample."""
+    examples = [([1, 2], [[3, 4], [5]]), ([1], [[2, 3], [4, 5]]), ([1, 2, 3], [[4], [5]])]
+    ref_logps = np.arange(6, dtype=np.float32).reshape(3, 2)
+    rewards = np.arange(3, dtype=np.float32).reshape(3, 1, 1)
+    return Dataset(examples, rewards, ref_logps, n_samples=1)
+
+
+def test_lengths_of_rows():
+    dataset = small_dataset()
+    assert dataset.response_lengths().tolist() == [[2, 1], [2, 2], [1, 1]]
+    assert dataset.row_lengths().tolist() == [5, 5, 5]
+
+
+def test_taking_rows_takes_their_columns():
+    part = small_dataset().take(np.array([2, 0]))
+    assert part.examples == [([1, 2, 3], [[4], [5]]), ([1, 2], [[3, 4], [5]])]
+    assert part.rewards.ravel().tolist() == [2, 0] and part.ref_logps.tolist() == [[4, 5], [0, 1]]
+    assert part.n_samples == 1 and len(small_dataset().first(2)) == 2
+
+
+def test_a_batch_has_the_columns_of_its_rows():
+    batch = small_dataset().batch(np.array([1, 0]))
+    assert batch.tokens.shape == (2, 5) and batch.target.shape == (7,) and batch.n_samples == 1
+    assert batch.ref_logps.tolist() == [[2, 3], [0, 1]] and batch.rewards.ravel().tolist() == [1, 0]
+    rounded = small_dataset().batch(np.array([1, 0]), multiple=4)
+    assert rounded.tokens.shape == (2, 8) and rounded.target.shape == (8,)
+
+
+def test_rows_by_length_keep_their_order_among_equals():
+    lengths = np.random.default_rng(0).integers(1, 4, 200)
+    dataset = Dataset([([i], [[0] * n]) for i, n in enumerate(lengths)])
+    numbers = [prompt[0] for prompt, _ in by_length(dataset).examples]
+    assert numbers == sorted(range(200), key=lambda i: (lengths[i], i))
+
+
+def test_a_sample_is_one_more_response():
+    plain = Dataset(small_dataset().examples, small_dataset().rewards)
+    dataset = plain.with_samples([[7], [8, 9], [6]])
+    assert [ids[-1].tolist() for _, ids in dataset.examples] == [[7], [8, 9], [6]]
+    assert dataset.examples[0][1][-1].dtype == np.int32 and dataset.n_samples == 1
+    assert dataset.rewards is plain.rewards and dataset.ref_logps is None
+
+
+def test_relabelling_may_leave_nothing():
+    with pytest.raises(InputError, match="^--relabel: no row is left$"):
+        relabel(Dataset([([0], [[1], [2]])]), np.zeros((1, 2)))
+
+
+def test_rankings_have_no_length_bias():
+    message = "^--rho, --bias: subsets by length are of pairs; with more responses use --rho=all$"
+    with pytest.raises(InputError, match=message):
+        biased_subset(np.ones((4, 3)), 0.5)

@@ -16,8 +16,8 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 CODE = [path for folder in (".", "support", "runs") for path in (ROOT / folder).glob("*.py")]
-ABBREVIATIONS = {"CUDA", "JSON", "JSONL", "NANOPREF_CACHE", "RLHF", "TIKTOKEN_CACHE_DIR", "TMLR",
-                 "LOSSES"}
+ABBREVIATIONS = {"CUDA", "POST", "README", "JSON", "JSONL", "NANOPREF_CACHE", "RLHF", "TMLR",
+                 "TIKTOKEN_CACHE_DIR", "LOSSES"}
 each_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 
 
