@@ -1,7 +1,7 @@
 """Mutation testing: changes the code in many small ways, one at a time, and lists the changes that
 no test notices (LOG.md says why each is accepted).
 
-    bash runs/mutants.sh                                        # both groups: MINUTES
+    bash runs/mutants.sh                                        # both groups: hours on 2 cores
     bash runs/mutants.sh core                                   # the losses, data, forward passes
     bash runs/mutants.sh training                               # the scripts, the run folder
     bash runs/mutants.sh training "train_rm.x_main*"            # some mutants of a group, by name
