@@ -1,5 +1,6 @@
 import os
 import sys
+from itertools import islice
 
 import pytest
 
@@ -22,11 +23,15 @@ def hub_cache(tmp_path_factory):
 def world(tmp_path_factory, hub_cache):
     """A folder with the short runs that several tests look at: a reference policy, a reward model,
     a family of two."""
+    import tinytldr
     import train_policy
     import train_rm
     root = tmp_path_factory.mktemp("world")
-    train_policy.main(["--loss=sft", f"--out_dir={root}/sft", "--max_steps=60", "--batch_size=32",
-                       "--n_embd=64"])
+    all_rows = tinytldr.demonstration_rows
+    with pytest.MonkeyPatch.context() as patch:     # 60 steps don't need 20,000 rows
+        patch.setattr(tinytldr, "demonstration_rows", lambda *a: islice(all_rows(*a), 2500))
+        train_policy.main(["--loss=sft", f"--out_dir={root}/sft", "--max_steps=60",
+                           "--batch_size=32", "--n_embd=64"])
     shared = [f"--init_from={root}/sft", "--max_steps=6", "--batch_size=16", "--n_pairs=100",
               "--pool=400", "--n_eval=32"]
     train_rm.main([*shared, f"--out_dir={root}/rm"])
