@@ -56,9 +56,8 @@ GROUPS = {
         "every_loss_trains", "every_loss_trains_on_rankings", "same_seed_same_bytes",
         "evaluating_more_often_changes_nothing", "file_data_end_to_end", "report",
         "a_report_keeps_no_figure_of_an_older_report", "policies_are_compared_prompt_by_prompt",
-        "results_are_json_where_a_group_is_empty", "nothing_is_loaded_or_tokenised_twice",
-        "sample_streams_what_generate_gives", "sample_beside_the_reference",
-        "bad_input_from_the_shell")),
+        "results_are_json_where_a_group_is_empty", "sample_streams_what_generate_gives",
+        "sample_beside_the_reference", "bad_input_from_the_shell")),
 }
 
 # What is added to tests/conftest.py: the runs that many tests look at are made once, by the code as

@@ -77,7 +77,7 @@ def strict_json(path):
 
 @pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
 def test_every_loss_trains(world, tmp_path, loss, capsys):
-    train_policy.main(policy_flags(world, tmp_path, loss))
+    train_policy.main(policy_flags(world, tmp_path, loss, lr=2e-3))
     assert "step 0: policy == reference" in capsys.readouterr().out
     lines = metrics(tmp_path)
     first, last = lines[0], lines[-1]
@@ -102,7 +102,7 @@ def test_a_loss_that_somebody_adds(world, tmp_path, monkeypatch, capsys):
         return delta + 1
 
     monkeypatch.setitem(LOSSES, "hinge", Loss(hinge, ("ref_logps",), {"delta": 1.0}, at_reference))
-    train_policy.main(policy_flags(world, tmp_path / "run", "hinge", delta=2.5))
+    train_policy.main(policy_flags(world, tmp_path / "run", "hinge", delta=2.5, lr=2e-3))
     assert "hinge loss 2.5000 as derived" in capsys.readouterr().out
     assert metrics(tmp_path / "run")[0]["validation/loss"] == pytest.approx(2.5, abs=1e-3)
     assert abs(metrics(tmp_path / "run")[-1]["train/chosen_change"]) > 1e-3
