@@ -212,7 +212,8 @@ def loss_at_reference(name, ref_logps, rewards=None, lengths=None, n_samples=0, 
 def all_pairs(values):
     """Every pair of K ranked responses, the better one first, as a row of its own.
     values: (B, K, ...), the best first. Returns (B * P, 2, ...), P = K (K - 1) / 2."""
-    pairs = torch.combinations(torch.arange(values.size(1), device=values.device))    # (P, 2)
+    K = values.size(1)
+    pairs = torch.triu_indices(K, K, offset=1, device=values.device).t()      # (P, 2)
     return values[:, pairs].flatten(0, 1)
 
 

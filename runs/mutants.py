@@ -7,7 +7,8 @@ no test notices (LOG.md says why each is accepted).
     bash runs/mutants.sh training "train_rm.x_main*"            # some mutants of a group, by name
 
 mutmut runs on each mutant the tests that call the changed function, until one fails. It works on
-copies of the repository in out/mutants.
+copies of the repository in out/mutants, on WORKERS mutants at a time (an environment variable; as
+many as there are cores). Beside other work a test that is merely slow counts as a mutant found.
 """
 import os
 import shutil
@@ -143,8 +144,9 @@ def run_mutants(folder, patterns):
     """Runs mutmut. Returns (number of mutants, names of those that no test noticed)."""
     log = folder / "run.log"
     with open(log, "w", encoding="utf-8") as file:
-        done = subprocess.run([BIN / "mutmut", "run", *patterns], cwd=folder, stdout=file,
-                              stderr=subprocess.STDOUT)
+        workers = os.environ.get("WORKERS", str(os.cpu_count()))
+        done = subprocess.run([BIN / "mutmut", "run", "--max-children", workers, *patterns],
+                              cwd=folder, stdout=file, stderr=subprocess.STDOUT)
     if done.returncode:
         sys.exit(f"mutmut failed: {log}")
     results = log.read_text(encoding="utf-8").split("Mutant results\n")[-1].splitlines()[1:]

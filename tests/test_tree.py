@@ -1,5 +1,6 @@
 """The tree batch: its layout to the last number, that it equals separate sequences in values and in
 gradients, and that the fast head equals the plain formula."""
+import contextlib
 import dataclasses
 import math
 from types import SimpleNamespace
@@ -10,6 +11,13 @@ import torch.nn.functional as F
 
 import model as model_file
 from data import collate
+from losses import (
+    LOSSES,
+    PREFERENCE_LOSSES,
+    loss_at_reference,
+    plackett_luce,
+    training_loss,
+)
 from model import GPT, GPTConfig, tree_mask
 from reward import RewardModel
 from support import head
@@ -101,6 +109,29 @@ def test_a_batch_moves_to_a_device_whole():
     columns = batch.columns()
     assert columns["ref_logps"] is batch.ref_logps and columns["lengths"] is batch.lengths
     assert columns["rewards"] is None and columns["n_samples"] == 1
+
+
+def test_everything_is_computed_where_the_model_is(monkeypatch):
+    """On torch's "meta" device, which has shapes and no numbers (nor autocast): a tensor made on
+    the CPU by mistake does not mix with its tensors, as it would not with a GPU's."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    examples = [([1, 2, 3], [[4, 5], [6], [7, 8]]), ([1, 2], [[3], [4, 5, 6], [7]])]
+    batch = collate(examples).to("meta")
+    policy, reward_model = GPT(CONFIG).to("meta"), RewardModel(CONFIG).to("meta")
+    logps = policy.response_logps(batch)                            # (2, 3)
+    assert logps.device.type == "meta" and logps.shape == (2, 3)
+    assert policy.response_logps(batch, fast=False).device.type == "meta"
+    assert policy.logits(batch.tokens).device.type == "meta"
+    rewards = reward_model(batch)[:, :, None]                       # (2, 3, 1)
+    for name in PREFERENCE_LOSSES:
+        knobs = {**LOSSES[name].knobs}
+        knobs.pop("gamma", None)
+        columns = {"rewards": rewards, "lengths": batch.lengths, **knobs}
+        assert training_loss(name, logps, logps, gamma=0.1, **columns).device.type == "meta"
+        assert loss_at_reference(name, logps, **columns).device.type == "meta"
+    plackett_luce(rewards[:, :, 0]).sum().backward()
+    assert reward_model.score.weight.grad.device.type == "meta"
 
 
 def test_tree_mask():
