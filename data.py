@@ -304,12 +304,13 @@ def demonstrations(data, split, tokenizer, block_size, seed=0):
     return Dataset(*select(arrays, block_size, f"{data}, {split}", split))
 
 
-def preferences(data, split, tokenizer, policy, cache, pool=None, hard_labels=False, seed=0):
+def preferences(data, split, tokenizer, policy, cache, pool=None, label_temperature=0,
+                seed=0):
     """A Dataset of preferences as they come, with their natural mix of lengths: those of a file; or
     for TinyTLDR pairs sampled from `policy`, `pool` of them to train on."""
     block_size = policy.config.block_size
     if data == "tinytldr":
         n = pool if split == "train" else 1000
-        rows = tinytldr.pair_rows(split, n, policy, tokenizer, cache, hard_labels, seed)
+        rows = tinytldr.pair_rows(split, n, policy, tokenizer, cache, label_temperature, seed)
         return Dataset(*select(encode(rows, tokenizer), block_size, f"{data}, {split}"))
     return Dataset(*select(tokenised_file(data, tokenizer), block_size, f"{data}, {split}", split))

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from data import BatchOrder, by_length, demonstrations, get_tokenizer
+import tinytldr
+from data import BatchOrder, Dataset, by_length, demonstrations, get_tokenizer
 from losses import LOSSES, all_pairs, loss_at_reference, training_loss
 from model import GPT, GPTConfig
 from reward import family_scores, load_reward_models, training_pairs
@@ -22,7 +23,7 @@ from support.checks import check_step_0
 from support.device import setup, shape_multiple
 from support.flags import InputError, run_script
 from support.optimizer import adamw, learning_rate, set_learning_rate
-from support.passes import sample, score
+from support.passes import sample, score, to_text
 from support.run_folder import Run
 from support.tokenizer import check_vocabulary, save_tokenizer
 from support.training_flags import policy_flags
@@ -99,6 +100,19 @@ def evaluate(policy, dataset, args, knobs, gamma, device, autocast):
     return {name: value.item() for name, value in sums.items()}
 
 
+def reward_of_samples(policy, prompts, judges, tokenizer, args, autocast):
+    """What --select goes by: the mean reward of one sample for each prompt, by the mean of the
+    reward models {folder: model} in `judges`, or with none by TinyTLDR's oracle."""
+    replies = sample(policy, prompts, args.max_new_tokens, tokenizer.eot_token, [args.seed, 5],
+                     autocast=autocast)
+    if not judges:
+        texts = [[to_text(ids, tokenizer) for ids in pair] for pair in zip(prompts, replies)]
+        return float(np.mean([tinytldr.oracle_reward(*pair) for pair in texts]))
+    dataset = Dataset([(prompt, [reply]) for prompt, reply in zip(prompts, replies)])
+    multiple = shape_multiple(args)
+    return float(np.mean([score(judge, dataset, autocast, multiple) for judge in judges.values()]))
+
+
 def anneal(gamma, step, max_steps):
     """The weight of the KL term at a step, linear from the first to the last; 0 without one."""
     first, last = gamma or (0.0, 0.0)
@@ -122,6 +136,8 @@ def main(argv=None):
     check_vocabulary(policy, tokenizer, "--tokenizer")
     folders = None if args.rewards == "scores" else args.rewards
     reward_models = load_reward_models(folders, "--rewards", policy, args.tokenizer, device)
+    selected_by = None if args.select in ("last", "loss", "oracle") else args.select
+    judges = load_reward_models(selected_by, "--select", policy, args.tokenizer, device)
 
     # ---- data: rows to train on, rows to watch, and what is constant about them
     if args.loss == "sft":
@@ -157,6 +173,10 @@ def main(argv=None):
             for split, dataset in watched.items():
                 means = evaluate(policy, dataset, args, knobs, gamma, device, autocast)
                 results |= {f"{split}/{name}": value for name, value in means.items()}
+            if judges or args.select == "oracle":
+                prompts = [prompt.tolist() for prompt, _ in watched["validation"].examples]
+                results["validation/reward"] = reward_of_samples(policy, prompts, judges, tokenizer,
+                                                                 args, autocast)
             run.report(step, results)
         if step == args.max_steps:      # evaluated only
             break
@@ -179,6 +199,7 @@ def main(argv=None):
         optimizer.zero_grad(set_to_none=True)
         run.end_step(step, grad_norm=grad_norm)
 
+    run.restore_selected()
     save_tokenizer(args.out_dir, tokenizer, policy.config.block_size)
     policy.save_pretrained(args.out_dir, tokenizer.eot_token)
     run.finish()

@@ -6,8 +6,9 @@
 
 A member of the family is trained on a subset of D_rho in which the longer response is preferred in
 a fraction `bias` of the pairs, so that the members disagree about length, and some member is near
-the truth. Every model starts from the transformer of --init_from. The loop is that of
-train_policy.py, with rewards in the place of log-probs.
+the truth; all of them for as many epochs, so for fewer steps on a smaller subset. Every model
+starts from the transformer of --init_from. The loop is that of train_policy.py, with rewards in
+the place of log-probs.
 """
 import argparse
 import math
@@ -68,7 +69,9 @@ def main(argv=None):
     lengths = train.response_lengths()
     subsets = [train.take(biased_subset(lengths, bias, seed=args.seed)) for bias in args.bias]
     for (bias, folder, resume), subset in zip(family_to_train(args), subsets):
-        flags = {**vars(args), "bias": bias, "out_dir": folder, "resume": resume}
+        steps = max(1, round(args.max_steps * len(subset) / len(train)))    # the same epochs
+        flags = {**vars(args), "bias": bias, "max_steps": steps, "out_dir": folder,
+                 "resume": resume}
         member = argparse.Namespace(**flags)
         train_one(member, policy, tokenizer, subset, validation, device, autocast)
 
@@ -76,7 +79,8 @@ def main(argv=None):
 def train_one(args, policy, tokenizer, train, validation, device, autocast):
     """One reward model, from the policy's transformer, into the run folder args.out_dir."""
     multiple = shape_multiple(args)
-    order = BatchOrder(train.row_lengths(), args.batch_size, args.seed)
+    # A family has an order of its own: its member on all of D_rho is not the single model again.
+    order = BatchOrder(train.row_lengths(), args.batch_size, args.seed + (args.bias is not None))
 
     # ---- model
     constants = key(hash_weights(policy), hash_examples(train.examples))

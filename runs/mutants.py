@@ -53,7 +53,7 @@ GROUPS = {
         "support/run_folder.py": [""],
         "support/optimizer.py": [""],
         "support/checks.py": [""],
-    }, ("test_training", "test_flags", "test_runs"), without=(
+    }, ("test_run_folder", "test_scripts", "test_training", "test_flags", "test_runs"), without=(
         "every_loss_trains", "every_loss_trains_on_rankings", "same_seed_same_bytes",
         "evaluating_more_often_changes_nothing", "file_data_end_to_end", "report",
         "a_report_keeps_no_figure_of_an_older_report", "policies_are_compared_prompt_by_prompt",

@@ -59,5 +59,7 @@ def prompt_room(model, max_new_tokens):
 
 
 def to_text(response, tokenizer):
-    """A sample as text, without its end-of-text token."""
-    return tokenizer.decode([token for token in response if token != tokenizer.eot_token])
+    """A sample as text, without its end-of-text token, nor ids that a vocabulary padded beyond the
+    tokenizer's lets a model sample."""
+    return tokenizer.decode([token for token in response
+                             if token != tokenizer.eot_token and token < tokenizer.n_vocab])

@@ -29,12 +29,13 @@ class Run:
         self.dir, self.constants = args.out_dir, constants
         self.model, self.optimizer = model, optimizer
         self.max_steps, self.eval_every, self.first_step = args.max_steps, args.eval_every, 0
+        self.select = vars(args).get("select", "last")
         self.device = next(model.parameters()).device
         if args.resume:
             self._resume(vars(args))
         else:
             os.makedirs(self.dir, exist_ok=True)
-            for stale in ("model.safetensors", "state.pt", "metrics.jsonl"):
+            for stale in ("model.safetensors", "state.pt", "best.pt", "metrics.jsonl"):
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(self._path(stale))
             write_json(self._path("config.json"), {"nanopref": vars(args)}, indent=2)
@@ -78,9 +79,11 @@ class Run:
     def report(self, step, results):
         """Logs and prints what an evaluation measured, and saves the state."""
         self.log(step, results)
+        if self.select != "last" and step > 0:
+            self._save_if_best(step, results)
         self.save_state(step)
         shown = {name: value for name, value in results.items()
-                 if name.endswith(("loss", "accuracy", "chosen_change"))}
+                 if name.endswith(("loss", "accuracy", "chosen_change", "reward"))}
         self._print(step, shown)
 
     def log(self, step, values):
@@ -100,6 +103,26 @@ class Run:
             line += f"  {rate * (self.max_steps - step):.0f} s left"
         tqdm.write(line, file=sys.stdout)
         self.printed = time.time()
+
+    def _save_if_best(self, step, results):
+        """--select: best.pt is the best model so far, by validation loss or by its judges."""
+        value = -results["validation/loss"]
+        if self.select != "loss":
+            value = results["validation/reward"]
+        path = self._path("best.pt")
+        if os.path.exists(path):
+            best = torch.load(path, map_location="cpu", weights_only=True)
+            if best["value"] >= value and best["step"] != step:
+                return
+        with replacing(path) as temporary:
+            torch.save({"model": self.model.state_dict(), "value": value, "step": step}, temporary)
+
+    def restore_selected(self):
+        """Gives the model the weights that --select asks for, once training is over."""
+        if self.select != "last":
+            best = torch.load(self._path("best.pt"), map_location="cpu", weights_only=True)
+            self.model.load_state_dict(best["model"])
+            print(f"--select={self.select}: the model of step {best['step']}")
 
     def finish(self):
         self.bar.close()

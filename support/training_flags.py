@@ -37,7 +37,11 @@ def policy_flags(argv, doc, losses):
     for knob in sorted(set(knobs) - {"beta", "tau", "gamma", "min_per"}):       # of losses added
         number = isinstance(knobs[knob], (int, float))
         add(f"--{knob}", type=not_negative_float if number else str, help="see losses.py")
-    add("--max_new_tokens", type=positive_int, help="longest sample for the KL term (default: 64)")
+    add("--max_new_tokens", type=positive_int, help="longest sample for the KL term and --select "
+        "(default: 64)")
+    add("--select", default="last", help="which evaluated checkpoint to keep: the last; that of "
+        "the lowest validation loss; or that whose samples for validation prompts earn most, "
+        "judged by the oracle (of tinytldr) or by reward models (a folder, as in --rewards)")
     sizes = {"n_layer": 2, "n_head": 4, "n_embd": 128, "block_size": 192}
     for size, default in sizes.items():
         add(f"--{size}", type=positive_int, help=f"of a model from scratch (default: {default})")
@@ -47,20 +51,27 @@ def policy_flags(argv, doc, losses):
     args.out_dir = args.out_dir or f"out/{args.loss}"
     args.init_from = args.init_from or ("scratch" if sft else "out/sft")
     if sft:
-        training_defaults(args, max_steps=1000, batch_size=32, lr=4e-3)
+        training_defaults(args, max_steps=1500, batch_size=32, lr=4e-3)
     else:
-        training_defaults(args, max_steps=400, batch_size=16, lr=2e-4)
+        training_defaults(args, max_steps=800, batch_size=16, lr=2e-4)
     table = preference_data_flags(args, used=not sft)       # flag: (used?, default, by what)
     for knob in knobs:
         users = [name for name in losses if knob in losses[name].knobs]
         table[knob] = (knob in loss.knobs, loss.knobs.get(knob), f"--loss={', '.join(users)}")
     default_rewards = "out/rms" if args.loss == "e-dpo" else "out/rm"
     table["rewards"] = ("rewards" in loss.needs, default_rewards, "losses that distil rewards")
-    table["max_new_tokens"] = ("ref_samples" in loss.needs, 64, "losses with a KL term")
+    judged = args.select not in ("last", "loss")
+    table["max_new_tokens"] = ("ref_samples" in loss.needs or judged, 64,
+                               "losses with a KL term, or a --select that samples")
     for size, default in sizes.items():
         table[size] = (args.init_from == "scratch", default, "--init_from=scratch")
     resolve(args, table)
 
+    if judged and sft:
+        raise InputError("--select: last or loss, with --loss=sft")
+    if args.select == "oracle" and args.data != "tinytldr":
+        raise InputError("--select=oracle: only tinytldr has an oracle; name a reward model's "
+                         "folder")
     if not sft and args.init_from == "scratch":
         raise InputError(f"--init_from: --loss={args.loss} needs a reference policy, such as the "
                          "run of --loss=sft")
@@ -82,7 +93,7 @@ def reward_flags(argv, doc):
     args = parser.parse_args(argv)
     args.out_dir = args.out_dir or ("out/rms" if args.bias else "out/rm")
     args.init_from = args.init_from or "out/sft"
-    training_defaults(args, max_steps=100, batch_size=64, lr=5e-4)
+    training_defaults(args, max_steps=250, batch_size=32, lr=5e-4)
     resolve(args, preference_data_flags(args))
     if args.init_from == "scratch":
         raise InputError("--init_from: a reward model starts from a language model, such as the "
@@ -118,10 +129,10 @@ def training_flags(doc):
     # the preference data
     add("--rho", type=fraction_or_all, help="fraction of the training pairs in which the longer "
         "response is preferred, or all for the pairs as they are (default: 0.2 on tinytldr)")
-    add("--n_pairs", type=positive_int, help="training pairs (default: 4000 on tinytldr, else all)")
+    add("--n_pairs", type=positive_int, help="training pairs (default: 2500 on tinytldr, else all)")
     add("--pool", type=positive_int, help="tinytldr: pairs to choose from (default: 10000)")
-    add("--hard_labels", action="store_true", default=None,
-        help="tinytldr: the higher oracle reward always wins")
+    add("--label_temperature", type=not_negative_float, help="tinytldr: noise of the oracle's "
+        "labels (default: 0, none: the higher reward is always preferred)")
     add("--relabel", help="a reward-model run folder: relabel the pairs of --data by it")
     return parser
 
@@ -143,9 +154,9 @@ def preference_data_flags(args, used=True):
     what = "--data=tinytldr" if used else "the preference losses"
     return {
         "rho": (used, 0.2 if tiny else "all", what),
-        "n_pairs": (used, 4000 if tiny else None, what),
+        "n_pairs": (used, 2500 if tiny else None, what),
         "pool": (used and tiny, 10_000, what),
-        "hard_labels": (used and tiny, False, what),
+        "label_temperature": (used and tiny, 0.0, what),
         "relabel": (used, None, what),
     }
 

@@ -72,7 +72,7 @@ def test_sizes_of_a_model_that_has_its_own(refuses, loss, flag):
     refuses(train_policy, flags, IGNORED.format(flag) + ": it is used by --init_from=scratch")
 
 
-@pytest.mark.parametrize("flag", ["--pool=100", "--hard_labels"])
+@pytest.mark.parametrize("flag", ["--pool=100", "--label_temperature=1"])
 @pytest.mark.parametrize("script, flags", [(train_policy, ["--loss=dpo"]), (train_rm, [])])
 def test_flags_of_the_embedded_task_with_a_file(refuses, script, flags, flag):
     name = flag.strip("-").split("=")[0]
@@ -81,7 +81,7 @@ def test_flags_of_the_embedded_task_with_a_file(refuses, script, flags, flag):
 
 
 @pytest.mark.parametrize("data", ["tinytldr", "demonstrations.jsonl"])
-@pytest.mark.parametrize("flag", ["--rho=0.2", "--n_pairs=10", "--pool=10", "--hard_labels",
+@pytest.mark.parametrize("flag", ["--rho=0.2", "--n_pairs=10", "--pool=10", "--label_temperature=1",
                                   "--relabel=out/oracle"])
 def test_flags_of_pairs_with_demonstrations(refuses, data, flag):
     name = flag.strip("-").split("=")[0]
@@ -153,17 +153,17 @@ def test_defaults_of_dpo():
     assert (args.beta, args.init_from, args.out_dir) == (0.3, "out/sft", "out/dpo")
     assert args.tau is args.gamma is args.min_per is args.rewards is args.max_new_tokens is None
     assert args.n_embd is args.block_size is None
-    assert (args.rho, args.n_pairs, args.pool, args.hard_labels) == (0.2, 4000, 10_000, False)
-    assert (args.max_steps, args.batch_size, args.micro_batch_size) == (400, 16, 16)
-    assert (args.n_eval, args.eval_every, args.tokenizer) == (256, 50, "tinytldr")
+    assert (args.rho, args.n_pairs, args.pool, args.label_temperature) == (0.2, 2500, 10_000, 0)
+    assert (args.max_steps, args.batch_size, args.micro_batch_size) == (800, 16, 16)
+    assert (args.n_eval, args.eval_every, args.tokenizer) == (256, 100, "tinytldr")
 
 
 def test_defaults_of_sft():
     args = policy_args("--loss=sft")
     assert (args.init_from, args.n_layer, args.n_head, args.n_embd, args.block_size) == (
         "scratch", 2, 4, 128, 192)
-    assert args.beta is args.rho is args.n_pairs is args.pool is args.hard_labels is None
-    assert (args.max_steps, args.batch_size, args.n_eval, args.eval_every) == (1000, 32, 256, 125)
+    assert args.beta is args.rho is args.n_pairs is args.pool is args.label_temperature is None
+    assert (args.max_steps, args.batch_size, args.n_eval, args.eval_every) == (800, 32, 256, 100)
 
 
 @pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
@@ -189,7 +189,7 @@ def test_gamma_is_annealed_or_constant():
 def test_defaults_of_file_data():
     """The pairs as they are, all of them."""
     args = policy_args("--loss=dpo", "--data=pairs.jsonl")
-    assert (args.rho, args.n_pairs, args.pool, args.hard_labels) == ("all", None, None, None)
+    assert (args.rho, args.n_pairs, args.pool, args.label_temperature) == ("all", None, None, None)
     assert args.tokenizer == "gpt2"
     assert policy_args("--loss=dpo", "--data=pairs.jsonl", "--rho=0.3").rho == 0.3
 
@@ -197,7 +197,7 @@ def test_defaults_of_file_data():
 def test_defaults_of_reward_models():
     args = reward_flags([], "")
     assert (args.out_dir, args.init_from, args.bias) == ("out/rm", "out/sft", None)
-    assert (args.max_steps, args.batch_size, args.rho) == (100, 64, 0.2)
+    assert (args.max_steps, args.batch_size, args.rho) == (500, 32, 0.2)
     args = reward_flags(["--bias=0.2,0.5"], "")
     assert (args.out_dir, args.bias) == ("out/rms", [0.2, 0.5])
 

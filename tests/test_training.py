@@ -389,12 +389,12 @@ def clipped(gradients, longest):
     return {name: g * min(1, longest / norm) for name, g in gradients.items()}, norm
 
 
-def plainly_trained(model, objective, train, watched, max_steps, grad_clip):
+def plainly_trained(model, objective, train, watched, max_steps, grad_clip, order_seed=SEED):
     """Trains the model, and returns what metrics.jsonl should say.
 
     objective: (model, rows, progress) -> {name: mean}; watched: {split: rows}."""
     lengths = [sum(map(len, [row.prompt, *row.responses, row.sample or []])) for row in train]
-    order, optimizer = BatchOrder(np.array(lengths), BATCH, SEED), AdamW(model)
+    order, optimizer = BatchOrder(np.array(lengths), BATCH, order_seed), AdamW(model)
     lines, window = [], []
     for step in range(max_steps + 1):
         if step in (0, max_steps):
@@ -587,14 +587,14 @@ def test_gradients_that_are_short_are_not_clipped(lab, tmp_path):
 # ------------------------------------------------------------------ the tests of train_rm.py
 
 
-def check_reward_model(lab, out_dir, splits, grad_clip):
+def check_reward_model(lab, out_dir, splits, grad_clip, steps=3, order_seed=SEED):
     """The reward model in out_dir is where the plain trainer arrives from the reference's
     transformer and a head of zeros."""
     reward_model = RewardModel(GPT.from_pretrained(lab.root / "ref").config).double()
     reward_model.transformer = load(GPT, lab.root / "ref").transformer
     reward_model.score.weight.data.zero_()
     wanted = plainly_trained(reward_model, reward_modelling, splits["train"],
-                             {"validation": splits["validation"]}, 3, grad_clip)
+                             {"validation": splits["validation"]}, steps, grad_clip, order_seed)
     assert_weights(RewardModel.from_pretrained(out_dir), reward_model)
     assert_metrics(out_dir, wanted, at_reference=False)
 
@@ -612,10 +612,13 @@ def test_a_reward_model(K, lab, tmp_path):
 
 
 def test_a_family_of_reward_models(lab, tmp_path):
-    """--bias: every member starts from the reference and learns from its own subset; here with
-    gradients that are not clipped."""
-    train_reward_models(lab, 2, tmp_path, "--bias=0.3,0.6", "--grad_clip=1000")
+    """--bias: every member starts from the reference and learns from its own subset, for as many
+    epochs, in another order than a single model; here with gradients that are not clipped."""
+    train_reward_models(lab, 2, tmp_path, "--bias=0.3,0.6", "--grad_clip=1000", "--max_steps=5")
     for bias in (0.3, 0.6):
         splits = copy_of(lab.rows[2], with_samples=False)
+        n_pairs = len(splits["train"])
         splits["train"] = biased_rows(splits["train"], bias)
-        check_reward_model(lab, tmp_path / str(bias), splits, grad_clip=1000)
+        steps = round(5 * len(splits["train"]) / n_pairs)
+        assert 0 < steps < 5
+        check_reward_model(lab, tmp_path / str(bias), splits, 1000, steps, SEED + 1)

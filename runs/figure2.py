@@ -1,0 +1,282 @@
+"""The paper's figure 2 on the embedded task: oracle advantage over the reference, by the fraction
+rho of the training pairs in which the longer response is preferred.
+
+    python runs/figure2.py --choose         # every method's beta or tau, on validation prompts
+    python runs/figure2.py                  # all cells: hours on 2 cores; goes on where it was
+    python runs/figure2.py --rhos=0.2,all --seeds=0,1       # some of them
+    python runs/figure2.py --draw           # table, tests and figure of what is there
+
+A cell is a rho ("all": the pairs as they come) and a seed, which draws new pairs, and trains new
+reward models and policies on them; the reference is the same everywhere. Each method keeps the
+checkpoint that earns most on validation prompts (--select=oracle), at the beta or tau that does
+(results/figure2/chosen.json, from --choose: as many trials for each, on pairs of a seed of their
+own). Test prompts are the same in all cells. One row of results/figure2/runs.csv is one policy.
+"""
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from concurrent.futures import as_completed
+from statistics import mean, stdev
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import numpy as np
+import trials
+
+from support.figures import pyplot, save
+from support.files import write_json
+from support.flags import Parser, comma_separated, fraction_or_all, positive_int, run_script, seed
+from support.run_folder import run_flags
+
+RHOS = [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, "all"]
+KNOB = {"dpo": "beta", "ipo": "tau", "d-dpo": "beta", "p-dpo": "beta", "dp-dpo": "beta",
+        "e-dpo": "beta"}
+VALUES = (0.1, 0.3, 1, 3)               # of each knob
+ORACLE = "d-dpo, oracle's rewards"      # what d-DPO would reach with perfect reward models
+CHOOSE_SEED = 1000
+FAMILY = "0.2,0.4,0.5,0.6,0.8"
+COLUMNS = ["rho", "seed", "method", "knob", "value", "gamma", "max_steps", "batch_size", "lr",
+           "n_pairs", "validation", "test", "test_95", "length", "kl_pi_ref", "kl_ref_pi",
+           "chosen_change", "rejected_change", "seconds", "commit"]
+
+
+def reward_models(folder, data):
+    """The single reward model and the family of one cell."""
+    trials.train("train_rm", f"{folder}/rm", *data)
+    if not os.path.exists(f"{folder}/rms/seconds.json"):
+        trials.train("train_rm", f"{folder}/rms", *data, f"--bias={FAMILY}")
+
+
+def policy(folder, cell, loss, value, data):
+    """Trains one policy of a cell. Returns its seconds."""
+    flags = [f"--loss={loss}", f"--{KNOB[loss]}={value}", "--select=oracle", *data]
+    rewards = {"d-dpo": f"{cell}/rm", "dp-dpo": f"{cell}/rm", "e-dpo": f"{cell}/rms"}.get(loss)
+    if folder.endswith("oracle"):
+        rewards = "scores"
+    if rewards:
+        flags.append(f"--rewards={rewards}")
+    return trials.train("train_policy", folder, *flags)
+
+
+def trial(args, loss, value):
+    """One trial of --choose: validation advantage."""
+    cell = f"{args.out_dir}/choose"
+    folder = f"{cell}/{loss}/{value}"
+    policy(folder, cell, loss, value, data_flags(args, args.choose_rho, CHOOSE_SEED))
+    n_prompts = f"--n_prompts={args.n_prompts}"
+    return trials.score(folder, args.sft, "validation", n_prompts)["advantage"]
+
+
+def choose(args, pool):
+    """Every method's value, by its validation advantage at --choose_rho: written to chosen.json."""
+    cell = f"{args.out_dir}/choose"
+    pool.submit(reward_models, cell, data_flags(args, args.choose_rho, CHOOSE_SEED)).result()
+    for loss in ("dpo", "p-dpo", "d-dpo", "e-dpo"):     # alone: they fill what others share
+        pool.submit(trial, args, loss, VALUES[1]).result()
+    jobs = {(loss, value): pool.submit(trial, args, loss, value)
+            for loss in KNOB for value in VALUES}
+    reached = {loss: {value: jobs[loss, value].result() for value in VALUES} for loss in KNOB}
+    chosen = {loss: max(VALUES, key=reached[loss].get) for loss in KNOB}
+    write_json(f"{args.results}/chosen.json", {"chosen": chosen, "advantage": reached,
+                                               "rho": args.choose_rho}, indent=1)
+    for loss, values in reached.items():
+        print(f"{loss:7} {KNOB[loss]}: "
+              + "  ".join(f"{value:g} {advantage:+.2f}" for value, advantage in values.items()))
+
+
+def data_flags(args, rho, number):
+    return [f"--init_from={args.sft}", f"--rho={rho}", f"--seed={number}", *args.flags.split()]
+
+
+def cell(args, rho, number, chosen):
+    """All policies of one cell. Returns rows for the CSV."""
+    folder, data = f"{args.out_dir}/{rho}/{number}", data_flags(args, rho, number)
+    n_prompts = f"--n_prompts={args.n_prompts}"
+    reward_models(folder, data)
+    rows = []
+    for method in [*KNOB, ORACLE]:
+        loss = "d-dpo" if method == ORACLE else method
+        run = f"{folder}/{'oracle' if method == ORACLE else method}"
+        seconds = policy(run, folder, loss, chosen[loss], data)
+        test = trials.score(run, args.sft, "test", n_prompts)
+        flags = run_flags(run)
+        rows.append({
+            "rho": rho, "seed": number, "method": method, "knob": KNOB[loss],
+            "value": chosen[loss], "gamma": flags["gamma"], "max_steps": flags["max_steps"],
+            "batch_size": flags["batch_size"], "lr": flags["lr"], "n_pairs": flags["n_pairs"],
+            "validation": trials.score(run, args.sft, "validation", n_prompts)["advantage"],
+            "test": test["advantage"], "test_95": test["advantage_95"],
+            "length": test["length"], "kl_pi_ref": test["kl_pi_ref"],
+            "kl_ref_pi": test["kl_ref_pi"], "chosen_change": test["chosen_change"],
+            "rejected_change": test["rejected_change"], "seconds": seconds, "commit": commit()})
+    return rows
+
+
+def commit():
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=trials.ROOT,
+                          capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def read_rows(path):
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path, rows):
+    new = not os.path.exists(path)
+    with open(path, "a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        for row in rows:
+            writer.writerow({name: f"{value:.5g}" if isinstance(value, float) else value
+                             for name, value in row.items()})
+
+
+# ------ what came out
+
+
+def t_p_value(differences):
+    """Two-sided p-value of a paired t-test: Student's density, added up numerically."""
+    n = len(differences)
+    if n < 2 or stdev(differences) == 0:
+        return math.nan
+    t = abs(mean(differences)) / (stdev(differences) / n ** 0.5)
+    x = np.tan(np.linspace(0, np.pi / 2, 200_001)[:-1])         # 0 to infinity
+    density = (1 + x ** 2 / (n - 1)) ** (-n / 2)
+    cumulative = np.concatenate([[0], np.cumsum(np.diff(x) * (density[1:] + density[:-1]) / 2)])
+    return float(1 - np.interp(t, x, cumulative) / cumulative[-1])
+
+
+def holm(p_values):
+    """Holm's correction of p-values for their number: {name: corrected}."""
+    corrected, largest = {}, 0.0
+    for rank, name in enumerate(sorted(p_values, key=p_values.get)):
+        largest = max(largest, (len(p_values) - rank) * p_values[name])
+        corrected[name] = min(1.0, largest)
+    return corrected
+
+
+def t_quantile(n):
+    """The 97.5% quantile of Student's t with n - 1 degrees of freedom, for intervals."""
+    low, high = 1.9, 13.0
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        spread = [middle / n ** 0.5 + z for z in _standard(n)]
+        low, high = (middle, high) if t_p_value(spread) > 0.05 else (low, middle)
+    return low
+
+
+def _standard(n):
+    """n numbers with mean 0 and standard deviation 1."""
+    z = np.arange(n) - (n - 1) / 2
+    return list(z / z.std(ddof=1))
+
+
+def advantages(rows):
+    """{rho: {method: {seed: test advantage}}}"""
+    reached = {}
+    for row in rows:
+        of_rho = reached.setdefault(row["rho"], {})
+        of_rho.setdefault(row["method"], {})[row["seed"]] = float(row["test"])
+    return reached
+
+
+def tables(rows):
+    """Markdown: advantages with 95% intervals over seeds; e-DPO against every other method."""
+    reached = advantages(rows)
+    rhos = [str(rho) for rho in RHOS if str(rho) in reached]
+    methods = [*KNOB, ORACLE]
+    lines = ["| rho | seeds | " + " | ".join(methods) + " |",
+             "|---" * (len(methods) + 2) + "|"]
+    versus = ["| rho | " + " | ".join(f"minus {m}" for m in methods if m != "e-dpo") + " |",
+              "|---" * len(methods) + "|"]
+    for rho in rhos:
+        cells, differences = [], {}
+        for method in methods:
+            values = list(reached[rho][method].values())
+            text = f"{mean(values):+.2f}"
+            if len(values) > 1:
+                text += f" ± {t_quantile(len(values)) * stdev(values) / len(values) ** 0.5:.2f}"
+            cells.append(text)
+            if method != "e-dpo":
+                differences[method] = [reached[rho]["e-dpo"][s] - reached[rho][method][s]
+                                       for s in reached[rho][method]]
+        lines.append(f"| {rho} | {len(values)} | " + " | ".join(cells) + " |")
+        p = holm({m: t_p_value(d) for m, d in differences.items()}) if len(values) > 1 else {}
+        versus.append(f"| {rho} | " + " | ".join(
+            f"{mean(d):+.2f}" + (f" (p {p[m]:.2g})" if p else "")
+            for m, d in differences.items()) + " |")
+    return "\n".join(lines) + "\n\ne-DPO minus another method, paired over seeds; p of a t-test, " \
+        "Holm-corrected within a row:\n\n" + "\n".join(versus)
+
+
+def figure(rows, folder):
+    """Advantage against rho, and against KL(pi || ref): a line, and a colour, for each method."""
+    reached = advantages(rows)
+    fig, axes = pyplot().subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    numbers = [str(rho) for rho in RHOS if rho != "all" and str(rho) in reached]
+    for method in [*KNOB, ORACLE]:
+        style = dict(linestyle="--" if method in ("dpo", "ipo", ORACLE) else "-", marker="o",
+                     markersize=3)
+        line, = axes[0].plot([float(rho) for rho in numbers],
+                             [mean(reached[rho][method].values()) for rho in numbers],
+                             label=method, **style)
+        axes[1].scatter([float(row["kl_pi_ref"]) for row in rows if row["method"] == method],
+                        [float(row["test"]) for row in rows if row["method"] == method],
+                        color=line.get_color(), s=8)
+    axes[0].set_xlabel("rho: longer response preferred")
+    axes[0].set_ylabel("oracle advantage over the reference")
+    axes[1].set_xlabel("KL(pi ‖ ref), nats per response (a point is a run)")
+    axes[0].legend(frameon=False, fontsize=7)
+    save(fig, folder, "figure2.png")
+
+
+def main(argv=None):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--sft", default="out/speedrun/sft", help="the reference: the speedrun's")
+    add("--rhos", type=comma_separated(fraction_or_all, "fractions, or all"), default=RHOS)
+    add("--seeds", type=comma_separated(seed, "seeds"), default=[0, 1, 2, 3, 4])
+    add("--choose", action="store_true", help="choose betas and taus, and nothing else")
+    add("--choose_rho", type=fraction_or_all, default=0.2, help="with --choose")
+    add("--draw", action="store_true", help="draw, and train nothing")
+    add("--out_dir", default="out/figure2", help="for the runs")
+    add("--results", default="results/figure2", help="for chosen.json, runs.csv, figure2.png")
+    add("--n_prompts", type=positive_int, default=1000, help="in each evaluation")
+    add("--flags", default="", help="more flags for all training runs, such as "
+        "'--max_steps=20 --n_pairs=200'")
+    add("--workers", type=positive_int, default=2, help="cells at a time, one thread each")
+    args = parser.parse_args(argv)
+    path = f"{args.results}/runs.csv"
+    os.makedirs(args.results, exist_ok=True)
+    if args.choose:
+        with trials.workers(args.workers) as pool:
+            return choose(args, pool)
+    if not args.draw:
+        with open(f"{args.results}/chosen.json", encoding="utf-8") as file:
+            chosen = json.load(file)["chosen"]
+        done = {(row["rho"], row["seed"]) for row in read_rows(path)}
+        with trials.workers(args.workers) as pool:
+            jobs = [pool.submit(cell, args, rho, number, chosen)
+                    for rho in args.rhos for number in args.seeds
+                    if (str(rho), str(number)) not in done]
+            for job in as_completed(jobs):
+                rows = job.result()
+                append(path, rows)
+                print(f"rho {rows[0]['rho']}, seed {rows[0]['seed']}: "
+                      + "  ".join(f"{row['method']} {row['test']:+.2f}" for row in rows),
+                      flush=True)
+    rows = read_rows(path)
+    print(tables(rows))
+    figure(rows, args.results)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,53 @@
+"""What the experiments in this folder share: training runs and their evaluation, in this process
+and without a word on the screen, each kept on disk once it is finished."""
+import contextlib
+import json
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import torch
+
+import evaluate
+import train_policy
+import train_rm
+from support.files import write_json
+
+
+def workers(n):
+    """A pool of n processes with one thread each: small models gain little from more."""
+    return ProcessPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def quietly(main, flags):
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        main(flags)
+
+
+def train(script, folder, *flags):
+    """One training run: "train_policy" or "train_rm" with these flags, unless it is finished.
+    Returns its seconds."""
+    path = os.path.join(folder, "seconds.json")
+    if not os.path.exists(path):
+        start = time.time()
+        quietly({"train_policy": train_policy, "train_rm": train_rm}[script].main,
+                [*flags, f"--out_dir={folder}"])
+        write_json(path, time.time() - start)
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def score(folder, ref, split, *flags):
+    """evaluate.py's numbers for one policy, on prompts of a split."""
+    report = os.path.join(folder, f"on_{split}")
+    path = os.path.join(report, "results.json")
+    if not os.path.exists(path):
+        quietly(evaluate.main, [f"--ref={ref}", folder, f"--split={split}", "--show=0", *flags,
+                                f"--out_dir={report}"])
+    with open(path, encoding="utf-8") as file:
+        numbers, = json.load(file)["policies"].values()
+    return numbers

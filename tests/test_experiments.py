@@ -1,0 +1,124 @@
+"""The drivers of experiments in runs/: their arithmetic, and one small cell from end to end."""
+import importlib
+import math
+import os
+import sys
+from concurrent.futures import Future
+
+import numpy as np
+import pytest
+
+import tinytldr
+from data import longer
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(__file__)), "runs"))
+figure2 = importlib.import_module("figure2")
+world_script = importlib.import_module("world")
+
+
+# ------ the world
+
+def test_demonstrations_are_in_the_paper_s_regime():
+    """What the criteria say of labels and lengths holds of demonstrations too, which the reference
+    imitates: 2,500 posts, two persons each; no chance, the same posts every time."""
+    encoding = tinytldr.tokenizer()
+    rewards, lengths = [], []
+    for i in range(2500):
+        summaries = [tinytldr.demonstration(0, "train", i, person) for person in (0, 1)]
+        rewards.append([tinytldr.oracle_reward(tinytldr.post(0, "train", i), text)
+                        for text in summaries])
+        lengths.append([len(encoding.encode_ordinary(text)) + 1 for text in summaries])
+    rewards, lengths = np.array(rewards), np.array(lengths)
+    assert np.corrcoef(rewards.ravel(), lengths.ravel())[0, 1] >= 0.25
+    first_longer, first_better = longer(lengths), np.sign(rewards[:, 0] - rewards[:, 1])
+    decided = (first_longer != 0) & (first_better != 0)
+    assert 0.58 <= (first_longer == first_better)[decided].mean() <= 0.64
+
+
+def test_balanced_accuracy():
+    """A judge that sees length only is right where the longer one is preferred, and nowhere else;
+    pairs of equal length don't count, a tie counts half."""
+    lengths = np.array([[20, 10], [20, 10], [20, 10], [10, 20], [10, 10]])
+    assert world_script.balanced_accuracy(lengths[:, 0] - lengths[:, 1], lengths) == 0.5
+    assert world_script.balanced_accuracy(np.array([1, 1, 1, 1, -1]), lengths) == 1
+    assert world_script.balanced_accuracy(np.array([1, 1, -1, 0, -1]), lengths) == (2 / 3 + .5) / 2
+
+
+MEASURED = {"longer preferred": 0.6, "correlation": 0.3, "length, best of 16": 12,
+            "length, mean": 10, "reward model": 0.9, "reference at 0.7": 0.5,
+            "reference at 0.5": 1.0, "reference at 0.3": 0.8,
+            **{f"dpo natural, beta {beta}": 4 - beta for beta in world_script.BETAS},
+            **{f"dpo biased, beta {beta}": 2 + 0.1 * beta for beta in world_script.BETAS},
+            **{f"dpo natural, beta {beta}, judge": 0.8 for beta in world_script.BETAS}}
+
+
+def test_criteria():
+    """DPO's gain is that of its best beta, on each kind of pairs."""
+    values = {name: value for name, value, *_ in world_script.criteria(MEASURED)}
+    first, last = world_script.BETAS[0], world_script.BETAS[-1]
+    assert values["of DPO's gain, lost on D_0.2"] == 1 - (2 + 0.1 * last) / (4 - first)
+    assert values["of DPO's gain, had by a lower temperature"] == 1.0 / (4 - first)
+    assert values["reward model, from length only (0) to the oracle (1)"] == pytest.approx(0.8)
+    assert all(holds for *_, holds in world_script.criteria(MEASURED))
+
+
+@pytest.mark.parametrize("name, value", [
+    ("longer preferred", 0.57), ("longer preferred", 0.65), ("correlation", 0.24),
+    ("length, best of 16", 9), ("reference at 0.5", 3), ("reward model", 0.87),
+    (f"dpo natural, beta {world_script.BETAS[0]}, judge", 0.95),
+    (f"dpo biased, beta {world_script.BETAS[0]}", 3.5)])
+def test_each_criterion_can_fail(name, value):
+    assert not all(holds for *_, holds in world_script.criteria({**MEASURED, name: value}))
+
+
+# ------ figure 2
+
+def test_p_values():
+    """Student's t with 4 degrees of freedom: tables say 2.776 for 5%; and Holm's correction."""
+    assert figure2.t_quantile(5) == pytest.approx(2.776, abs=2e-3)
+    assert figure2.t_quantile(2) == pytest.approx(12.706, abs=2e-2)
+    assert figure2.t_p_value([1, 2, 3, 4, 5]) == pytest.approx(0.01324, abs=1e-4)
+    assert figure2.t_p_value([-1, -2, -3, -4, -5]) == figure2.t_p_value([1, 2, 3, 4, 5])
+    assert math.isnan(figure2.t_p_value([1]))
+    assert figure2.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx(
+        {"a": 0.03, "b": 0.06, "c": 0.06})
+    assert figure2.holm({"a": 0.6, "b": 0.7}) == {"a": 1, "b": 1}
+
+
+def test_a_small_cell(world, tmp_path, monkeypatch):
+    """A method and the control on a few pairs: what the table needs is in the CSV; run again it is
+    skipped, and from an empty folder it gives the same numbers."""
+    monkeypatch.setattr(figure2, "KNOB", {"d-dpo": "beta", "e-dpo": "beta"})
+    monkeypatch.setattr(figure2, "FAMILY", "0.4,0.6")
+    flags = ["--sft", f"{world}/sft", "--rhos=0.5", "--seeds=0", "--n_prompts=8", "--workers=1",
+             "--flags=--max_steps=2 --n_pairs=40 --pool=400 --n_eval=16 --batch_size=8"]
+    rows = []
+    for name in ("first", "second"):
+        folder = tmp_path / name
+        monkeypatch.setattr(figure2.trials, "workers", lambda n: SerialPool())
+        (folder / "results").mkdir(parents=True)
+        chosen = {loss: 0.3 for loss in figure2.KNOB}
+        figure2.write_json(str(folder / "results/chosen.json"), {"chosen": chosen})
+        for _ in range(2):
+            figure2.main([*flags, f"--out_dir={folder}", f"--results={folder}/results"])
+        rows.append(figure2.read_rows(f"{folder}/results/runs.csv"))
+    assert [row["method"] for row in rows[0]] == [*figure2.KNOB, figure2.ORACLE]
+    for first, second in zip(*rows):
+        assert list(first) == figure2.COLUMNS
+        assert {**first, "seconds": 0} == {**second, "seconds": 0}
+    assert (tmp_path / "first/results/figure2.png").exists()
+
+
+class SerialPool:
+    """A process pool without processes."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def submit(self, function, *args):
+        future = Future()
+        future.set_result(function(*args))
+        return future

@@ -1,0 +1,537 @@
+"""The run folder, the optimizer and the check before step 0, each without a training script. (Whole
+runs, interrupted and resumed, are in test_runs.py.)"""
+import builtins
+import io
+import json
+import os
+import re
+import shutil
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from support import run_folder
+from support.checks import check_step_0
+from support.flags import InputError
+from support.optimizer import adamw, learning_rate, set_learning_rate
+from support.run_folder import (
+    Run,
+    check_same_tokens,
+    family_folders,
+    family_to_train,
+    run_flags,
+    run_names,
+)
+
+
+def start(folder, constants="hash", **flags):
+    """A Run of a model of three numbers, 6 steps long, evaluated every 3."""
+    flags = {"out_dir": str(folder), "resume": False, "max_steps": 6, "eval_every": 3, "lr": 0.5,
+             "gamma": (0.1, 0.2), **flags}
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=flags["lr"], momentum=0.9)
+    return Run(SimpleNamespace(**flags), model, optimizer, constants)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def refusal(call, *args, **options):
+    """The message of the InputError that a call has to end in."""
+    with pytest.raises(InputError) as error:
+        call(*args, **options)
+    return str(error.value)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """What the run folder takes for the time: clock.now, in seconds."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(run_folder, "time", SimpleNamespace(time=lambda: clock.now))
+    return clock
+
+
+def open_terminal(monkeypatch):
+    """Makes standard error a terminal, on which what was drawn can be read."""
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    return terminal
+
+
+# ------------------------------------------------------------------ the beginning of a run
+
+def test_a_new_run_writes_its_flags(tmp_path):
+    """Also into a folder of a folder that is not there."""
+    run = start(tmp_path / "a/b")
+    assert run.first_step == 0
+    flags = {"out_dir": f"{tmp_path}/a/b", "resume": False, "max_steps": 6, "eval_every": 3,
+             "lr": 0.5, "gamma": [0.1, 0.2]}
+    text = (tmp_path / "a/b/config.json").read_text()
+    assert text == json.dumps({"nanopref": flags}, indent=2) + "\n"     # easy to read
+    assert run_flags(tmp_path / "a/b") == flags
+
+
+def test_a_new_run_removes_what_an_older_run_left(tmp_path):
+    """The model and what belongs to it; not the cache, nor anything else."""
+    stale = ("model.safetensors", "state.pt", "best.pt", "metrics.jsonl")
+    for name in (*stale, "notes.txt", "config.json"):
+        (tmp_path / name).write_text("old")
+    start(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "notes.txt"]
+    assert (tmp_path / "notes.txt").read_text() == "old"
+
+
+# ------------------------------------------------------------------ metrics.jsonl
+
+def test_when_an_evaluation_is_due(tmp_path):
+    """Before the first step, every eval_every steps and after the last."""
+    run = start(tmp_path, max_steps=7, eval_every=3)
+    assert [step for step in range(8) if run.due(step)] == [0, 3, 6, 7]
+
+
+def test_means_over_steps(tmp_path):
+    """Every ten steps, and before an evaluation, the means of what was watched since the last line:
+    per step the sum over micro-batches, divided by the total."""
+    run = start(tmp_path, max_steps=25, eval_every=12)
+    for step in range(25):
+        run.watch(4, loss=torch.tensor([step, step + 4.0]), margin=torch.tensor([2.0, 2.0]))
+        run.watch(4, loss=torch.tensor([step, step]), margin=torch.tensor([4.0, 8.0]))
+        run.end_step(step, grad_norm=torch.tensor(2.0 * step))
+    middles = {9: 4.5, 11: 10.5, 19: 15.5, 23: 21.5, 24: 24.0}      # of the steps of each line
+    assert metrics(tmp_path) == [
+        {"step": step, "loss": middle + 1, "margin": 4.0, "grad_norm": 2 * middle}
+        for step, middle in middles.items()]
+
+
+def test_what_is_watched_keeps_no_graph(tmp_path):
+    run = start(tmp_path)
+    run.watch(1, loss=torch.ones(1, requires_grad=True))
+    assert not run.sums["loss"].requires_grad
+
+
+def test_numbers_that_are_not_finite_end_a_run(tmp_path):
+    run = start(tmp_path)
+    run.log(0, {"loss": 1.0})
+    for number in (float("nan"), float("inf")):
+        values = {"loss": 1.0, "margin": number}
+        assert refusal(run.log, 3, values) == (f"--lr: training diverged before step 3: {values}; "
+                                               "try a lower learning rate")
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0, "loss": 1.0}\n'
+
+
+def test_a_report_is_logged_and_saved_and_its_main_numbers_are_shown(tmp_path, capsys):
+    run = start(tmp_path)
+    results = {"validation/loss": 0.5, "validation/margin": 1.0, "validation/accuracy": 0.25,
+               "validation/chosen_change": -2.0, "validation/rejected_change": -3.0,
+               "validation/forward_kl": 4.0, "validation/reward": 1.5}
+    run.report(0, results)
+    assert metrics(tmp_path) == [{"step": 0, **results}]
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 0
+    assert capsys.readouterr().out == (
+        "step     0  validation/loss 0.5000  validation/accuracy 0.2500  "
+        "validation/chosen_change -2.0000  validation/reward 1.5000\n")
+
+
+def test_text_is_utf_8_whatever_the_machine_says(tmp_path, monkeypatch):
+    """No file is opened in the machine's own encoding, which another machine would not read."""
+    encodings = []
+
+    def spy(path, mode="r", **options):
+        encodings.append(options.get("encoding"))
+        return builtins.open(path, mode, **options)
+
+    monkeypatch.setattr(run_folder, "open", spy, raising=False)
+    start(tmp_path).report(0, {"loss": 0.5})
+    start(tmp_path, resume=True)
+    assert {str(name).lower() for name in encodings} == {"utf-8"}
+
+
+# ------------------------------------------------------------------ the line on the screen
+
+def test_a_line_says_the_learning_rate_and_the_time_left(tmp_path, capsys, clock):
+    """Neither before the first step; no time after the last."""
+    run = start(tmp_path, lr=0.00123)
+    clock.now += 5      # what happens before the first step is no step's time
+    run.report(0, {"loss": 0.5})
+    for step, now in ((1, 1012), (3, 1030), (6, 1066)):
+        clock.now = now
+        run.report(step, {"loss": 0.25})
+    assert capsys.readouterr().out.splitlines() == [
+        "step     0  loss 0.5000",
+        "step     1  loss 0.2500  lr 1.2e-03  60 s left",
+        "step     3  loss 0.2500  lr 1.2e-03  30 s left",
+        "step     6  loss 0.2500  lr 1.2e-03"]
+
+
+def test_a_resumed_run_measures_its_own_time(tmp_path, capsys, clock):
+    start(tmp_path).report(3, {"loss": 0.5})
+    run = start(tmp_path, resume=True)
+    capsys.readouterr()
+    run.report(3, {"loss": 0.5})
+    clock.now += 10
+    run.report(5, {"loss": 0.5})
+    clock.now += 10
+    run.finish()
+    assert capsys.readouterr().out.splitlines() == [
+        "step     3  loss 0.5000", "step     5  loss 0.5000  lr 5.0e-01  5 s left",
+        f"3 steps in 20 s -> {tmp_path}"]
+
+
+def ten_steps(run):
+    """Ten steps in which nothing is evaluated, so that their means are logged."""
+    for step in range(10):
+        run.watch(1, loss=torch.tensor([2.0]))
+        run.end_step(step)
+
+
+@pytest.mark.parametrize("seconds, line", [
+    (1, ""), (30, ""), (30.5, "step    10  loss 2.0000  lr 5.0e-01  92 s left\n")])
+def test_progress_without_a_terminal(tmp_path, capsys, clock, seconds, line):
+    """If more than half a minute has passed since the last line; and no bar."""
+    run = start(tmp_path, max_steps=40, eval_every=40)
+    clock.now += seconds
+    ten_steps(run)
+    run.finish()
+    shown = capsys.readouterr()
+    assert shown.out == line + f"40 steps in {seconds:.0f} s -> {tmp_path}\n"
+    assert shown.err == ""
+
+
+def test_a_bar_on_a_terminal(tmp_path, monkeypatch, capsys, clock):
+    """It says where the run is, instead of a line, and is gone when the run is over."""
+    terminal = open_terminal(monkeypatch)
+    run = start(tmp_path, max_steps=40, eval_every=40)
+    clock.now += 1000
+    ten_steps(run)
+    assert capsys.readouterr().out == ""
+    run.bar.refresh()
+    assert re.search(rf"\r{re.escape(str(tmp_path))}:  25%\|.*\| 10/40 ", terminal.getvalue())
+    run.finish()
+    assert terminal.getvalue().split("\r")[-2].isspace()      # what was drawn last is wiped
+    assert terminal.getvalue().endswith("\r")
+
+
+def test_the_bar_of_a_resumed_run_goes_on(tmp_path, monkeypatch):
+    start(tmp_path).report(3, {"loss": 0.5})
+    terminal = open_terminal(monkeypatch)
+    start(tmp_path, resume=True).bar.close()
+    assert f"{tmp_path}:  50%|" in terminal.getvalue() and "| 3/6 " in terminal.getvalue()
+
+
+# ------------------------------------------------------------------ resuming
+
+def test_a_resumed_run_has_what_the_saved_state_had(tmp_path, capsys):
+    """Weights, the optimizer's moments, the random numbers, the step."""
+    run = start(tmp_path)
+    run.model(torch.ones(2)).sum().backward()
+    run.optimizer.step()
+    run.report(3, {"loss": 0.5})
+    random = torch.rand(3)
+    torch.manual_seed(1)
+    capsys.readouterr()
+    resumed = start(tmp_path, resume=True)
+    assert capsys.readouterr().out == f"resumed {tmp_path} at step 3\n"
+    assert resumed.first_step == 3
+    assert torch.equal(torch.rand(3), random)
+    assert torch.equal(resumed.model.weight, run.model.weight)
+    assert torch.equal(resumed.model.bias, run.model.bias)
+    moments = resumed.optimizer.state[resumed.model.weight]["momentum_buffer"]
+    assert moments.tolist() == [[1, 1]]
+
+
+def test_resuming_keeps_the_lines_before_the_saved_state(tmp_path):
+    """Those from its step on will be written again; the last was cut off."""
+    run = start(tmp_path)
+    for step in (0, 2):
+        run.log(step, {"loss": 1.0})
+    run.report(3, {"loss": 0.5})
+    run.log(5, {"loss": 0.25})
+    with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 2, "loss": 1.0}')
+    start(tmp_path, resume=True)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text == '{"step": 0, "loss": 1.0}\n{"step": 2, "loss": 1.0}\n'
+
+
+def test_where_a_run_is_resumed_may_change(tmp_path):
+    """Its folder, its device, and whether it is compiled; its config.json stays as it was."""
+    start(tmp_path / "old", device="cpu", compile=False).report(3, {"loss": 0.5})
+    shutil.copytree(tmp_path / "old", tmp_path / "new")
+    before = (tmp_path / "new/config.json").read_bytes()
+    run = start(tmp_path / "new", resume=True, device="cuda", compile=True)
+    assert run.first_step == 3 and (tmp_path / "new/config.json").read_bytes() == before
+
+
+def test_other_flags_have_to_stay_the_same(tmp_path):
+    start(tmp_path).report(3, {"loss": 0.5})
+    message = "--resume: --{} was {} and is {}; it has to stay the same"
+    assert refusal(start, tmp_path, resume=True, lr=0.1) == message.format("lr", 0.5, 0.1)
+    assert refusal(start, tmp_path, resume=True, gamma=(0.1, 0.3)) == message.format(
+        "gamma", "[0.1, 0.2]", "(0.1, 0.3)")
+    assert refusal(start, tmp_path, resume=True, beta="x") == message.format("beta", None, "'x'")
+
+
+def test_nothing_to_resume(tmp_path):
+    """Nothing is written either."""
+    message = (f"--resume: there is no state.pt in '{tmp_path}/none'; leave --resume out to start "
+               "from the beginning")
+    assert refusal(start, tmp_path / "none", resume=True) == message
+    assert os.listdir(tmp_path) == []
+
+
+def test_resuming_needs_the_same_constants(tmp_path):
+    start(tmp_path, constants="old").report(3, {"loss": 0.5})
+    assert refusal(start, tmp_path, constants="new", resume=True) == (
+        "--resume: the reference, the data or the rewards have changed since the run began; start "
+        "it again")
+
+
+def test_a_state_that_is_damaged(tmp_path):
+    """Or was made by somebody else: a pickle that would run code is not unpickled."""
+    start(tmp_path).report(3, {"loss": 0.5})
+    message = (f"--resume: state.pt or metrics.jsonl in '{tmp_path}' is missing or damaged; leave "
+               "--resume out to start from the beginning ({})")
+    (tmp_path / "metrics.jsonl").rename(tmp_path / "metrics.old")
+    assert refusal(start, tmp_path, resume=True) == message.format("FileNotFoundError")
+    (tmp_path / "metrics.old").rename(tmp_path / "metrics.jsonl")
+    torch.save({"constants": SimpleNamespace()}, tmp_path / "state.pt")
+    assert refusal(start, tmp_path, resume=True) == message.format("UnpicklingError")
+
+
+# ------------------------------------------------------------------ --select
+
+def train_and_select(folder, select, results):
+    """A run that is evaluated at steps 0, 1, ... with the given results; its model's bias is the
+    step. Returns the bias that is chosen."""
+    run = start(folder, select=select, max_steps=len(results) - 1, eval_every=1)
+    for step, values in enumerate(results):
+        run.model.bias.data.fill_(step)
+        run.report(step, values)
+    run.restore_selected()
+    return run.model.bias.item()
+
+
+LOSSES = [{"validation/loss": loss, "validation/reward": reward}
+          for loss, reward in ((0.1, 9.0), (0.5, 1.0), (0.25, 2.0), (0.25, 4.0), (0.75, 3.0))]
+
+
+@pytest.mark.parametrize("select, chosen", [("last", 4), ("loss", 2), ("oracle", 3), ("rm", 3)])
+def test_the_selected_model(tmp_path, select, chosen, capsys):
+    """The last; that of the lowest validation loss (the first of two); or of the highest reward.
+    Never the one that was not trained."""
+    assert train_and_select(tmp_path, select, LOSSES) == chosen
+    says = f"--select={select}: the model of step {chosen}"
+    assert (capsys.readouterr().out.splitlines()[-1] == says) == (select != "last")
+    assert (tmp_path / "best.pt").exists() == (select != "last")
+
+
+def test_a_resumed_run_selects_among_the_steps_of_before_too(tmp_path):
+    """An evaluation that is made again replaces its own, though it is no better."""
+    train_and_select(tmp_path, "loss", LOSSES[:3])
+    for steps, chosen in (((3,), 2), ((2, 3), 7)):
+        run = start(tmp_path, select="loss", max_steps=2, eval_every=1, resume=True)
+        run.model.bias.data.fill_(7)
+        for step in steps:
+            run.report(step, {"validation/loss": 0.25})
+        run.restore_selected()
+        assert run.model.bias.item() == chosen
+
+
+# ------------------------------------------------------------------ what is in a folder
+
+def test_run_flags(tmp_path):
+    """Those of config.json; none where there is none, or for a model that is not ours."""
+    assert run_flags(tmp_path) == {}
+    for config, flags in (({"nanopref": {"lr": 1}, "n_embd": 8}, {"lr": 1}), ({"n_embd": 8}, {}),
+                          ({"nanopref": None}, {})):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert run_flags(tmp_path) == flags
+
+
+@pytest.mark.parametrize("text, message", [
+    ("{", "not a JSON object: Expecting property name enclosed in double quotes: line 1 column 2 "
+          "(char 1)"),
+    ("[1]", "not a JSON object: 'list' object has no attribute 'get'"),
+    ('{"nanopref": [1]}', "'nanopref' is not an object of flags")])
+def test_a_config_that_is_none(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    assert refusal(run_flags, tmp_path) == f"{tmp_path}/config.json: {message}"
+
+
+def sizes(vocab_size, block_size):
+    return SimpleNamespace(vocab_size=vocab_size, block_size=block_size)
+
+
+def test_a_model_that_reads_what_the_policy_writes(tmp_path):
+    """Its tokens, or a model's of which nothing is known; as many and as long texts, or more."""
+    for config in ({"nanopref": {"tokenizer": "tinytldr"}}, {}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        check_same_tokens("--rms: rm", tmp_path, sizes(50, 8), sizes(50, 8), "tinytldr")
+        check_same_tokens("--rms: rm", tmp_path, sizes(51, 9), sizes(50, 8), "tinytldr")
+
+
+@pytest.mark.parametrize("tokenizer, config, message", [
+    ("gpt2", sizes(50, 8), "reads gpt2 tokens, the policy tinytldr tokens"),
+    ("tinytldr", sizes(49, 8), "has vocab_size 49, the policy 50"),
+    ("tinytldr", sizes(50, 7), "has block_size 7, the policy 8")])
+def test_a_model_that_does_not(tmp_path, tokenizer, config, message):
+    (tmp_path / "config.json").write_text(json.dumps({"nanopref": {"tokenizer": tokenizer}}))
+    assert refusal(check_same_tokens, "--rms: rm", tmp_path, config, sizes(50, 8),
+                   "tinytldr") == f"--rms: rm {message}"
+
+
+def make_models(root, *folders, files=("config.json",)):
+    for folder in folders:
+        (root / folder).mkdir(parents=True)
+        for name in files:
+            (root / folder / name).write_text("{}")
+
+
+def test_family_folders(tmp_path):
+    """A model, or the models of a family, by name; in the order of the list. What is no model is
+    left out, and so are models in a model's own folder."""
+    make_models(tmp_path, "rm", "rm/older", "rms/0.6", "rms/0.2", "single/0.5")
+    (tmp_path / "rms/cache").mkdir()
+    folders = f"{tmp_path}/single,{tmp_path}/rms,{tmp_path}/rm"
+    assert family_folders(folders) == [f"{tmp_path}/{name}" for name in
+                                       ("single/0.5", "rms/0.2", "rms/0.6", "rm")]
+
+
+@pytest.mark.parametrize("flag", ["--rewards", "--rms"])
+def test_folders_without_a_model(tmp_path, flag):
+    """A folder that is not there, or has none; --rewards is the flag if no other is named."""
+    make_models(tmp_path, "rm", "empty/run", files=())
+    for name in ("none", "empty", "empty/run"):
+        folder = f"{tmp_path}/{name}"
+        options = {} if flag == "--rewards" else {"flag": flag}
+        assert refusal(family_folders, folder, **options) == (
+            f"{flag}: no reward model in '{folder}': train one with python train_rm.py "
+            f"--out_dir={folder}")
+
+
+def family(folder, resume=False, bias=(0.2, 0.6)):
+    return family_to_train(SimpleNamespace(out_dir=str(folder), bias=list(bias), resume=resume))
+
+
+def test_a_family_to_train(tmp_path):
+    """A folder for each bias; those that were begun are resumed, if that was asked for."""
+    names = [f"{tmp_path}/rms/0.2", f"{tmp_path}/rms/0.6"]
+    assert family(tmp_path / "rms") == [(0.2, names[0], False), (0.6, names[1], False)]
+    make_models(tmp_path, "rms/0.2", files=("config.json", "state.pt"))
+    make_models(tmp_path, "rms/0.6", "rms/cache", files=())     # nothing in them yet
+    assert family(tmp_path / "rms") == [(0.2, names[0], False), (0.6, names[1], False)]
+    assert family(tmp_path / "rms", resume=True) == [(0.2, names[0], True), (0.6, names[1], False)]
+
+
+def test_no_family_to_resume(tmp_path):
+    make_models(tmp_path, "0.2")
+    assert refusal(family, tmp_path, resume=True) == (
+        f"--resume: there is no state.pt in {tmp_path}/0.2, {tmp_path}/0.6; leave --resume out")
+
+
+@pytest.mark.parametrize("there", ["rms", "rms/0.5"])
+def test_a_model_that_would_join_the_family(tmp_path, there):
+    """In the family's own folder, or beside its members."""
+    make_models(tmp_path, there)
+    assert refusal(family, tmp_path / "rms") == (
+        f"--out_dir: {tmp_path}/{there} holds another reward model, which would join this family; "
+        "name another folder")
+
+
+def test_run_names():
+    """By their folders, unless that name is taken: by another run, or by the reference."""
+    assert run_names(["out/dpo", "out/ipo/"]) == {"dpo": "out/dpo", "ipo": "out/ipo/"}
+    assert run_names(["a/dpo", "b/dpo", "out/reference"]) == {
+        "dpo": "a/dpo", "b/dpo": "b/dpo", "out/reference": "out/reference"}
+
+
+# ------------------------------------------------------------------ the optimizer
+
+def test_groups_of_parameters():
+    """Matrices and embeddings decay, biases and layer norms do not."""
+    model = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.LayerNorm(4),
+                                torch.nn.Linear(4, 3))
+    optimizer = adamw(model, SimpleNamespace(lr=0.25, weight_decay=0.125))
+    decay, no_decay = optimizer.param_groups
+    assert [p.shape for p in decay["params"]] == [(5, 4), (3, 4)]
+    assert [p.shape for p in no_decay["params"]] == [(4,), (4,), (3,)]
+    assert (decay["weight_decay"], no_decay["weight_decay"]) == (0.125, 0)
+    for group in (decay, no_decay):
+        assert (group["lr"], group["betas"], group["fused"]) == (0.25, (0.9, 0.95), True)
+
+
+@pytest.mark.parametrize("device, fused", [("cpu", True), ("cuda", True), ("mps", False),
+                                           ("xla", False)])
+def test_where_all_parameters_are_updated_by_a_single_kernel(monkeypatch, device, fused):
+    parameters = [SimpleNamespace(dim=lambda: 2, device=SimpleNamespace(type=device))]
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **options: options["fused"])
+    model = SimpleNamespace(parameters=lambda: parameters)
+    assert adamw(model, SimpleNamespace(lr=0.25, weight_decay=0.0)) is fused
+
+
+@pytest.mark.parametrize("max_steps, rates", [
+    (50, {0: 0.5, 1: 1, 2: 1, 26: 0.55, 50: 0.1}),      # two steps of warm-up, 5% rounded down
+    (40, {0: 0.5, 1: 1, 2: 1, 21: 0.55, 40: 0.1}),
+    (9, {0: 1, 1: 1, 5: 0.55, 9: 0.1}),                 # a step of warm-up is the least
+    (2, {0: 1, 1: 1, 2: 0.1}), (1, {0: 1, 1: 1})])
+def test_learning_rate_by_hand(max_steps, rates):
+    """Up to the peak, in the middle of the cosine, and at the end."""
+    for step, rate in rates.items():
+        assert learning_rate(step, max_steps, 3.0) == pytest.approx(3 * rate)
+
+
+def test_the_learning_rate_is_that_of_all_groups():
+    model = torch.nn.Linear(2, 1)
+    optimizer = adamw(model, SimpleNamespace(lr=0.25, weight_decay=0.0))
+    set_learning_rate(optimizer, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
+
+
+# ------------------------------------------------------------------ the check before step 0
+
+def check(change=0.0, error=0.0, ref_logp=-1000.0, dtype="float32", beta=None, gamma=None):
+    """Two pairs; a log-prob is off by `change`, a loss, which should be 0.5, by `error`."""
+    ref_logps = torch.tensor([[ref_logp, 0], [0, 0]], dtype=torch.float64)
+    logps = ref_logps + torch.tensor([[0, 0], [0, change]])
+    args = SimpleNamespace(loss="dpo", dtype=dtype, beta=beta, gamma=gamma)
+    check_step_0(torch.tensor([0.5, 0.5 + error]), torch.tensor([0.5, 0.5]), logps, ref_logps, args)
+
+
+@pytest.mark.parametrize("ref_logp, dtype, largest", [
+    (0.0, "float32", 0.001), (-1000.0, "float32", 0.011), (-1000.0, "bfloat16", 10.001)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_rounding_of_log_probs_is_let_through(ref_logp, dtype, largest, sign):
+    """A thousandth of a nat, and 1e-5 (bfloat16: 1e-2) of the longest text's."""
+    check(0.99 * largest * sign, ref_logp=ref_logp, dtype=dtype)
+    with pytest.raises(AssertionError, match="^before step 0, "):
+        check(1.01 * largest * sign, ref_logp=ref_logp, dtype=dtype)
+
+
+@pytest.mark.parametrize("change, beta, gamma, slack", [
+    (0.0, None, None, 0.0001), (0.0005, None, None, 0.0011), (-0.0005, 0.3, None, 0.0011),
+    (0.0005, 20, (0.1, 0.2), 0.0201), (0.0005, 0.3, (1, 30), 0.0301),
+    (0.0005, 3000, None, 3.0001)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_rounding_of_losses_is_let_through(change, beta, gamma, slack, sign):
+    """Twice the change, times beta or gamma, and 1e-4: of h, whose square may be the loss."""
+    largest = 1.5 * slack + slack ** 2
+    check(change, 0.99 * largest * sign, beta=beta, gamma=gamma)
+    with pytest.raises(AssertionError, match="^at the reference, dpo is "):
+        check(change, 1.01 * largest * sign, beta=beta, gamma=gamma)
+
+
+def test_what_the_check_says(capsys):
+    check(0.0005)
+    assert capsys.readouterr().out == ("step 0: policy == reference to 5e-04 nats, dpo loss 0.5000 "
+                                       "as derived\n")
+    with pytest.raises(AssertionError) as error:
+        check(0.25)
+    assert str(error.value) == ("before step 0, the policy's log-probs differ from the reference's "
+                                "by up to 0.25 nats")
+    with pytest.raises(AssertionError) as error:
+        check(error=1.0)
+    assert str(error.value) == "at the reference, dpo is [0.5, 1.5], not [0.5, 0.5]"

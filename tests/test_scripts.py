@@ -1,0 +1,575 @@
+"""The parts of train_policy.py, train_rm.py and reward.py beside the numbers of a training step
+(test_training.py): what is cached and under which name, where and in what precision it is computed,
+what is asked for, what is written. All with models of a layer and rows of random tokens."""
+import json
+import shutil
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiktoken
+import torch
+
+import reward
+import tinytldr
+import train_policy
+import train_rm
+from data import Dataset, TreeBatch
+from losses import LOSSES
+from model import GPT, GPTConfig
+from reward import RewardModel, family_scores, load_reward_models, training_pairs
+from support import passes
+from support.flags import InputError
+from support.passes import sample, score, to_text
+from train_policy import anneal, reward_of_samples, row_weights, with_columns
+
+CPU = torch.device("cpu")
+TOKENIZER = tinytldr.tokenizer()
+CONFIG = GPTConfig(48, TOKENIZER.n_vocab, n_layer=1, n_head=1, n_embd=4)
+SCRIPTS = pytest.mark.parametrize("script", [train_policy, train_rm])
+
+
+def shaken(model, seed):
+    """The model, with weights that say something."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def random_pairs(n, seed):
+    """A data set of pairs, in some of which the longer response is chosen; with two scores each."""
+    rng = np.random.default_rng(seed)
+
+    def tokens(shortest, longest):
+        return rng.integers(0, 256, rng.integers(shortest, longest + 1)).astype(np.int32)
+
+    examples = [(tokens(2, 5), [tokens(1, 8), tokens(1, 8)]) for _ in range(n)]
+    return Dataset(examples, rng.normal(size=(n, 2, 2)).astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder with a reference policy (ref) and a family of two reward models (rms)."""
+    root = tmp_path_factory.mktemp("models")
+    shaken(GPT(CONFIG), 0).save_pretrained(root / "ref", TOKENIZER.eot_token)
+    for number in (1, 2):
+        reward_model = shaken(RewardModel(CONFIG), number)
+        reward_model.save_pretrained(root / f"rms/{number}", TOKENIZER.eot_token)
+    return root
+
+
+@pytest.fixture
+def lab(models, tmp_path, monkeypatch):
+    """A copy of that folder, and the pairs that the scripts get: {split: data set}."""
+    shutil.copytree(models, tmp_path, dirs_exist_ok=True)
+    pairs = {"train": random_pairs(40, 1), "validation": random_pairs(20, 2)}
+
+    def preferences(data, split, *_):
+        return pairs[split].take(np.arange(len(pairs[split])))
+
+    monkeypatch.setattr(reward, "preferences", preferences)
+    return SimpleNamespace(root=tmp_path, pairs=pairs, policy=GPT.from_pretrained(tmp_path / "ref"))
+
+
+def train(lab, script, *flags):
+    """Runs a script on the pairs, for a step, into the folder `run`; a policy by d-DPO, unless the
+    flags say otherwise."""
+    loss = ["--loss=d-dpo", "--rewards=scores"] if script is train_policy else []
+    script.main([*loss, f"--init_from={lab.root}/ref", f"--out_dir={lab.root}/run", "--rho=all",
+                 "--max_steps=1", "--batch_size=8", "--n_eval=8", "--device=cpu", *flags])
+
+
+def demonstrate(lab, monkeypatch, *flags):
+    """Supervised fine-tuning of a new model, for a step. Returns the rows that it asked for."""
+    asked = []
+
+    def rows(seed, split):
+        asked.append((seed, split))
+        return [{"prompt": "POST:", "responses": [" my boss", " broke"]}] * 9
+
+    monkeypatch.setattr(tinytldr, "demonstration_rows", rows)
+    train_policy.main(["--loss=sft", f"--out_dir={lab.root}/sft", "--max_steps=1", "--n_layer=1",
+                       "--n_head=1", "--n_embd=4", "--batch_size=4", "--device=cpu", *flags])
+    return asked
+
+
+def arguments(lab, **changed):
+    """What functions of the scripts read of the flags."""
+    flags = {"loss": "p-dpo", "init_from": f"{lab.root}/ref", "out_dir": f"{lab.root}/run",
+             "rewards": None, "relabel": None, "data": "tinytldr", "pool": 30,
+             "label_temperature": 0.5, "rho": 0.5, "n_pairs": 6, "max_new_tokens": 4, "seed": 7,
+             "dtype": "float32", "device": "cpu", "tokenizer": "tinytldr", "micro_batch_size": 2}
+    return SimpleNamespace(**flags | changed)
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def cached_names(folder):
+    """How many files there are of each name in a cache: {name: number}."""
+    names = [path.name.rpartition("-")[0] for path in (folder / "cache").iterdir()]
+    return {name: names.count(name) for name in names}
+
+
+# ------------------------------------------------------------------ by hand
+
+def test_statistics_of_log_probs():
+    """A pair with a sample; a margin of zero is half right."""
+    ref_logps = torch.full((3, 3), -2.0)
+    change = torch.tensor([[0.5, -0.5, -0.25], [0.25, 0.25, 0.75], [-0.5, -0.25, 0.0]])
+    values = train_policy.statistics(ref_logps + change, ref_logps, n_samples=1)
+    assert {name: value.tolist() for name, value in values.items()} == {
+        "chosen_change": [0.5, 0.25, -0.5], "rejected_change": [-0.5, 0.25, -0.25],
+        "margin": [1, 0, -0.25], "accuracy": [1, 0.5, 0], "forward_kl": [0.25, -0.75, 0]}
+
+
+def test_statistics_of_a_ranking():
+    """Its pairs' means; without a sample no KL, and without a reference nothing."""
+    change = torch.tensor([[0.5, 0.25, 0.75], [0.5, 0.5, 0.5]])
+    values = train_policy.statistics(change, torch.zeros(2, 3), n_samples=0)
+    rounded = {name: value.round(decimals=4).tolist() for name, value in values.items()}
+    assert rounded == {"chosen_change": [0.5, 0.5], "rejected_change": [0.5, 0.5],
+                       "margin": [pytest.approx(-0.1667), 0],
+                       "accuracy": [pytest.approx(0.3333), 0.5]}
+    assert train_policy.statistics(change, None, n_samples=0) == {}
+
+
+def test_statistics_of_rewards():
+    """A margin below 1 is right too, and one of zero is half right."""
+    values = train_rm.statistics(torch.tensor([[0.5, 0.0], [1.0, 1.0], [0.0, 1.0]]))
+    assert {name: value.tolist() for name, value in values.items()} == {
+        "margin": [0.5, 0, -1], "accuracy": [1, 0.5, 0]}
+
+
+def test_what_a_row_weighs():
+    """Its response tokens if the loss is a mean over tokens, else 1."""
+    dataset = Dataset([([1], [[2, 3], [4]]), ([1], [[2], [4, 5, 6]])])
+    assert row_weights(dataset, LOSSES["sft"]).tolist() == [3, 4]
+    assert row_weights(dataset, LOSSES["dpo"]).tolist() == [1, 1]
+
+
+def test_gamma_is_annealed_from_the_first_to_the_last():
+    assert [anneal((1.0, 3.0), step, 4) for step in range(5)] == [1, 1.5, 2, 2.5, 3]
+    assert anneal(None, 0, 4) == anneal(None, 4, 4) == 0
+
+
+# ------------------------------------------------------------------ evaluation
+
+@SCRIPTS
+def test_evaluation_is_of_all_rows_in_parts(script):
+    """In passes of four micro-batches, on the device of the training; the means are over rows, or
+    for SFT over tokens."""
+    dataset = Dataset([([1], [[2] * (1 + i % 3), [3]]) for i in range(20)])
+    device = torch.device("meta")       # no memory, no numbers: for what the model would compute
+    passes_made = []
+
+    def model(batch):
+        assert batch.tokens.device == device
+        passes_made.append(len(batch.tokens))
+        return torch.tensor([[-1.0, -2.0]]).repeat(len(batch.tokens), 1)
+
+    args = SimpleNamespace(loss="sft", micro_batch_size=2, device="cpu", dtype="float32")
+    if script is train_policy:
+        means = train_policy.evaluate(model, dataset, args, {}, 0.0, device, nullcontext)
+        assert means == {"loss": pytest.approx(60 / dataset.response_lengths().sum())}
+    else:
+        means = train_rm.evaluate(model, dataset, args, device, nullcontext)
+        wanted = {"loss": np.log(1 + np.exp(-1)), "margin": 1, "accuracy": 1}
+        assert means == pytest.approx(wanted)
+    assert passes_made == [8, 8, 4]
+
+
+def test_reward_of_samples_by_the_oracle(lab, monkeypatch):
+    """A sample for each prompt, by random numbers of their own; the oracle reads text."""
+    monkeypatch.setattr(tinytldr, "oracle_reward", lambda post, text: len(post) + 100 * len(text))
+    prompts = [prompt.tolist() for prompt, _ in lab.pairs["train"].examples]
+    replies = sample(lab.policy, prompts, 4, TOKENIZER.eot_token, [7, 5])
+    wanted = [len(to_text(prompt, TOKENIZER)) + 100 * len(to_text(reply, TOKENIZER))
+              for prompt, reply in zip(prompts, replies)]
+    mean = reward_of_samples(lab.policy, prompts, {}, TOKENIZER, arguments(lab), nullcontext)
+    assert mean == pytest.approx(np.mean(wanted), rel=1e-12)
+
+
+def test_reward_of_samples_by_reward_models(lab):
+    """The mean of their rewards."""
+    prompts = [prompt.tolist() for prompt, _ in lab.pairs["train"].examples]
+    judges = load_reward_models(f"{lab.root}/rms", "--select", lab.policy, "tinytldr", CPU)
+    replies = sample(lab.policy, prompts, 4, TOKENIZER.eot_token, [7, 5])
+    dataset = Dataset([(prompt, [reply]) for prompt, reply in zip(prompts, replies)])
+    wanted = [score(judge, dataset).mean() for judge in judges.values()]
+    mean = reward_of_samples(lab.policy, prompts, judges, TOKENIZER, arguments(lab), nullcontext)
+    assert mean == pytest.approx(np.mean(wanted)) and wanted[0] != wanted[1]
+
+
+# ------------------------------------------------------------------ columns and their cache
+
+def compute_columns(lab, policy=None, n=9, **changed):
+    """with_columns for the first n pairs, with these flags changed."""
+    dataset = with_columns(lab.pairs["train"].first(n), "train", policy or lab.policy, TOKENIZER,
+                           {}, arguments(lab, **changed), nullcontext)
+    assert dataset.ref_logps.dtype == np.float32 and dataset.rewards is None
+
+
+def test_columns_are_computed_once(lab):
+    for _ in range(2):
+        compute_columns(lab)
+        assert cached_names(lab.root / "ref") == {"train-samples": 1, "train-logps": 1}
+
+
+@pytest.mark.parametrize("name, value", [("max_new_tokens", 5), ("seed", 8), ("dtype", "bfloat16"),
+                                         ("tokenizer", "gpt2")])
+def test_samples_are_cached_by_what_they_depend_on(lab, name, value):
+    compute_columns(lab)
+    compute_columns(lab, **{name: value})
+    assert cached_names(lab.root / "ref")["train-samples"] == 2
+
+
+@pytest.mark.parametrize("loss, name", [("p-dpo", "train-samples"), ("dpo", "train-logps")])
+def test_columns_are_cached_by_weights_and_rows(lab, loss, name):
+    compute_columns(lab, loss=loss)
+    compute_columns(lab, loss=loss, policy=shaken(GPT(CONFIG), 5))
+    assert cached_names(lab.root / "ref")[name] == 2
+    compute_columns(lab, loss=loss, n=10)
+    assert cached_names(lab.root / "ref")[name] == 3
+
+
+def test_log_probs_are_cached_by_their_precision_and_not_by_the_seed(lab):
+    compute_columns(lab, loss="dpo")
+    compute_columns(lab, loss="dpo", seed=8)
+    assert cached_names(lab.root / "ref") == {"train-logps": 1}
+    compute_columns(lab, loss="dpo", dtype="bfloat16")
+    assert cached_names(lab.root / "ref") == {"train-logps": 2}
+
+
+@pytest.mark.parametrize("kind", ["policy", "pairs"])
+def test_the_cache_of_a_reference_from_the_hub(lab, monkeypatch, kind):
+    """It is the run's."""
+    args = arguments(lab, init_from="somebody/gpt2")
+    if kind == "policy":
+        with_columns(lab.pairs["train"], "train", lab.policy, TOKENIZER, {}, args, nullcontext)
+        assert cached_names(lab.root / "run") == {"train-samples": 1, "train-logps": 1}
+    else:
+        assert calls_of_preferences(lab, monkeypatch, args)[0][4] == f"{lab.root}/run/cache"
+
+
+def test_scores_that_are_missing(lab):
+    dataset = Dataset(lab.pairs["train"].examples)
+    args = arguments(lab, loss="d-dpo", rewards="scores", data="pairs.jsonl")
+    with pytest.raises(InputError) as error:
+        with_columns(dataset, "train", lab.policy, TOKENIZER, {}, args, nullcontext)
+    assert str(error.value) == ("--rewards=scores: pairs.jsonl has no score_chosen and "
+                                "score_rejected, nor scores, in all its rows")
+
+
+def test_rewards_are_cached_beside_their_model(lab):
+    """By its weights, the rows and the precision."""
+    def scores(model, dataset, **changed):
+        rewards = family_scores({f"{lab.root}/rm": model}, dataset, arguments(lab, **changed),
+                                nullcontext, "train")
+        assert rewards.dtype == np.float32
+        return rewards[:, :, 0], cached_names(lab.root / "rm")
+
+    model, dataset = shaken(RewardModel(CONFIG), 1), lab.pairs["train"]
+    for _ in range(2):
+        rewards, names = scores(model, dataset)
+        assert rewards == pytest.approx(score(model, dataset)) and names == {"train-rewards": 1}
+    assert scores(shaken(RewardModel(CONFIG), 2), dataset)[1] == {"train-rewards": 2}
+    assert scores(model, dataset.first(5))[1] == {"train-rewards": 3}
+    assert scores(model, dataset, dtype="bfloat16")[1] == {"train-rewards": 4}
+
+
+def test_what_a_policy_is_trained_on_is_cached_by_name(lab, monkeypatch, capsys):
+    """And the progress bars have these names. The policy is compared with the reference once, in
+    the first of three micro-batches."""
+    bars = []
+
+    def bar(desc, **options):
+        bars.append(desc)
+        return tqdm(desc=desc, **options)
+
+    tqdm = passes.tqdm
+    monkeypatch.setattr(passes, "tqdm", bar)
+    train(lab, train_policy, "--loss=e-dpo", f"--rewards={lab.root}/rms", "--max_new_tokens=4",
+          f"--relabel={lab.root}/rms/1", "--micro_batch_size=3")
+    assert cached_names(lab.root / "ref") == {
+        "train-samples": 1, "validation-samples": 1, "train-logps": 1, "validation-logps": 1}
+    of_rewards = {"train-rewards": 1, "validation-rewards": 1}
+    of_labels = {"train-relabel-rewards": 1, "validation-relabel-rewards": 1}
+    assert cached_names(lab.root / "rms/1") == of_rewards | of_labels
+    assert cached_names(lab.root / "rms/2") == of_rewards
+    assert bars == ["train-relabel rewards", "validation-relabel rewards",
+                    "train rewards", "train rewards", "train samples", "train log-probs",
+                    "validation rewards", "validation rewards", "validation samples",
+                    "validation log-probs"]
+    assert capsys.readouterr().out.count("step 0: ") == 1
+
+
+# ------------------------------------------------------------------ where, and in what precision
+
+@pytest.fixture
+def computed(monkeypatch):
+    """What is noted while a script runs: the devices that models and batches are sent to; and of
+    every pass of a model whether it was in autocast, and the rows and columns of its batch."""
+    computed = SimpleNamespace(devices=[], autocast=[], rows=[], columns=[])
+
+    def note(kind, method):
+        plain = getattr(kind, method)
+
+        def noting(self, *args, **options):
+            if method == "to":
+                computed.devices.append(args[0])
+            else:
+                computed.autocast.append(torch.is_autocast_enabled("cpu"))
+            if method == "forward":
+                computed.rows.append(args[0].tokens.size(0))
+                computed.columns.append(args[0].tokens.size(1))
+            return plain(self, *args, **options)
+
+        monkeypatch.setattr(kind, method, noting)
+
+    for kind, method in ((torch.nn.Module, "to"), (TreeBatch, "to"), (GPT, "forward"),
+                         (GPT, "generate"), (RewardModel, "forward")):
+        note(kind, method)
+    return computed
+
+
+@pytest.mark.parametrize("script, flags", [
+    (train_policy, []),
+    (train_policy, ["--loss=e-dpo", "--rewards={}/rms", "--relabel={}/rms/1", "--select={}/rms",
+                    "--max_new_tokens=4"]),
+    (train_rm, []), (train_rm, ["--bias=0.4,0.6", "--relabel={}/rms/1"])])
+def test_all_is_computed_where_and_as_the_flags_say(lab, computed, script, flags):
+    """On --device, by --dtype; and in bfloat16 the batches have few different shapes."""
+    train(lab, script, "--dtype=bfloat16", *(flag.format(lab.root) for flag in flags))
+    assert set(computed.devices) == {CPU}
+    assert set(computed.autocast) == {True}
+    assert {columns % 32 for columns in computed.columns} == {0}
+
+
+def test_supervised_fine_tuning_is_computed_where_and_as_the_flags_say(lab, computed, monkeypatch):
+    demonstrate(lab, monkeypatch, "--dtype=bfloat16")
+    assert set(computed.devices) == {CPU}
+    assert set(computed.autocast) == {True}
+    assert {columns % 32 for columns in computed.columns} == {0}
+
+
+@SCRIPTS
+def test_a_batch_is_computed_in_micro_batches(lab, computed, script):
+    """Which is what their size is for: memory. (Evaluation takes more rows: it keeps less.)"""
+    train(lab, script, "--micro_batch_size=3")
+    assert [rows for rows in computed.rows if rows < 8] == [3, 3, 2]
+
+
+@SCRIPTS
+@pytest.mark.parametrize("flags, calls", [([], []), (["--compile"], [{"dynamic": True}])])
+def test_compilation_is_for_any_shape(lab, monkeypatch, script, flags, calls):
+    """If it is asked for: batches have many shapes, and each would be compiled anew."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiled.append(how))
+    train(lab, script, *flags)
+    assert compiled == calls
+
+
+# ------------------------------------------------------------------ what is asked for
+
+@SCRIPTS
+def test_help_says_what_the_script_does(script, capsys):
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    shown = capsys.readouterr().out
+    assert f"    python {script.__name__}.py --" in shown and "-> out/" in shown
+
+
+@SCRIPTS
+def test_a_vocabulary_without_room(lab, monkeypatch, script):
+    large = tiktoken.Encoding("large", pat_str=".", special_tokens={"<|endoftext|>": 9999},
+                              mergeable_ranks={bytes([b]): b for b in range(256)})
+    monkeypatch.setattr(script, "get_tokenizer", lambda name: large)
+    with pytest.raises(InputError) as error:
+        train(lab, script)
+    assert str(error.value) == (f"--tokenizer: the model knows {CONFIG.vocab_size} tokens, and "
+                                "large has 10000")
+
+
+def test_demonstrations_are_those_of_the_seed(lab, monkeypatch):
+    asked = demonstrate(lab, monkeypatch, "--seed=7")
+    assert asked == [(7, "train"), (7, "validation")]
+    assert (lab.root / "sft/model.safetensors").exists()
+
+
+def calls_of_preferences(lab, monkeypatch, args):
+    """The arguments with which training_pairs asks for preferences."""
+    calls = []
+
+    def preferences(*values):
+        calls.append(values)
+        return lab.pairs[values[1]]
+
+    monkeypatch.setattr(reward, "preferences", preferences)
+    lab.result = training_pairs(args, TOKENIZER, lab.policy, CPU, nullcontext)
+    return calls
+
+
+def test_pairs_are_those_of_the_flags(lab, monkeypatch, capsys):
+    """Of --data, --pool, --label_temperature and --seed; of the training pairs --n_pairs with the
+    bias --rho, the validation pairs as they come."""
+    calls = calls_of_preferences(lab, monkeypatch, arguments(lab))
+    cache = f"{lab.root}/ref/cache"
+    assert calls == [("tinytldr", split, TOKENIZER, lab.policy, cache, 30, 0.5, 7)
+                     for split in ("train", "validation")]
+    assert capsys.readouterr().out == ("D_rho: 6 of 40 training pairs, the longer response "
+                                       "preferred in 50% of them\n")
+    subset, validation = lab.result
+    again = reward.d_rho(lab.pairs["train"], 0.5, 6, seed=7)
+    assert subset.examples == again.examples and validation is lab.pairs["validation"]
+
+
+def test_relabelling_by_the_mean_of_a_family(lab, monkeypatch):
+    """In every row the response of the higher mean reward comes first, in both splits."""
+    args = arguments(lab, relabel=f"{lab.root}/rms", rho="all", n_pairs=None)
+    calls_of_preferences(lab, monkeypatch, args)
+    family = [RewardModel.from_pretrained(f"{lab.root}/rms/{number}") for number in (1, 2)]
+    for dataset, before in zip(lab.result, lab.pairs.values()):
+        rewards = np.mean([score(model, dataset) for model in family], axis=0)
+        assert len(dataset) == len(before) and (rewards[:, 0] > rewards[:, 1]).all()
+
+
+# ------------------------------------------------------------------ reward models
+
+def test_a_reward_model_is_saved_as_a_classifier_with_a_single_label(lab):
+    config = read_json(lab.root / "rms/1/config.json")
+    assert config["architectures"] == ["GPT2ForSequenceClassification"]
+    assert config["id2label"] == {"0": "reward"} and config["label2id"] == {"reward": 0}
+    assert (config["pad_token_id"], config["eos_token_id"]) == (0, TOKENIZER.eot_token)
+    RewardModel(CONFIG).save_pretrained(lab.root / "rm", 7)
+    assert read_json(lab.root / "rm/config.json")["eos_token_id"] == 7
+
+
+def test_a_reward_model_starts_from_the_policy_and_at_zero(lab):
+    model = RewardModel.from_policy(lab.policy)
+    assert model.config is lab.policy.config and not model.score.weight.any()
+    wanted = lab.policy.transformer.state_dict()
+    assert all(torch.equal(tensor, wanted[name])
+               for name, tensor in model.transformer.state_dict().items())
+    assert list(model.score.state_dict()) == ["weight"]
+
+
+def test_a_new_reward_model_is_random_below_its_head():
+    model = RewardModel(GPTConfig(8, 100, n_layer=1, n_head=1, n_embd=16))
+    assert 0.01 < model.transformer.wte.weight.std() < 0.03
+    assert model.score.weight.tolist() == [[0] * 16]
+
+
+def test_a_reward_model_that_is_not_that_of_its_config(lab):
+    path = lab.root / "rms/1/config.json"
+    path.write_text(json.dumps({**read_json(path), "n_layer": 2}))
+    with pytest.raises(InputError, match=f"^{lab.root}/rms/1: not the model of its config.json: "):
+        RewardModel.from_pretrained(f"{lab.root}/rms/1")
+
+
+def test_reward_models_are_loaded_onto_the_device(lab):
+    models = load_reward_models(f"{lab.root}/rms", "--rewards", lab.policy, "tinytldr",
+                                torch.device("meta"))
+    assert list(models) == [f"{lab.root}/rms/{number}" for number in (1, 2)]
+    assert {model.score.weight.device.type for model in models.values()} == {"meta"}
+    assert load_reward_models(None, "--rewards", lab.policy, "tinytldr", CPU) == {}
+
+
+@pytest.mark.parametrize("script, flag", [(train_policy, "--rewards"), (train_policy, "--select"),
+                                          (train_policy, "--relabel"), (train_rm, "--relabel")])
+def test_the_flag_of_a_reward_model_that_does_not_fit_is_named(lab, script, flag):
+    RewardModel(replace(CONFIG, vocab_size=600)).save_pretrained(lab.root / "small")
+    (lab.root / "none").mkdir()
+    for folder, message in (
+            ("small", f"{flag}: {lab.root}/small has vocab_size 600, the policy "
+                      f"{CONFIG.vocab_size}"),
+            ("none", f"{flag}: no reward model in '{lab.root}/none': train one with python "
+                     f"train_rm.py --out_dir={lab.root}/none")):
+        with pytest.raises(InputError) as error:
+            train(lab, script, f"{flag}={lab.root}/{folder}")
+        assert str(error.value) == message
+
+
+def test_a_reward_model_that_does_not_start_at_zero_is_noticed(lab, monkeypatch):
+    monkeypatch.setattr(RewardModel, "from_policy", lambda policy: shaken(RewardModel(CONFIG), 3))
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        train(lab, train_rm)
+
+
+# ------------------------------------------------------------------ what is written
+
+@SCRIPTS
+def test_a_trained_model_has_its_tokenizer(lab, script):
+    """The token that ends a text is the tokenizer's, also where it is not the model's last."""
+    roomy = replace(CONFIG, vocab_size=CONFIG.vocab_size + 3)
+    GPT(roomy).save_pretrained(lab.root / "ref", TOKENIZER.eot_token)
+    train(lab, script)
+    config = read_json(lab.root / "run/config.json")
+    assert config["eos_token_id"] == config["bos_token_id"] == TOKENIZER.eot_token
+    assert config["vocab_size"] == CONFIG.vocab_size + 3
+    assert config["nanopref"]["tokenizer"] == "tinytldr"
+    settings = read_json(lab.root / "run/tokenizer_config.json")
+    assert settings["model_max_length"] == CONFIG.block_size
+    assert settings["eos_token"] == "<|endoftext|>"
+    words = read_json(lab.root / "run/tokenizer.json")["model"]["vocab"]
+    assert len(words) == TOKENIZER.n_vocab - 1
+
+
+def test_a_new_policy_has_the_sizes_of_the_flags(lab, monkeypatch):
+    demonstrate(lab, monkeypatch, "--block_size=70", "--n_embd=6", "--n_head=3", "--n_layer=2")
+    assert GPT.from_pretrained(lab.root / "sft").config == GPTConfig(
+        70, TOKENIZER.n_vocab, n_layer=2, n_head=3, n_embd=6)
+
+
+def test_the_members_of_a_family_have_flags_of_their_own(lab):
+    """So that each can be resumed, and read, as a run."""
+    train(lab, train_rm, "--bias=0.4,0.6")
+    for bias in (0.4, 0.6):
+        folder = lab.root / "run" / str(bias)
+        flags = read_json(folder / "config.json")["nanopref"]
+        assert (flags["bias"], flags["out_dir"], flags["resume"]) == (bias, str(folder), False)
+        assert flags.keys() == vars(train_rm.reward_flags(["--bias=0.4"], "")).keys()
+
+
+@pytest.mark.parametrize("script, change", [
+    (train_policy, "weights"), (train_policy, "rows"), (train_policy, "rewards"),
+    (train_rm, "weights"), (train_rm, "rows")])
+def test_resuming_needs_what_was_trained_on_to_be_the_same(lab, script, change):
+    """The reference, the rows and the rewards; it goes on if they are."""
+    train(lab, script)
+    train(lab, script, "--resume")
+    if change == "weights":
+        shaken(lab.policy, 4).save_pretrained(lab.root / "ref", TOKENIZER.eot_token)
+    elif change == "rows":
+        lab.pairs["train"].examples[0][1][1][0] += 1
+    else:
+        lab.pairs["train"].rewards[0] += 1
+    with pytest.raises(InputError, match="^--resume: the reference, the data or the rewards have"):
+        train(lab, script, "--resume")
+
+
+@pytest.mark.parametrize("select", ["loss", "oracle", "{}/rms"])
+def test_the_model_that_select_asks_for_is_saved(lab, monkeypatch, capsys, select):
+    """That of the best line of metrics.jsonl after the first; rewards are logged if they decide."""
+    monkeypatch.setattr(tinytldr, "oracle_reward", lambda prompt, text: -len(text))
+    flags = [f"--select={select}".format(lab.root), "--max_steps=3", "--eval_every=1", "--lr=0.3"]
+    train(lab, train_policy, *flags, *([] if select == "loss" else ["--max_new_tokens=4"]))
+    lines = [line for line in metrics(lab.root / "run") if "validation/loss" in line]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    for line in lines:
+        assert ("validation/reward" in line) == (select != "loss")
+    values = [line.get("validation/reward", -line["validation/loss"]) for line in lines[1:]]
+    best = 1 + values.index(max(values))
+    assert f"the model of step {best}\n" in capsys.readouterr().out
+    trained = GPT.from_pretrained(lab.root / "run").state_dict()
+    chosen = torch.load(lab.root / "run/best.pt", weights_only=True)
+    assert chosen["step"] == best
+    assert all(torch.equal(chosen["model"][name], tensor) for name, tensor in trained.items())
