@@ -77,7 +77,9 @@ def statistics(logps, ref_logps, n_samples):
 
 
 def row_weights(dataset, loss):
-    """How much each row weighs in the mean of the losses, (N,): 1, or for SFT its tokens."""
+    """How much each row weighs in the mean of the losses, (N,): 1, or for SFT its tokens. A step
+    divides by the mean weight: in batches of rows of similar length, dividing by the batch's own
+    tokens would make short responses count more."""
     if loss.mean_over == "tokens":
         return dataset.response_lengths().sum(axis=1)
     return np.ones(len(dataset), np.int64)
@@ -182,7 +184,7 @@ def main(argv=None):
             break
 
         rows = order.rows(step)                                 # (batch_size,)
-        total = int(weights[rows].sum())                        # rows; for SFT, tokens
+        total = len(rows) * weights.mean()      # rows; for SFT tokens, not this batch's but the mean
         for part in np.split(rows, range(size, len(rows), size)):       # micro-batches
             batch = train.batch(part, multiple).to(device)      # the tree, with its columns
             with autocast():

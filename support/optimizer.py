@@ -16,12 +16,12 @@ def adamw(model, args):
 
 def learning_rate(step, max_steps, peak):
     """A pure function of the step: linear warm-up over the first 5% of the steps, then a cosine
-    from the peak down to a tenth of it."""
+    from the peak down to zero."""
     warmup = max(1, max_steps // 20)
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, max_steps - warmup)
-    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def set_learning_rate(optimizer, lr):

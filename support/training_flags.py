@@ -51,9 +51,9 @@ def policy_flags(argv, doc, losses):
     args.out_dir = args.out_dir or f"out/{args.loss}"
     args.init_from = args.init_from or ("scratch" if sft else "out/sft")
     if sft:
-        training_defaults(args, max_steps=1500, batch_size=32, lr=4e-3)
+        training_defaults(args, max_steps=1000, batch_size=32, lr=4e-3)
     else:
-        training_defaults(args, max_steps=800, batch_size=16, lr=2e-4)
+        training_defaults(args, max_steps=400, batch_size=16, lr=2e-4)
     table = preference_data_flags(args, used=not sft)       # flag: (used?, default, by what)
     for knob in knobs:
         users = [name for name in losses if knob in losses[name].knobs]
@@ -116,7 +116,7 @@ def training_flags(doc):
     add("--batch_size", type=positive_int, help="rows (pairs) per optimizer step")
     add("--micro_batch_size", type=positive_int, help="rows per forward pass (default: the batch)")
     add("--lr", type=positive_float, help="peak learning rate: warm-up over 5%% of the steps, then "
-                                          "a cosine down to a tenth")
+                                          "a cosine down to zero")
     add("--weight_decay", type=not_negative_float, default=0.0, help="of matrices and embeddings")
     add("--grad_clip", type=positive_float, default=1.0, help="largest norm of the gradient")
     add("--seed", type=seed, default=0, help="of the data, initial weights and the batch order")

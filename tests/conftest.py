@@ -32,8 +32,8 @@ def world(tmp_path_factory, hub_cache):
         patch.setattr(tinytldr, "demonstration_rows", lambda *a: islice(all_rows(*a), 2500))
         train_policy.main(["--loss=sft", f"--out_dir={root}/sft", "--max_steps=60",
                            "--batch_size=32", "--n_embd=64"])
-    shared = [f"--init_from={root}/sft", "--max_steps=6", "--batch_size=16", "--n_pairs=100",
-              "--pool=400", "--n_eval=32"]
+    shared = [f"--init_from={root}/sft", "--max_steps=6", "--batch_size=16", "--n_pairs=60",
+              "--pool=500", "--n_eval=32"]
     train_rm.main([*shared, f"--out_dir={root}/rm"])
     train_rm.main([*shared, f"--out_dir={root}/rms", "--bias=0.2,0.6"])
     return root

@@ -90,8 +90,8 @@ def test_a_small_cell(world, tmp_path, monkeypatch):
     skipped, and from an empty folder it gives the same numbers."""
     monkeypatch.setattr(figure2, "KNOB", {"d-dpo": "beta", "e-dpo": "beta"})
     monkeypatch.setattr(figure2, "FAMILY", "0.4,0.6")
-    flags = ["--sft", f"{world}/sft", "--rhos=0.5", "--seeds=0", "--n_prompts=8", "--workers=1",
-             "--flags=--max_steps=2 --n_pairs=40 --pool=400 --n_eval=16 --batch_size=8"]
+    flags = ["--sft", f"{world}/sft", "--rhos=0.2", "--seeds=0", "--n_prompts=8", "--workers=1",
+             "--flags=--max_steps=2 --n_pairs=60 --pool=500 --n_eval=16 --batch_size=8"]
     rows = []
     for name in ("first", "second"):
         folder = tmp_path / name

@@ -154,8 +154,8 @@ def test_defaults_of_dpo():
     assert args.tau is args.gamma is args.min_per is args.rewards is args.max_new_tokens is None
     assert args.n_embd is args.block_size is None
     assert (args.rho, args.n_pairs, args.pool, args.label_temperature) == (0.2, 2500, 10_000, 0)
-    assert (args.max_steps, args.batch_size, args.micro_batch_size) == (800, 16, 16)
-    assert (args.n_eval, args.eval_every, args.tokenizer) == (256, 100, "tinytldr")
+    assert (args.max_steps, args.batch_size, args.micro_batch_size) == (400, 16, 16)
+    assert (args.n_eval, args.eval_every, args.tokenizer) == (256, 50, "tinytldr")
 
 
 def test_defaults_of_sft():
@@ -163,7 +163,7 @@ def test_defaults_of_sft():
     assert (args.init_from, args.n_layer, args.n_head, args.n_embd, args.block_size) == (
         "scratch", 2, 4, 128, 192)
     assert args.beta is args.rho is args.n_pairs is args.pool is args.label_temperature is None
-    assert (args.max_steps, args.batch_size, args.n_eval, args.eval_every) == (800, 32, 256, 100)
+    assert (args.max_steps, args.batch_size, args.n_eval, args.eval_every) == (1000, 32, 256, 125)
 
 
 @pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
@@ -197,7 +197,7 @@ def test_defaults_of_file_data():
 def test_defaults_of_reward_models():
     args = reward_flags([], "")
     assert (args.out_dir, args.init_from, args.bias) == ("out/rm", "out/sft", None)
-    assert (args.max_steps, args.batch_size, args.rho) == (500, 32, 0.2)
+    assert (args.max_steps, args.batch_size, args.rho) == (250, 32, 0.2)
     args = reward_flags(["--bias=0.2,0.5"], "")
     assert (args.out_dir, args.bias) == ("out/rms", [0.2, 0.5])
 

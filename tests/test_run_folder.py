@@ -474,10 +474,10 @@ def test_where_all_parameters_are_updated_by_a_single_kernel(monkeypatch, device
 
 
 @pytest.mark.parametrize("max_steps, rates", [
-    (50, {0: 0.5, 1: 1, 2: 1, 26: 0.55, 50: 0.1}),      # two steps of warm-up, 5% rounded down
-    (40, {0: 0.5, 1: 1, 2: 1, 21: 0.55, 40: 0.1}),
-    (9, {0: 1, 1: 1, 5: 0.55, 9: 0.1}),                 # a step of warm-up is the least
-    (2, {0: 1, 1: 1, 2: 0.1}), (1, {0: 1, 1: 1})])
+    (50, {0: 0.5, 1: 1, 2: 1, 26: 0.5, 50: 0}),      # two steps of warm-up, 5% rounded down
+    (40, {0: 0.5, 1: 1, 2: 1, 21: 0.5, 40: 0}),
+    (9, {0: 1, 1: 1, 5: 0.5, 9: 0}),                 # a step of warm-up is the least
+    (2, {0: 1, 1: 1, 2: 0}), (1, {0: 1, 1: 1})])
 def test_learning_rate_by_hand(max_steps, rates):
     """Up to the peak, in the middle of the cosine, and at the end."""
     for step, rate in rates.items():

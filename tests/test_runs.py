@@ -34,7 +34,7 @@ REWARDED = [name for name in PREFERENCE_LOSSES if "rewards" in LOSSES[name].need
 
 
 def policy_flags(world, out_dir, loss="p-dpo", **flags):
-    flags = {"max_steps": 6, "eval_every": 3, "batch_size": 8, "n_pairs": 100, "pool": 400,
+    flags = {"max_steps": 6, "eval_every": 3, "batch_size": 8, "n_pairs": 60, "pool": 500,
              "n_eval": 16, **flags}
     if loss in REWARDED:
         flags.setdefault("rewards", f"{world}/rms" if loss == "e-dpo" else f"{world}/rm")
@@ -43,7 +43,7 @@ def policy_flags(world, out_dir, loss="p-dpo", **flags):
 
 
 def reward_flags(world, out_dir, **flags):
-    flags = {"max_steps": 6, "eval_every": 3, "batch_size": 8, "n_pairs": 100, "pool": 400,
+    flags = {"max_steps": 6, "eval_every": 3, "batch_size": 8, "n_pairs": 60, "pool": 500,
              "n_eval": 16, **flags}
     return [f"--init_from={world}/sft", f"--out_dir={out_dir}",
             *(f"--{flag}={value}" for flag, value in flags.items())]
@@ -156,10 +156,10 @@ def demonstrations(tmp_path_factory):
 
 
 def test_learning_rate():
-    """Warm-up to the peak over 5% of the steps, then a cosine down to a tenth."""
+    """Warm-up to the peak over 5% of the steps, then a cosine down to zero."""
     rates = [learning_rate(step, 100, 1.0) for step in range(101)]
     assert rates[0] == pytest.approx(0.2) and rates[4] == 1.0 and rates[5] == 1.0
-    assert rates[100] == pytest.approx(0.1)
+    assert rates[100] == pytest.approx(0)
     assert all(a >= b for a, b in zip(rates[5:], rates[6:]))
 
 
@@ -246,11 +246,11 @@ def test_interrupted_family_goes_on(world, tmp_path, monkeypatch):
     """Killed in the second of three members: the first is kept, the second resumed, the third
     begun."""
     def flags(folder, bias="0.2,0.4,0.6"):
-        return reward_flags(world, folder, max_steps=4, eval_every=2, bias=bias)
+        return reward_flags(world, folder, max_steps=8, eval_every=2, bias=bias)
 
-    train_rm.main(flags(tmp_path / "whole"))
+    train_rm.main(flags(tmp_path / "whole"))        # 8 steps, then 4 on half of the pairs, then 3
     with monkeypatch.context() as patch:
-        interrupt(patch, train_rm, 4 + 2)
+        interrupt(patch, train_rm, 8 + 3)
         with pytest.raises(Interrupted):
             train_rm.main(flags(tmp_path / "parts"))
     assert sorted(os.listdir(tmp_path / "parts")) == ["0.2", "0.4"]
@@ -554,7 +554,7 @@ def test_file_data_end_to_end(tmp_path, hub_cache):
                    f"--rms={tmp_path}/rms,{tmp_path}/oracle", f"--out_dir={tmp_path}/report",
                    "--max_new_tokens=8"])
     results = strict_json(tmp_path / "report/results.json")
-    assert results["policies"]["e-dpo"]["kl_ref_pi"] > 0 and len(results["reward_models"]) == 3
+    assert results["policies"]["e-dpo"]["kl_ref_pi"] != 0 and len(results["reward_models"]) == 3
     # The oracle agrees with every label that it gave itself.
     assert results["reward_models"][f"{tmp_path}/oracle"]["accuracy"] == 1
 

@@ -260,7 +260,7 @@ class Preferences:
         self.equation, self.has_kl, _ = EQUATIONS[name]
         self.one_member_for_all = one_member_for_all
 
-    def __call__(self, policy, rows, progress):
+    def __call__(self, policy, rows, progress, _):
         """progress: how much of the training is over, from 0 to 1. Returns {name: mean}."""
         gamma = GAMMA[0] + (GAMMA[1] - GAMMA[0]) * progress
         changes = [self.changes(policy, row) for row in rows]
@@ -309,14 +309,14 @@ def is_right(margin):
     return 0.5 + 0.5 * torch.sign(margin.detach())
 
 
-def supervised(policy, rows, progress):
-    """-logp(y|x) per response token."""
+def supervised(policy, rows, progress, all_rows):
+    """-logp(y|x) per response token: in the mean over all batches, not within one of them."""
     logps = [logp_of(policy, row.prompt, response) for row in rows for response in row.responses]
-    n_tokens = sum(len(response) for row in rows for response in row.responses)
-    return {"loss": -sum(logps) / n_tokens}
+    n_tokens = sum(len(response) for row in all_rows for response in row.responses)
+    return {"loss": -sum(logps) / (n_tokens / len(all_rows) * len(rows))}
 
 
-def reward_modelling(reward_model, rows, progress):
+def reward_modelling(reward_model, rows, progress, _):
     """Plackett-Luce: -log of the product over k of exp(r_k) / (exp(r_k) + ... + exp(r_K)); of a
     pair this is Bradley-Terry."""
     losses, margins, hits = [], [], []
@@ -355,12 +355,12 @@ def add_constants(rows, lab):
 
 
 def learning_rate(step, max_steps):
-    """Up to LR over 5% of the steps, then half a cosine down to a tenth of it."""
+    """Up to LR over 5% of the steps, then half a cosine down to zero."""
     warm_up = max(1, int(0.05 * max_steps))
     if step < warm_up:
         return LR * (step + 1) / warm_up
     angle = math.pi * (step - warm_up) / (max_steps - warm_up)
-    return LR * (0.1 + 0.9 * (1 + math.cos(angle)) / 2)
+    return LR * (1 + math.cos(angle)) / 2
 
 
 class AdamW:
@@ -392,7 +392,8 @@ def clipped(gradients, longest):
 def plainly_trained(model, objective, train, watched, max_steps, grad_clip, order_seed=SEED):
     """Trains the model, and returns what metrics.jsonl should say.
 
-    objective: (model, rows, progress) -> {name: mean}; watched: {split: rows}."""
+    objective: (model, rows, progress, all rows of the split) -> {name: mean}; watched: {split:
+    rows}."""
     lengths = [sum(map(len, [row.prompt, *row.responses, row.sample or []])) for row in train]
     order, optimizer = BatchOrder(np.array(lengths), BATCH, order_seed), AdamW(model)
     lines, window = [], []
@@ -401,12 +402,12 @@ def plainly_trained(model, objective, train, watched, max_steps, grad_clip, orde
             lines.append({"step": step})
             for split, rows in watched.items():
                 with torch.no_grad():
-                    means = objective(model, rows, step / max_steps)
+                    means = objective(model, rows, step / max_steps, rows)
                 lines[-1] |= {f"{split}/{name}": value.item() for name, value in means.items()}
         if step == max_steps:
             return lines
 
-        means = objective(model, [train[i] for i in order.rows(step)], step / max_steps)
+        means = objective(model, [train[i] for i in order.rows(step)], step / max_steps, train)
         gradients = torch.autograd.grad(means["loss"], list(optimizer.parameters.values()))
         gradients = dict(zip(optimizer.parameters, gradients))
         gradients, norm = clipped(gradients, grad_clip)
