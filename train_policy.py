@@ -184,7 +184,7 @@ def main(argv=None):
             break
 
         rows = order.rows(step)                                 # (batch_size,)
-        total = len(rows) * weights.mean()      # rows; for SFT tokens, not this batch's but the mean
+        total = len(rows) * weights.mean()                      # rows; for SFT, tokens
         for part in np.split(rows, range(size, len(rows), size)):       # micro-batches
             batch = train.batch(part, multiple).to(device)      # the tree, with its columns
             with autocast():

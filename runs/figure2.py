@@ -34,7 +34,7 @@ from support.run_folder import run_flags
 RHOS = [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, "all"]
 KNOB = {"dpo": "beta", "ipo": "tau", "d-dpo": "beta", "p-dpo": "beta", "dp-dpo": "beta",
         "e-dpo": "beta"}
-VALUES = (0.1, 0.3, 1, 3)               # of each knob
+VALUES = (0.1, 0.3, 1)                  # of each knob
 ORACLE = "d-dpo, oracle's rewards"      # what d-DPO would reach with perfect reward models
 CHOOSE_SEED = 1000
 FAMILY = "0.2,0.4,0.5,0.6,0.8"

@@ -24,21 +24,23 @@ python() {
 python train_policy.py --loss=sft --out_dir="$out/sft"
 
 # Explicit reward models. The first run samples pairs from the reference, lets the oracle label
-# them, and keeps D_rho: 4,000 pairs in which the longer response is preferred in a fraction
+# them, and keeps D_rho: 1,500 pairs in which the longer response is preferred in a fraction
 # rho = 0.2. Then one reward model on all of D_rho, and a family of five on subsets of it.
 python train_rm.py --rho=0.2 --init_from="$out/sft" --out_dir="$out/rm"
 python train_rm.py --rho=0.2 --init_from="$out/sft" --out_dir="$out/rms" --bias=0.2,0.4,0.5,0.6,0.8
 
-# Six policies from the same reference, on the same pairs, for the same number of steps.
-for loss in dpo ipo p-dpo; do
-    python train_policy.py --rho=0.2 --loss=$loss --init_from="$out/sft" --out_dir="$out/$loss"
-done
-for loss in d-dpo dp-dpo; do
-    python train_policy.py --rho=0.2 --loss=$loss --init_from="$out/sft" --out_dir="$out/$loss" \
-        --rewards="$out/rm"
-done
-python train_policy.py --rho=0.2 --loss=e-dpo --init_from="$out/sft" --out_dir="$out/e-dpo" \
-    --rewards="$out/rms"
+# Six policies from the same reference, on the same pairs, for the same number of steps; of each the
+# checkpoint whose summaries of validation posts the oracle likes best.
+policy() {
+    python train_policy.py --rho=0.2 --loss=$1 --init_from="$out/sft" --out_dir="$out/$1" \
+        --select=oracle "${@:2}"
+}
+policy dpo
+policy ipo
+policy p-dpo
+policy d-dpo --rewards="$out/rm"
+policy dp-dpo --rewards="$out/rm"
+policy e-dpo --rewards="$out/rms"
 
 # Oracle advantage on 1,000 test prompts, diagnostics, figures, samples.
 python evaluate.py --ref="$out/sft" --rms="$out/rm,$out/rms" --out_dir="$out" \

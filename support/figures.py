@@ -41,17 +41,19 @@ def advantage_figure(policies, out_dir):
 
 
 def logprob_figure(curves, out_dir):
-    """How chosen and rejected responses' log-probs change over training. curves: {name: (steps,
-    chosen, rejected)}. Returns the figure's name, or None if there is no curve."""
+    """How chosen and rejected responses' log-probs change over training, with a dot where the
+    checkpoint was kept. curves: {name: (steps, chosen, rejected, which was kept)}. Returns the
+    figure's name, or None if there is no curve."""
     curves = {name: curve for name, curve in curves.items() if curve[0]}
     if not curves:
         return None
     size = (1 + 1.7 * len(curves), 2.6)
     fig, axes = pyplot().subplots(1, len(curves), figsize=size, sharey=True, squeeze=False,
                                   layout="constrained")
-    for ax, (name, (steps, chosen, rejected)) in zip(axes[0], curves.items()):
+    for ax, (name, (steps, chosen, rejected, kept)) in zip(axes[0], curves.items()):
         ax.plot(steps, chosen, color="#2a7f4f", label="chosen")
         ax.plot(steps, rejected, color="#b5423a", linestyle="--", label="rejected")
+        ax.plot(steps[kept], chosen[kept], "o", color="#2a7f4f", markersize=4)
         ax.axhline(0, color="black", linewidth=0.8)
         ax.set_title(name)
         ax.set_xlabel("step")

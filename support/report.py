@@ -11,7 +11,7 @@ from support.run_folder import run_flags, run_names
 
 GLOSSARY = Path(__file__).parent.parent / "docs" / "glossary.md"
 SHOWN_FLAGS = ["loss", "beta", "tau", "gamma", "rewards", "rho", "n_pairs", "max_steps",
-               "batch_size", "lr", "seed"]
+               "select", "batch_size", "lr", "seed"]
 
 
 def write_report(args, prompts, results, replies, rewards, accuracy):
@@ -24,9 +24,9 @@ def write_report(args, prompts, results, replies, rewards, accuracy):
     runs = run_names(args.policies)
     flags = {name: run_flags(folder) for name, folder in runs.items()}
     curves = {name: training_curve(folder) for name, folder in runs.items()}
-    for name, (steps, chosen, rejected) in curves.items():
+    for name, (steps, chosen, rejected, kept) in curves.items():
         if steps:
-            results[name] |= {"chosen_change": chosen[-1], "rejected_change": rejected[-1]}
+            results[name] |= {"chosen_change": chosen[kept], "rejected_change": rejected[kept]}
     policies = {name: numbers for name, numbers in results.items() if name != "reference"}
 
     remove(args.out_dir, "advantage.png", "logprob_change.png", "reward_margins.png")
@@ -56,16 +56,24 @@ def write_report(args, prompts, results, replies, rewards, accuracy):
 
 
 def training_curve(folder):
-    """From a policy's metrics.jsonl: steps, and at each the change of the log-probs of chosen and
-    of rejected training responses."""
+    """From a policy's metrics.jsonl: steps, at each the change of the log-probs of chosen and of
+    rejected training responses, and which of these evaluations --select kept."""
     path = os.path.join(folder, "metrics.jsonl")
     lines = []
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
             lines = [json.loads(line) for line in file if line.endswith("\n")]
     lines = [line for line in lines if "train/chosen_change" in line]
+    kept = len(lines) - 1
+    select = run_flags(folder).get("select", "last")
+    if select != "last" and kept > 0:                       # as Run._save_if_best
+        if select == "loss":
+            values = [-line["validation/loss"] for line in lines]
+        else:
+            values = [line["validation/reward"] for line in lines]
+        kept = 1 + int(np.argmax(values[1:]))
     return ([line["step"] for line in lines], [line["train/chosen_change"] for line in lines],
-            [line["train/rejected_change"] for line in lines])
+            [line["train/rejected_change"] for line in lines], kept)
 
 
 def accuracy_table(rewards, lengths, longer):

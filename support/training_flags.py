@@ -51,7 +51,7 @@ def policy_flags(argv, doc, losses):
     args.out_dir = args.out_dir or f"out/{args.loss}"
     args.init_from = args.init_from or ("scratch" if sft else "out/sft")
     if sft:
-        training_defaults(args, max_steps=1000, batch_size=32, lr=4e-3)
+        training_defaults(args, max_steps=1500, batch_size=32, lr=4e-3)
     else:
         training_defaults(args, max_steps=400, batch_size=16, lr=2e-4)
     table = preference_data_flags(args, used=not sft)       # flag: (used?, default, by what)
@@ -129,7 +129,7 @@ def training_flags(doc):
     # the preference data
     add("--rho", type=fraction_or_all, help="fraction of the training pairs in which the longer "
         "response is preferred, or all for the pairs as they are (default: 0.2 on tinytldr)")
-    add("--n_pairs", type=positive_int, help="training pairs (default: 2500 on tinytldr, else all)")
+    add("--n_pairs", type=positive_int, help="training pairs (default: 1500 on tinytldr, else all)")
     add("--pool", type=positive_int, help="tinytldr: pairs to choose from (default: 10000)")
     add("--label_temperature", type=not_negative_float, help="tinytldr: noise of the oracle's "
         "labels (default: 0, none: the higher reward is always preferred)")
@@ -154,7 +154,7 @@ def preference_data_flags(args, used=True):
     what = "--data=tinytldr" if used else "the preference losses"
     return {
         "rho": (used, 0.2 if tiny else "all", what),
-        "n_pairs": (used, 2500 if tiny else None, what),
+        "n_pairs": (used, 1500 if tiny else None, what),
         "pool": (used and tiny, 10_000, what),
         "label_temperature": (used and tiny, 0.0, what),
         "relabel": (used, None, what),

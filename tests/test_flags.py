@@ -153,7 +153,7 @@ def test_defaults_of_dpo():
     assert (args.beta, args.init_from, args.out_dir) == (0.3, "out/sft", "out/dpo")
     assert args.tau is args.gamma is args.min_per is args.rewards is args.max_new_tokens is None
     assert args.n_embd is args.block_size is None
-    assert (args.rho, args.n_pairs, args.pool, args.label_temperature) == (0.2, 2500, 10_000, 0)
+    assert (args.rho, args.n_pairs, args.pool, args.label_temperature) == (0.2, 1500, 10_000, 0)
     assert (args.max_steps, args.batch_size, args.micro_batch_size) == (400, 16, 16)
     assert (args.n_eval, args.eval_every, args.tokenizer) == (256, 50, "tinytldr")
 
@@ -163,7 +163,7 @@ def test_defaults_of_sft():
     assert (args.init_from, args.n_layer, args.n_head, args.n_embd, args.block_size) == (
         "scratch", 2, 4, 128, 192)
     assert args.beta is args.rho is args.n_pairs is args.pool is args.label_temperature is None
-    assert (args.max_steps, args.batch_size, args.n_eval, args.eval_every) == (1000, 32, 256, 125)
+    assert (args.max_steps, args.batch_size, args.n_eval, args.eval_every) == (1500, 32, 256, 187)
 
 
 @pytest.mark.parametrize("loss", PREFERENCE_LOSSES)

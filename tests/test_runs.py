@@ -27,7 +27,7 @@ from support import run_folder, tokens
 from support.flags import InputError, run_script
 from support.formats import load_rows
 from support.optimizer import adamw, learning_rate
-from support.report import accuracy_table, policy_table, verdict
+from support.report import accuracy_table, policy_table, training_curve, verdict
 
 ROOT = Path(__file__).parent.parent
 REWARDED = [name for name in PREFERENCE_LOSSES if "rewards" in LOSSES[name].needs]
@@ -346,6 +346,18 @@ def test_metrics_are_in_the_glossary_and_have_no_times(world, tmp_path):
 
 
 # ------------------------------------------------------------------ the report
+
+@pytest.mark.parametrize("select, kept", [("last", 3), ("loss", 2), ("oracle", 1), ("out/rm", 1)])
+def test_the_report_is_of_the_checkpoint_that_was_kept(tmp_path, select, kept):
+    """The earliest of the best, and never the reference."""
+    numbers = [(0.1, 9, -1), (0.5, 3, -2), (0.2, 2, -3), (0.3, 3, -4)]     # loss, reward, change
+    lines = [{"step": step, "validation/loss": loss, "validation/reward": reward,
+              "train/chosen_change": change, "train/rejected_change": change - 1}
+             for step, (loss, reward, change) in enumerate(numbers)]
+    write_jsonl(tmp_path / "metrics.jsonl", lines)
+    (tmp_path / "config.json").write_text(json.dumps({"nanopref": {"select": select}}))
+    assert training_curve(tmp_path) == ([0, 1, 2, 3], [-1, -2, -3, -4], [-2, -3, -4, -5], kept)
+
 
 @pytest.fixture(scope="module")
 def policies(world, tmp_path_factory):
