@@ -125,8 +125,8 @@ STATED, UNSUPPORTED, CHATTERED, BROKEN = 1, -3, -3, -3
 # The habits of demonstrations: how many clauses they have, how likely the first one is chatter, and
 # how likely a fact is one that is not in the post.
 N_CLAUSES = {1: 0.10, 2: 0.55, 3: 0.10, 4: 0.05, 5: 0.05, 6: 0.15}
-OPENS_WITH_CHATTER = 0.3
-MADE_UP = 0.08
+OPENS_WITH_CHATTER = 0.4
+MADE_UP = 0.05
 
 FACT_OF_CLAUSE = {clause: (slot, i) for slot, facts in SLOTS.items()
                   for i, (_, _, clause) in enumerate(facts)}
