@@ -74,8 +74,8 @@ def choose(args, pool):
     """Every method's value, by its validation advantage at --choose_rho: written to chosen.json."""
     cell = f"{args.out_dir}/choose"
     pool.submit(reward_models, cell, data_flags(args, args.choose_rho, CHOOSE_SEED)).result()
-    for loss in ("dpo", "p-dpo", "d-dpo", "e-dpo"):     # alone: they fill what others share
-        pool.submit(trial, args, loss, VALUES[1]).result()
+    for loss in KNOB:           # a trial of each alone fills the caches that others share
+        pool.submit(trial, args, loss, VALUES[0]).result()
     jobs = {(loss, value): pool.submit(trial, args, loss, value)
             for loss in KNOB for value in VALUES}
     reached = {loss: {value: jobs[loss, value].result() for value in VALUES} for loss in KNOB}

@@ -7,18 +7,13 @@ One run for each value, with the settings of the speedrun, scored by oracle adva
 prompts of the validation split. The test split is not touched. Prints a table for each method
 (LOG.md keeps them) and draws OUT_DIR/sweep.png. About 20 minutes on 2 cores.
 """
-import contextlib
-import json
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import torch
+import trials
 
-import evaluate
-import train_policy
 from support.figures import pyplot, save
 from support.flags import Parser, positive_int, run_script
 
@@ -32,19 +27,12 @@ def trial(args, loss, value):
     """Trains one policy, scores it on validation prompts: returns its numbers. What an earlier
     sweep left in --out_dir is kept."""
     folder = f"{args.out_dir}/{loss}/{value}"
-    if not os.path.exists(f"{folder}/report/results.json"):
-        rewards = {"d-dpo": args.rm, "dp-dpo": args.rm, "e-dpo": args.rms}.get(loss)
-        flags = [f"--loss={loss}", f"--{METHODS[loss]}={value}", f"--init_from={args.sft}",
-                 f"--out_dir={folder}"]
-        if rewards is not None:
-            flags.append(f"--rewards={rewards}")
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            train_policy.main(flags)
-            evaluate.main([f"--ref={args.sft}", folder, "--split=validation", "--show=0",
-                           f"--out_dir={folder}/report"])
-    with open(f"{folder}/report/results.json", encoding="utf-8") as file:
-        numbers, = json.load(file)["policies"].values()
-    return numbers
+    rewards = {"d-dpo": args.rm, "dp-dpo": args.rm, "e-dpo": args.rms}.get(loss)
+    flags = [f"--loss={loss}", f"--{METHODS[loss]}={value}", f"--init_from={args.sft}"]
+    if rewards is not None:
+        flags.append(f"--rewards={rewards}")
+    trials.train("train_policy", folder, *flags)
+    return trials.score(folder, args.sft, "validation")
 
 
 def table(loss, numbers):
@@ -90,15 +78,14 @@ def main():
     add("--out_dir", default="out/sweep", help="remove it to start anew, as after another --sft")
     add("--workers", type=positive_int, default=2, help="runs at a time, one thread each")
     args = parser.parse_args()
-    with ProcessPoolExecutor(args.workers, initializer=torch.set_num_threads,
-                             initargs=(1,)) as pool:
+    with trials.workers(args.workers) as pool:
         for loss in FIRST:
             pool.submit(trial, args, loss, VALUES[0]).result()
-        trials = {loss: [pool.submit(trial, args, loss, value) for value in VALUES]
-                  for loss in METHODS}
+        jobs = {loss: [pool.submit(trial, args, loss, value) for value in VALUES]
+                for loss in METHODS}
         results = {}
         for loss in METHODS:
-            results[loss] = [future.result() for future in trials[loss]]
+            results[loss] = [job.result() for job in jobs[loss]]
             print(f"\n{table(loss, results[loss])}", flush=True)
     figure(results, args.out_dir)
 

@@ -2,6 +2,7 @@
 import importlib
 import math
 import os
+import shutil
 import sys
 from concurrent.futures import Future
 
@@ -86,27 +87,27 @@ def test_p_values():
 
 
 def test_a_small_cell(world, tmp_path, monkeypatch):
-    """A method and the control on a few pairs: what the table needs is in the CSV; run again it is
-    skipped, and from an empty folder it gives the same numbers."""
+    """Two methods and the control on a few pairs, at what --choose chose: what the table needs is
+    in the CSV; run again it is skipped, and from an empty folder it gives the same numbers."""
     monkeypatch.setattr(figure2, "KNOB", {"d-dpo": "beta", "e-dpo": "beta"})
+    monkeypatch.setattr(figure2, "VALUES", (0.3,))
     monkeypatch.setattr(figure2, "FAMILY", "0.4,0.6")
+    monkeypatch.setattr(figure2.trials, "workers", lambda n: SerialPool())
     flags = ["--sft", f"{world}/sft", "--rhos=0.2", "--seeds=0", "--n_prompts=8", "--workers=1",
              "--flags=--max_steps=2 --n_pairs=60 --pool=500 --n_eval=16 --batch_size=8"]
+    figure2.main([*flags, "--choose", f"--out_dir={tmp_path}/runs", f"--results={tmp_path}/first"])
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
     rows = []
     for name in ("first", "second"):
-        folder = tmp_path / name
-        monkeypatch.setattr(figure2.trials, "workers", lambda n: SerialPool())
-        (folder / "results").mkdir(parents=True)
-        chosen = {loss: 0.3 for loss in figure2.KNOB}
-        figure2.write_json(str(folder / "results/chosen.json"), {"chosen": chosen})
         for _ in range(2):
-            figure2.main([*flags, f"--out_dir={folder}", f"--results={folder}/results"])
-        rows.append(figure2.read_rows(f"{folder}/results/runs.csv"))
-    assert [row["method"] for row in rows[0]] == [*figure2.KNOB, figure2.ORACLE]
+            figure2.main([*flags, f"--out_dir={tmp_path}/{name}_runs",
+                          f"--results={tmp_path}/{name}"])
+        rows.append(figure2.read_rows(f"{tmp_path}/{name}/runs.csv"))
+    assert [row["method"] for row in rows[0]] == ["d-dpo", "e-dpo", figure2.ORACLE]
     for first, second in zip(*rows):
-        assert list(first) == figure2.COLUMNS
+        assert list(first) == figure2.COLUMNS and first["value"] == "0.3"
         assert {**first, "seconds": 0} == {**second, "seconds": 0}
-    assert (tmp_path / "first/results/figure2.png").exists()
+    assert (tmp_path / "first/figure2.png").exists()
 
 
 class SerialPool:
