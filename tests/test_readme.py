@@ -117,6 +117,7 @@ def test_commands_are_accepted(tmp_path, monkeypatch):
     """Every python command, with its flags, as far as can be said before it reads or makes
     anything."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "runs")
     tried = 0
     for where, script, flags in commands():
         parse = flag_parser(script)
