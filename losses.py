@@ -151,7 +151,8 @@ class Loss(NamedTuple):
 
 GAMMA = (1e-4, 1e-2)    # the paper's: annealed linearly over training, from the first to the last
 
-# Every beta and tau was chosen on validation prompts with the same budget of trials (LOG.md).
+# Every beta and tau was chosen on validation prompts of the first TinyTLDR, with the same budget of
+# trials for all (LOG.md).
 LOSSES = {
     "sft": Loss(sft, (), {}, mean_over="tokens"),
     "dpo": Loss(dpo, ("ref_logps",), {"beta": 0.3},

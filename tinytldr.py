@@ -18,8 +18,9 @@ A summary is clauses joined by "; ". **The oracle reward** of a summary is the s
     -3    for each broken clause: not one of the world's clauses, or empty
 
 so the best summary states all six facts and nothing else. Demonstrations, from which the reference
-policy learns, have habits: most open with chatter and stop early; some state what is not in the
-post. Why it is this world, and which were tried before: LOG.md; python runs/world.py measures it.
+policy learns, have habits: many open with chatter, most stop after two clauses, some state what is
+not in the post. Why it is this world, and which were tried before, is in LOG.md; python
+runs/world.py measures it.
 
 **Labels**: of two summaries, the one with the higher reward is preferred; ties are dropped. At a
 label temperature T > 0 labels are noisy: the first is preferred with probability
