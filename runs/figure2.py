@@ -46,8 +46,7 @@ COLUMNS = ["rho", "seed", "method", "knob", "value", "gamma", "max_steps", "batc
 def reward_models(folder, data):
     """The single reward model and the family of one cell."""
     trials.train("train_rm", f"{folder}/rm", *data)
-    if not os.path.exists(f"{folder}/rms/seconds.json"):
-        trials.train("train_rm", f"{folder}/rms", *data, f"--bias={FAMILY}")
+    trials.train("train_rm", f"{folder}/rms", *data, f"--bias={FAMILY}")
 
 
 def policy(folder, cell, loss, value, data):

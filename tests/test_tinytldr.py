@@ -6,6 +6,7 @@ import pytest
 
 import tinytldr
 from model import GPT, GPTConfig
+from support.passes import to_text
 from support.tokenizer import END_OF_TEXT, word_encoding
 from tinytldr import demonstration, facts_of, oracle_reward, post
 
@@ -212,3 +213,10 @@ def test_every_word_of_the_world_is_one_token():
         words = text.replace("\n\n", " ").split(" ")
         marks = sum(text.count(c) for c in ".?;:\n")
         assert len(encoding.encode_ordinary(text)) <= len(words) + marks + 1        # TL;DR
+
+
+def test_ids_beyond_the_tokenizer_are_left_out_of_a_text():
+    """A model whose vocabulary is padded may sample them."""
+    encoding = tinytldr.tokenizer()
+    ids = encoding.encode_ordinary(" my boss") + [encoding.n_vocab, encoding.eot_token]
+    assert to_text(ids, encoding) == " my boss"
