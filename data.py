@@ -127,7 +127,7 @@ class Dataset:
     examples    list of N (prompt ids, [K response ids, then S samples from the reference])
     rewards     (N, K, M) float32: rewards of the K responses by M reward models, or from the file
     ref_logps   (N, K + S) float32: the reference's log-probs of the responses
-    n_samples   S, 1 where the loss has a KL term and 0 elsewhere
+    n_samples   S, 0 where the loss has no KL term
     """
     examples: list
     rewards: np.ndarray = None

@@ -28,6 +28,7 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     tie_word_embeddings: bool = True    # the output head shares the token embedding's weights
+    reward_head: str = "last"           # of a reward model: at the last token, or "sum"
 
 
 class Attention(nn.Module):

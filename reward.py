@@ -1,9 +1,12 @@
 """Explicit reward models: the transformer with a one-number head, families of them, and scores.
 
-A reward model reads one number at each response's last token, in the policy's tree batch. It is
-known only up to a constant per prompt: Bradley-Terry, and all that follows, sees differences.
+A reward model is a transformer with one number for each token, read in the policy's tree batch: at
+the last token of a response (the standard head), or summed over its tokens, as the policy's
+implicit reward is a sum over tokens. On the embedded task the sum judges better (LOG.md). A reward
+is known only up to a constant per prompt: Bradley-Terry, and all that follows, sees differences.
 """
 import os
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,7 +22,8 @@ from support.run_folder import check_same_tokens, family_folders
 
 
 class RewardModel(nn.Module):
-    """r(x, y). Laid out as Hugging Face's GPT2ForSequenceClassification with one label."""
+    """r(x, y). Laid out as Hugging Face's GPT2ForSequenceClassification with one label, and the
+    same thing where config.reward_head is "last"; "sum" adds up the numbers of all its tokens."""
 
     def __init__(self, config):
         super().__init__()
@@ -31,18 +35,21 @@ class RewardModel(nn.Module):
 
     def forward(self, batch):
         """TreeBatch -> rewards (B, K), in the type of the weights."""
-        weight = self.score.weight
-        mask = tree_mask(batch.branch, batch.context, weight.dtype)
+        mask = tree_mask(batch.branch, batch.context, self.score.weight.dtype)
         hidden = self.transformer(batch.tokens, batch.position, mask)       # (B, T - context, C)
-        rows = torch.arange(hidden.size(0), device=hidden.device)[:, None]  # (B, 1)
-        hidden = hidden[rows, batch.last]                                   # (B, K, C), none twice
         with torch.autocast(hidden.device.type, enabled=False):     # bfloat16 rewards would tie
-            return self.score(hidden.to(weight.dtype)).squeeze(2)           # (B, K)
+            rewards = self.score(hidden.to(self.score.weight.dtype)).squeeze(2)     # (B, T - ctx)
+        if self.config.reward_head == "last":
+            return rewards.gather(1, batch.last)                            # (B, K), none twice
+        B, K = batch.last.size()
+        branch = batch.branch[:, batch.context:].clamp(min=0)       # 0: prompt, and padding here
+        sums = torch.zeros(B, 1 + K, dtype=rewards.dtype, device=rewards.device)
+        return sums.scatter_add(1, branch, rewards)[:, 1:]                  # (B, K)
 
     @classmethod
-    def from_policy(cls, gpt):
+    def from_policy(cls, gpt, head="last"):
         """A reward model whose transformer starts from a language model's; its head is zero."""
-        model = cls(gpt.config)
+        model = cls(replace(gpt.config, reward_head=head))
         model.transformer.load_state_dict(gpt.transformer.state_dict())
         return model
 
@@ -57,8 +64,11 @@ class RewardModel(nn.Module):
     def save_pretrained(self, directory, eos_token_id=None):
         """Writes config.json and model.safetensors. (transformers reads the reward at the last
         token that is not pad_token_id, which can't be the end-of-text token, then.)"""
-        write_checkpoint(directory, self, eos_token_id, id2label={"0": "reward"}, pad_token_id=0,
-                         label2id={"reward": 0}, architectures=["GPT2ForSequenceClassification"])
+        fields = dict(reward_head="sum")        # which transformers does not know
+        if self.config.reward_head == "last":
+            fields = dict(id2label={"0": "reward"}, label2id={"reward": 0}, pad_token_id=0,
+                          architectures=["GPT2ForSequenceClassification"])
+        write_checkpoint(directory, self, eos_token_id, **fields)
 
 
 def load_reward_models(folders, flag, policy, tokenizer, device):
@@ -77,7 +87,8 @@ def family_scores(models, dataset, args, autocast, name):
     RewardModel}. Returns (N, K, M) float32: a data set's column `rewards`."""
     columns = []
     for folder, model in models.items():
-        entry = key(hash_weights(model), hash_examples(dataset.examples), args.dtype)
+        entry = key(hash_weights(model), model.config.reward_head, hash_examples(dataset.examples),
+                    args.dtype)
         rewards = cached(os.path.join(folder, "cache"), f"{name}-rewards", entry, score, model,
                          dataset, autocast, shape_multiple(args), f"{name} rewards")
         columns.append(np.array(rewards, np.float32))       # (N, K)

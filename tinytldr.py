@@ -18,9 +18,9 @@ A summary is clauses joined by "; ". **The oracle reward** of a summary is the s
     -3    for each broken clause: not one of the world's clauses, or empty
 
 so the best summary states all six facts and nothing else. Demonstrations, from which the reference
-policy learns, have habits: many open with chatter, most stop after two clauses, some state what is
-not in the post. Why it is this world, and which were tried before, is in LOG.md; python
-runs/world.py measures it.
+policy learns, have habits: facts in any order, many of them chatter first, most two clauses and no
+more, some what is not in the post. Why it is this world, and which were tried before, is in LOG.md;
+python runs/world.py measures it.
 
 **Labels**: of two summaries, the one with the higher reward is preferred; ties are dropped. At a
 label temperature T > 0 labels are noisy: the first is preferred with probability
@@ -127,7 +127,7 @@ STATED, UNSUPPORTED, CHATTERED, BROKEN = 1, -3, -3, -3
 # how likely a fact is one that is not in the post.
 N_CLAUSES = {1: 0.10, 2: 0.55, 3: 0.10, 4: 0.05, 5: 0.05, 6: 0.15}
 OPENS_WITH_CHATTER = 0.4
-MADE_UP = 0.05
+MADE_UP = 0.03
 
 FACT_OF_CLAUSE = {clause: (slot, i) for slot, facts in SLOTS.items()
                   for i, (_, _, clause) in enumerate(facts)}
@@ -145,9 +145,10 @@ def facts_of(split, index):
     start = SPLIT_START[split]
     if not 0 <= index < starts[starts.index(start) + 1] - start:
         raise ValueError(f"the {split} split has no index {index}")
-    # An odd step makes the map a permutation of 0 ... 8^6 - 1; near the golden ratio of the whole,
-    # it spreads any range of indices evenly over the world.
+    # A permutation of 0 ... 8^6 - 1: an odd step, near the golden ratio of the whole, spreads any
+    # range of indices evenly; the exclusive-or carries that over to the first slots.
     number = (start + index) * 162_013 % N_WORLDS
+    number ^= number >> 9
     combination = {}
     for slot in SLOTS:
         number, combination[slot] = divmod(number, 8)
@@ -181,6 +182,7 @@ def demonstration(seed, split, index, person=0):
         chatter = [clause for sentence, clause in CHATTER_CLAUSE.items() if sentence in text]
         clauses.append(rng.choice(chatter))
     facts = list(facts_of(split, index).items())
+    rng.shuffle(facts)
     for slot, i in facts[:n_clauses - len(clauses)]:
         if rng.random() < MADE_UP:
             i = (i + rng.integers(1, 8)) % 8

@@ -31,7 +31,7 @@ from support.training_flags import policy_flags
 
 def with_columns(dataset, split, policy, tokenizer, reward_models, args, autocast):
     """The data set with what its loss takes as given: the reference's log-probs and, if the loss
-    needs them, rewards and a sample from the reference per row. policy: still the reference."""
+    needs them, rewards and samples from the reference for each row. policy: still the reference."""
     needs = LOSSES[args.loss].needs
     cache = cache_folder(args.init_from, args.out_dir)
     weights = hash_weights(policy)
@@ -43,12 +43,13 @@ def with_columns(dataset, split, policy, tokenizer, reward_models, args, autocas
         raise InputError(f"--rewards=scores: {args.data} has no score_chosen and score_rejected, "
                          "nor scores, in all its rows")
     if "ref_samples" in needs:
-        prompts = [prompt.tolist() for prompt, _ in dataset.examples]
+        prompts = [prompt.tolist() for prompt, _ in dataset.examples] * args.kl_samples
         entry = key(weights, prompts, args.max_new_tokens, args.seed, args.dtype, args.tokenizer)
         samples = cached(cache, f"{split}-samples", entry, sample, policy, prompts,
                          args.max_new_tokens, tokenizer.eot_token, seed=[args.seed, 3],
                          autocast=autocast, desc=f"{split} samples")
-        dataset = dataset.with_samples(samples)
+        for first in range(0, len(samples), len(dataset)):
+            dataset = dataset.with_samples(samples[first:first + len(dataset)])
     entry = key(weights, hash_examples(dataset.examples), args.dtype)
     logps = cached(cache, f"{split}-logps", entry, score, policy, dataset, autocast,
                    shape_multiple(args), desc=f"{split} log-probs")

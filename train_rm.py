@@ -84,7 +84,7 @@ def train_one(args, policy, tokenizer, train, validation, device, autocast):
 
     # ---- model
     constants = key(hash_weights(policy), hash_examples(train.examples))
-    reward_model = RewardModel.from_policy(policy).to(device)
+    reward_model = RewardModel.from_policy(policy, args.head).to(device)
     optimizer = adamw(reward_model, args)
     run = Run(args, reward_model, optimizer, constants)
     if args.compile:

@@ -10,7 +10,8 @@ A cell is a rho ("all": the pairs as they come) and a seed, which draws new pair
 reward models and policies on them; the reference is the same everywhere. Each method keeps the
 checkpoint that earns most on validation prompts (--select=oracle), at the beta or tau that does
 (results/figure2/chosen.json, from --choose: as many trials for each, on pairs of a seed of their
-own). Test prompts are the same in all cells. One row of results/figure2/runs.csv is one policy.
+own). Test prompts are the same in all cells. One row of results/figure2/runs.csv is one policy, or
+a control: the reference itself at a lower temperature, or the best of 16 of its samples.
 """
 import csv
 import json
@@ -25,7 +26,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy as np
 import trials
+from world import TEMPERATURES, earned
 
+import tinytldr
+from model import GPT
 from support.figures import pyplot, save
 from support.files import write_json
 from support.flags import Parser, comma_separated, fraction_or_all, positive_int, run_script, seed
@@ -34,7 +38,7 @@ from support.run_folder import run_flags
 RHOS = [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, "all"]
 KNOB = {"dpo": "beta", "ipo": "tau", "d-dpo": "beta", "p-dpo": "beta", "dp-dpo": "beta",
         "e-dpo": "beta"}
-VALUES = (0.1, 0.3, 1)                  # of each knob
+VALUES = (0.03, 0.1, 0.3, 1, 3)         # of each knob
 ORACLE = "d-dpo, oracle's rewards"      # what d-DPO would reach with perfect reward models
 CHOOSE_SEED = 1000
 FAMILY = "0.2,0.4,0.5,0.6,0.8"
@@ -66,7 +70,7 @@ def trial(args, loss, value):
     folder = f"{cell}/{loss}/{value}"
     policy(folder, cell, loss, value, data_flags(args, args.choose_rho, CHOOSE_SEED))
     n_prompts = f"--n_prompts={args.n_prompts}"
-    return trials.score(folder, args.sft, "validation", n_prompts)["advantage"]
+    return trials.score(folder, args.sft, "validation", n_prompts)
 
 
 def choose(args, pool):
@@ -77,13 +81,15 @@ def choose(args, pool):
         pool.submit(trial, args, loss, VALUES[0]).result()
     jobs = {(loss, value): pool.submit(trial, args, loss, value)
             for loss in KNOB for value in VALUES}
-    reached = {loss: {value: jobs[loss, value].result() for value in VALUES} for loss in KNOB}
-    chosen = {loss: max(VALUES, key=reached[loss].get) for loss in KNOB}
-    write_json(f"{args.results}/chosen.json", {"chosen": chosen, "advantage": reached,
-                                               "rho": args.choose_rho}, indent=1)
-    for loss, values in reached.items():
+    record = {"rho": args.choose_rho, "seed": CHOOSE_SEED, "commit": commit(), "chosen": {}}
+    for name in ("advantage", "kl_pi_ref"):
+        record[name] = {loss: {value: round(jobs[loss, value].result()[name], 3)
+                               for value in VALUES} for loss in KNOB}
+    for loss, reached in record["advantage"].items():
+        record["chosen"][loss] = max(VALUES, key=reached.get)
         print(f"{loss:7} {KNOB[loss]}: "
-              + "  ".join(f"{value:g} {advantage:+.2f}" for value, advantage in values.items()))
+              + "  ".join(f"{value:g} {advantage:+.2f}" for value, advantage in reached.items()))
+    write_json(f"{args.results}/chosen.json", record, indent=1)
 
 
 def data_flags(args, rho, number):
@@ -106,12 +112,36 @@ def cell(args, rho, number, chosen):
             "rho": rho, "seed": number, "method": method, "knob": KNOB[loss],
             "value": chosen[loss], "gamma": flags["gamma"], "max_steps": flags["max_steps"],
             "batch_size": flags["batch_size"], "lr": flags["lr"], "n_pairs": flags["n_pairs"],
-            "validation": trials.score(run, args.sft, "validation", n_prompts)["advantage"],
+            "validation": selected_advantage(run),
             "test": test["advantage"], "test_95": test["advantage_95"],
             "length": test["length"], "kl_pi_ref": test["kl_pi_ref"],
             "kl_ref_pi": test["kl_ref_pi"], "chosen_change": test["chosen_change"],
             "rejected_change": test["rejected_change"], "seconds": seconds, "commit": commit()})
     return rows
+
+
+def selected_advantage(run):
+    """What --select saw: the kept checkpoint's advantage on 256 validation prompts (optimistic, as
+    the best of several)."""
+    with open(f"{run}/metrics.jsonl", encoding="utf-8") as file:
+        rewards = [metrics["validation/reward"] for metrics in map(json.loads, file)
+                   if "validation/reward" in metrics]
+    return max(rewards[1:]) - rewards[0]
+
+
+def controls(args, number):
+    """What the reference earns without any preferences: rows for the CSV, of no rho."""
+    ref = GPT.from_pretrained(args.sft)
+    texts = [tinytldr.post(0, "test", i) for i in range(args.n_prompts)]
+    samples = {f"reference at {t}": earned(ref, texts, [number, 2], t) for t in TEMPERATURES}
+    rewards, lengths = map(np.array, zip(*(earned(ref, texts, [number, 1, i]) for i in range(16))))
+    best, prompts = rewards.argmax(axis=0), np.arange(len(texts))       # rewards: (16, N)
+    samples["best of 16"] = rewards[best, prompts], lengths[best, prompts]
+    base, _ = earned(ref, texts, [number, 0])
+    return [{"rho": "none", "seed": number, "method": method, "test": (rewards - base).mean(),
+             "test_95": 1.96 * (rewards - base).std(ddof=1) / len(texts) ** 0.5,
+             "length": lengths.mean(), "commit": commit()}
+            for method, (rewards, lengths) in samples.items()]
 
 
 def commit():
@@ -127,10 +157,10 @@ def read_rows(path):
         return list(csv.DictReader(file))
 
 
-def append(path, rows):
+def append(path, rows, columns):
     new = not os.path.exists(path)
     with open(path, "a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns)
         if new:
             writer.writeheader()
         for row in rows:
@@ -190,6 +220,7 @@ def advantages(rows):
 def tables(rows):
     """Markdown: advantages with 95% intervals over seeds; e-DPO against every other method."""
     reached = advantages(rows)
+    controls = reached.pop("none", {})
     rhos = [str(rho) for rho in RHOS if str(rho) in reached]
     methods = [*KNOB, ORACLE]
     lines = ["| rho | seeds | " + " | ".join(methods) + " |",
@@ -200,10 +231,7 @@ def tables(rows):
         cells, differences = [], {}
         for method in methods:
             values = list(reached[rho][method].values())
-            text = f"{mean(values):+.2f}"
-            if len(values) > 1:
-                text += f" ± {t_quantile(len(values)) * stdev(values) / len(values) ** 0.5:.2f}"
-            cells.append(text)
+            cells.append(with_interval(values))
             if method != "e-dpo":
                 differences[method] = [reached[rho]["e-dpo"][s] - reached[rho][method][s]
                                        for s in reached[rho][method]]
@@ -212,27 +240,50 @@ def tables(rows):
         versus.append(f"| {rho} | " + " | ".join(
             f"{mean(d):+.2f}" + (f" (p {p[m]:.2g})" if p else "")
             for m, d in differences.items()) + " |")
-    return "\n".join(lines) + "\n\ne-DPO minus another method, paired over seeds; p of a t-test, " \
-        "Holm-corrected within a row:\n\n" + "\n".join(versus)
+    lines += ["", "Without preferences: " + ", ".join(
+        f"{method} {with_interval(list(values.values()))}" for method, values in controls.items()),
+        "", "e-DPO minus another method, paired over seeds; p of a t-test, Holm-corrected within a "
+        "row:", "", *versus]
+    return "\n".join(lines)
+
+
+def with_interval(values):
+    """The mean over seeds, with its 95% interval if there are several."""
+    return f"{mean(values):+.2f}" + (f" ± {half_width(values):.2f}" if len(values) > 1 else "")
+
+
+def half_width(values):
+    """Of the 95% interval of a mean over seeds; 0 for one seed."""
+    if len(values) < 2:
+        return 0.0
+    return t_quantile(len(values)) * stdev(values) / len(values) ** 0.5
 
 
 def figure(rows, folder):
-    """Advantage against rho, and against KL(pi || ref): a line, and a colour, for each method."""
+    """Advantage against rho; and the frontier, advantage against KL(pi || ref), from the trials of
+    --choose: a line, and a colour, for each method."""
     reached = advantages(rows)
+    with open(f"{folder}/chosen.json", encoding="utf-8") as file:
+        trials_of = json.load(file)
     fig, axes = pyplot().subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     numbers = [str(rho) for rho in RHOS if rho != "all" and str(rho) in reached]
     for method in [*KNOB, ORACLE]:
         style = dict(linestyle="--" if method in ("dpo", "ipo", ORACLE) else "-", marker="o",
                      markersize=3)
-        line, = axes[0].plot([float(rho) for rho in numbers],
-                             [mean(reached[rho][method].values()) for rho in numbers],
+        values = [list(reached[rho][method].values()) for rho in numbers]
+        line, = axes[0].plot([float(rho) for rho in numbers], list(map(mean, values)),
                              label=method, **style)
-        axes[1].scatter([float(row["kl_pi_ref"]) for row in rows if row["method"] == method],
-                        [float(row["test"]) for row in rows if row["method"] == method],
-                        color=line.get_color(), s=8)
+        axes[0].errorbar([float(rho) for rho in numbers], list(map(mean, values)),
+                         list(map(half_width, values)), color=line.get_color(), fmt="none",
+                         linewidth=0.8)
+        if method in KNOB:
+            axes[1].plot(list(trials_of["kl_pi_ref"][method].values()),
+                         list(trials_of["advantage"][method].values()), color=line.get_color(),
+                         **style)
     axes[0].set_xlabel("rho: longer response preferred")
-    axes[0].set_ylabel("oracle advantage over the reference")
-    axes[1].set_xlabel("KL(pi ‖ ref), nats per response (a point is a run)")
+    axes[0].set_ylabel("oracle advantage (test)")
+    axes[1].set_xlabel(f"KL(pi ‖ ref) in nats; a point is a beta or tau, at rho {trials_of['rho']}")
+    axes[1].set_ylabel("oracle advantage (validation)")
     axes[0].legend(frameon=False, fontsize=7)
     save(fig, folder, "figure2.png")
 
@@ -264,11 +315,13 @@ def main(argv=None):
         done = {(row["rho"], row["seed"]) for row in read_rows(path)}
         with trials.workers(args.workers) as pool:
             jobs = [pool.submit(cell, args, rho, number, chosen)
-                    for rho in args.rhos for number in args.seeds
+                    for number in args.seeds for rho in args.rhos
                     if (str(rho), str(number)) not in done]
+            jobs += [pool.submit(controls, args, number) for number in args.seeds
+                     if ("none", str(number)) not in done]
             for job in as_completed(jobs):
                 rows = job.result()
-                append(path, rows)
+                append(path, rows, COLUMNS)
                 print(f"rho {rows[0]['rho']}, seed {rows[0]['seed']}: "
                       + "  ".join(f"{row['method']} {row['test']:+.2f}" for row in rows),
                       flush=True)

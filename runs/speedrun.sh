@@ -24,7 +24,7 @@ python() {
 python train_policy.py --loss=sft --out_dir="$out/sft"
 
 # Explicit reward models. The first run samples pairs from the reference, lets the oracle label
-# them, and keeps D_rho: 1,500 pairs in which the longer response is preferred in a fraction
+# them, and keeps D_rho: 1,000 pairs in which the longer response is preferred in a fraction
 # rho = 0.2. Then one reward model on all of D_rho, and a family of five on subsets of it.
 python train_rm.py --rho=0.2 --init_from="$out/sft" --out_dir="$out/rm"
 python train_rm.py --rho=0.2 --init_from="$out/sft" --out_dir="$out/rms" --bias=0.2,0.4,0.5,0.6,0.8

@@ -22,7 +22,7 @@ from support.flags import Parser, positive_int, run_script, seed
 from support.passes import sample, score, to_text
 
 TEMPERATURES = (0.7, 0.5, 0.3)
-BETAS = (0.3, 1)
+BETAS = (0.1, 0.3, 1)
 
 
 def earned(policy, texts, stream, temperature=1.0):

@@ -63,7 +63,8 @@ def read_sizes(dir_or_hub_name, find=None):
         raise InputError(f"{dir_or_hub_name}: this run has no model yet (is it finished?)")
     check_config(config, dir_or_hub_name)
     sizes = {ours: config[theirs] for ours, theirs in FIELDS.items()}
-    return {**sizes, "tie_word_embeddings": config.get("tie_word_embeddings", True)}
+    return {**sizes, "tie_word_embeddings": config.get("tie_word_embeddings", True),
+            "reward_head": config.get("reward_head", "last")}
 
 
 class Finder:
@@ -143,6 +144,9 @@ def check_config(config, where):
     if activation not in ("gelu_new", "gelu_pytorch_tanh"):
         raise InputError(f"{where}: config.json says activation_function {activation!r}, and only "
                          "'gelu_new' is supported")
+    if config.get("reward_head", "last") not in ("last", "sum"):
+        raise InputError(f"{where}: config.json says reward_head {config['reward_head']!r}, and "
+                         "only 'last' and 'sum' are supported")
     for name in FIELDS.values():
         if not isinstance(config.get(name), int) or config[name] < 1:
             raise InputError(f"{where}: config.json says {name} {config.get(name)!r}, which is not "

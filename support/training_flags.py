@@ -37,6 +37,8 @@ def policy_flags(argv, doc, losses):
     for knob in sorted(set(knobs) - {"beta", "tau", "gamma", "min_per"}):       # of losses added
         number = isinstance(knobs[knob], (int, float))
         add(f"--{knob}", type=not_negative_float if number else str, help="see losses.py")
+    add("--kl_samples", type=positive_int, help="samples from the reference for each prompt, to "
+        "estimate its KL term (default: 1)")
     add("--max_new_tokens", type=positive_int, help="longest sample for the KL term and --select "
         "(default: 64)")
     add("--select", default="last", help="which evaluated checkpoint to keep: the last; that of "
@@ -53,13 +55,14 @@ def policy_flags(argv, doc, losses):
     if sft:
         training_defaults(args, max_steps=1500, batch_size=32, lr=4e-3)
     else:
-        training_defaults(args, max_steps=400, batch_size=16, lr=2e-4)
+        training_defaults(args, max_steps=320, batch_size=16, lr=2e-4)
     table = preference_data_flags(args, used=not sft)       # flag: (used?, default, by what)
     for knob in knobs:
         users = [name for name in losses if knob in losses[name].knobs]
         table[knob] = (knob in loss.knobs, loss.knobs.get(knob), f"--loss={', '.join(users)}")
     default_rewards = "out/rms" if args.loss == "e-dpo" else "out/rm"
     table["rewards"] = ("rewards" in loss.needs, default_rewards, "losses that distil rewards")
+    table["kl_samples"] = ("ref_samples" in loss.needs, 1, "losses with a KL term")
     judged = args.select not in ("last", "loss")
     table["max_new_tokens"] = ("ref_samples" in loss.needs or judged, 64,
                                "losses with a KL term, or a --select that samples")
@@ -90,10 +93,14 @@ def reward_flags(argv, doc):
     parser.add_argument("--bias", type=comma_separated(fraction, "fractions"), help="train a "
                         "family: a reward model on each subset of D_rho in which the longer "
                         "response is preferred in this fraction of the pairs, such as 0.2,0.5,0.8")
+    parser.add_argument("--head", choices=["last", "sum"], help="the reward is read at the last "
+                        "token of a response, or summed over its tokens (default: sum on "
+                        "tinytldr, else last, the standard)")
     args = parser.parse_args(argv)
     args.out_dir = args.out_dir or ("out/rms" if args.bias else "out/rm")
     args.init_from = args.init_from or "out/sft"
-    training_defaults(args, max_steps=250, batch_size=32, lr=5e-4)
+    args.head = args.head or ("sum" if args.data == "tinytldr" else "last")
+    training_defaults(args, max_steps=200, batch_size=32, lr=5e-4)
     resolve(args, preference_data_flags(args))
     if args.init_from == "scratch":
         raise InputError("--init_from: a reward model starts from a language model, such as the "
@@ -129,8 +136,8 @@ def training_flags(doc):
     # the preference data
     add("--rho", type=fraction_or_all, help="fraction of the training pairs in which the longer "
         "response is preferred, or all for the pairs as they are (default: 0.2 on tinytldr)")
-    add("--n_pairs", type=positive_int, help="training pairs (default: 1500 on tinytldr, else all)")
-    add("--pool", type=positive_int, help="tinytldr: pairs to choose from (default: 10000)")
+    add("--n_pairs", type=positive_int, help="training pairs (default: 1000 on tinytldr, else all)")
+    add("--pool", type=positive_int, help="tinytldr: pairs to choose from (default: 5000)")
     add("--label_temperature", type=not_negative_float, help="tinytldr: noise of the oracle's "
         "labels (default: 0, none: the higher reward is always preferred)")
     add("--relabel", help="a reward-model run folder: relabel the pairs of --data by it")
@@ -154,8 +161,8 @@ def preference_data_flags(args, used=True):
     what = "--data=tinytldr" if used else "the preference losses"
     return {
         "rho": (used, 0.2 if tiny else "all", what),
-        "n_pairs": (used, 1500 if tiny else None, what),
-        "pool": (used and tiny, 10_000, what),
+        "n_pairs": (used, 1000 if tiny else None, what),
+        "pool": (used and tiny, 5000, what),
         "label_temperature": (used and tiny, 0.0, what),
         "relabel": (used, None, what),
     }

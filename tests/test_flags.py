@@ -153,9 +153,9 @@ def test_defaults_of_dpo():
     assert (args.beta, args.init_from, args.out_dir) == (0.3, "out/sft", "out/dpo")
     assert args.tau is args.gamma is args.min_per is args.rewards is args.max_new_tokens is None
     assert args.n_embd is args.block_size is None
-    assert (args.rho, args.n_pairs, args.pool, args.label_temperature) == (0.2, 1500, 10_000, 0)
-    assert (args.max_steps, args.batch_size, args.micro_batch_size) == (400, 16, 16)
-    assert (args.n_eval, args.eval_every, args.tokenizer) == (256, 50, "tinytldr")
+    assert (args.rho, args.n_pairs, args.pool, args.label_temperature) == (0.2, 1000, 5000, 0)
+    assert (args.max_steps, args.batch_size, args.micro_batch_size) == (320, 16, 16)
+    assert (args.n_eval, args.eval_every, args.tokenizer) == (256, 40, "tinytldr")
 
 
 def test_defaults_of_sft():
@@ -197,7 +197,7 @@ def test_defaults_of_file_data():
 def test_defaults_of_reward_models():
     args = reward_flags([], "")
     assert (args.out_dir, args.init_from, args.bias) == ("out/rm", "out/sft", None)
-    assert (args.max_steps, args.batch_size, args.rho) == (250, 32, 0.2)
+    assert (args.max_steps, args.batch_size, args.rho) == (200, 32, 0.2)
     args = reward_flags(["--bias=0.2,0.5"], "")
     assert (args.out_dir, args.bias) == ("out/rms", [0.2, 0.5])
 

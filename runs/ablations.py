@@ -1,0 +1,268 @@
+"""What matters in the method? One thing changed at a time, on the embedded task.
+
+    python runs/ablations.py                                # all: hours on 2 cores; resumable
+    python runs/ablations.py --tables=members,gamma --rhos=0.2 --seeds=0
+    python runs/ablations.py --draw                         # the tables of what is there
+
+Betas are those of results/figure2/chosen.json, e-DPO's for whatever varies e-DPO; every policy
+keeps its best checkpoint on validation prompts (--select=oracle) and is scored on test prompts.
+More pairs mean more steps: the epochs stay. One row of results/ablations/runs.csv is one policy.
+"""
+import argparse
+import json
+import os
+import sys
+from concurrent.futures import as_completed
+from typing import NamedTuple
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import figure2
+import numpy as np
+import torch
+import trials
+
+from data import get_tokenizer
+from losses import LOSSES, distill, reward_margin
+from model import GPT
+from reward import family_scores, load_reward_models, training_pairs
+from support.cache import key
+from support.device import setup
+from support.flags import Parser, comma_separated, fraction_or_all, positive_int, run_script, seed
+from support.passes import score
+from support.run_folder import family_folders, run_flags
+from support.training_flags import reward_flags
+from train_rm import train_one
+
+FAMILIES = {1: "0.5", 2: "0.2,0.8", 3: "0.2,0.5,0.8", 5: "0.2,0.4,0.5,0.6,0.8",
+            8: "0.2,0.3,0.4,0.45,0.5,0.6,0.7,0.8"}      # each a part of the last
+COLUMNS = ["table", "setting", "rho", "seed", "loss", "validation", "test", "test_95", "length",
+           "kl_pi_ref", "kl_ref_pi", "train_kl", "validation_kl", "rm_accuracy", "margin",
+           "smallest_margin", "picked", "seconds", "commit"]
+
+
+def worst_member(logps, ref_logps, rewards, beta):
+    """Distillation from the member of the family that fits worst: ensemble_distill's opposite."""
+    members = [distill(logps, ref_logps, r, beta) for r in rewards.unbind(dim=2)]
+    return torch.stack(members).max(dim=0).values
+
+
+LOSSES["worst"] = LOSSES["e-dpo"]._replace(
+    equation=worst_member, knobs={name: LOSSES["e-dpo"].knobs[name] for name in ("beta", "gamma")},
+    at_reference=lambda rewards, **_: (reward_margin(rewards) ** 2).max(dim=1).values)
+
+
+class Cell(NamedTuple):
+    """One rho and seed: where its runs lie, the flags of its data, the beta of each loss."""
+    folder: str
+    data: list
+    betas: dict
+
+    def reward_models(self, name, *flags):
+        """Trains a reward model or a family on this cell's pairs. Returns its folder."""
+        trials.train("train_rm", f"{self.folder}/{name}", *self.data, *flags)
+        return f"{self.folder}/{name}"
+
+    def family(self, size=5):
+        folder = self.reward_models("rms", f"--bias={FAMILIES[8]}")
+        return ",".join(f"{folder}/{bias}" for bias in FAMILIES[size].split(","))
+
+
+# ------ the tables: each yields (setting, loss, flags), or with other pairs (..., data flags)
+
+def members(cell):
+    for size in FAMILIES:
+        yield size, "e-dpo", [f"--rewards={cell.family(size)}"]
+
+
+def minimum(cell):
+    family = f"--rewards={cell.family()}"
+    yield "per example", "e-dpo", [family]
+    yield "per batch", "e-dpo", [family, "--min_per=batch"]
+    yield "mean", "dp-dpo", [family, f"--beta={cell.betas['e-dpo']}"]
+    yield "maximum", "worst", [family]
+
+
+def family(cell):
+    yield "by length bias", "e-dpo", [f"--rewards={cell.family()}"]
+    yield "by seed", "e-dpo", [f"--rewards={seeds_family(cell)}"]
+
+
+def gamma(cell):
+    for value in ("0", "0.001", "0.01", "0.1", "0.0001,0.01"):
+        yield value, "e-dpo", [f"--rewards={cell.family()}", f"--gamma={value}"]
+
+
+def pairs(cell):
+    for n in (500, 1000, 2000, 8000):
+        data = [f"--n_pairs={n}", f"--pool={5 * n}"]
+        rms = cell.reward_models(f"rms-{n}", *data, f"--max_steps={n // 5}",
+                                 f"--bias={FAMILIES[5]}")
+        steps = f"--max_steps={round(0.32 * n)}"
+        yield n, "dpo", [*data, steps]
+        yield n, "e-dpo", [*data, steps, f"--rewards={rms}"]
+
+
+def noise(cell):
+    for temperature in (0, 1, 3):
+        data = [f"--label_temperature={temperature}"]
+        rm = cell.reward_models(f"rm-noise-{temperature}", *data)
+        rms = cell.reward_models(f"rms-noise-{temperature}", *data, f"--bias={FAMILIES[5]}")
+        yield temperature, "dpo", data
+        yield temperature, "d-dpo", [*data, f"--rewards={rm}"]
+        yield temperature, "e-dpo", [*data, f"--rewards={rms}"]
+
+
+def quality(cell):
+    for steps in (25, 50, 100, 200, 400):
+        rm = cell.reward_models(f"rm-{steps}", f"--max_steps={steps}")
+        yield f"{steps} steps", "d-dpo", [f"--rewards={rm}"]
+
+
+def kl_samples(cell):
+    for n in (1, 4):
+        yield n, "p-dpo", ["--gamma=0.1", f"--kl_samples={n}"]
+
+
+TABLES = {"members": members, "minimum": minimum, "family": family, "gamma": gamma, "pairs": pairs,
+          "noise": noise, "quality": quality, "kl_samples": kl_samples}
+
+
+def seeds_family(cell):
+    """Five reward models on all pairs of the cell, that differ in the order of batches alone."""
+    folder = f"{cell.folder}/rms-seeds"
+    for number in range(5):
+        member = f"{folder}/{number}"
+        if not os.path.exists(f"{member}/model.safetensors"):
+            args = reward_flags([*cell.data, f"--out_dir={member}"], "")
+            trials.quietly(train_member, args, args.seed + 100 + number)
+    return folder
+
+
+def train_member(args, order_seed):
+    device, autocast = setup(args)
+    policy = GPT.from_pretrained(args.init_from).to(device)
+    tokenizer = get_tokenizer(args.tokenizer)
+    train, validation = training_pairs(args, tokenizer, policy, device, autocast)
+    args.seed = order_seed
+    train_one(args, policy, tokenizer, train, validation.first(args.n_eval), device, autocast)
+
+
+# ------ one run, and what is measured of it
+
+def run(args, table, cell, rho, number, setting, loss, flags):
+    """Trains and scores one policy. Returns its row for the CSV."""
+    folder = f"{cell.folder}/policies/{key(loss, flags)}"       # tables share runs
+    beta = cell.betas["e-dpo" if loss == "worst" else loss]
+    seconds = trials.train("train_policy", folder, f"--loss={loss}", "--select=oracle", *cell.data,
+                           f"--beta={beta}", *flags)
+    test = trials.score(folder, args.sft, "test", f"--n_prompts={args.n_prompts}")
+    with open(f"{folder}/metrics.jsonl", encoding="utf-8") as file:
+        last = [line for line in map(json.loads, file) if "train/margin" in line][-1]
+    row = {"table": table, "setting": setting, "rho": rho, "seed": number, "loss": loss,
+           "validation": figure2.selected_advantage(folder), "test": test["advantage"],
+           "test_95": test["advantage_95"], "length": test["length"],
+           "kl_pi_ref": test["kl_pi_ref"], "kl_ref_pi": test["kl_ref_pi"],
+           "train_kl": last.get("train/forward_kl", ""),
+           "validation_kl": last.get("validation/forward_kl", ""), "seconds": seconds,
+           "commit": figure2.commit()}
+    return row | of_reward_models(folder)
+
+
+def of_reward_models(folder):
+    """What is to be said of the reward models that a policy was distilled from, on its training
+    pairs: the mean |margin| of a member, the mean of the smallest |margin| of all members (what
+    e-DPO starts from), and the share of pairs that each member ends up fitting best."""
+    flags = run_flags(folder)
+    if not flags["rewards"]:
+        return {}
+    args = argparse.Namespace(**flags)
+    device, autocast = setup(args)
+    ref, policy = (GPT.from_pretrained(path).to(device) for path in (args.init_from, folder))
+    tokenizer = get_tokenizer(args.tokenizer)
+    train, _ = training_pairs(args, tokenizer, ref, device, autocast)
+    models = load_reward_models(args.rewards, "--rewards", ref, args.tokenizer, device)
+    rewards = family_scores(models, train, args, autocast, "train")                 # (N, 2, M)
+    margins = rewards[:, 0] - rewards[:, 1]                                         # (N, M)
+    change = score(policy, train) - score(ref, train)                               # (N, 2)
+    implicit = args.beta * (change[:, 0] - change[:, 1])                            # (N,)
+    picked = np.abs(margins - implicit[:, None]).argmin(axis=1)
+    shares = np.bincount(picked, minlength=margins.shape[1]) / len(picked)
+    accuracies = []
+    for member in family_folders(args.rewards):
+        with open(f"{member}/metrics.jsonl", encoding="utf-8") as file:
+            accuracies.append([line["validation/accuracy"] for line in map(json.loads, file)
+                               if "validation/accuracy" in line][-1])
+    return {"rm_accuracy": float(np.mean(accuracies)), "margin": float(np.abs(margins).mean()),
+            "smallest_margin": float(np.abs(margins).min(axis=1).mean()),
+            "picked": " ".join(f"{share:.2f}" for share in shares)}
+
+
+def fill(args, tables, rho, number, chosen):
+    """All rows of some tables in one cell; one process, since tables share reward models."""
+    cell = Cell(f"{args.out_dir}/{rho}/{number}", figure2.data_flags(args, rho, number), chosen)
+    return [run(args, table, cell, rho, number, *setting)
+            for table in tables for setting in TABLES[table](cell)]
+
+
+def summary(rows):
+    """Markdown: a table for each, with means and 95% intervals over seeds."""
+    lines = []
+    for table in TABLES:
+        of_table = [row for row in rows if row["table"] == table]
+        if not of_table:
+            continue
+        lines += ["", f"**{table}**", "", "| setting | loss | rho | seeds | advantage | "
+                  "KL(pi ‖ ref) | length | reward models' accuracy | mean margin, smallest | "
+                  "KL, training and validation |", "|---" * 10 + "|"]
+        groups = {}
+        for row in of_table:
+            groups.setdefault((row["setting"], row["loss"], row["rho"]), []).append(row)
+        for setting, group in groups.items():
+            cells = [figure2.with_interval([float(row["test"]) for row in group])]
+            for columns in (("kl_pi_ref",), ("length",), ("rm_accuracy",),
+                            ("margin", "smallest_margin"), ("train_kl", "validation_kl")):
+                cells.append(", ".join(f"{np.mean([float(row[name]) for row in group]):.2f}"
+                                       for name in columns if group[0][name]))
+            lines.append(f"| {' | '.join(setting)} | {len(group)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--sft", default="out/speedrun/sft", help="the reference: the speedrun's")
+    add("--tables", type=comma_separated(str, "names"), default=list(TABLES),
+        help=f"of {', '.join(TABLES)}")
+    add("--rhos", type=comma_separated(fraction_or_all, "fractions, or all"), default=[0.2, 0.5])
+    add("--seeds", type=comma_separated(seed, "seeds"), default=[0, 1, 2])
+    add("--draw", action="store_true", help="print the tables, and train nothing")
+    add("--out_dir", default="out/ablations", help="for the runs")
+    add("--results", default="results/ablations", help="for runs.csv")
+    add("--chosen", default="results/figure2/chosen.json", help="betas, from figure2.py --choose")
+    add("--n_prompts", type=positive_int, default=1000, help="in each evaluation")
+    add("--flags", default="", help="more flags for all training runs")
+    add("--workers", type=positive_int, default=2, help="cells at a time, one thread each")
+    args = parser.parse_args(argv)
+    if not set(args.tables) <= set(TABLES):
+        parser.error(f"--tables: of {', '.join(TABLES)}")
+    path = f"{args.results}/runs.csv"
+    os.makedirs(args.results, exist_ok=True)
+    if not args.draw:
+        with open(args.chosen, encoding="utf-8") as file:
+            chosen = json.load(file)["chosen"]
+        done = {(row["table"], row["rho"], row["seed"]) for row in figure2.read_rows(path)}
+        with trials.workers(args.workers) as pool:
+            jobs = []
+            for number in args.seeds:
+                for rho in args.rhos:
+                    tables = [table for table in args.tables
+                              if (table, str(rho), str(number)) not in done]
+                    jobs.append(pool.submit(fill, args, tables, rho, number, chosen))
+            for job in as_completed(jobs):
+                figure2.append(path, job.result(), COLUMNS)
+    print(summary(figure2.read_rows(path)))
+
+
+if __name__ == "__main__":
+    run_script(main)

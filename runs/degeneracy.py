@@ -1,0 +1,94 @@
+"""The paper's figure 1: what happens to log-probs and margins when training goes on and on.
+
+    python runs/degeneracy.py --sft=out/speedrun/sft --rm=out/speedrun/rm --rms=out/speedrun/rms
+
+Ten times the usual steps of five losses at one beta, watched on training pairs, with the oracle's
+reward of samples for validation prompts. About an hour on 2 cores. Writes
+results/degeneracy/curves.csv and degeneracy.png; docs/degeneracy.md explains what is in them.
+"""
+import csv
+import json
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import trials
+
+from support.figures import pyplot, save
+from support.flags import Parser, positive_float, positive_int, run_script
+
+LOSSES = ("dpo", "ipo", "d-dpo", "p-dpo", "e-dpo")
+CURVES = {"chosen_change": "train/chosen_change", "rejected_change": "train/rejected_change",
+          "margin": "train/margin", "accuracy": "train/accuracy",
+          "validation_accuracy": "validation/accuracy", "reward": "validation/reward"}
+
+
+def run(args, loss):
+    """Trains one policy. Returns [{"step", "chosen_change", ...}] of its evaluations."""
+    folder = f"{args.out_dir}/{loss}"
+    flags = [f"--loss={loss}", f"--init_from={args.sft}", f"--max_steps={args.steps}",
+             f"--eval_every={args.steps // 20}", "--select=oracle"]
+    if loss != "ipo":
+        flags.append(f"--beta={args.beta}")
+    rewards = {"d-dpo": args.rm, "e-dpo": args.rms}.get(loss)
+    if rewards:
+        flags.append(f"--rewards={rewards}")
+    trials.train("train_policy", folder, *flags)
+    with open(f"{folder}/metrics.jsonl", encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    return [{"loss": loss, "step": line["step"],
+             **{name: round(line[metric], 4) for name, metric in CURVES.items()}}
+            for line in lines if "train/margin" in line]
+
+
+def figure(curves, folder):
+    """One panel each for log-probs, margins and rewards, one colour for each loss."""
+    fig, axes = pyplot().subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    for loss, lines in curves.items():
+        steps = [line["step"] for line in lines]
+        line, = axes[0].plot(steps, [line["chosen_change"] for line in lines], label=loss)
+        axes[0].plot(steps, [line["rejected_change"] for line in lines], linestyle=":",
+                     color=line.get_color())
+        axes[1].plot(steps, [line["margin"] for line in lines], color=line.get_color())
+        start = lines[0]["reward"]
+        axes[2].plot(steps, [line["reward"] - start for line in lines], color=line.get_color())
+    axes[0].set_ylabel("log-prob of chosen (line) and\nrejected (dotted), change in nats")
+    axes[0].set_yscale("symlog")
+    axes[1].set_ylabel("margin h on training pairs, nats")
+    axes[1].set_yscale("symlog")
+    axes[2].set_ylabel("oracle advantage, validation prompts")
+    axes[0].legend(frameon=False, fontsize=7)
+    for ax in axes:
+        ax.set_xlabel("step")
+    save(fig, folder, "degeneracy.png")
+
+
+def main(argv=None):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--sft", default="out/speedrun/sft")
+    add("--rm", default="out/speedrun/rm")
+    add("--rms", default="out/speedrun/rms")
+    add("--steps", type=positive_int, default=8000)
+    add("--beta", type=positive_float, default=0.1, help="of all losses that have it")
+    add("--out_dir", default="out/degeneracy")
+    add("--results", default="results/degeneracy")
+    add("--workers", type=positive_int, default=2, help="runs at a time, one thread each")
+    args = parser.parse_args(argv)
+    with trials.workers(args.workers) as pool:
+        jobs = {loss: pool.submit(run, args, loss) for loss in LOSSES}
+        curves = {loss: job.result() for loss, job in jobs.items()}
+    os.makedirs(args.results, exist_ok=True)
+    with open(f"{args.results}/curves.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["loss", "step", *CURVES])
+        writer.writeheader()
+        for lines in curves.values():
+            writer.writerows(lines)
+    for loss, lines in curves.items():
+        print(loss, lines[-1])
+    figure(curves, args.results)
+
+
+if __name__ == "__main__":
+    run_script(main)
