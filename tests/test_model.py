@@ -194,6 +194,21 @@ def test_reward_model_save_and_load(tmp_path, model):
         GPT.from_pretrained(str(tmp_path / "family" / "0.2"))
 
 
+def test_the_head_of_a_reward_model_is_saved_with_it(tmp_path, model):
+    """In config.json, under a name that transformers does not know; a classifier of transformers
+    reads at the last token."""
+    for head in ("last", "sum"):
+        RewardModel.from_policy(model, head).save_pretrained(tmp_path / head)
+        assert RewardModel.from_pretrained(str(tmp_path / head)).config.reward_head == head
+    last, summed = (json.loads((tmp_path / head / "config.json").read_text())
+                    for head in ("last", "sum"))
+    assert "reward_head" not in last and last["pad_token_id"] == 0
+    assert summed["reward_head"] == "sum" and "architectures" not in summed
+    (tmp_path / "sum/config.json").write_text(json.dumps({**summed, "reward_head": "mean"}))
+    with pytest.raises(InputError, match="reward_head 'mean'"):
+        RewardModel.from_pretrained(str(tmp_path / "sum"))
+
+
 def test_checkpoint_without_prefix_and_with_mask_buffers(tmp_path, model):
     """The layout of the oldest GPT-2 files: names without "transformer.", and the causal mask as a
     buffer."""

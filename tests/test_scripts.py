@@ -499,7 +499,8 @@ def test_the_flag_of_a_reward_model_that_does_not_fit_is_named(lab, script, flag
 
 
 def test_a_reward_model_that_does_not_start_at_zero_is_noticed(lab, monkeypatch):
-    monkeypatch.setattr(RewardModel, "from_policy", lambda policy: shaken(RewardModel(CONFIG), 3))
+    monkeypatch.setattr(RewardModel, "from_policy",
+                        lambda policy, head: shaken(RewardModel(CONFIG), 3))
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):
         train(lab, train_rm)
 

@@ -50,8 +50,8 @@ class Row:
     responses: list
     rewards: list = None            # of each response: a list of M numbers
     ref_logps: list = None          # of each response
-    sample: list = None             # a response drawn from the reference, for the KL term
-    ref_sample_logp: float = None
+    samples: list = ()              # responses drawn from the reference, for the KL term
+    ref_sample_logps: list = ()
 
 
 def split_of(prompt):
@@ -196,10 +196,13 @@ def logp_of(policy, prompt, response):
 
 
 def reward_of(reward_model, prompt, response):
-    """The number that the head reads at the last token of prompt + response."""
+    """The number that the head reads at the last token of prompt + response, or the sum of those
+    that it reads at all tokens of the response."""
     tokens = torch.tensor([prompt + response])
     positions = torch.arange(len(prompt + response))[None]
-    return reward_model.score(reward_model.transformer(tokens, positions)[0, -1])[0]
+    numbers = reward_model.score(reward_model.transformer(tokens, positions))[0, :, 0]
+    read = {"last": numbers[-1:], "sum": numbers[len(prompt):]}[reward_model.config.reward_head]
+    return read.sum()
 
 
 # ------------------------------------------------------------------ the equations
@@ -274,7 +277,8 @@ class Preferences:
             "margin": mean(mean(pair.h for pair in row_pairs) for row_pairs in pairs),
             "accuracy": mean(mean(is_right(pair.h) for pair in row_pairs) for row_pairs in pairs)}
         if self.has_kl:
-            kl = mean(row.ref_sample_logp - logp_of(policy, row.prompt, row.sample) for row in rows)
+            kl = mean(ref_logp - logp_of(policy, row.prompt, sample) for row in rows
+                      for sample, ref_logp in zip(row.samples, row.ref_sample_logps))
             loss = loss + gamma * kl
             watched["forward_kl"] = kl
         return {"loss": loss, **watched}
@@ -333,25 +337,26 @@ def reward_modelling(reward_model, rows, progress, _):
 # ------------------------------------------------------------------ the plain trainer
 
 
-def add_samples(rows, reference):
-    """A response from the reference to each row's prompt, in the order of the rows: what the seed
-    gives. float32, because rounding could change a sample."""
+def add_samples(rows, reference, n_samples):
+    """Responses from the reference to each row's prompt, in the order of the rows, one each and
+    then another: what the seed gives. float32, because rounding could change a sample."""
     number = int(np.random.SeedSequence([SEED, 3]).generate_state(1)[0])
-    samples = reference.generate([row.prompt for row in rows], MAX_NEW_TOKENS, temperature=1.0,
+    prompts = [row.prompt for row in rows] * n_samples
+    samples = reference.generate(prompts, MAX_NEW_TOKENS, temperature=1.0,
                                  stop=tinytldr.tokenizer().eot_token,
                                  generator=torch.Generator().manual_seed(number))
-    for row, sample in zip(rows, samples):
-        row.sample = sample
+    for number, row in enumerate(rows):
+        row.samples = samples[number::len(rows)]
 
 
 @torch.no_grad()
-def add_constants(rows, lab):
+def add_constants(rows, lab, n_samples=1):
     """The reference's samples and log-probs."""
     reference = load(GPT, lab.root / "ref")
-    add_samples(rows, GPT.from_pretrained(lab.root / "ref"))
+    add_samples(rows, GPT.from_pretrained(lab.root / "ref"), n_samples)
     for row in rows:
         row.ref_logps = [logp_of(reference, row.prompt, y).item() for y in row.responses]
-        row.ref_sample_logp = logp_of(reference, row.prompt, row.sample).item()
+        row.ref_sample_logps = [logp_of(reference, row.prompt, y).item() for y in row.samples]
 
 
 def learning_rate(step, max_steps):
@@ -394,7 +399,7 @@ def plainly_trained(model, objective, train, watched, max_steps, grad_clip, orde
 
     objective: (model, rows, progress, all rows of the split) -> {name: mean}; watched: {split:
     rows}."""
-    lengths = [sum(map(len, [row.prompt, *row.responses, row.sample or []])) for row in train]
+    lengths = [sum(map(len, [row.prompt, *row.responses, *row.samples])) for row in train]
     order, optimizer = BatchOrder(np.array(lengths), BATCH, order_seed), AdamW(model)
     lines, window = [], []
     for step in range(max_steps + 1):
@@ -467,7 +472,7 @@ def copy_of(splits, with_samples):
     """The rows of a file, to be changed by a test; if its loss has no KL term, without samples."""
     copies = {}
     for split, rows in splits.items():
-        copies[split] = [replace(row, sample=row.sample if with_samples else None) for row in rows]
+        copies[split] = [replace(row, samples=row.samples if with_samples else ()) for row in rows]
     return copies
 
 
@@ -487,6 +492,16 @@ def test_every_preference_loss(name, K, lab, tmp_path):
     data = f"--data={lab.root}/{K}.jsonl"
     check_policy(lab, tmp_path, [f"--loss={name}", data, MICRO_BATCHES, *flags], Preferences(name),
                  copy_of(lab.rows[K], with_samples=has_kl))
+
+
+@pytest.mark.parametrize("K", [2, 3])
+def test_several_samples_for_the_kl_term(K, lab, tmp_path):
+    """--kl_samples: the mean over the samples of a prompt."""
+    splits = copy_of(lab.rows[K], with_samples=True)
+    for rows in splits.values():
+        add_constants(rows, lab, n_samples=3)
+    flags = ["--loss=p-dpo", f"--data={lab.root}/{K}.jsonl", MICRO_BATCHES, "--kl_samples=3"]
+    check_policy(lab, tmp_path, flags + EQUATIONS["p-dpo"][2], Preferences("p-dpo"), splits)
 
 
 @pytest.mark.parametrize("K", [2, 3])
@@ -588,10 +603,11 @@ def test_gradients_that_are_short_are_not_clipped(lab, tmp_path):
 # ------------------------------------------------------------------ the tests of train_rm.py
 
 
-def check_reward_model(lab, out_dir, splits, grad_clip, steps=3, order_seed=SEED):
+def check_reward_model(lab, out_dir, splits, grad_clip, steps=3, order_seed=SEED, head="last"):
     """The reward model in out_dir is where the plain trainer arrives from the reference's
     transformer and a head of zeros."""
-    reward_model = RewardModel(GPT.from_pretrained(lab.root / "ref").config).double()
+    config = replace(GPT.from_pretrained(lab.root / "ref").config, reward_head=head)
+    reward_model = RewardModel(config).double()
     reward_model.transformer = load(GPT, lab.root / "ref").transformer
     reward_model.score.weight.data.zero_()
     wanted = plainly_trained(reward_model, reward_modelling, splits["train"],
@@ -610,6 +626,12 @@ def test_a_reward_model(K, lab, tmp_path):
     """Bradley-Terry on pairs, Plackett-Luce on rankings."""
     train_reward_models(lab, K, tmp_path, f"--grad_clip={GRAD_CLIP}")
     check_reward_model(lab, tmp_path, copy_of(lab.rows[K], with_samples=False), GRAD_CLIP)
+
+
+def test_a_reward_model_that_sums(lab, tmp_path):
+    train_reward_models(lab, 2, tmp_path, "--head=sum", f"--grad_clip={GRAD_CLIP}")
+    check_reward_model(lab, tmp_path, copy_of(lab.rows[2], with_samples=False), GRAD_CLIP,
+                       head="sum")
 
 
 def test_a_family_of_reward_models(lab, tmp_path):

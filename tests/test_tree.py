@@ -198,8 +198,23 @@ def separate_rewards(model, examples):
     return torch.stack(out).view(len(examples), -1)
 
 
-BOTH_MODELS = pytest.mark.parametrize("kind, brute_force", [(GPT, separate_logps),
-                                                            (RewardModel, separate_rewards)])
+def summing(config):
+    """A reward model that adds up the numbers of all response tokens."""
+    return RewardModel(dataclasses.replace(config, reward_head="sum"))
+
+
+def separate_sums(model, examples):
+    out = []
+    for prompt, responses in examples:
+        for response in responses:
+            tokens = torch.tensor([prompt + response])
+            hidden = model.transformer(tokens, torch.arange(tokens.size(1))[None])
+            out.append((hidden[0, len(prompt):] @ model.score.weight[0]).sum())
+    return torch.stack(out).view(len(examples), -1)
+
+
+MODELS = [(GPT, separate_logps), (RewardModel, separate_rewards), (summing, separate_sums)]
+ALL_MODELS = pytest.mark.parametrize("kind, brute_force", MODELS)
 
 
 def gradients(model, values):
@@ -225,7 +240,7 @@ def assert_equal_with_gradients(model, got, wanted, tolerance):
         assert relative_error(of_got[name], of_wanted[name]) < tolerance, name
 
 
-@BOTH_MODELS
+@ALL_MODELS
 @pytest.mark.parametrize("K", [1, 2, 3])
 def test_tree_equals_separate_sequences(kind, brute_force, K):
     """Log-probs, rewards and all their gradients in float64, for ragged lengths, one-token prompts
@@ -236,7 +251,7 @@ def test_tree_equals_separate_sequences(kind, brute_force, K):
     assert_equal_with_gradients(model, tree, brute_force(model, examples), 1e-9)
 
 
-@BOTH_MODELS
+@ALL_MODELS
 @pytest.mark.parametrize("n_layer, n_head", [(1, 1), (3, 4)])
 def test_tree_equals_separate_sequences_in_models_of_other_shapes(kind, brute_force, n_layer,
                                                                   n_head):
@@ -248,7 +263,7 @@ def test_tree_equals_separate_sequences_in_models_of_other_shapes(kind, brute_fo
     assert_equal_with_gradients(model, model(batch), brute_force(model, examples), 1e-9)
 
 
-@BOTH_MODELS
+@ALL_MODELS
 def test_a_long_context_changes_nothing(kind, brute_force):
     """Prompts of eight tokens and more, so that the attention is split into a causal and a masked
     part; together, each response in a row of its own, and without the tree."""
@@ -262,7 +277,7 @@ def test_a_long_context_changes_nothing(kind, brute_force):
     assert_equal_with_gradients(model, together, brute_force(model, examples), 1e-9)
 
 
-@BOTH_MODELS
+@ALL_MODELS
 def test_padding_changes_nothing(kind, brute_force):
     """Shapes that are rounded up, and a context that is rounded down."""
     model, examples = make(kind), random_examples(2, seed=2, shortest_prompt=6)
@@ -271,7 +286,7 @@ def test_padding_changes_nothing(kind, brute_force):
     assert_equal_with_gradients(model, model(batch), brute_force(model, examples), 1e-9)
 
 
-@pytest.mark.parametrize("kind", [GPT, RewardModel])
+@pytest.mark.parametrize("kind", [GPT, RewardModel, summing])
 def test_company_does_not_matter(kind):
     """A row gives the same numbers alone and beside longer rows, which give it padding."""
     model, examples = make(kind), random_examples(2, rows=8, seed=1)
@@ -281,7 +296,7 @@ def test_company_does_not_matter(kind):
         assert relative_error(alone, together[i:i + 1]) < 1e-9
 
 
-@pytest.mark.parametrize("kind", [GPT, RewardModel])
+@pytest.mark.parametrize("kind", [GPT, RewardModel, summing])
 def test_siblings_do_not_matter(kind):
     """A response's log-prob and reward do not change when its sibling does, or when the two change
     places."""
@@ -329,9 +344,10 @@ def test_log_probs_under_autocast():
     assert 0 < (rounded - exact).abs().max() < 0.02 * exact.abs().max()
 
 
-def test_reward_model_starts_at_zero():
+@pytest.mark.parametrize("kind", [RewardModel, summing])
+def test_reward_model_starts_at_zero(kind):
     torch.manual_seed(0)
-    assert RewardModel(CONFIG)(collate(random_examples(2))).abs().max() == 0
+    assert kind(CONFIG)(collate(random_examples(2))).abs().max() == 0
 
 
 # ---------------------------------------------------------------- the fast head
