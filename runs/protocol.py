@@ -156,8 +156,6 @@ def loss_flags(args, loss, rm, rms):
     flags, needs = [f"--loss={loss}"], LOSSES[loss].needs
     if "rewards" in needs:
         flags.append(f"--rewards={rms if loss == 'e-dpo' else rm}")
-    if "ref_samples" in needs:
-        flags.append(f"--max_new_tokens={args.max_new_tokens}")
     given = {"beta": args.beta, "tau": args.tau, "gamma": args.gamma and listed(args.gamma)}
     for knob, value in given.items():
         if value is not None and knob in LOSSES[loss].knobs:
@@ -207,11 +205,12 @@ def main(argv=None):
         for member in args.seeds:
             train("train_rm.py", os.path.join(rms, str(member)), *rm_flags, f"--seed={member}")
 
-    # The policies.
+    # The policies: of each the checkpoint whose samples for validation prompts the oracle likes
+    # best, as in the paper.
     for loss, folder in policies.items():
         train("train_policy.py", folder, *loss_flags(args, loss, rm, rms), *data, *pairs,
               f"--max_steps={args.steps}", f"--batch_size={args.batch_size}", f"--lr={args.lr}",
-              seed_flag)
+              f"--select={oracle}", f"--max_new_tokens={args.max_new_tokens}", seed_flag)
 
     # What they reached, by the oracle.
     reward_models = [folder for folder in (rm, rms) if os.path.isdir(folder)]

@@ -88,7 +88,8 @@ def test_losses_get_the_flags_that_they_use(stages, tmp_path):
         "d-dpo": f"{out}/rm", "dp-dpo": f"{out}/rm", "e-dpo": f"{out}/rms"}
     pessimistic = ["p-dpo", "dp-dpo", "e-dpo"]
     assert [loss for loss in losses if losses[loss].get("gamma") == "0.1,0.1"] == pessimistic
-    assert [loss for loss in losses if losses[loss].get("max_new_tokens") == "9"] == pessimistic
+    assert all(flags["max_new_tokens"] == "9" and flags["select"] == f"{out}/oracle"
+               for loss, flags in losses.items() if loss != "sft")
     of_tau = [loss for loss in losses if losses[loss].get("tau") == "2.0"]
     assert of_tau == ["ipo", "ipo-per-token"]
     of_beta = {loss for loss in losses if losses[loss].get("beta") == "3.0"}
