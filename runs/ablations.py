@@ -135,7 +135,8 @@ def seeds_family(cell):
         member = f"{folder}/{number}"
         if not os.path.exists(f"{member}/model.safetensors"):
             args = reward_flags([*cell.data, f"--out_dir={member}"], "")
-            trials.quietly(train_member, args, args.seed + 100 + number)
+            with trials.silence():
+                train_member(args, args.seed + 100 + number)
     return folder
 
 
@@ -166,7 +167,8 @@ def run(args, table, cell, rho, number, setting, loss, flags):
            "train_kl": last.get("train/forward_kl", ""),
            "validation_kl": last.get("validation/forward_kl", ""), "seconds": seconds,
            "commit": figure2.commit()}
-    return row | of_reward_models(folder)
+    with trials.silence():
+        return row | of_reward_models(folder)
 
 
 def of_reward_models(folder):

@@ -23,9 +23,10 @@ def workers(n):
     return ProcessPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,))
 
 
-def quietly(main, flags):
+@contextlib.contextmanager
+def silence():
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        main(flags)
+        yield
 
 
 def train(script, folder, *flags):
@@ -34,8 +35,9 @@ def train(script, folder, *flags):
     path = os.path.join(folder, "seconds.json")
     if not os.path.exists(path):
         start = time.time()
-        quietly({"train_policy": train_policy, "train_rm": train_rm}[script].main,
-                [*flags, f"--out_dir={folder}"])
+        with silence():
+            scripts = {"train_policy": train_policy, "train_rm": train_rm}
+            scripts[script].main([*flags, f"--out_dir={folder}"])
         write_json(path, time.time() - start)
     with open(path, encoding="utf-8") as file:
         return json.load(file)
@@ -46,8 +48,9 @@ def score(folder, ref, split, *flags):
     report = os.path.join(folder, f"on_{split}")
     path = os.path.join(report, "results.json")
     if not os.path.exists(path):
-        quietly(evaluate.main, [f"--ref={ref}", folder, f"--split={split}", "--show=0", *flags,
-                                f"--out_dir={report}"])
+        with silence():
+            evaluate.main([f"--ref={ref}", folder, f"--split={split}", "--show=0", *flags,
+                           f"--out_dir={report}"])
     with open(path, encoding="utf-8") as file:
         numbers, = json.load(file)["policies"].values()
     return numbers

@@ -1,5 +1,6 @@
 """The drivers of experiments in runs/: their arithmetic, and one small cell from end to end."""
 import importlib
+import json
 import math
 import os
 import shutil
@@ -14,6 +15,8 @@ from data import longer
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(__file__)), "runs"))
 figure2 = importlib.import_module("figure2")
+ablations = importlib.import_module("ablations")
+degeneracy = importlib.import_module("degeneracy")
 world_script = importlib.import_module("world")
 
 
@@ -114,6 +117,48 @@ def test_a_small_cell(world, tmp_path, monkeypatch):
         assert first["value"] == ("" if first["method"] in CONTROLS else "0.3")
         assert {**first, "seconds": 0} == {**second, "seconds": 0}
     assert (tmp_path / "first/figure2.png").exists()
+
+
+# ------ ablations, and the long run
+
+SMALL = "--n_pairs=60 --pool=500 --n_eval=16 --batch_size=8"
+
+
+def test_a_small_ablation(world, tmp_path, monkeypatch, capsys):
+    """Families of several sizes, and what takes the minimum's place, in few steps: a row for each,
+    with what its reward models are like; a run that two tables share is the same run."""
+    monkeypatch.setattr(ablations, "FAMILIES", {1: "0.5", 5: "0.4,0.6", 8: "0.4,0.5,0.6"})
+    monkeypatch.setattr(ablations.trials, "workers", lambda n: SerialPool())
+    (tmp_path / "chosen.json").write_text(json.dumps({"chosen": dict.fromkeys(figure2.KNOB, 0.3)}))
+    ablations.main(["--sft", f"{world}/sft", "--rhos=0.2", "--seeds=0", "--n_prompts=8",
+                    f"--flags=--max_steps=2 {SMALL}", "--tables=members,minimum",
+                    f"--out_dir={tmp_path}/runs", f"--results={tmp_path}/results",
+                    f"--chosen={tmp_path}/chosen.json"])
+    rows = figure2.read_rows(f"{tmp_path}/results/runs.csv")
+    assert [(row["table"], row["setting"], row["loss"]) for row in rows] == [
+        ("members", "1", "e-dpo"), ("members", "5", "e-dpo"), ("members", "8", "e-dpo"),
+        ("minimum", "per example", "e-dpo"), ("minimum", "per batch", "e-dpo"),
+        ("minimum", "mean", "dp-dpo"), ("minimum", "maximum", "worst")]
+    assert {**rows[1], "table": "", "setting": ""} == {**rows[3], "table": "", "setting": ""}
+    for row in rows:
+        shares = [float(share) for share in row["picked"].split()]
+        assert len(shares) == {"1": 1, "8": 3}.get(row["setting"], 2)
+        assert sum(shares) == pytest.approx(1, abs=0.02)
+        assert 0 < float(row["smallest_margin"]) <= float(row["margin"])
+    assert "| per batch | e-dpo | 0.2 | 1 |" in capsys.readouterr().out
+
+
+def test_a_short_long_run(world, tmp_path, monkeypatch):
+    """Figure 1's driver: a row for each evaluation of each loss, from the reference on."""
+    monkeypatch.setattr(degeneracy.trials, "workers", lambda n: SerialPool())
+    monkeypatch.setattr(degeneracy, "LOSSES", ("dpo", "d-dpo"))
+    degeneracy.main([f"--sft={world}/sft", f"--rm={world}/rm", "--steps=20", f"--flags={SMALL}",
+                     f"--out_dir={tmp_path}/runs", f"--results={tmp_path}/results"])
+    rows = figure2.read_rows(f"{tmp_path}/results/curves.csv")
+    assert [row["loss"] for row in rows] == 21 * ["dpo"] + 21 * ["d-dpo"]
+    assert [int(row["step"]) for row in rows] == 2 * list(range(21))
+    assert all(float(row["margin"]) == 0 for row in rows if row["step"] == "0")
+    assert (tmp_path / "results/degeneracy.png").exists()
 
 
 class SerialPool:
