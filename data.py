@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 import tinytldr
+from support.device import round_up
 from support.flags import InputError
 from support.tokenizer import tiktoken_encoding
 from support.tokens import encode, select, tokenised_file
@@ -78,11 +79,9 @@ def collate(examples, multiple=1):
         if min(len(ids) for ids in (prompt, *responses)) == 0:
             raise ValueError("prompts and responses need at least one token")
 
-    def round_up(n):
-        return -(-n // multiple) * multiple
-
-    T = round_up(max(len(prompt) + sum(map(len, responses)) for prompt, responses in examples))
-    R = round_up(sum(len(response) for _, responses in examples for response in responses))
+    T = max(len(prompt) + sum(map(len, responses)) for prompt, responses in examples)
+    R = sum(len(response) for _, responses in examples for response in responses)
+    T, R = round_up(T, multiple), round_up(R, multiple)
     context = min(len(prompt) for prompt, _ in examples) - 1
     context = context // multiple * multiple
 

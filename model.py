@@ -16,7 +16,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from support.checkpoint import load_tensors, read_checkpoint, write_checkpoint
+from support.device import compiles_every_shape, random_numbers
 from support.head import token_logps
+from support.static import generate_static
 
 
 @dataclass
@@ -152,6 +154,13 @@ class GPT(nn.Module):
             self.lm_head.weight = self.transformer.wte.weight
         init_weights(self, config)
 
+    def _apply(self, fn, recurse=True):
+        """What .to() and .double() call; on a TPU the tied weights would come apart."""
+        super()._apply(fn, recurse)
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
+        return self
+
     def logits(self, tokens):
         """Plain causal logits for every position. tokens: (B, T) int64 -> (B, T, vocab)."""
         position = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)     # (B, T)
@@ -169,7 +178,7 @@ class GPT(nn.Module):
         # Where each response token is predicted. hidden[predictor] would do, but its gradient is
         # added up in no fixed order: runs would not repeat to the byte.
         hidden = F.embedding(batch.predictor, hidden.flatten(0, 1))         # (R, C)
-        if fast:
+        if fast and not compiles_every_shape(hidden.device):    # which fuses the plain one itself
             logps = token_logps(hidden, self.lm_head.weight, batch.target)  # (R,)
         else:
             logps = F.log_softmax(self.lm_head(hidden), dim=1)              # (R, vocab)
@@ -200,8 +209,12 @@ class GPT(nn.Module):
         responses = [None] * len(prompts)
         for first in range(0, len(prompts), batch_size):
             rows = order[first:first + batch_size]
-            sampled = self._generate_batch([prompts[i] for i in rows], max_new_tokens, temperature,
-                                           stop, generator, on_token)
+            part = [prompts[i] for i in rows]
+            arguments = max_new_tokens, temperature, stop, generator
+            if compiles_every_shape(self.lm_head.weight.device):
+                sampled = generate_static(self, draw, part, *arguments, batch_size, on_token)
+            else:
+                sampled = self._generate_batch(part, *arguments, on_token)
             for i, response in zip(rows, sampled):
                 responses[i] = response
         return responses
@@ -238,7 +251,8 @@ class GPT(nn.Module):
         new = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
         for t in range(max_new_tokens):
             logits = self.lm_head(hidden).float()                       # (rows, vocab)
-            token = draw(logits, temperature, generator)                # (rows,)
+            random = random_numbers(len(rows), generator, device)       # (rows, 1)
+            token = draw(logits, temperature, random)                   # (rows,)
             new[rows, t] = token
             if on_token is not None:
                 on_token(token.tolist())
@@ -281,19 +295,15 @@ class GPT(nn.Module):
         write_checkpoint(directory, self, eos_token_id, architectures=["GPT2LMHeadModel"])
 
 
-def draw(logits, temperature, generator):
+def draw(logits, temperature, random):
     """One token for each row, from softmax(logits / temperature); if that is 0, the most likely.
 
     By inverting the distribution function, with one random number for each row, where
     torch.multinomial draws one for each token of the vocabulary.
-    logits: (B, vocab) float32 -> (B,) int64.
+    logits: (B, vocab) float32; random: (B, 1) float64 (mps: float32) in [0, 1). Returns (B,) int64.
     """
     if temperature == 0:
         return logits.argmax(dim=1)
-    wide = torch.float32 if logits.device.type == "mps" else torch.float64      # mps has no float64
-    cumulative = F.softmax(logits / temperature, dim=1).to(wide).cumsum(dim=1)  # (B, vocab)
-    device = logits.device if generator is None else generator.device
-    random = torch.rand(len(logits), 1, generator=generator, device=device, dtype=wide)  # [0, 1)
-    random = random.to(logits.device) * cumulative[:, -1:]
-    token = torch.searchsorted(cumulative, random, right=True)      # the first above it
+    cumulative = F.softmax(logits / temperature, dim=1).to(random.dtype).cumsum(dim=1)  # (B, vocab)
+    token = torch.searchsorted(cumulative, random * cumulative[:, -1:], right=True)  # first above
     return token.squeeze(1).clamp(max=logits.size(1) - 1)

@@ -4,7 +4,6 @@
     python sample.py out/my/e-dpo --prompt="SUBREDDIT: r/tifu ... TL;DR:" --n=3
     python sample.py out/my/e-dpo --chat                     # what you type is a turn of a dialogue
 """
-import codecs
 import sys
 
 import tinytldr
@@ -13,24 +12,9 @@ from model import GPT
 from support.device import new_generator, setup
 from support.flags import InputError, run_script, talk_flags
 from support.formats import chat_text
-from support.passes import prompt_room
+from support.passes import prompt_room, stream
 from support.run_folder import run_flags
 from support.tokenizer import check_vocabulary
-
-
-def stream(policy, tokenizer, ids, args, generator):
-    """Prints one reply, each token as it is drawn."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")   # a letter may be two tokens
-
-    def on_token(tokens):
-        if tokens[0] != tokenizer.eot_token:
-            word = tokenizer.decode_single_token_bytes(tokens[0])
-            print(decoder.decode(word), end="", flush=True)
-
-    reply, = policy.generate([ids], args.max_new_tokens, args.temperature, tokenizer.eot_token,
-                             generator, on_token=on_token)
-    ending = "" if reply[-1] == tokenizer.eot_token else " ..."
-    print(decoder.decode(b"", final=True) + ending + "\n")
 
 
 def read_prompts(args, tokenizer):

@@ -20,7 +20,7 @@ from model import GPT, GPTConfig
 from reward import family_scores, load_reward_models, training_pairs
 from support.cache import cache_folder, cached, hash_examples, hash_weights, key
 from support.checks import check_step_0
-from support.device import setup, shape_multiple
+from support.device import setup, shape_multiple, sync
 from support.flags import InputError, run_script
 from support.optimizer import adamw, learning_rate, set_learning_rate
 from support.passes import sample, score, to_text
@@ -100,6 +100,7 @@ def evaluate(policy, dataset, args, knobs, gamma, device, autocast):
         stats = statistics(logps, batch.ref_logps, batch.n_samples)
         for name, values in {"loss": losses, **stats}.items():
             sums[name] = sums.get(name, 0) + (values / total).sum()
+        sync(device)
     return {name: value.item() for name, value in sums.items()}
 
 

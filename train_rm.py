@@ -22,7 +22,7 @@ from losses import all_pairs, plackett_luce, reward_margin
 from model import GPT
 from reward import RewardModel, training_pairs
 from support.cache import hash_examples, hash_weights, key
-from support.device import setup, shape_multiple
+from support.device import setup, shape_multiple, sync
 from support.flags import run_script
 from support.optimizer import adamw, learning_rate, set_learning_rate
 from support.run_folder import Run, family_to_train
@@ -50,6 +50,7 @@ def evaluate(reward_model, dataset, args, device, autocast):
             rewards = reward_model(batch)
         for name, values in {"loss": plackett_luce(rewards), **statistics(rewards)}.items():
             sums[name] = sums.get(name, 0) + (values / len(dataset)).sum()
+        sync(device)
     return {name: value.item() for name, value in sums.items()}
 
 

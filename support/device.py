@@ -49,17 +49,42 @@ def keep_memory():
         libc.mallopt(-1, -1)           # M_TRIM_THRESHOLD: never give the heap back
 
 
+def compiles_every_shape(device):
+    """Does this device compile a program for each new shape, so that shapes should be few?"""
+    return device.type == "xla"
+
+
 def shape_multiple(args):
     """What batches' shapes are rounded up to. torch_xla compiles every shape anew, and so does the
     CPU's library for bfloat16 products (a third of a step if every batch has another shape)."""
     if args.device == "xla":
-        return 128
+        return FEW_SHAPES
     return 32 if args.dtype == "bfloat16" else 1
+
+
+FEW_SHAPES = 128        # from here on shapes are powers of two
+
+
+def round_up(n, multiple):
+    """n, rounded up to a multiple; to a power of two times that where shapes should be few."""
+    if multiple < FEW_SHAPES:
+        return -(-n // multiple) * multiple
+    while multiple < n:
+        multiple *= 2
+    return multiple
 
 
 def new_generator(device, seed):
     """A torch.Generator on the device (torch_xla has none: on the CPU)."""
     return torch.Generator("cpu" if device.type == "xla" else device).manual_seed(seed)
+
+
+def random_numbers(n, generator, device):
+    """n random numbers in [0, 1), (n, 1), from the generator. float64, but on mps, which has
+    none."""
+    where = device if generator is None else generator.device
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return torch.rand(n, 1, generator=generator, device=where, dtype=dtype).to(device)
 
 
 def sync(device):

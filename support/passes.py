@@ -1,11 +1,12 @@
 """A model over a whole data set, once: scores and samples."""
+import codecs
 import contextlib
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from support.device import new_generator
+from support.device import FEW_SHAPES, new_generator, round_up
 from support.flags import InputError
 
 TOKENS_PER_BATCH = 16_384
@@ -22,10 +23,12 @@ def score(model, dataset, autocast=contextlib.nullcontext, multiple=1, desc="sco
     done = 0
     with tqdm(total=len(order), desc=desc, disable=None, leave=False) as bar:
         while done < len(order):
-            rows = order[done:done + max(1, TOKENS_PER_BATCH // sizes[order[done]])]
-            batch = dataset.batch(rows, multiple).to(device)
+            n = max(1, TOKENS_PER_BATCH // round_up(sizes[order[done]], multiple))
+            rows = order[done:done + n]
+            same_n = multiple >= FEW_SHAPES     # repeat rows rather than have fewer
+            batch = dataset.batch(np.resize(rows, n) if same_n else rows, multiple).to(device)
             with autocast():
-                scores[rows] = model(batch).float().cpu().numpy()
+                scores[rows] = model(batch).float().cpu().numpy()[:len(rows)]
             done += len(rows)
             bar.update(len(rows))
     return scores
@@ -47,6 +50,21 @@ def sample(model, prompts, max_new_tokens, stop, seed, temperature=1.0,
             responses += model.generate(part, max_new_tokens, temperature, stop, generator)
             bar.update(len(part))
     return responses
+
+
+def stream(policy, tokenizer, ids, args, generator):
+    """Prints one reply to a prompt (token ids), each token as it is drawn."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")   # a letter may be two tokens
+
+    def on_token(tokens):
+        if tokens[0] != tokenizer.eot_token:
+            word = tokenizer.decode_single_token_bytes(tokens[0])
+            print(decoder.decode(word), end="", flush=True)
+
+    reply, = policy.generate([ids], args.max_new_tokens, args.temperature, tokenizer.eot_token,
+                             generator, on_token=on_token)
+    ending = "" if reply[-1] == tokenizer.eot_token else " ..."
+    print(decoder.decode(b"", final=True) + ending + "\n")
 
 
 def prompt_room(model, max_new_tokens):

@@ -145,7 +145,8 @@ def generate_without_cache(model, prompts, max_new_tokens, temperature, generato
     tokens = [list(prompts[i]) for i in rows]
     for _ in range(max_new_tokens):
         logits = [model.logits(torch.tensor([row]))[0, -1] for row in tokens]
-        drawn = draw_token(torch.stack(logits).float(), temperature, generator)
+        random = torch.rand(len(rows), 1, generator=generator, dtype=torch.float64)
+        drawn = draw_token(torch.stack(logits).float(), temperature, random)
         for row, token in zip(tokens, drawn.tolist()):
             row.append(token)
     responses = dict(zip(rows, tokens))

@@ -11,6 +11,7 @@ from model import GPT, GPTConfig, draw
 from reward import RewardModel
 from support.flags import InputError
 from support.run_folder import family_folders
+from support.static import generate_static
 
 CONFIG = GPTConfig(block_size=20, vocab_size=13, n_layer=2, n_head=2, n_embd=16)
 STOP = 12
@@ -84,10 +85,48 @@ def test_draw():
     never drawn, whichever the random number."""
     logits = torch.tensor([[1.0, 3.0, 2.0], [5.0, 0.0, -1.0]]).repeat(500, 1)
     assert draw(logits, 0, None).tolist() == [1, 0] * 500
-    generator = torch.Generator().manual_seed(0)
-    assert draw(logits, 0.01, generator).tolist() == [1, 0] * 500
+    random = torch.linspace(0, 1 - 1e-9, 1000, dtype=torch.float64)[:, None]
+    assert draw(logits, 0.01, random).tolist() == [1, 0] * 500
     impossible = torch.tensor([[-math.inf, 0.0, -math.inf]]).expand(1000, 3)
-    assert draw(impossible, 1.0, generator).tolist() == [1] * 1000
+    assert draw(impossible, 1.0, random).tolist() == [1] * 1000
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("n_prompts", [1, 5, 40])
+def test_generation_in_shapes_that_never_change(n_prompts, temperature):
+    """What torch_xla runs gives the same tokens as what everything else runs, from the same random
+    numbers: ragged prompts, up to the whole block, rows that end and rows that do not."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=24, vocab_size=7, n_layer=2, n_head=2, n_embd=16)).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    lengths = torch.randint(1, 25, (n_prompts,), generator=torch.Generator().manual_seed(1))
+    prompts = [torch.randint(0, 7, (n,)).tolist() for n in lengths]
+    order = sorted(range(n_prompts), key=lambda i: -lengths[i])
+    for stop in (None, 3):
+        wanted = model.generate(prompts, 12, temperature, stop, torch.Generator().manual_seed(2),
+                                batch_size=64)
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            got = generate_static(model, draw, [prompts[i] for i in order], 12, temperature, stop,
+                                  generator, batch_size=64)
+        assert got == [wanted[i] for i in order]
+
+
+def test_tied_weights_stay_tied():
+    """Whatever moves or converts the model: on a TPU every parameter is replaced by another."""
+    class Replaced:
+        def __enter__(self):
+            torch.__future__.set_overwrite_module_params_on_conversion(True)
+
+        def __exit__(self, *error):
+            torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+    with Replaced():
+        model = GPT(GPTConfig(8, 11, 1, 1, 8)).double()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert sum(p.numel() for p in model.parameters()) == sum(
+        p.numel() for p in model.transformer.parameters())
 
 
 # ---------------------------------------------------------------- the architecture
