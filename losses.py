@@ -151,25 +151,25 @@ class Loss(NamedTuple):
 
 GAMMA = (1e-4, 1e-2)    # the paper's: annealed linearly over training, from the first to the last
 
-# Every beta and tau was chosen on validation prompts of the first TinyTLDR, with the same budget of
-# trials for all (LOG.md).
+# Every beta and tau was chosen on validation prompts of TinyTLDR, with the same budget of trials for
+# all (results/figure2/chosen.json), but IPO's per token.
 LOSSES = {
     "sft": Loss(sft, (), {}, mean_over="tokens"),
-    "dpo": Loss(dpo, ("ref_logps",), {"beta": 0.3},
+    "dpo": Loss(dpo, ("ref_logps",), {"beta": 1.0},
                 lambda **_: math.log(2)),                                   # -log sigmoid(0)
     "ipo": Loss(ipo, ("ref_logps",), {"tau": 0.1},
                 lambda tau, **_: 1 / (4 * tau**2)),                         # (0 - 1 / (2 tau))^2
     "ipo-per-token": Loss(ipo_per_token, ("ref_logps", "lengths"), {"tau": 0.1},
                           lambda tau, **_: 1 / (4 * tau**2)),
-    "d-dpo": Loss(distill_mean, ("ref_logps", "rewards"), {"beta": 0.3},
+    "d-dpo": Loss(distill_mean, ("ref_logps", "rewards"), {"beta": 1.0},
                   lambda rewards, **_: reward_margin(rewards.mean(dim=2)) ** 2),   # (r1 - r2 - 0)^2
-    "p-dpo": Loss(dpo, ("ref_logps", "ref_samples"), {"beta": 0.3, "gamma": GAMMA},
+    "p-dpo": Loss(dpo, ("ref_logps", "ref_samples"), {"beta": 1.0, "gamma": GAMMA},
                   lambda **_: math.log(2)),
     "dp-dpo": Loss(distill_mean, ("ref_logps", "rewards", "ref_samples"),
-                   {"beta": 0.3, "gamma": GAMMA},
+                   {"beta": 1.0, "gamma": GAMMA},
                    lambda rewards, **_: reward_margin(rewards.mean(dim=2)) ** 2),
     "e-dpo": Loss(ensemble_distill, ("ref_logps", "rewards", "ref_samples"),
-                  {"beta": 0.3, "gamma": GAMMA, "min_per": "example"},
+                  {"beta": 1.0, "gamma": GAMMA, "min_per": "example"},
                   lambda rewards, min_per, **_: best_member(reward_margin(rewards) ** 2, min_per)),
 }
 PREFERENCE_LOSSES = [name for name, loss in LOSSES.items() if loss.mean_over == "rows"]

@@ -71,9 +71,9 @@ def difference(first, second):
 def weights_difference(first, second):
     """The largest one between two models' tensors. The keys' biases are left out: they move all
     scores of a query alike, so their gradient is rounding, which Adam makes as large as any."""
-    largest = 0.0
+    largest, others = 0.0, load_file(f"{second}/model.safetensors")
     for name, tensor in load_file(f"{first}/model.safetensors").items():
-        error = (tensor - load_file(f"{second}/model.safetensors")[name]).abs()
+        error = (tensor - others[name]).abs()
         if name.endswith("c_attn.bias"):
             width = len(error) // 3
             error[width:2 * width] = 0

@@ -21,7 +21,9 @@ def setup(args):
         try:
             import torch_xla
         except ImportError:
-            raise InputError("--device=xla needs torch_xla: pip install torch_xla") from None
+            raise InputError("--device=xla needs torch_xla, of torch's own version: pip install "
+                             "torch==2.9.0 'torch_xla[tpu]==2.9.0' (without [tpu] it computes on "
+                             "the CPU, with PJRT_DEVICE=CPU)") from None
         device = torch_xla.device()
     elif missing.get(name):
         raise InputError(f"--device={name}: this machine has none; use --device=cpu")

@@ -10,7 +10,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from support.device import sync
+from support.device import compiles_every_shape, sync
 from support.files import replacing, write_json
 from support.flags import InputError
 
@@ -114,8 +114,7 @@ class Run:
             best = torch.load(path, map_location="cpu", weights_only=True)
             if best["value"] >= value and best["step"] != step:
                 return
-        with replacing(path) as temporary:
-            torch.save({"model": self.model.state_dict(), "value": value, "step": step}, temporary)
+        self._save(path, {"model": self.model.state_dict(), "value": value, "step": step})
 
     def restore_selected(self):
         """Gives the model the weights that --select asks for, once training is over."""
@@ -135,7 +134,12 @@ class Run:
         """In one file, so that weights and optimizer always belong together."""
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                  "step": step, "constants": self.constants, "rng": torch.get_rng_state()}
-        with replacing(self._path("state.pt")) as temporary:
+        self._save(self._path("state.pt"), state)
+
+    def _save(self, path, state):
+        if compiles_every_shape(self.device):       # its tensors can be read by torch_xla alone
+            state = on_cpu(state)
+        with replacing(path) as temporary:
             torch.save(state, temporary)
 
     def _resume(self, flags):
@@ -169,6 +173,15 @@ class Run:
                     if line.endswith("\n") and json.loads(line)["step"] < self.first_step:
                         file.write(line)
         print(f"resumed {self.dir} at step {self.first_step}")
+
+
+def on_cpu(state):
+    """A copy of nested dictionaries and lists with every tensor on the CPU."""
+    if isinstance(state, dict):
+        return {name: on_cpu(value) for name, value in state.items()}
+    if isinstance(state, list):
+        return [on_cpu(value) for value in state]
+    return state.cpu() if torch.is_tensor(state) else state
 
 
 def run_flags(folder):

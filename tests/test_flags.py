@@ -150,7 +150,7 @@ def policy_args(*flags):
 def test_defaults_of_dpo():
     """Its own beta, and None for what it has no use for."""
     args = policy_args("--loss=dpo")
-    assert (args.beta, args.init_from, args.out_dir) == (0.3, "out/sft", "out/dpo")
+    assert (args.beta, args.init_from, args.out_dir) == (1.0, "out/sft", "out/dpo")
     assert args.tau is args.gamma is args.min_per is args.rewards is args.max_new_tokens is None
     assert args.n_embd is args.block_size is None
     assert (args.rho, args.n_pairs, args.pool, args.label_temperature) == (0.2, 1000, 5000, 0)
