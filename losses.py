@@ -151,8 +151,8 @@ class Loss(NamedTuple):
 
 GAMMA = (1e-4, 1e-2)    # the paper's: annealed linearly over training, from the first to the last
 
-# Every beta and tau was chosen on validation prompts of TinyTLDR, with the same budget of trials for
-# all (results/figure2/chosen.json), but IPO's per token.
+# Every beta and tau was chosen on validation prompts of TinyTLDR, with as many trials for each
+# (results/figure2/chosen.json); but not that of IPO per token.
 LOSSES = {
     "sft": Loss(sft, (), {}, mean_over="tokens"),
     "dpo": Loss(dpo, ("ref_logps",), {"beta": 1.0},

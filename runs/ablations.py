@@ -47,7 +47,7 @@ def worst_member(logps, ref_logps, rewards, beta):
     return torch.stack(members).max(dim=0).values
 
 
-LOSSES["worst"] = LOSSES["e-dpo"]._replace(
+WORST = LOSSES["e-dpo"]._replace(
     equation=worst_member, knobs={name: LOSSES["e-dpo"].knobs[name] for name in ("beta", "gamma")},
     at_reference=lambda rewards, **_: (reward_margin(rewards) ** 2).max(dim=1).values)
 
@@ -155,8 +155,10 @@ def run(args, table, cell, rho, number, setting, loss, flags):
     """Trains and scores one policy. Returns its row for the CSV."""
     folder = f"{cell.folder}/policies/{key(loss, flags)}"       # tables share runs
     beta = cell.betas["e-dpo" if loss == "worst" else loss]
+    LOSSES["worst"] = WORST             # in the table for this run alone
     seconds = trials.train("train_policy", folder, f"--loss={loss}", "--select=oracle", *cell.data,
                            f"--beta={beta}", *flags)
+    del LOSSES["worst"]
     test = trials.score(folder, args.sft, "test", f"--n_prompts={args.n_prompts}")
     with open(f"{folder}/metrics.jsonl", encoding="utf-8") as file:
         last = [line for line in map(json.loads, file) if "train/margin" in line][-1]

@@ -32,14 +32,19 @@ SHARED = ["--seed=0", "--dtype=float32"]
 PAIRS = [*SHARED, "--max_steps=20", "--n_pairs=200", "--pool=1024", "--n_eval=64"]
 
 
+def some_demonstrations(seed, split, all_rows=tinytldr.demonstration_rows):
+    """Fewer of them are sooner tokenised."""
+    return islice(all_rows(seed, split), 2500)
+
+
 def stages(root, start):
     """(name, script, flags) of each run, in a folder of its device; all from the same reference."""
-    at = f"--init_from={start}"
+    reference = f"--init_from={start}"
     return [
         ("sft", train_policy, ["--loss=sft", *SHARED, "--max_steps=20", "--n_embd=64"]),
-        ("rm", train_rm, [at, *PAIRS]),
-        ("dpo", train_policy, [at, *PAIRS, "--loss=dpo"]),
-        ("e-dpo", train_policy, [at, *PAIRS, "--loss=e-dpo", f"--rewards={root}/rm"]),
+        ("rm", train_rm, [reference, *PAIRS]),
+        ("dpo", train_policy, [reference, *PAIRS, "--loss=dpo"]),
+        ("e-dpo", train_policy, [reference, *PAIRS, "--loss=e-dpo", f"--rewards={root}/rm"]),
         ("evaluate", evaluate, [f"--ref={start}", f"{root}/e-dpo", *SHARED, "--n_prompts=64"]),
     ]
 
@@ -82,8 +87,7 @@ def weights_difference(first, second):
 
 
 def main():
-    all_rows = tinytldr.demonstration_rows
-    tinytldr.demonstration_rows = lambda *args: islice(all_rows(*args), 2500)   # sooner tokenised
+    tinytldr.demonstration_rows = some_demonstrations
     torch_xla.device()          # before the first backward pass, whose threads are one a device
     root = tempfile.mkdtemp()
     start = f"{root}/start"

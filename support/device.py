@@ -76,6 +76,12 @@ def round_up(n, multiple):
     return multiple
 
 
+def compiled_graphs():
+    """How many graphs torch.compile has made in this process."""
+    from torch._dynamo.utils import counters
+    return counters["stats"]["unique_graphs"]
+
+
 def new_generator(device, seed):
     """A torch.Generator on the device (torch_xla has none: on the CPU)."""
     return torch.Generator("cpu" if device.type == "xla" else device).manual_seed(seed)

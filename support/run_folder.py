@@ -10,7 +10,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from support.device import compiles_every_shape, sync
+from support.device import compiled_graphs, compiles_every_shape, sync
 from support.files import replacing, write_json
 from support.flags import InputError
 
@@ -30,6 +30,7 @@ class Run:
         self.model, self.optimizer = model, optimizer
         self.max_steps, self.eval_every, self.first_step = args.max_steps, args.eval_every, 0
         self.select = vars(args).get("select", "last")
+        self.compile = vars(args).get("compile", False)
         self.device = next(model.parameters()).device
         if args.resume:
             self._resume(vars(args))
@@ -62,7 +63,7 @@ class Run:
 
     def end_step(self, step, **values):
         """After the optimizer's step. Every ten steps, and before an evaluation, a line of
-        metrics.jsonl with the means since the last one: one transfer from the device, not ten."""
+        metrics.jsonl with the means since the last one: until then nothing waits for the device."""
         self.window.append({**self.sums, **values})
         self.sums = {}
         sync(self.device)
@@ -70,7 +71,7 @@ class Run:
         if (step + 1) % LOG_EVERY == 0 or self.due(step + 1):
             means = {}
             for name in self.window[0]:
-                means[name] = torch.stack([sums[name] for sums in self.window]).mean().item()
+                means[name] = sum(sums[name].item() for sums in self.window) / len(self.window)
             self.log(step, means)
             self.window = []
             if self.bar.disable and time.time() > self.printed + 30:       # there is no terminal
@@ -125,8 +126,9 @@ class Run:
 
     def finish(self):
         self.bar.close()
-        print(f"{self.max_steps - self.first_step} steps in {time.time() - self.started:.0f} s "
-              f"-> {self.dir}")
+        compiled = f", {compiled_graphs()} graphs compiled" if self.compile else ""
+        print(f"{self.max_steps - self.first_step} steps in {time.time() - self.started:.0f} s"
+              f"{compiled} -> {self.dir}")
 
     # ---- resuming
 

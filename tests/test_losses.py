@@ -303,14 +303,14 @@ def test_ranked_responses_per_batch_have_one_member():
 ANNEALED = (1e-4, 1e-2)
 ROWS = {
     "sft": ((), {}, "tokens"),
-    "dpo": (("ref_logps",), {"beta": 0.3}, "rows"),
+    "dpo": (("ref_logps",), {"beta": 1.0}, "rows"),
     "ipo": (("ref_logps",), {"tau": 0.1}, "rows"),
     "ipo-per-token": (("ref_logps", "lengths"), {"tau": 0.1}, "rows"),
-    "d-dpo": (("ref_logps", "rewards"), {"beta": 0.3}, "rows"),
-    "p-dpo": (("ref_logps", "ref_samples"), {"beta": 0.3, "gamma": ANNEALED}, "rows"),
-    "dp-dpo": (("ref_logps", "rewards", "ref_samples"), {"beta": 0.3, "gamma": ANNEALED}, "rows"),
+    "d-dpo": (("ref_logps", "rewards"), {"beta": 1.0}, "rows"),
+    "p-dpo": (("ref_logps", "ref_samples"), {"beta": 1.0, "gamma": ANNEALED}, "rows"),
+    "dp-dpo": (("ref_logps", "rewards", "ref_samples"), {"beta": 1.0, "gamma": ANNEALED}, "rows"),
     "e-dpo": (("ref_logps", "rewards", "ref_samples"),
-              {"beta": 0.3, "gamma": ANNEALED, "min_per": "example"}, "rows"),
+              {"beta": 1.0, "gamma": ANNEALED, "min_per": "example"}, "rows"),
 }
 
 

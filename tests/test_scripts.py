@@ -2,9 +2,11 @@
 (test_training.py): what is cached and under which name, where and in what precision it is computed,
 what is asked for, what is written. All with models of a layer and rows of random tokens."""
 import json
+import re
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partialmethod
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +23,7 @@ from losses import LOSSES
 from model import GPT, GPTConfig
 from reward import RewardModel, family_scores, load_reward_models, training_pairs
 from support import passes
+from support.device import compiled_graphs
 from support.flags import InputError
 from support.passes import sample, score, to_text
 from train_policy import anneal, reward_of_samples, row_weights, with_columns
@@ -101,7 +104,8 @@ def arguments(lab, **changed):
     flags = {"loss": "p-dpo", "init_from": f"{lab.root}/ref", "out_dir": f"{lab.root}/run",
              "rewards": None, "relabel": None, "data": "tinytldr", "pool": 30,
              "label_temperature": 0.5, "rho": 0.5, "n_pairs": 6, "max_new_tokens": 4, "seed": 7,
-             "dtype": "float32", "device": "cpu", "tokenizer": "tinytldr", "micro_batch_size": 2}
+             "dtype": "float32", "device": "cpu", "tokenizer": "tinytldr", "micro_batch_size": 2,
+             "kl_samples": 1}
     return SimpleNamespace(**flags | changed)
 
 
@@ -378,6 +382,22 @@ def test_compilation_is_for_any_shape(lab, monkeypatch, script, flags, calls):
     assert compiled == calls
 
 
+@SCRIPTS
+def test_a_compiled_run_is_the_same_run(lab, monkeypatch, script, capsys):
+    """The numbers of a run with --compile, to 1e-5, and a handful of graphs for all its shapes.
+    (The graphs are made and not translated to C++, which takes a minute.)"""
+    graphs_before, compile_module = compiled_graphs(), torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compile_module, backend="eager"))
+    runs = []
+    for flags in ([], ["--compile"]):
+        train(lab, script, "--max_steps=6", "--eval_every=3", *flags)
+        runs.append(metrics(lab.root / "run"))
+    for plain, compiled in zip(*runs, strict=True):
+        assert compiled == pytest.approx(plain, rel=1e-5, abs=1e-5)
+    graphs = re.search(r"steps in .* s, (\d+) graphs compiled ->", capsys.readouterr().out)
+    assert 1 <= int(graphs[1]) - graphs_before <= 6
+
+
 # ------------------------------------------------------------------ what is asked for
 
 @SCRIPTS
@@ -455,7 +475,7 @@ def test_a_reward_model_is_saved_as_a_classifier_with_a_single_label(lab):
 
 def test_a_reward_model_starts_from_the_policy_and_at_zero(lab):
     model = RewardModel.from_policy(lab.policy)
-    assert model.config is lab.policy.config and not model.score.weight.any()
+    assert model.config == lab.policy.config and not model.score.weight.any()
     wanted = lab.policy.transformer.state_dict()
     assert all(torch.equal(tensor, wanted[name])
                for name, tensor in model.transformer.state_dict().items())
