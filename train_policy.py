@@ -24,6 +24,7 @@ from support.device import setup, shape_multiple, sync
 from support.flags import InputError, run_script
 from support.optimizer import adamw, learning_rate, set_learning_rate
 from support.passes import sample, score, to_text
+from support.processes import add_up_gradients, add_up_numbers, micro_batches
 from support.run_folder import Run
 from support.tokenizer import check_vocabulary, save_tokenizer
 from support.training_flags import policy_flags
@@ -92,7 +93,7 @@ def evaluate(policy, dataset, args, knobs, gamma, device, autocast):
     total = int(row_weights(dataset, LOSSES[args.loss]).sum())
     size = 4 * args.micro_batch_size  # no gradient, less memory
     sums = {}
-    for part in np.split(np.arange(len(dataset)), range(size, len(dataset), size)):
+    for part in micro_batches(np.arange(len(dataset)), size):
         batch = dataset.batch(part, shape_multiple(args)).to(device)
         with autocast():
             logps = policy(batch)
@@ -101,7 +102,7 @@ def evaluate(policy, dataset, args, knobs, gamma, device, autocast):
         for name, values in {"loss": losses, **stats}.items():
             sums[name] = sums.get(name, 0) + (values / total).sum()
         sync(device)
-    return {name: value.item() for name, value in sums.items()}
+    return add_up_numbers({name: value.item() for name, value in sums.items()})
 
 
 def reward_of_samples(policy, prompts, judges, tokenizer, args, autocast):
@@ -187,7 +188,7 @@ def main(argv=None):
 
         rows = order.rows(step)                                 # (batch_size,)
         total = len(rows) * weights.mean()                      # rows; for SFT, tokens
-        for part in np.split(rows, range(size, len(rows), size)):       # micro-batches
+        for part in micro_batches(rows, size):
             batch = train.batch(part, multiple).to(device)      # the tree, with its columns
             with autocast():
                 logps = policy(batch)                           # (b, K + S)
@@ -197,6 +198,7 @@ def main(argv=None):
                 check_step_0(losses, expected, logps, batch.ref_logps, args)
             (losses.sum() / total).backward()                   # part of the whole batch's gradient
             run.watch(total, loss=losses, **statistics(logps, batch.ref_logps, batch.n_samples))
+        add_up_gradients(policy)                                 # of all processes
         grad_norm = clip_grad_norm_(policy.parameters(), args.grad_clip)
         set_learning_rate(optimizer, learning_rate(step, args.max_steps, args.lr))
         optimizer.step()

@@ -25,6 +25,7 @@ from support.cache import hash_examples, hash_weights, key
 from support.device import setup, shape_multiple, sync
 from support.flags import run_script
 from support.optimizer import adamw, learning_rate, set_learning_rate
+from support.processes import add_up_gradients, add_up_numbers, micro_batches
 from support.run_folder import Run, family_to_train
 from support.tokenizer import check_vocabulary, save_tokenizer
 from support.training_flags import reward_flags
@@ -44,14 +45,14 @@ def evaluate(reward_model, dataset, args, device, autocast):
     """Means of the loss and the statistics over a whole data set: {name: number}."""
     size = 4 * args.micro_batch_size  # no gradient, less memory
     sums = {}
-    for part in np.split(np.arange(len(dataset)), range(size, len(dataset), size)):
+    for part in micro_batches(np.arange(len(dataset)), size):
         batch = dataset.batch(part, shape_multiple(args)).to(device)
         with autocast():
             rewards = reward_model(batch)
         for name, values in {"loss": plackett_luce(rewards), **statistics(rewards)}.items():
             sums[name] = sums.get(name, 0) + (values / len(dataset)).sum()
         sync(device)
-    return {name: value.item() for name, value in sums.items()}
+    return add_up_numbers({name: value.item() for name, value in sums.items()})
 
 
 def main(argv=None):
@@ -103,7 +104,7 @@ def train_one(args, policy, tokenizer, train, validation, device, autocast):
             break
 
         rows = order.rows(step)                                 # (batch_size,)
-        for part in np.split(rows, range(size, len(rows), size)):       # micro-batches
+        for part in micro_batches(rows, size):
             batch = train.batch(part, multiple).to(device)      # the tree
             with autocast():
                 rewards = reward_model(batch)                   # (b, K)
@@ -113,6 +114,7 @@ def train_one(args, policy, tokenizer, train, validation, device, autocast):
                 torch.testing.assert_close(losses, expected)
             (losses.sum() / len(rows)).backward()               # part of the whole batch's gradient
             run.watch(len(rows), loss=losses, **statistics(rewards))
+        add_up_gradients(reward_model)                                 # of all processes
         grad_norm = clip_grad_norm_(reward_model.parameters(), args.grad_clip)
         set_learning_rate(optimizer, learning_rate(step, args.max_steps, args.lr))
         optimizer.step()

@@ -7,24 +7,27 @@ import numpy as np
 
 from support.files import write_json
 from support.flags import InputError
+from support.processes import first_says, is_first, wait
 
 
 def cached(folder, name, entry, compute, *args, **options):
     """compute(*args, **options), an array or what JSON can hold; from folder/name-entry.json if it
     is there. Arrays come back as lists. InputError if a number is not finite."""
     path = os.path.join(folder, f"{name}-{entry}.json")
-    if os.path.exists(path):
+    if first_says(os.path.exists(path)):
         print(f"{name}: from {path}")
         with open(path, encoding="utf-8") as file:
             return json.load(file)
     value = compute(*args, **options)
     if isinstance(value, np.ndarray):
         value = value.tolist()
-    os.makedirs(folder, exist_ok=True)
-    try:
-        write_json(path, value)
-    except ValueError as error:
-        raise InputError(f"{name}: the model gives numbers that are not finite") from error
+    if is_first():
+        os.makedirs(folder, exist_ok=True)
+        try:
+            write_json(path, value)
+        except ValueError as error:
+            raise InputError(f"{name}: the model gives numbers that are not finite") from error
+    wait()
     return value
 
 

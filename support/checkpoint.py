@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from support.files import replacing, write_json
 from support.flags import InputError
+from support.processes import is_first
 from support.run_folder import run_flags
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -170,6 +171,8 @@ def one_line(error):
 
 def write_checkpoint(directory, model, eos_token_id, **fields):
     """Writes config.json, where the flags of a run stay, and model.safetensors."""
+    if not is_first():
+        return
     os.makedirs(directory, exist_ok=True)
     config, flags = model.config, run_flags(directory)
     end = config.vocab_size - 1 if eos_token_id is None else eos_token_id

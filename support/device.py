@@ -6,6 +6,7 @@ import functools
 import torch
 
 from support.flags import InputError
+from support.processes import join, processes
 
 
 def setup(args):
@@ -28,7 +29,8 @@ def setup(args):
     elif missing.get(name):
         raise InputError(f"--device={name}: this machine has none; use --device=cpu")
     else:
-        device = torch.device(name)
+        device = join(name)
+    check_shares(vars(args))
     if args.dtype == "auto":
         args.dtype = "bfloat16" if name in ("cuda", "xla") else "float32"
     args.device = name
@@ -39,6 +41,16 @@ def setup(args):
     if args.dtype == "float32":
         return device, contextlib.nullcontext
     return device, functools.partial(torch.autocast, device.type, dtype=torch.bfloat16)
+
+
+def check_shares(flags):
+    """InputError if several processes can't share the rows of a batch."""
+    for name in ("batch_size", "n_eval"):
+        if flags.get(name, processes()) < processes():
+            raise InputError(f"--{name}: {flags[name]} rows are too few for {processes()} "
+                             "processes")
+    if processes() > 1 and flags.get("min_per") == "batch":
+        raise InputError("--min_per=batch: one minimum per batch needs a single process")
 
 
 def keep_memory():

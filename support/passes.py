@@ -4,12 +4,12 @@ import contextlib
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from support.device import FEW_SHAPES, new_generator, round_up
 from support.flags import InputError
+from support.processes import add_up, in_shares, progress_bar, share
 
-TOKENS_PER_BATCH = 16_384
+TOKENS_PER_BATCH, PROMPTS_PER_STREAM = 16_384, 1024
 
 
 @torch.no_grad()
@@ -21,17 +21,19 @@ def score(model, dataset, autocast=contextlib.nullcontext, multiple=1, desc="sco
     order = np.argsort(-sizes, kind="stable")
     scores = np.zeros(dataset.response_lengths().shape, np.float32)         # (N, K)
     done = 0
-    with tqdm(total=len(order), desc=desc, disable=None, leave=False) as bar:
-        while done < len(order):
-            n = max(1, TOKENS_PER_BATCH // round_up(sizes[order[done]], multiple))
-            rows = order[done:done + n]
+    batches = []
+    while done < len(order):
+        n = max(1, TOKENS_PER_BATCH // round_up(sizes[order[done]], multiple))
+        batches.append((n, order[done:done + n]))
+        done += n
+    with progress_bar(total=len(batches), desc=desc) as bar:
+        for n, rows in share(batches):
             same_n = multiple >= FEW_SHAPES     # repeat rows rather than have fewer
             batch = dataset.batch(np.resize(rows, n) if same_n else rows, multiple).to(device)
             with autocast():
                 scores[rows] = model(batch).float().cpu().numpy()[:len(rows)]
-            done += len(rows)
-            bar.update(len(rows))
-    return scores
+            bar.update()
+    return add_up(scores)
 
 
 def sample(model, prompts, max_new_tokens, stop, seed, temperature=1.0,
@@ -39,17 +41,23 @@ def sample(model, prompts, max_new_tokens, stop, seed, temperature=1.0,
     """One response for each prompt. prompts: lists of token ids; where one leaves no room for
     max_new_tokens, its response is cut off. seed: a number or several. Returns lists of token ids.
 
-    The random numbers come from a generator of their own: sampling never touches the training's.
+    The random numbers come from generators of their own, one for each thousand prompts: sampling
+    never touches the training's, and does not depend on the number of processes.
     """
-    number = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    generator = new_generator(next(model.parameters()).device, number)
-    responses, size = [], 1024
-    with tqdm(total=len(prompts), desc=desc, disable=None, leave=False) as bar, autocast():
-        while len(responses) < len(prompts):
-            part = prompts[len(responses):len(responses) + size]
-            responses += model.generate(part, max_new_tokens, temperature, stop, generator)
-            bar.update(len(part))
-    return responses
+    device = next(model.parameters()).device
+    parts = [range(first, min(first + PROMPTS_PER_STREAM, len(prompts)))
+             for first in range(0, len(prompts), PROMPTS_PER_STREAM)]
+
+    def sample_part(part):
+        stream = np.random.SeedSequence([*np.atleast_1d(seed), part.start // PROMPTS_PER_STREAM])
+        generator = new_generator(device, int(stream.generate_state(1)[0]))
+        responses = model.generate([prompts[i] for i in part], max_new_tokens, temperature, stop,
+                                   generator)
+        bar.update(len(part))
+        return responses
+
+    with progress_bar(total=len(prompts), desc=desc) as bar, autocast():
+        return in_shares(sample_part, parts)
 
 
 def stream(policy, tokenizer, ids, args, generator):

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from support.device import compiled_graphs, compiles_every_shape, sync
 from support.files import replacing, write_json
 from support.flags import InputError
+from support.processes import add_up_numbers, is_first, processes, progress_bar, wait
 
 MAY_CHANGE = ("out_dir", "resume", "device", "compile")     # flags that may differ on --resume
 LOG_EVERY = 10                                              # steps
@@ -34,16 +35,16 @@ class Run:
         self.device = next(model.parameters()).device
         if args.resume:
             self._resume(vars(args))
-        else:
+        elif is_first():
             os.makedirs(self.dir, exist_ok=True)
             for stale in ("model.safetensors", "state.pt", "best.pt", "metrics.jsonl"):
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(self._path(stale))
             write_json(self._path("config.json"), {"nanopref": vars(args)}, indent=2)
+        wait()
         self.sums, self.window = {}, []     # of this step; of the steps since the last line
         self.started = self.printed = time.time()
-        self.bar = tqdm(total=args.max_steps, initial=self.first_step, desc=self.dir, disable=None,
-                        leave=False)
+        self.bar = progress_bar(total=args.max_steps, initial=self.first_step, desc=self.dir)
 
     def _path(self, name):
         return os.path.join(self.dir, name)
@@ -64,7 +65,8 @@ class Run:
     def end_step(self, step, **values):
         """After the optimizer's step. Every ten steps, and before an evaluation, a line of
         metrics.jsonl with the means since the last one: until then nothing waits for the device."""
-        self.window.append({**self.sums, **values})
+        shares = {name: value / processes() for name, value in values.items()}  # the same in all
+        self.window.append({**self.sums, **shares})
         self.sums = {}
         sync(self.device)
         self.bar.update()
@@ -72,6 +74,7 @@ class Run:
             means = {}
             for name in self.window[0]:
                 means[name] = sum(sums[name].item() for sums in self.window) / len(self.window)
+            means = add_up_numbers(means)
             self.log(step, means)
             self.window = []
             if self.bar.disable and time.time() > self.printed + 30:       # there is no terminal
@@ -92,8 +95,9 @@ class Run:
         if not all(map(math.isfinite, values.values())):
             raise InputError(f"--lr: training diverged before step {step}: {values}; try a lower "
                              "learning rate")
-        with open(self._path("metrics.jsonl"), "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        if is_first():
+            with open(self._path("metrics.jsonl"), "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
 
     def _print(self, step, values):
         rate = (time.time() - self.started) / max(1, step - self.first_step)
@@ -120,11 +124,13 @@ class Run:
     def restore_selected(self):
         """Gives the model the weights that --select asks for, once training is over."""
         if self.select != "last":
+            wait()
             best = torch.load(self._path("best.pt"), map_location="cpu", weights_only=True)
             self.model.load_state_dict(best["model"])
             print(f"--select={self.select}: the model of step {best['step']}")
 
     def finish(self):
+        wait()          # the model is written
         self.bar.close()
         compiled = f", {compiled_graphs()} graphs compiled" if self.compile else ""
         print(f"{self.max_steps - self.first_step} steps in {time.time() - self.started:.0f} s"
@@ -139,6 +145,8 @@ class Run:
         self._save(self._path("state.pt"), state)
 
     def _save(self, path, state):
+        if not is_first():
+            return
         if compiles_every_shape(self.device):       # its tensors can be read by torch_xla alone
             state = on_cpu(state)
         with replacing(path) as temporary:
@@ -169,12 +177,17 @@ class Run:
         torch.set_rng_state(state["rng"])
         self.first_step = state["step"]
         # What was logged after the saved state will be logged again.
+        wait()
+        if is_first():
+            self._keep_metrics(lines)
+        print(f"resumed {self.dir} at step {self.first_step}")
+
+    def _keep_metrics(self, lines):
         with replacing(self._path("metrics.jsonl")) as temporary:
             with open(temporary, "w", encoding="utf-8") as file:
                 for line in lines:
                     if line.endswith("\n") and json.loads(line)["step"] < self.first_step:
                         file.write(line)
-        print(f"resumed {self.dir} at step {self.first_step}")
 
 
 def on_cpu(state):

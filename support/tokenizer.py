@@ -6,6 +6,7 @@ import tiktoken
 
 from support.files import write_json
 from support.flags import InputError
+from support.processes import is_first
 
 
 def tiktoken_encoding(name):
@@ -52,6 +53,8 @@ def save_tokenizer(directory, tokenizer, block_size):
     tokenizer.json lists pairs to merge, the first ones first: so every way to cut a token in two
     tokens is such a pair.
     """
+    if not is_first():
+        return
     ranks = tokenizer._mergeable_ranks                                      # {bytes: id}
     letters = byte_letters()
     vocab, merges = {}, []

@@ -1,0 +1,107 @@
+"""Several processes, one for each accelerator: torchrun --nproc_per_node=N train_policy.py ...
+
+All go through the same script and draw the same batches. Each computes its share of the rows, and
+gradients and logged sums are added up, so that a run does not depend on how many they are; the
+first one writes. Without torchrun there is one process, and nothing here does anything.
+"""
+import os
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+def join(name):
+    """Joins the processes that torchrun has started, if it has. name: the device's, "cpu" or
+    "cuda". Returns the device of this process."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return torch.device(name)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+    if not is_first():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    if name == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(name)
+
+
+def processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_first():
+    return rank() == 0
+
+
+def wait():
+    """Until all processes are here: after the first one has written what all will read."""
+    if processes() > 1:
+        dist.barrier()
+
+
+def share(rows):
+    """This process's part of some rows: every n-th, since rows may be sorted by length."""
+    return rows[rank()::processes()]
+
+
+def micro_batches(rows, size):
+    """This process's share of some rows, in parts of at most `size`."""
+    mine = share(rows)
+    return np.split(mine, range(size, len(mine), size))
+
+
+def first_says(value):
+    """What the first process has for this value: a decision that all have to take alike."""
+    if processes() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def add_up(array):
+    """A numpy array, summed over all processes."""
+    if processes() == 1:
+        return array
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = torch.from_numpy(np.ascontiguousarray(array)).to(device)
+    dist.all_reduce(total)
+    return total.cpu().numpy()
+
+
+def add_up_numbers(numbers):
+    """{name: number}, each summed over all processes."""
+    return dict(zip(numbers, add_up(np.array(list(numbers.values()))).tolist()))
+
+
+def add_up_gradients(model):
+    """Gives every process the gradient of the whole batch: the sum over their shares."""
+    if processes() == 1:
+        return
+    parameters = list(model.parameters())
+    flat = torch.cat([p.grad.flatten() for p in parameters])
+    dist.all_reduce(flat)
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+        p.grad.copy_(part.view_as(p))
+
+
+def in_shares(compute, parts):
+    """compute(part) of all parts, lists that are joined; each is computed by one process."""
+    mine = {number: compute(parts[number]) for number in share(range(len(parts)))}
+    if processes() > 1:
+        everyone = [None] * processes()
+        dist.all_gather_object(everyone, mine)
+        mine = {number: result for results in everyone for number, result in results.items()}
+    return [item for number in range(len(parts)) for item in mine[number]]
+
+
+def progress_bar(**options):
+    """tqdm's, where there is a terminal, of the first process."""
+    return tqdm(disable=None if is_first() else True, leave=False, **options)
