@@ -89,6 +89,7 @@ def test_p_values():
     assert figure2.holm({"a": 0.6, "b": 0.7}) == {"a": 1, "b": 1}
 
 
+SMALL = "--n_pairs=40 --pool=300 --n_eval=16 --batch_size=8"
 CONTROLS = ["reference at 0.7", "reference at 0.5", "reference at 0.3", "best of 16"]
 
 
@@ -100,7 +101,7 @@ def test_a_small_cell(world, tmp_path, monkeypatch):
     monkeypatch.setattr(figure2, "FAMILY", "0.4,0.6")
     monkeypatch.setattr(figure2.trials, "workers", lambda n: SerialPool())
     flags = ["--sft", f"{world}/sft", "--rhos=0.2", "--seeds=0", "--n_prompts=8", "--workers=1",
-             "--flags=--max_steps=2 --n_pairs=60 --pool=500 --n_eval=16 --batch_size=8"]
+             f"--flags=--max_steps=2 {SMALL}"]
     figure2.main([*flags, "--choose", f"--out_dir={tmp_path}/runs", f"--results={tmp_path}/first"])
     shutil.copytree(tmp_path / "first", tmp_path / "second")
     rows = []
@@ -120,9 +121,6 @@ def test_a_small_cell(world, tmp_path, monkeypatch):
 
 
 # ------ ablations, and the long run
-
-SMALL = "--n_pairs=60 --pool=500 --n_eval=16 --batch_size=8"
-
 
 def test_a_small_ablation(world, tmp_path, monkeypatch, capsys):
     """Families of several sizes, and what takes the minimum's place, in few steps: a row for each,

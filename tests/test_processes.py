@@ -43,7 +43,7 @@ def write_pairs(path):
             file.write(json.dumps(record) + "\n")
 
 
-def run(n, tmp_path, hub_cache):
+def run(n, tmp_path):
     out = tmp_path / str(n)
     script = tmp_path / f"{n}.py"
     script.write_text(SCRIPT.format(root=ROOT, data=tmp_path / "pairs.jsonl", out=out))
@@ -60,18 +60,18 @@ def test_two_processes_compute_what_a_single_one_does(tmp_path, hub_cache):
     """SFT, a reward model and e-DPO, 20 steps of 7 rows in micro-batches of 3, so that the shares
     are unequal: what is logged and the weights are equal to 1e-5, and each line is printed once."""
     write_pairs(tmp_path / "pairs.jsonl")
-    (one, printed), (two, printed_by_two) = (run(n, tmp_path, hub_cache) for n in (1, 2))
+    (alone, printed), (shared, printed_by_two) = (run(n, tmp_path) for n in (1, 2))
     for name in ("sft", "rm", "e-dpo"):
         lines = [[json.loads(line) for line in (folder / name / "metrics.jsonl").open()]
-                 for folder in (one, two)]
+                 for folder in (alone, shared)]
         assert len(lines[0]) == len(lines[1]) == 5
-        for of_one, of_two in zip(*lines):
+        for of_alone, of_shared in zip(*lines):
             # step 0: margins are rounding errors, and accuracy counts their signs
-            accuracy = {key for key in of_one if key.endswith("accuracy")}
-            for key in of_one.keys() - (accuracy if of_one["step"] == 0 else set()):
-                assert of_two[key] == pytest.approx(of_one[key], rel=1e-5, abs=1e-5), (name, key)
-        weights = load_file(two / name / "model.safetensors")
-        for key, tensor in load_file(one / name / "model.safetensors").items():
+            accuracy = {key for key in of_alone if key.endswith("accuracy")}
+            for key in of_alone.keys() - (accuracy if of_alone["step"] == 0 else set()):
+                assert of_shared[key] == pytest.approx(of_alone[key], rel=1e-5, abs=1e-5), (name, key)
+        weights = load_file(shared / name / "model.safetensors")
+        for key, tensor in load_file(alone / name / "model.safetensors").items():
             torch.testing.assert_close(weights[key], tensor, rtol=0, atol=1e-5)
     assert printed.count("step    20") == printed_by_two.count("step    20") == 3
 

@@ -297,10 +297,10 @@ def test_what_a_policy_is_trained_on_is_cached_by_name(lab, monkeypatch, capsys)
 
     def bar(desc, **options):
         bars.append(desc)
-        return tqdm(desc=desc, **options)
+        return progress_bar(desc=desc, **options)
 
-    tqdm = passes.tqdm
-    monkeypatch.setattr(passes, "tqdm", bar)
+    progress_bar = passes.progress_bar
+    monkeypatch.setattr(passes, "progress_bar", bar)
     train(lab, train_policy, "--loss=e-dpo", f"--rewards={lab.root}/rms", "--max_new_tokens=4",
           f"--relabel={lab.root}/rms/1", "--micro_batch_size=3")
     assert cached_names(lab.root / "ref") == {
@@ -382,15 +382,14 @@ def test_compilation_is_for_any_shape(lab, monkeypatch, script, flags, calls):
     assert compiled == calls
 
 
-@SCRIPTS
-def test_a_compiled_run_is_the_same_run(lab, monkeypatch, script, capsys):
+def test_a_compiled_run_is_the_same_run(lab, monkeypatch, capsys):
     """The numbers of a run with --compile, to 1e-5, and a handful of graphs for all its shapes.
     (The graphs are made and not translated to C++, which takes a minute.)"""
     graphs_before, compile_module = compiled_graphs(), torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compile_module, backend="eager"))
     runs = []
     for flags in ([], ["--compile"]):
-        train(lab, script, "--max_steps=6", "--eval_every=3", *flags)
+        train(lab, train_policy, "--max_steps=3", *flags)
         runs.append(metrics(lab.root / "run"))
     for plain, compiled in zip(*runs, strict=True):
         assert compiled == pytest.approx(plain, rel=1e-5, abs=1e-5)
