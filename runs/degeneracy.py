@@ -4,7 +4,7 @@
 
 Ten times the usual steps of five losses at one beta, watched on training pairs, with the oracle's
 reward of samples for validation prompts. About 10 minutes on 2 cores. Writes
-results/degeneracy/curves.csv and degeneracy.png; docs/degeneracy.md explains what is in them.
+results/degeneracy/curves.csv and degeneracy.png.
 """
 import csv
 import json
