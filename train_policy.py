@@ -188,7 +188,7 @@ def main(argv=None):
 
         rows = order.rows(step)                                 # (batch_size,)
         total = len(rows) * weights.mean()                      # rows; for SFT, tokens
-        for part in micro_batches(rows, size):
+        for part in micro_batches(rows, size):                  # of this process
             batch = train.batch(part, multiple).to(device)      # the tree, with its columns
             with autocast():
                 logps = policy(batch)                           # (b, K + S)
@@ -198,7 +198,7 @@ def main(argv=None):
                 check_step_0(losses, expected, logps, batch.ref_logps, args)
             (losses.sum() / total).backward()                   # part of the whole batch's gradient
             run.watch(total, loss=losses, **statistics(logps, batch.ref_logps, batch.n_samples))
-        add_up_gradients(policy)                                 # of all processes
+        add_up_gradients(policy)                                # of all processes
         grad_norm = clip_grad_norm_(policy.parameters(), args.grad_clip)
         set_learning_rate(optimizer, learning_rate(step, args.max_steps, args.lr))
         optimizer.step()

@@ -104,7 +104,7 @@ def train_one(args, policy, tokenizer, train, validation, device, autocast):
             break
 
         rows = order.rows(step)                                 # (batch_size,)
-        for part in micro_batches(rows, size):
+        for part in micro_batches(rows, size):                  # of this process
             batch = train.batch(part, multiple).to(device)      # the tree
             with autocast():
                 rewards = reward_model(batch)                   # (b, K)
@@ -114,7 +114,7 @@ def train_one(args, policy, tokenizer, train, validation, device, autocast):
                 torch.testing.assert_close(losses, expected)
             (losses.sum() / len(rows)).backward()               # part of the whole batch's gradient
             run.watch(len(rows), loss=losses, **statistics(rewards))
-        add_up_gradients(reward_model)                                 # of all processes
+        add_up_gradients(reward_model)                          # of all processes
         grad_norm = clip_grad_norm_(reward_model.parameters(), args.grad_clip)
         set_learning_rate(optimizer, learning_rate(step, args.max_steps, args.lr))
         optimizer.step()

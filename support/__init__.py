@@ -3,7 +3,9 @@
     flags.py        command-line flags, what is refused, and the one line that says why
     device.py       where to compute, in what precision, memory settings
     optimizer.py    AdamW and the learning-rate schedule
+    processes.py    several processes, one for each accelerator
     head.py         the log-probs of tokens, fast
+    static.py       generation in shapes that never change, for torch_xla
     passes.py       a model over a whole data set: scores, samples
     cache.py        what is constant is computed once and kept on disk
     run_folder.py   the run folder: flags, metrics, state, resuming, the line on the screen
