@@ -73,8 +73,9 @@ def test_commands_that_it_names_exist(page):
 
 
 def all_flags():
-    """The flags of all scripts: read from the source, as those of the losses are from the table."""
-    flags = {"help"} | {knob for loss in LOSSES.values() for knob in loss.knobs}
+    """The flags of all scripts: read from the source, as those of the losses are from the table;
+    and torchrun's."""
+    flags = {"help", "nproc_per_node"} | {knob for loss in LOSSES.values() for knob in loss.knobs}
     for path in CODE:
         text = text_of(path)
         flags |= set(re.findall(r'"--(\w+)"', text))
