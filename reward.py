@@ -5,7 +5,6 @@ the last token of a response (the standard head), or summed over its tokens, as 
 implicit reward is a sum over tokens. On the embedded task the sum judges better (LOG.md). A reward
 is known only up to a constant per prompt: Bradley-Terry, and all that follows, sees differences.
 """
-import os
 from dataclasses import replace
 
 import numpy as np
@@ -89,7 +88,7 @@ def family_scores(models, dataset, args, autocast, name):
     for folder, model in models.items():
         entry = key(hash_weights(model), model.config.reward_head, hash_examples(dataset.examples),
                     args.dtype)
-        rewards = cached(os.path.join(folder, "cache"), f"{name}-rewards", entry, score, model,
+        rewards = cached(cache_folder(folder, args.out_dir), f"{name}-rewards", entry, score, model,
                          dataset, autocast, shape_multiple(args), f"{name} rewards")
         columns.append(np.array(rewards, np.float32))       # (N, K)
     return np.stack(columns, axis=2)

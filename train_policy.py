@@ -203,7 +203,7 @@ def main(argv=None):
         set_learning_rate(optimizer, learning_rate(step, args.max_steps, args.lr))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        run.end_step(step, grad_norm=grad_norm)
+        run.end_step(step, rows, grad_norm=grad_norm)
 
     run.restore_selected()
     save_tokenizer(args.out_dir, tokenizer, policy.config.block_size)

@@ -119,7 +119,7 @@ def train_one(args, policy, tokenizer, train, validation, device, autocast):
         set_learning_rate(optimizer, learning_rate(step, args.max_steps, args.lr))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        run.end_step(step, grad_norm=grad_norm)
+        run.end_step(step, rows, grad_norm=grad_norm)
 
     save_tokenizer(args.out_dir, tokenizer, policy.config.block_size)
     reward_model.save_pretrained(args.out_dir, tokenizer.eot_token)

@@ -8,7 +8,6 @@ Every stage is one of the repository's scripts, printed as it is run. What is fi
 again, and what was interrupted goes on where it was: call it again with the same flags. With other
 flags, name another --out.
 """
-import json
 import os
 import shlex
 import subprocess
@@ -18,7 +17,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from losses import LOSSES, PREFERENCE_LOSSES
-from support.files import write_json
+from support.files import read_json, write_json
 from support.flags import (
     InputError,
     Parser,
@@ -33,6 +32,7 @@ from support.flags import (
     run_script,
     seed,
 )
+from support.processes import end_with_parent
 
 PAPER = "dpo,ipo,d-dpo,p-dpo,dp-dpo,e-dpo"
 SIZES = {"n_layer": 4, "n_head": 8, "n_embd": 256, "block_size": 512}
@@ -103,8 +103,7 @@ def check_begun(args):
     path = os.path.join(args.out, "protocol.json")
     flags = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            before = json.load(file)
+        before = read_json(path)
         for name, value in flags.items():
             if before.get(name) != value:
                 raise InputError(f"--out: {args.out} was begun with --{name}={before.get(name)}, "
@@ -115,7 +114,8 @@ def check_begun(args):
 
 def run(script, *flags):
     print(f"\n$ python {script} {shlex.join(flags)}", flush=True)
-    done = subprocess.run([sys.executable, os.path.join(ROOT, script), *flags])
+    done = subprocess.run([sys.executable, os.path.join(ROOT, script), *flags],
+                          preexec_fn=end_with_parent)
     if done.returncode:
         sys.exit(done.returncode)      # the script has said why
 

@@ -1,7 +1,7 @@
 """What the experiments in this folder share: training runs and their evaluation, in this process
 and without a word on the screen, each kept on disk once it is finished."""
 import contextlib
-import json
+import glob
 import os
 import sys
 import time
@@ -15,12 +15,18 @@ import torch
 import evaluate
 import train_policy
 import train_rm
-from support.files import write_json
+from support.files import read_json, write_json
+from support.processes import end_with_parent
 
 
 def workers(n):
     """A pool of n processes with one thread each: small models gain little from more."""
-    return ProcessPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,))
+    return ProcessPoolExecutor(n, initializer=start_worker)
+
+
+def start_worker():
+    torch.set_num_threads(1)
+    end_with_parent()
 
 
 @contextlib.contextmanager
@@ -30,17 +36,17 @@ def silence():
 
 
 def train(script, folder, *flags):
-    """One training run: "train_policy" or "train_rm" with these flags, unless it is finished.
-    Returns its seconds."""
+    """One training run: "train_policy" or "train_rm" with these flags, unless it is finished. What
+    was interrupted goes on where it was. Returns its seconds."""
     path = os.path.join(folder, "seconds.json")
     if not os.path.exists(path):
         start = time.time()
+        begun = glob.glob(f"{glob.escape(folder)}/**/state.pt", recursive=True)
         with silence():
             scripts = {"train_policy": train_policy, "train_rm": train_rm}
-            scripts[script].main([*flags, f"--out_dir={folder}"])
+            scripts[script].main([*flags, f"--out_dir={folder}", *["--resume"][:len(begun)]])
         write_json(path, time.time() - start)
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    return read_json(path)
 
 
 def score(folder, ref, split, *flags):
@@ -51,6 +57,5 @@ def score(folder, ref, split, *flags):
         with silence():
             evaluate.main([f"--ref={ref}", folder, f"--split={split}", "--show=0", *flags,
                            f"--out_dir={report}"])
-    with open(path, encoding="utf-8") as file:
-        numbers, = json.load(file)["policies"].values()
+    numbers, = read_json(path)["policies"].values()
     return numbers

@@ -15,6 +15,7 @@
     tokens.py       rows of text as flat arrays of token ids, kept on disk
     report.py       tables and the evaluation report
     figures.py      its figures
+    folders.py      a run's folder: not overwritten, written to by one process at a time
     files.py        files that are whole or not there
 
 It knows nothing of the files in the root: models, functions and arrays come as arguments.

@@ -12,29 +12,49 @@ from support.processes import first_says, is_first, wait
 
 def cached(folder, name, entry, compute, *args, **options):
     """compute(*args, **options), an array or what JSON can hold; from folder/name-entry.json if it
-    is there. Arrays come back as lists. InputError if a number is not finite."""
+    is there and whole. Arrays come back as lists. InputError if a number is not finite."""
     path = os.path.join(folder, f"{name}-{entry}.json")
-    if first_says(os.path.exists(path)):
+    value = read(path)
+    if first_says(value is not None):
         print(f"{name}: from {path}")
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+        return value
     value = compute(*args, **options)
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if is_first():
-        os.makedirs(folder, exist_ok=True)
         try:
-            write_json(path, value)
+            checksum = key(json.dumps(value, allow_nan=False))
         except ValueError as error:
             raise InputError(f"{name}: the model gives numbers that are not finite") from error
+        os.makedirs(folder, exist_ok=True)
+        write_json(path, {"checksum": checksum, "value": value})
     wait()
     return value
 
 
+def read(path):
+    """The value in a cached file, or None if there is none or it is not what was written."""
+    if not os.path.exists(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        if content["checksum"] == key(json.dumps(content["value"])):
+            return content["value"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    print(f"{path}: damaged, computed anew")
+    return None
+
+
 def cache_folder(init_from, out_dir):
     """The reference's own folder, so that all policies trained from it share one cache; the run's
-    for a hub name."""
-    return os.path.join(init_from if os.path.isdir(init_from) else out_dir, "cache")
+    for a hub name, or where nothing can be written to the reference's."""
+    cache = os.path.join(init_from, "cache")
+    there = cache if os.path.isdir(cache) else init_from
+    if os.path.isdir(init_from) and os.access(there, os.W_OK):
+        return cache
+    return os.path.join(out_dir, "cache")
 
 
 def key(*parts):

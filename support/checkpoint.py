@@ -37,6 +37,7 @@ def read_checkpoint(dir_or_hub_name, head):
     except Exception as error:     # torch and safetensors raise many kinds for a damaged file
         reason = one_line(error) or type(error).__name__
         raise InputError(f"{dir_or_hub_name}: unreadable checkpoint: {reason}") from error
+    check_tensors(tensors, sizes, dir_or_hub_name)
     if ("score.weight" in tensors) != (head == "score"):
         kinds = ["a language model", "a reward model"]
         if head == "lm_head":
@@ -55,7 +56,7 @@ def read_sizes(dir_or_hub_name, find=None):
     try:
         with open(path, encoding="utf-8") as file:
             config = json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{dir_or_hub_name}: unreadable checkpoint: config.json: "
                          f"{one_line(error)}") from error
     if not isinstance(config, dict):
@@ -155,6 +156,26 @@ def check_config(config, where):
     if config["n_embd"] % config["n_head"]:
         raise InputError(f"{where}: config.json says n_head {config['n_head']}, which does not "
                          f"divide n_embd {config['n_embd']}")
+
+
+def check_tensors(tensors, sizes, where):
+    """InputError if weights are not finite, or of other sizes than config.json says: before a model
+    of those sizes, which may be absurd, is made."""
+    for name, tensor in tensors.items():
+        if not torch.is_tensor(tensor):
+            raise InputError(f"{where}: {name} is not a tensor")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise InputError(f"{where}: the weights {name} hold numbers that are not finite")
+    layers = {name.split(".")[2] for name in tensors if name.startswith("transformer.h.")}
+    actual = {"n_layer": len(layers)}
+    for size, name in {"vocab_size": "wte", "block_size": "wpe"}.items():
+        table = tensors.get(f"transformer.{name}.weight")
+        if table is not None and table.dim() == 2:      # if not, load_tensors says so
+            actual |= {size: table.size(0), "n_embd": table.size(1)}
+    for size, value in actual.items():
+        if sizes[size] != value:
+            raise InputError(f"{where}: not the model of its config.json: {FIELDS[size]} is "
+                             f"{sizes[size]} there, {value} in the weights")
 
 
 def load_tensors(model, tensors, where):

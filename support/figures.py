@@ -4,6 +4,8 @@ import os
 
 import numpy as np
 
+from support.files import replacing
+
 
 def pyplot():
     """matplotlib.pyplot in this repository's style; here, so that the rest runs without it."""
@@ -16,7 +18,8 @@ def pyplot():
 
 
 def save(fig, out_dir, name):
-    fig.savefig(os.path.join(out_dir, name))
+    with replacing(os.path.join(out_dir, name)) as temporary:
+        fig.savefig(temporary, format=name.rsplit(".", 1)[-1])
     pyplot().close(fig)
     return name
 

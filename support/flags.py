@@ -2,7 +2,12 @@
 import argparse
 import math
 import os
+import signal
 import sys
+import tempfile
+import traceback
+
+traceback_folders = [tempfile.gettempdir()]     # the last is that of the run
 
 
 class InputError(ValueError):
@@ -10,12 +15,52 @@ class InputError(ValueError):
 
 
 def run_script(main):
-    """Runs a script. An InputError becomes one line on standard error and exit code 2."""
+    """Runs a script. Whatever stops it becomes one line on standard error: an InputError with exit
+    code 2; what nobody foresaw with exit code 1, and its traceback in a file."""
+    name = os.path.basename(sys.argv[0])
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")        # a terminal may know ASCII alone
+    signal.signal(signal.SIGTERM, _exit_on_signal)  # which cleans up, unlike dying of it
     try:
         main()
+        sys.stdout.flush()
     except InputError as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _say_and_exit(f"{name}: error: {error}", 2)
+    except KeyboardInterrupt:
+        _say_and_exit(f"{name}: interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # for the last flush
+        _say_and_exit(f"{name}: error: standard output was closed", 1)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        _say_and_exit(f"{name}: error: {type(error).__name__}: {reason} "
+                      f"({_write_traceback(name)})", 1)
+
+
+def _exit_on_signal(number, frame):
+    sys.exit(128 + number)
+
+
+def _say_and_exit(line, code):
+    print(line, file=sys.stderr)
+    sys.exit(code)
+
+
+def _write_traceback(name):
+    """Writes the traceback of the exception in hand to a file. Returns where it is."""
+    for folder in reversed(traceback_folders):
+        path = os.path.join(folder, f"{name}.{os.getpid()}.traceback")
+        try:
+            with open(path, "w", encoding="utf-8") as file:
+                traceback.print_exc(file=file)
+            return f"traceback: {path}"
+        except OSError:
+            continue
+    return "no traceback could be written"
+
+
+def keep_tracebacks_in(folder):
+    traceback_folders.append(folder)
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,9 +89,9 @@ def number_type(kind, name, allowed):
 
 
 positive_int = number_type(int, "positive int", lambda n: n > 0)
-positive_float = number_type(float, "positive float", lambda x: 0 < x < math.inf)
+positive_float = number_type(float, "positive float (1e-12 to 1e12)", lambda x: 1e-12 <= x <= 1e12)
 not_negative_int = number_type(int, "non-negative int", lambda n: n >= 0)
-not_negative_float = number_type(float, "non-negative float", lambda x: 0 <= x < math.inf)
+not_negative_float = number_type(float, "non-negative float (to 1e12)", lambda x: 0 <= x <= 1e12)
 fraction = number_type(float, "fraction", lambda x: 0 <= x <= 1)
 seed = number_type(int, "seed", lambda n: 0 <= n < 2**32)        # what random generators take
 temperature = number_type(float, "temperature", lambda x: x == 0 or 0.01 <= x <= 100)
@@ -158,17 +203,20 @@ def resolve(args, flags):
             setattr(args, flag, default)
 
 
-def check_out_dir(out_dir, inputs=(), flag="--out_dir"):
-    """Says before the work, not after it, that a folder can't be made, or is one of the inputs.
-    inputs: {flag: comma-separated folders or None}."""
-    for name, folders in dict(inputs).items():
-        for folder in (folders or "").split(","):
-            if os.path.isdir(folder) and os.path.realpath(folder) == os.path.realpath(out_dir):
-                raise InputError(f"{flag}: {folder!r} is also --{name}, which would be "
+def check_out_dir(out_dir, inputs={}, flag="--out_dir"):
+    """Says before the work, not after it, that a folder can't be made, or that it is, holds or lies
+    in one of the inputs. inputs: {flag: comma-separated paths, or None}."""
+    own = os.path.realpath(out_dir)
+    for name, paths in inputs.items():
+        for path in (paths or "").split(","):
+            there = os.path.realpath(path)
+            if path and os.path.exists(path) and os.path.commonpath([own, there]) in (own, there):
+                what = "is also" if own == there else "lies in" if own > there else "holds"
+                raise InputError(f"{flag}: {out_dir!r} {what} --{name} ({path!r}), which could be "
                                  "overwritten; name another folder")
     above = os.path.abspath(out_dir)
-    while not os.path.exists(above):
+    while not os.path.lexists(above):
         above = os.path.dirname(above)
     if not os.path.isdir(above) or not os.access(above, os.W_OK):
-        reason = "is a file" if os.path.isfile(above) else "is not writable"
+        reason = "is not writable" if os.path.isdir(above) else "is not a folder"
         raise InputError(f"{flag}: {out_dir!r} can't be made: {above!r} {reason}")

@@ -4,7 +4,10 @@ All go through the same script and draw the same batches. Each computes its shar
 gradients and logged sums are added up, so that a run does not depend on how many they are; the
 first one writes. Without torchrun there is one process, and nothing here does anything.
 """
+import contextlib
+import ctypes
 import os
+import signal
 import sys
 
 import numpy as np
@@ -79,6 +82,18 @@ def add_up(array):
 def add_up_numbers(numbers):
     """{name: number}, each summed over all processes."""
     return dict(zip(numbers, add_up(np.array(list(numbers.values()))).tolist()))
+
+
+def end_with_parent():
+    """Where Linux is: this process gets a SIGTERM when the one that started it ends, killed or
+    not."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)          # PR_SET_PDEATHSIG
+
+
+def any_of(value):
+    """Is it true in any of the processes?"""
+    return bool(add_up(np.array([bool(value)], np.int64))[0])
 
 
 def add_up_gradients(model):

@@ -1,9 +1,11 @@
 """The run folder of a training script: what it was started with, what was measured, and what
 resuming needs. Also the line on the screen."""
 import contextlib
+import hashlib
 import json
 import math
 import os
+import signal
 import sys
 import time
 
@@ -11,11 +13,13 @@ import torch
 from tqdm import tqdm
 
 from support.device import compiled_graphs, compiles_every_shape, sync
-from support.files import replacing, write_json
-from support.flags import InputError
-from support.processes import add_up_numbers, is_first, processes, progress_bar, wait
+from support.files import check_zip, replacing, write_json
+from support.flags import InputError, keep_tracebacks_in
+from support.folders import check_free, claim, release, remove_leftovers, set_aside
+from support.processes import add_up_numbers, any_of, is_first, processes, progress_bar, wait
 
-MAY_CHANGE = ("out_dir", "resume", "device", "compile")     # flags that may differ on --resume
+# flags that may differ on --resume
+MAY_CHANGE = ("out_dir", "resume", "overwrite", "device", "compile")
 LOG_EVERY = 10                                              # steps
 
 
@@ -33,27 +37,40 @@ class Run:
         self.select = vars(args).get("select", "last")
         self.compile = vars(args).get("compile", False)
         self.device = next(model.parameters()).device
+        self.sums, self.window = {}, []     # of this step; of the steps since the last line
+        self.reported = None                # the step whose evaluation is in the resumed state
         if args.resume:
             self._resume(vars(args))
         elif is_first():
-            os.makedirs(self.dir, exist_ok=True)
-            for stale in ("model.safetensors", "state.pt", "best.pt", "metrics.jsonl"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(self._path(stale))
-            write_json(self._path("config.json"), {"nanopref": vars(args)}, indent=2)
+            self._begin(vars(args))
         wait()
-        self.sums, self.window = {}, []     # of this step; of the steps since the last line
+        keep_tracebacks_in(self.dir)
+        self.stop_signal, self.handlers = None, {}
+        with contextlib.suppress(ValueError):       # only the main thread can have handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self._on_signal)
         self.started = self.printed = time.time()
         self.bar = progress_bar(total=args.max_steps, initial=self.first_step, desc=self.dir)
 
     def _path(self, name):
         return os.path.join(self.dir, name)
 
+    def _begin(self, flags):
+        check_free(self.dir, overwrite=flags.get("overwrite", False))
+        claim(self.dir)
+        if flags.get("overwrite"):
+            set_aside(self.dir)
+        remove_leftovers(self.dir)
+        for name in ("best.pt", "metrics.jsonl"):   # of a run that never came to a state.pt
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self._path(name))
+        write_json(self._path("config.json"), {"nanopref": flags}, indent=2)
+
     # ---- in the loop
 
     def due(self, step):
         """Is there an evaluation before this step? Also before the first and after the last."""
-        return step % self.eval_every == 0 or step == self.max_steps
+        return step != self.reported and (step % self.eval_every == 0 or step == self.max_steps)
 
     def watch(self, total, **values):
         """Adds values per example, (b,) of one micro-batch, to the means of this step. total: what
@@ -62,30 +79,61 @@ class Run:
             mean = (value.detach() / total).sum()
             self.sums[name] = self.sums.get(name, 0) + mean
 
-    def end_step(self, step, **values):
-        """After the optimizer's step. Every ten steps, and before an evaluation, a line of
-        metrics.jsonl with the means since the last one: until then nothing waits for the device."""
+    def end_step(self, step, rows, **values):
+        """After the optimizer's step, on these rows of the training set. Every ten steps, and
+        before an evaluation, a line of metrics.jsonl with the means since the last one: until then
+        nothing waits for the device. Then, too, it is seen whether all numbers are finite."""
         shares = {name: value / processes() for name, value in values.items()}  # the same in all
-        self.window.append({**self.sums, **shares})
+        self.window.append({"step": step, "rows": rows, **self.sums, **shares})
         self.sums = {}
         sync(self.device)
         self.bar.update()
-        if (step + 1) % LOG_EVERY == 0 or self.due(step + 1):
-            means = {}
-            for name in self.window[0]:
-                means[name] = sum(sums[name].item() for sums in self.window) / len(self.window)
+        logs = (step + 1) % LOG_EVERY == 0 or self.due(step + 1)
+        if logs:
+            steps = self._numbers_of_window()
+            means = {name: sum(numbers[name] for numbers in steps) / len(steps)
+                     for name in steps[0]}
             means = add_up_numbers(means)
             self.log(step, means)
             self.window = []
             if self.bar.disable and time.time() > self.printed + 30:       # there is no terminal
                 self._print(step + 1, {"loss": means["loss"]})
+        if processes() == 1 or logs:        # several have to talk about it, which takes time
+            if any_of(self.stop_signal):
+                self._stop(step + 1)
+
+    def _numbers_of_window(self):
+        """What was watched in each step since the last line of metrics.jsonl: [{name: number}].
+        InputError for the first step in which one is not finite."""
+        steps = []
+        for watched in self.window:
+            numbers = {name: float(value) for name, value in watched.items()
+                       if name not in ("step", "rows")}
+            if not all(map(math.isfinite, numbers.values())):
+                raise self._diverged(watched["step"], numbers, watched["rows"])
+            steps.append(numbers)
+        return steps
+
+    def _diverged(self, step, numbers, rows=()):
+        """The InputError for numbers that are not finite."""
+        names = ", ".join(f"{name} {value}" for name, value in numbers.items()
+                          if not math.isfinite(value))
+        text = f"at step {step} ({names}"
+        if len(rows):
+            text += f", on training rows {' '.join(map(str, sorted(rows)))}"
+        text += "); "
+        if step == 0:
+            return InputError(f"--lr: not finite before the first update, {text}the rewards, "
+                              "--beta or --gamma are too large")
+        return InputError(f"--lr: training diverged {text}try a lower learning rate; "
+                          f"{self._path('state.pt')} is the last good state")
 
     def report(self, step, results):
         """Logs and prints what an evaluation measured, and saves the state."""
         self.log(step, results)
         if self.select != "last" and step > 0:
             self._save_if_best(step, results)
-        self.save_state(step)
+        self.save_state(step, reported=True)
         shown = {name: value for name, value in results.items()
                  if name.endswith(("loss", "accuracy", "chosen_change", "reward"))}
         self._print(step, shown)
@@ -93,8 +141,7 @@ class Run:
     def log(self, step, values):
         """One line of metrics.jsonl. No times in it: the same seed gives the same bytes."""
         if not all(map(math.isfinite, values.values())):
-            raise InputError(f"--lr: training diverged before step {step}: {values}; try a lower "
-                             "learning rate")
+            raise self._diverged(step, values)
         if is_first():
             with open(self._path("metrics.jsonl"), "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
@@ -116,7 +163,7 @@ class Run:
             value = results["validation/reward"]
         path = self._path("best.pt")
         if os.path.exists(path):
-            best = torch.load(path, map_location="cpu", weights_only=True)
+            best = load(path)
             if best["value"] >= value and best["step"] != step:
                 return
         self._save(path, {"model": self.model.state_dict(), "value": value, "step": step})
@@ -125,32 +172,64 @@ class Run:
         """Gives the model the weights that --select asks for, once training is over."""
         if self.select != "last":
             wait()
-            best = torch.load(self._path("best.pt"), map_location="cpu", weights_only=True)
+            best = load(self._path("best.pt"))
             self.model.load_state_dict(best["model"])
             print(f"--select={self.select}: the model of step {best['step']}")
 
     def finish(self):
         wait()          # the model is written
         self.bar.close()
+        self._restore_handlers()
+        if is_first():
+            release(self.dir)
         compiled = f", {compiled_graphs()} graphs compiled" if self.compile else ""
         print(f"{self.max_steps - self.first_step} steps in {time.time() - self.started:.0f} s"
               f"{compiled} -> {self.dir}")
 
-    # ---- resuming
+    # ---- stopping and resuming
 
-    def save_state(self, step):
-        """In one file, so that weights and optimizer always belong together."""
+    def _on_signal(self, number, frame):
+        """Ctrl-C or SIGTERM: the step is finished first. A second one acts as always."""
+        self.stop_signal = number
+        self._restore_handlers()
+
+    def _restore_handlers(self):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers = {}
+
+    def _stop(self, step):
+        self.save_state(step)
+        self.bar.close()
+        print(f"stopped after {step} steps; the same command with --resume goes on", flush=True)
+        sys.exit(128 + (self.stop_signal or signal.SIGTERM))
+
+    def save_state(self, step, reported=False):
+        """In one file, so that weights and optimizer always belong together. reported: is the
+        evaluation before this step in it?"""
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                 "step": step, "constants": self.constants, "rng": torch.get_rng_state()}
+                 "step": step, "reported": reported,
+                 "window": [add_up_numbers(numbers) for numbers in self._numbers_of_window()],
+                 "constants": self.constants, "rng": torch.get_rng_state()}
+        if is_first():
+            state["metrics"] = describe(self._metrics())
         self._save(self._path("state.pt"), state)
+
+    def _metrics(self, size=None):
+        """What is in metrics.jsonl, or its first bytes."""
+        path = self._path("metrics.jsonl")
+        if not os.path.exists(path):
+            return b""
+        with open(path, "rb") as file:
+            return file.read(size)
 
     def _save(self, path, state):
         if not is_first():
             return
         if compiles_every_shape(self.device):       # its tensors can be read by torch_xla alone
             state = on_cpu(state)
-        with replacing(path) as temporary:
-            torch.save(state, temporary)
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            torch.save(state, file)     # which, given a name, would write it into the file
 
     def _resume(self, flags):
         before = run_flags(self.dir)
@@ -161,14 +240,13 @@ class Run:
             if name not in MAY_CHANGE and before.get(name) != json.loads(json.dumps(value)):
                 raise InputError(f"--resume: --{name} was {before.get(name)!r} and is {value!r}; "
                                  "it has to stay the same")
-        try:
-            state = torch.load(self._path("state.pt"), map_location="cpu", weights_only=True)
-            with open(self._path("metrics.jsonl"), encoding="utf-8") as file:
-                lines = file.readlines()
-        except Exception as error:     # torch raises many kinds for a damaged file
-            raise InputError(f"--resume: state.pt or metrics.jsonl in {self.dir!r} is missing or "
-                             "damaged; leave --resume out to start from the beginning "
-                             f"({type(error).__name__})") from error
+        if is_first():
+            claim(self.dir)
+        state = load(self._path("state.pt"))
+        logged = self._metrics(state["metrics"]["bytes"])
+        if describe(logged) != state["metrics"]:
+            raise InputError(f"--resume: {self._path('metrics.jsonl')} is damaged: it does not "
+                             "begin with what the run logged; start again with --overwrite")
         if state["constants"] != self.constants:
             raise InputError("--resume: the reference, the data or the rewards have changed since "
                              "the run began; start it again")
@@ -176,18 +254,33 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
         self.first_step = state["step"]
-        # What was logged after the saved state will be logged again.
+        self.window = [{name: number / processes() for name, number in numbers.items()}
+                       for numbers in state["window"]]
+        if state["reported"]:
+            self.reported = self.first_step
         wait()
         if is_first():
-            self._keep_metrics(lines)
+            remove_leftovers(self.dir)
+            # What was logged after the saved state will be logged again.
+            path = self._path("metrics.jsonl")
+            with replacing(path) as temporary, open(temporary, "wb") as file:
+                file.write(logged)
         print(f"resumed {self.dir} at step {self.first_step}")
 
-    def _keep_metrics(self, lines):
-        with replacing(self._path("metrics.jsonl")) as temporary:
-            with open(temporary, "w", encoding="utf-8") as file:
-                for line in lines:
-                    if line.endswith("\n") and json.loads(line)["step"] < self.first_step:
-                        file.write(line)
+
+def describe(content):
+    """By which some bytes are known again."""
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def load(path):
+    """What torch.save wrote, on the CPU. InputError if it is damaged."""
+    try:
+        check_zip(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:     # torch raises many kinds
+        raise InputError(f"--resume: {path} is damaged ({type(error).__name__}); start again with "
+                         "--overwrite") from error
 
 
 def on_cpu(state):
@@ -207,7 +300,7 @@ def run_flags(folder):
     try:
         with open(path, encoding="utf-8") as file:
             flags = json.load(file).get("nanopref") or {}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError, OSError) as error:
         raise InputError(f"{path}: not a JSON object: {error}") from error
     if not isinstance(flags, dict):
         raise InputError(f"{path}: 'nanopref' is not an object of flags")

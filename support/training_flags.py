@@ -1,5 +1,6 @@
 """The flags of train_policy.py and train_rm.py: defaults, and what is refused."""
 import argparse
+import os
 
 from support.flags import (
     InputError,
@@ -16,6 +17,7 @@ from support.flags import (
     resolve,
     seed,
 )
+from support.folders import check_free
 from support.run_folder import run_flags
 
 
@@ -83,7 +85,8 @@ def policy_flags(argv, doc, losses):
     if args.min_per == "batch" and args.micro_batch_size < args.batch_size:
         raise InputError("--min_per=batch: one minimum per batch needs the whole batch in one "
                          "pass; leave --micro_batch_size out")
-    check_folders_and_tokenizer(args, rewards=args.rewards)
+    check_folders_and_tokenizer(args, rewards=args.rewards,
+                                select=args.select if judged and args.select != "oracle" else None)
     return args
 
 
@@ -133,6 +136,8 @@ def training_flags(doc):
     device_flags(parser)
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="use torch.compile")
     add("--resume", action="store_true", help="go on from the state in --out_dir")
+    add("--overwrite", action="store_true", help="start again in an --out_dir that holds a run or "
+        "a model, whose files go into a folder in it, old-1 (-2, ...)")
     # the preference data
     add("--rho", type=fraction_or_all, help="fraction of the training pairs in which the longer "
         "response is preferred, or all for the pairs as they are (default: 0.2 on tinytldr)")
@@ -169,9 +174,16 @@ def preference_data_flags(args, used=True):
 
 
 def check_folders_and_tokenizer(args, **inputs):
-    """Nothing is overwritten that is read, and --tokenizer is that of --init_from by default."""
+    """Nothing is overwritten that is read, nor anybody's work; --tokenizer is that of --init_from
+    by default."""
     start = None if args.init_from == "scratch" else args.init_from
-    check_out_dir(args.out_dir, {"init_from": start, "relabel": args.relabel, **inputs})
+    check_out_dir(args.out_dir, {"init_from": start, "relabel": args.relabel, "data": args.data,
+                                 **inputs})
+    if args.resume and args.overwrite:
+        raise InputError("--overwrite: it would be ignored: --resume goes on with what is there")
+    members = vars(args).get("bias") or [""]
+    for folder in {args.out_dir, *(os.path.join(args.out_dir, str(bias)) for bias in members)}:
+        check_free(folder, args.resume, args.overwrite)
     default = "tinytldr" if args.data == "tinytldr" else "gpt2"
     if start is not None:
         default = run_flags(start).get("tokenizer", default)

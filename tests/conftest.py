@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 from itertools import islice
 
@@ -9,6 +10,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")      # tiny models run faster so
 os.environ["CUDA_VISIBLE_DEVICES"] = ""             # the bars are for float32 on a CPU
 os.environ.setdefault("HF_HUB_OFFLINE", "1")        # no test may reach the network
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """A run that a test leaves in the middle leaves its handlers of signals."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

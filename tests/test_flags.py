@@ -109,8 +109,9 @@ def test_a_dialogue_with_a_model_that_answers_posts(world, refuses):
     (["--gamma=nan"], "--gamma: invalid FIRST,LAST"),
     (["--rho=2"], r"--rho: invalid fraction \(or all\) value: '2'"),
     (["--rho=some"], "--rho: invalid fraction"),
-    (["--lr=0"], "--lr: invalid positive float value: '0'"),
+    (["--lr=0"], r"--lr: invalid positive float \(1e-12 to 1e12\) value: '0'"),
     (["--lr=inf"], "--lr: invalid positive float"),
+    (["--loss=dpo", "--beta=1e300"], "--beta: invalid positive float"),
     (["--weight_decay=-1"], "--weight_decay: invalid non-negative float"),
     (["--seed=-1"], "--seed: invalid seed"),
     (["--seed=4294967296"], "--seed: invalid seed"),
@@ -226,7 +227,7 @@ def test_scratch_is_a_folder_name_like_any_other(tmp_path, hub_cache, monkeypatc
     Path("demonstrations.jsonl").write_text("".join(rows))
     flags = ["--loss=sft", "--out_dir=scratch", "--max_steps=1", "--batch_size=2", "--n_layer=1",
              "--n_embd=8", "--data=demonstrations.jsonl", "--tokenizer=tinytldr"]
-    for again in ([], [], ["--resume"]):
+    for again in ([], ["--overwrite"], ["--resume"]):
         train_policy.main(flags + again)
         config = json.loads(Path("scratch/config.json").read_text())
         assert config["nanopref"]["init_from"] == "scratch" and config["n_layer"] == 1

@@ -265,9 +265,11 @@ def edit_config(folder, **changes):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"n_embd": 32}, r"size mismatch for transformer\.wte\.weight"),
-    ({"n_layer": 3}, r'Missing key\(s\) in state_dict: "transformer\.h\.2\.'),
-    ({"n_layer": 1}, r'Unexpected key\(s\) in state_dict: "transformer\.h\.1\.'),
+    ({"n_embd": 32}, "config.json: n_embd is 32 there, 16 in the weights"),
+    ({"n_layer": 3}, "config.json: n_layer is 3 there, 2 in the weights"),
+    ({"n_layer": 1}, "config.json: n_layer is 1 there, 2 in the weights"),
+    ({"vocab_size": 10 ** 12}, "config.json: vocab_size is 1000000000000 there, "),
+    ({"n_positions": 10 ** 12}, "config.json: n_positions is 1000000000000 there, "),
     ({"model_type": "llama"}, "only 'gpt2'"),
     ({"activation_function": "relu"}, "only 'gelu_new'")])
 def test_checkpoint_of_another_shape(tmp_path, model, changes, message):
@@ -276,8 +278,18 @@ def test_checkpoint_of_another_shape(tmp_path, model, changes, message):
     with pytest.raises(InputError, match=message) as error:
         GPT.from_pretrained(str(tmp_path))
     assert str(error.value).startswith(f"{tmp_path}: ") and "\n" not in str(error.value)
-    if message.startswith(("size", "Missing", "Unexpected")):
-        assert f"{tmp_path}: not the model of its config.json: " in str(error.value)
+    if message.startswith("config.json: "):
+        assert str(error.value).startswith(f"{tmp_path}: not the model of its config.json: ")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(tmp_path, model, number):
+    model.transformer.h[1].mlp.c_fc.weight.data[2, 3] = number
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError) as error:
+        GPT.from_pretrained(str(tmp_path))
+    assert str(error.value) == (f"{tmp_path}: the weights transformer.h.1.mlp.c_fc.weight hold "
+                                "numbers that are not finite")
 
 
 def test_checkpoint_missing_or_broken(tmp_path, model):

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -15,15 +17,20 @@ import torch
 from support import run_folder
 from support.checks import check_step_0
 from support.flags import InputError
+from support.folders import check_free, check_unused, claim
 from support.optimizer import adamw, learning_rate, set_learning_rate
 from support.run_folder import (
     Run,
     check_same_tokens,
     family_folders,
     family_to_train,
+    load,
     run_flags,
     run_names,
 )
+
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def start(folder, constants="hash", **flags):
@@ -75,14 +82,48 @@ def test_a_new_run_writes_its_flags(tmp_path):
     assert run_flags(tmp_path / "a/b") == flags
 
 
-def test_a_new_run_removes_what_an_older_run_left(tmp_path):
-    """The model and what belongs to it; not the cache, nor anything else."""
-    stale = ("model.safetensors", "state.pt", "best.pt", "metrics.jsonl")
-    for name in (*stale, "notes.txt", "config.json"):
+def test_a_new_run_removes_what_a_run_left_that_was_killed_before_its_first_evaluation(tmp_path):
+    """Nothing else."""
+    start(tmp_path)
+    for name in ("best.pt", "metrics.jsonl", "notes.txt", "state.pt.123.tmp"):
         (tmp_path / name).write_text("old")
     start(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["config.json", "notes.txt"]
+    assert sorted(os.listdir(tmp_path)) == [".lock", "config.json", "notes.txt"]
     assert (tmp_path / "notes.txt").read_text() == "old"
+
+
+@pytest.mark.parametrize("there, what", [
+    ("state.pt", "an unfinished run (go on with --resume)"), ("model.safetensors", "a model"),
+    ("pytorch_model.bin", "a model"), ("config.json", "a model")])
+def test_nobodys_work_is_overwritten(tmp_path, there, what):
+    """Neither a run of ours nor somebody's model; if told to, they are set aside first."""
+    (tmp_path / there).write_text("old")
+    assert refusal(start, tmp_path) == (
+        f"--out_dir: '{tmp_path}' holds {what}; name another folder, or --overwrite, which sets "
+        "the old one aside")
+    assert os.listdir(tmp_path) == [there]
+    for number in (1, 2):
+        start(tmp_path, overwrite=True)
+        assert sorted(os.listdir(tmp_path))[1:] == ["config.json", "old-1", "old-2"][:1 + number]
+    assert (tmp_path / "old-1" / there).read_text() == "old"
+    assert os.listdir(tmp_path / "old-2") == ["config.json"]
+
+
+def test_a_folder_is_written_to_by_one_process(tmp_path):
+    """Another one refuses at once, to resume too; when the first has ended, however, it may."""
+    code = (f"import sys, time; sys.path.insert(0, {ROOT!r}); from support.folders import claim; "
+            f"claim({str(tmp_path)!r}); print('mine', flush=True); time.sleep(60)")
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        message = (f"--out_dir: another process is at work in '{tmp_path}'; wait for it, or name "
+                   "another folder")
+        for refused in (check_free, check_unused, claim):
+            assert refusal(refused, str(tmp_path)) == message
+        (tmp_path / "state.pt").touch()
+        assert refusal(start, tmp_path, resume=True) != ""
+        other.kill()
+    (tmp_path / "state.pt").unlink()
+    start(tmp_path)
 
 
 # ------------------------------------------------------------------ metrics.jsonl
@@ -100,7 +141,7 @@ def test_means_over_steps(tmp_path):
     for step in range(25):
         run.watch(4, loss=torch.tensor([step, step + 4.0]), margin=torch.tensor([2.0, 2.0]))
         run.watch(4, loss=torch.tensor([step, step]), margin=torch.tensor([4.0, 8.0]))
-        run.end_step(step, grad_norm=torch.tensor(2.0 * step))
+        run.end_step(step, [], grad_norm=torch.tensor(2.0 * step))
     middles = {9: 4.5, 11: 10.5, 19: 15.5, 23: 21.5, 24: 24.0}      # of the steps of each line
     assert metrics(tmp_path) == [
         {"step": step, "loss": middle + 1, "margin": 4.0, "grad_norm": 2 * middle}
@@ -118,8 +159,9 @@ def test_numbers_that_are_not_finite_end_a_run(tmp_path):
     run.log(0, {"loss": 1.0})
     for number in (float("nan"), float("inf")):
         values = {"loss": 1.0, "margin": number}
-        assert refusal(run.log, 3, values) == (f"--lr: training diverged before step 3: {values}; "
-                                               "try a lower learning rate")
+        assert refusal(run.log, 3, values) == (
+            f"--lr: training diverged at step 3 (margin {number}); try a lower learning rate; "
+            f"{tmp_path}/state.pt is the last good state")
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0, "loss": 1.0}\n'
 
 
@@ -141,7 +183,8 @@ def test_text_is_utf_8_whatever_the_machine_says(tmp_path, monkeypatch):
     encodings = []
 
     def spy(path, mode="r", **options):
-        encodings.append(options.get("encoding"))
+        if "b" not in mode:
+            encodings.append(options.get("encoding"))
         return builtins.open(path, mode, **options)
 
     monkeypatch.setattr(run_folder, "open", spy, raising=False)
@@ -185,7 +228,7 @@ def ten_steps(run):
     """Ten steps in which nothing is evaluated, so that their means are logged."""
     for step in range(10):
         run.watch(1, loss=torch.tensor([2.0]))
-        run.end_step(step)
+        run.end_step(step, [])
 
 
 @pytest.mark.parametrize("seconds, line", [
@@ -244,17 +287,63 @@ def test_a_resumed_run_has_what_the_saved_state_had(tmp_path, capsys):
 
 
 def test_resuming_keeps_the_lines_before_the_saved_state(tmp_path):
-    """Those from its step on will be written again; the last was cut off."""
+    """And its own evaluation; what came later will be written again, and the last was cut off."""
     run = start(tmp_path)
     for step in (0, 2):
         run.log(step, {"loss": 1.0})
     run.report(3, {"loss": 0.5})
+    before = (tmp_path / "metrics.jsonl").read_text()
     run.log(5, {"loss": 0.25})
     with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 2, "loss": 1.0}')
-    start(tmp_path, resume=True)
-    text = (tmp_path / "metrics.jsonl").read_text()
-    assert text == '{"step": 0, "loss": 1.0}\n{"step": 2, "loss": 1.0}\n'
+    resumed = start(tmp_path, resume=True)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    assert not resumed.due(3) and resumed.due(6)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_a_run_after_its_step(tmp_path, capsys, number):
+    """The state is saved and one line says how to go on; the means of the steps since the last line
+    of metrics.jsonl are not lost. A second signal acts as always."""
+    flags = {"max_steps": 20, "eval_every": 20}
+    whole = start(tmp_path / "whole", **flags)
+    ten_steps(whole)
+    run = start(tmp_path / "stopped", **flags)
+    before = signal.getsignal(number)
+    for step in range(4):
+        run.watch(1, loss=torch.tensor([2.0]))
+        if step == 3:
+            os.kill(os.getpid(), number)
+            with pytest.raises(SystemExit) as exit:
+                run.end_step(step, [])
+        else:
+            run.end_step(step, [])
+    assert exit.value.code == 128 + number and signal.getsignal(number) != before
+    assert capsys.readouterr().out == (
+        "stopped after 4 steps; the same command with --resume goes on\n")
+    run = start(tmp_path / "stopped", resume=True, **flags)
+    assert run.first_step == 4
+    for step in range(4, 10):
+        run.watch(1, loss=torch.tensor([2.0]))
+        run.end_step(step, [])
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
+
+
+def test_a_step_that_is_not_finite_is_named_with_its_rows(tmp_path):
+    """Within ten steps, before the state could be saved."""
+    run = start(tmp_path, max_steps=40, eval_every=40)
+    with pytest.raises(InputError) as error:
+        for step in range(10):
+            run.watch(1, loss=torch.tensor([float("nan") if step >= 4 else 1.0]))
+            run.end_step(step, [20 + step, 10 + step], grad_norm=torch.tensor(1.0))
+    assert step == 9 and str(error.value) == (
+        "--lr: training diverged at step 4 (loss nan, on training rows 14 24); try a lower "
+        f"learning rate; {tmp_path}/state.pt is the last good state")
+    run = start(tmp_path / "first", max_steps=1)
+    run.watch(1, loss=torch.tensor([float("inf")]))
+    assert refusal(run.end_step, 0, [3]) == (
+        "--lr: not finite before the first update, at step 0 (loss inf, on training rows 3); the "
+        "rewards, --beta or --gamma are too large")
 
 
 def test_where_a_run_is_resumed_may_change(tmp_path):
@@ -291,15 +380,32 @@ def test_resuming_needs_the_same_constants(tmp_path):
 
 
 def test_a_state_that_is_damaged(tmp_path):
-    """Or was made by somebody else: a pickle that would run code is not unpickled."""
+    """By one bit, or cut off; or made by somebody else: a pickle that would run code is not
+    unpickled."""
+    path = tmp_path / "state.pt"
     start(tmp_path).report(3, {"loss": 0.5})
-    message = (f"--resume: state.pt or metrics.jsonl in '{tmp_path}' is missing or damaged; leave "
-               "--resume out to start from the beginning ({})")
-    (tmp_path / "metrics.jsonl").rename(tmp_path / "metrics.old")
-    assert refusal(start, tmp_path, resume=True) == message.format("FileNotFoundError")
-    (tmp_path / "metrics.old").rename(tmp_path / "metrics.jsonl")
-    torch.save({"constants": SimpleNamespace()}, tmp_path / "state.pt")
+    good = path.read_bytes()
+    message = f"--resume: {path} is damaged ({{}}); start again with --overwrite"
+    weight = good.index(load(path)["model"]["weight"].numpy().tobytes())
+    flipped = good[:weight] + bytes([good[weight] ^ 1]) + good[weight + 1:]
+    for content in (flipped, good[:-1], good[:100], b"", b"not a zip file"):
+        path.write_bytes(content)
+        assert refusal(start, tmp_path, resume=True) == message.format("ValueError")
+    torch.save({"constants": SimpleNamespace()}, path)
     assert refusal(start, tmp_path, resume=True) == message.format("UnpicklingError")
+
+
+@pytest.mark.parametrize("content", [None, "", '{"step": 3, "loss": 0.4}\n'])
+def test_metrics_that_are_damaged(tmp_path, content):
+    """Missing, cut off, or with another number in them."""
+    path = tmp_path / "metrics.jsonl"
+    start(tmp_path).report(3, {"loss": 0.5})
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    assert refusal(start, tmp_path, resume=True) == (
+        f"--resume: {path} is damaged: it does not begin with what the run logged; start again "
+        "with --overwrite")
 
 
 # ------------------------------------------------------------------ --select
@@ -332,7 +438,7 @@ def test_the_selected_model(tmp_path, select, chosen, capsys):
 def test_a_resumed_run_selects_among_the_steps_of_before_too(tmp_path):
     """An evaluation that is made again replaces its own, though it is no better."""
     train_and_select(tmp_path, "loss", LOSSES[:3])
-    for steps, chosen in (((3,), 2), ((2, 3), 7)):
+    for steps, chosen in (((3,), 2), ((2, 3), 7)):      # in the same process: as if killed
         run = start(tmp_path, select="loss", max_steps=2, eval_every=1, resume=True)
         run.model.bias.data.fill_(7)
         for step in steps:

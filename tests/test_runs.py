@@ -237,8 +237,7 @@ def test_what_was_logged_after_the_saved_state_is_logged_once(world, tmp_path, m
 def test_a_damaged_state_is_said(world, tmp_path):
     train_policy.main(policy_flags(world, tmp_path))
     (tmp_path / "state.pt").write_bytes((tmp_path / "state.pt").read_bytes()[:1000])
-    with pytest.raises(InputError, match="--resume: state.pt or metrics.jsonl .* is missing or "
-                                         "damaged"):
+    with pytest.raises(InputError, match="--resume: .*state.pt is damaged"):
         train_policy.main(policy_flags(world, tmp_path) + ["--resume"])
 
 
@@ -261,7 +260,7 @@ def test_interrupted_family_goes_on(world, tmp_path, monkeypatch):
                             for run in ("whole", "parts")]
             assert whole == parts
     with pytest.raises(InputError, match="would join this family"):
-        train_rm.main(flags(tmp_path / "parts", bias="0.2,0.5"))
+        train_rm.main(flags(tmp_path / "parts", bias="0.5,0.7"))
 
 
 def test_resuming_needs_the_same_reference(world, tmp_path):
@@ -290,7 +289,7 @@ def test_all_files_of_a_run_have_the_same_access_rights(world, tmp_path, umask):
 
 
 def test_a_diverged_run_is_not_saved(world, tmp_path):
-    with pytest.raises(InputError, match="--lr: training diverged before step"):
+    with pytest.raises(InputError, match="--lr: training diverged at step 1 "):
         train_policy.main(policy_flags(world, tmp_path / "run", lr=1e12))
     assert not (tmp_path / "run/model.safetensors").exists()
 
@@ -304,7 +303,7 @@ def test_a_run_does_not_overwrite_its_reference(world):
 def test_a_folder_that_cannot_be_made(world, tmp_path):
     (tmp_path / "file").write_text("")
     for out_dir in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(InputError, match="--out_dir: .* is a file"):
+        with pytest.raises(InputError, match="--out_dir: .* is not a folder"):
             train_policy.main(policy_flags(world, out_dir))
 
 
@@ -703,7 +702,8 @@ def test_bad_input_from_the_shell(tmp_path, script, flags, message):
 
 @pytest.mark.parametrize("script, flags, message", [
     (train_policy, ["--los=dpo"], "unrecognized arguments: --los=dpo"),
-    (train_policy, ["--lr=fast"], "argument --lr: invalid positive float value: 'fast'"),
+    (train_policy, ["--lr=fast"],
+     "argument --lr: invalid positive float (1e-12 to 1e12) value: 'fast'"),
     (train_policy, ["--init_from=./nowhere"], "nowhere: no such folder"),
     (train_policy, ["--loss=sft", "--data=none.jsonl"], "none.jsonl: no such file"),
     (train_rm, ["--bias=0.2,x"], "argument --bias: invalid list of comma-separated fractions"),

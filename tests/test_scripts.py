@@ -281,6 +281,7 @@ def test_rewards_are_cached_beside_their_model(lab):
         assert rewards.dtype == np.float32
         return rewards[:, :, 0], cached_names(lab.root / "rm")
 
+    (lab.root / "rm").mkdir()
     model, dataset = shaken(RewardModel(CONFIG), 1), lab.pairs["train"]
     for _ in range(2):
         rewards, names = scores(model, dataset)
@@ -388,7 +389,7 @@ def test_a_compiled_run_is_the_same_run(lab, monkeypatch, capsys):
     graphs_before, compile_module = compiled_graphs(), torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compile_module, backend="eager"))
     runs = []
-    for flags in ([], ["--compile"]):
+    for flags in ([], ["--compile", "--overwrite"]):
         train(lab, train_policy, "--max_steps=3", *flags)
         runs.append(metrics(lab.root / "run"))
     for plain, compiled in zip(*runs, strict=True):

@@ -1,0 +1,82 @@
+"""A run's folder: nobody's work in it is overwritten, and one process at a time writes to it."""
+import os
+
+from support.flags import InputError
+
+try:
+    import fcntl
+except ImportError:     # Windows has no such locks
+    fcntl = None
+
+LOCK = ".lock"          # an empty file, locked by the process that writes to its folder
+MODELS = {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"}
+claimed = {}            # {real path of a folder: its open lock file}, of this process
+
+
+def check_free(folder, resume=False, overwrite=False):
+    """InputError if a new run in this folder would overwrite something, or if another process is at
+    work there. A run that never came to its first evaluation is nothing to lose."""
+    check_unused(folder)
+    there = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    not_ours = "config.json" in there and LOCK not in there
+    if resume or overwrite or not ("state.pt" in there or MODELS & there or not_ours):
+        return
+    what = "a model" if MODELS & there or not_ours else "an unfinished run (go on with --resume)"
+    raise InputError(f"--out_dir: {folder!r} holds {what}; name another folder, or --overwrite, "
+                     "which sets the old one aside")
+
+
+def check_unused(folder):
+    """InputError if another process writes to this folder."""
+    path = os.path.join(folder, LOCK)
+    if os.path.realpath(folder) not in claimed and os.path.exists(path):
+        with open(path, "rb") as file:
+            lock(file, folder, shared=True)
+
+
+def claim(folder):
+    """Makes a folder, for this process to write to: until it is released, or the process ends."""
+    os.makedirs(folder, exist_ok=True)
+    if os.path.realpath(folder) not in claimed:
+        file = open(os.path.join(folder, LOCK), "ab")       # stays open
+        lock(file, folder)
+        claimed[os.path.realpath(folder)] = file
+
+
+def release(folder):
+    claimed.pop(os.path.realpath(folder)).close()
+
+
+def lock(file, folder, shared=False):
+    """Locks an open file until it is closed. InputError if another process has it."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_NB | (fcntl.LOCK_SH if shared else fcntl.LOCK_EX))
+    except BlockingIOError:
+        raise InputError(f"--out_dir: another process is at work in {folder!r}; wait for it, or "
+                         "name another folder") from None
+    except OSError:         # a file system without locks
+        pass
+
+
+def remove_leftovers(folder):
+    """What a process that was killed had not finished writing."""
+    for name in os.listdir(folder):
+        if name.endswith(".tmp"):
+            os.remove(os.path.join(folder, name))
+
+
+def set_aside(folder):
+    """Moves the files of an earlier run into a folder old-1 (-2, ...) inside its own."""
+    names = [name for name in sorted(os.listdir(folder))
+             if name != LOCK and os.path.isfile(os.path.join(folder, name))]
+    if not names:
+        return
+    number = 1
+    while os.path.exists(os.path.join(folder, f"old-{number}")):
+        number += 1
+    aside = os.path.join(folder, f"old-{number}")
+    os.mkdir(aside)
+    for name in names:
+        os.rename(os.path.join(folder, name), os.path.join(aside, name))
+    print(f"--overwrite: the files of {folder} are in {aside} now")
