@@ -28,6 +28,7 @@ from model import GPT
 from reward import family_scores, load_reward_models, training_pairs
 from support.cache import key
 from support.device import setup
+from support.files import read_json
 from support.flags import Parser, comma_separated, fraction_or_all, positive_int, run_script, seed
 from support.passes import score
 from support.run_folder import family_folders, run_flags
@@ -134,7 +135,7 @@ def seeds_family(cell):
     for number in range(5):
         member = f"{folder}/{number}"
         if not os.path.exists(f"{member}/model.safetensors"):
-            args = reward_flags([*cell.data, f"--out_dir={member}"], "")
+            args = reward_flags([*cell.data, f"--out_dir={member}", "--overwrite"], "")
             with trials.silence():
                 train_member(args, args.seed + 100 + number)
     return folder
@@ -251,10 +252,10 @@ def main(argv=None):
     if not set(args.tables) <= set(TABLES):
         parser.error(f"--tables: of {', '.join(TABLES)}")
     path = f"{args.results}/runs.csv"
-    os.makedirs(args.results, exist_ok=True)
     if not args.draw:
-        with open(args.chosen, encoding="utf-8") as file:
-            chosen = json.load(file)["chosen"]
+        trials.check_models(sft=args.sft)
+        chosen = read_json(args.chosen)["chosen"]
+        os.makedirs(args.results, exist_ok=True)
         done = {(row["table"], row["rho"], row["seed"]) for row in figure2.read_rows(path)}
         with trials.workers(args.workers) as pool:
             jobs = []

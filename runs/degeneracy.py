@@ -16,6 +16,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import trials
 
 from support.figures import pyplot, save
+from support.files import replacing
 from support.flags import Parser, positive_float, positive_int, run_script
 
 LOSSES = ("dpo", "ipo", "d-dpo", "p-dpo", "e-dpo")
@@ -78,15 +79,17 @@ def main(argv=None):
     add("--flags", default="", help="more flags for all training runs")
     add("--workers", type=positive_int, default=2, help="runs at a time, one thread each")
     args = parser.parse_args(argv)
+    trials.check_models(sft=args.sft, rm=args.rm, rms=args.rms)
     with trials.workers(args.workers) as pool:
         jobs = {loss: pool.submit(run, args, loss) for loss in LOSSES}
         curves = {loss: job.result() for loss, job in jobs.items()}
     os.makedirs(args.results, exist_ok=True)
-    with open(f"{args.results}/curves.csv", "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, ["loss", "step", *CURVES])
-        writer.writeheader()
-        for lines in curves.values():
-            writer.writerows(lines)
+    with replacing(f"{args.results}/curves.csv") as temporary:
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, ["loss", "step", *CURVES])
+            writer.writeheader()
+            for lines in curves.values():
+                writer.writerows(lines)
     for loss, lines in curves.items():
         print(loss, lines[-1])
     figure(curves, args.results)

@@ -304,6 +304,8 @@ def main(argv=None):
     add("--workers", type=positive_int, default=2, help="cells at a time, one thread each")
     args = parser.parse_args(argv)
     path = f"{args.results}/runs.csv"
+    if not args.draw:
+        trials.check_models(sft=args.sft)
     os.makedirs(args.results, exist_ok=True)
     if args.choose:
         with trials.workers(args.workers) as pool:

@@ -21,6 +21,7 @@ from support.files import read_json, write_json
 from support.flags import (
     InputError,
     Parser,
+    check_out_dir,
     comma_separated,
     device_flags,
     first_last,
@@ -94,6 +95,7 @@ def parse_flags(argv):
     table["bias"] = (args.family == "bias", [0.2, 0.4, 0.5, 0.6, 0.8], "--family=bias")
     table["seeds"] = (args.family == "seeds", [0, 1, 2, 3, 4], "--family=seeds")
     resolve(args, table)
+    check_out_dir(args.out, flag="--out")
     return args
 
 

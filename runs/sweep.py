@@ -69,7 +69,7 @@ def figure(results, out_dir):
     save(fig, out_dir, "sweep.png")
 
 
-def main():
+def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--sft", default="out/speedrun/sft")
@@ -77,7 +77,8 @@ def main():
     add("--rms", default="out/speedrun/rms")
     add("--out_dir", default="out/sweep", help="remove it to start anew, as after another --sft")
     add("--workers", type=positive_int, default=2, help="runs at a time, one thread each")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    trials.check_models(sft=args.sft, rm=args.rm, rms=args.rms)
     with trials.workers(args.workers) as pool:
         for loss in FIRST:
             pool.submit(trial, args, loss, VALUES[0]).result()

@@ -16,6 +16,7 @@ import evaluate
 import train_policy
 import train_rm
 from support.files import read_json, write_json
+from support.flags import InputError
 from support.processes import end_with_parent
 
 
@@ -27,6 +28,16 @@ def workers(n):
 def start_worker():
     torch.set_num_threads(1)
     end_with_parent()
+
+
+def check_models(**folders):
+    """InputError, before anything is trained, if there is no model in one of these folders, nor in
+    a folder in it. folders: by their flags."""
+    for flag, folder in folders.items():
+        if not glob.glob(f"{glob.escape(folder)}/config.json") + glob.glob(
+                f"{glob.escape(folder)}/*/config.json"):
+            raise InputError(f"--{flag}: there is no model in {folder!r}; bash runs/speedrun.sh "
+                             "trains those of the defaults")
 
 
 @contextlib.contextmanager

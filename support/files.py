@@ -44,6 +44,8 @@ def write_json(path, value, indent=None):
 
 def read_json(path):
     """What `write_json` wrote. InputError if it is damaged."""
+    if not os.path.exists(path):
+        raise InputError(f"{path}: no such file")
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file)

@@ -1,13 +1,12 @@
 """Command-line flags: their types, what is refused, and the one line that says why."""
 import argparse
-import math
 import os
 import signal
 import sys
 import tempfile
 import traceback
 
-traceback_folders = [tempfile.gettempdir()]     # the last is that of the run
+traceback_folder = None         # that of the run, once there is one; until then the system's
 
 
 class InputError(ValueError):
@@ -48,19 +47,19 @@ def _say_and_exit(line, code):
 
 def _write_traceback(name):
     """Writes the traceback of the exception in hand to a file. Returns where it is."""
-    for folder in reversed(traceback_folders):
-        path = os.path.join(folder, f"{name}.{os.getpid()}.traceback")
-        try:
-            with open(path, "w", encoding="utf-8") as file:
-                traceback.print_exc(file=file)
-            return f"traceback: {path}"
-        except OSError:
-            continue
-    return "no traceback could be written"
+    folder = traceback_folder or tempfile.gettempdir()
+    path = os.path.join(folder, f"{name}.{os.getpid()}.traceback")
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            traceback.print_exc(file=file)
+    except OSError:             # such as a full disk
+        return "no traceback could be written"
+    return f"traceback: {path}"
 
 
 def keep_tracebacks_in(folder):
-    traceback_folders.append(folder)
+    global traceback_folder
+    traceback_folder = folder
 
 
 class Parser(argparse.ArgumentParser):
@@ -90,6 +89,7 @@ def number_type(kind, name, allowed):
 
 positive_int = number_type(int, "positive int", lambda n: n > 0)
 positive_float = number_type(float, "positive float (1e-12 to 1e12)", lambda x: 1e-12 <= x <= 1e12)
+up_to_30000 = number_type(int, "int from 1 to 30000", lambda n: 1 <= n <= 30_000)
 not_negative_int = number_type(int, "non-negative int", lambda n: n >= 0)
 not_negative_float = number_type(float, "non-negative float (to 1e12)", lambda x: 0 <= x <= 1e12)
 fraction = number_type(float, "fraction", lambda x: 0 <= x <= 1)
@@ -155,7 +155,7 @@ def comparison_flags(argv, doc):
     add("--data", default="tinytldr", help="where the held-out prompts and pairs come from")
     add("--split", default="test", choices=["validation", "test"])
     add("--out_dir", default="out/report", help="where report.md, results.json and figures go")
-    add("--n_prompts", type=positive_int, default=1000, help="held-out prompts, at most")
+    add("--n_prompts", type=up_to_30000, default=1000, help="held-out prompts, at most")
     add("--show", type=not_negative_int, default=5, help="prompts whose samples are printed")
     add("--seed", type=seed, default=0, help="of the data and of sampling")
     sampling_flags(parser)

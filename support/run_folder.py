@@ -180,6 +180,7 @@ class Run:
         wait()          # the model is written
         self.bar.close()
         self._restore_handlers()
+        keep_tracebacks_in(None)
         if is_first():
             release(self.dir)
         compiled = f", {compiled_graphs()} graphs compiled" if self.compile else ""

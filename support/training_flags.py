@@ -181,8 +181,8 @@ def check_folders_and_tokenizer(args, **inputs):
                                  **inputs})
     if args.resume and args.overwrite:
         raise InputError("--overwrite: it would be ignored: --resume goes on with what is there")
-    members = vars(args).get("bias") or [""]
-    for folder in {args.out_dir, *(os.path.join(args.out_dir, str(bias)) for bias in members)}:
+    members = [os.path.join(args.out_dir, str(bias)) for bias in vars(args).get("bias") or []]
+    for folder in [args.out_dir, *members]:
         check_free(folder, args.resume, args.overwrite)
     default = "tinytldr" if args.data == "tinytldr" else "gpt2"
     if start is not None:

@@ -11,10 +11,12 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from support import run_folder
+from support.cache import cache_folder, cached
 from support.checks import check_step_0
 from support.flags import InputError
 from support.folders import check_free, check_unused, claim
@@ -28,7 +30,6 @@ from support.run_folder import (
     run_flags,
     run_names,
 )
-
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -406,6 +407,39 @@ def test_metrics_that_are_damaged(tmp_path, content):
     assert refusal(start, tmp_path, resume=True) == (
         f"--resume: {path} is damaged: it does not begin with what the run logged; start again "
         "with --overwrite")
+
+
+# ------------------------------------------------------------------ what is cached
+
+@pytest.mark.parametrize("damage", [
+    lambda text: text.replace("2.5", "2.25"), lambda text: text[:-9], lambda text: "",
+    lambda text: "null", lambda text: "[[1.5]]", lambda text: text.replace("[0.1, 2.5], ", "")])
+def test_a_damaged_cache_is_computed_anew(tmp_path, capsys, damage):
+    """Changed, cut off, empty, of another type, with a row missing: it is named, and mended."""
+    values = np.array([[1.5, 0.5], [0.1, 2.5], [3.0, 4.0]])
+    path = tmp_path / "cache/scores-abc.json"
+    for _ in range(2):
+        assert cached(str(tmp_path / "cache"), "scores", "abc", lambda: values) == values.tolist()
+    assert capsys.readouterr().out == f"scores: from {path}\n"
+    path.write_text(damage(path.read_text()))
+    for said in (f"{path}: damaged, computed anew\n", f"scores: from {path}\n"):
+        assert cached(str(tmp_path / "cache"), "scores", "abc", lambda: values) == values.tolist()
+        assert capsys.readouterr().out == said
+
+
+def test_numbers_that_are_not_finite_are_not_cached(tmp_path):
+    with pytest.raises(InputError, match="^scores: the model gives numbers that are not finite$"):
+        cached(str(tmp_path / "cache"), "scores", "abc", lambda: [1.0, float("nan")])
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_reference_that_cannot_be_written_to(tmp_path, monkeypatch):
+    """Its cache goes to the run's folder. (os.access, since an administrator may write anywhere.)"""
+    (tmp_path / "ref").mkdir()
+    assert cache_folder(str(tmp_path / "ref"), "run") == str(tmp_path / "ref/cache")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert cache_folder(str(tmp_path / "ref"), "run") == "run/cache"
+    assert cache_folder("gpt2", "run") == "run/cache"
 
 
 # ------------------------------------------------------------------ --select
