@@ -434,7 +434,7 @@ def test_numbers_that_are_not_finite_are_not_cached(tmp_path):
 
 
 def test_a_reference_that_cannot_be_written_to(tmp_path, monkeypatch):
-    """Its cache goes to the run's folder. (os.access, since an administrator may write anywhere.)"""
+    """Its cache goes to the run's folder. (An administrator may write anywhere: so os.access.)"""
     (tmp_path / "ref").mkdir()
     assert cache_folder(str(tmp_path / "ref"), "run") == str(tmp_path / "ref/cache")
     monkeypatch.setattr(os, "access", lambda path, mode: False)
