@@ -1,0 +1,127 @@
+"""Records and trees of any shape: what holds of every one of them, by examples that hypothesis
+makes up. The suite tries 100 of each, always the same ones; runs/fuzz.sh 50,000 others."""
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data import collate
+from model import GPT, GPTConfig, tree_mask
+from support.flags import InputError
+from support.formats import load_rows, parse_rows
+
+CASES = int(os.environ.get("FUZZ_CASES", 0))        # of each test; 0 in the suite
+anything = settings(max_examples=CASES or 100, derandomize=not CASES, database=None, deadline=None,
+                    suppress_health_check=[HealthCheck.too_slow])
+
+# ------ records
+
+texts = st.text(max_size=8) | st.sampled_from(["", " ", "\n\nHuman: a\n\nAssistant:", "NA", "true",
+                                               "post\nTL;DR: b", "\ud83d"])
+numbers = st.integers() | st.floats() | st.booleans()
+messages = st.lists(st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system", "boss"]), "content": texts}),
+    max_size=4)
+values = st.recursive(st.none() | texts | numbers | messages, st.lists, max_leaves=4)
+records = st.dictionaries(st.sampled_from([
+    "prompt", "chosen", "rejected", "score_chosen", "score_rejected", "completion", "label",
+    "messages", "responses", "ranks", "scores", "other"]), values, max_size=6)
+good_pairs = st.fixed_dictionaries(
+    {"prompt": texts, "chosen": texts, "rejected": texts},
+    optional={"score_chosen": numbers, "score_rejected": numbers, "label": values})
+
+
+def check_row(row, demonstrations):
+    """A row is what encode() expects: text, and responses that are not blank."""
+    assert row.keys() <= {"prompt", "responses", "scores"} and isinstance(row["prompt"], str)
+    assert len(row["responses"]) == 1 if demonstrations else len(row["responses"]) >= 2
+    for text in (row["prompt"], *row["responses"]):
+        text.encode()
+    assert all(row["responses"])
+    for scores in row.get("scores", []):
+        assert scores and all(math.isfinite(np.float32(x)) for x in scores)
+
+
+@anything
+@given(records | good_pairs | st.fixed_dictionaries({"messages": messages | values}),
+       st.booleans())
+def test_a_record_is_rows_or_a_message_in_one_line(record, demonstrations):
+    """Whatever is in its columns: nothing else is raised, nothing else comes out."""
+    try:
+        rows = parse_rows(record, demonstrations)
+    except ValueError as error:
+        assert str(error) and "\n" not in str(error)
+        return
+    assert demonstrations or len(rows) == 1
+    for row in rows:
+        check_row(row, demonstrations)
+
+
+lines = st.lists(st.one_of(
+    records.map(lambda record: json.dumps(record).encode()),
+    good_pairs.map(lambda record: json.dumps(record).encode()),
+    st.binary(max_size=20)), max_size=5)
+
+
+@anything
+@given(content=lines.map(b"\n".join) | st.binary(max_size=60),
+       ending=st.sampled_from(["jsonl", "json", "csv", "parquet", "jsonl.gz", "csv.gz"]),
+       demonstrations=st.booleans())
+def test_a_file_is_rows_or_a_message_in_one_line(tmp_path_factory, content, ending, demonstrations):
+    path = tmp_path_factory.getbasetemp() / f"fuzz.{ending}"
+    path.write_bytes(content)
+    try:
+        for row in load_rows(str(path), demonstrations):
+            check_row(row, demonstrations)
+    except InputError as error:
+        assert str(error).startswith(f"--data: {path}: ") and "\n" not in str(error)
+
+
+# ------ trees
+
+tokens = st.lists(st.integers(0, 30), min_size=1, max_size=5)
+examples = st.integers(1, 3).flatmap(lambda k: st.lists(
+    st.tuples(tokens, st.lists(tokens, min_size=k, max_size=k)), min_size=1, max_size=4))
+
+
+@pytest.fixture(scope="module")
+def policy():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=12, vocab_size=31, n_layer=2, n_head=2, n_embd=8)).double()
+    for parameter in model.parameters():        # biases too, and no weight small
+        parameter.data.normal_(0, 0.5)
+    return model
+
+
+@anything
+@given(examples=examples, multiple=st.sampled_from([1, 4]))
+def test_a_tree_equals_its_sequences(policy, examples, multiple):
+    """The layout and the mask by their definitions, and the log-probs of every response equal those
+    of prompt and response alone."""
+    batch = collate(examples, multiple)
+    mask = tree_mask(batch.branch, 0, torch.float64)
+    for b, (prompt, responses) in enumerate(examples):
+        roles = [0] * len(prompt)
+        positions = list(range(len(prompt)))
+        for k, response in enumerate(responses, 1):
+            roles += [k] * len(response)
+            positions += range(len(prompt), len(prompt) + len(response))
+        n = len(roles)
+        assert batch.tokens[b, :n].tolist() == [*prompt, *sum(responses, [])]
+        assert batch.branch[b].tolist() == roles + [-1] * (batch.branch.size(1) - n)
+        assert batch.position[b, :n].tolist() == positions
+        for q in range(n):
+            sees = [k <= q and roles[k] in (0, roles[q]) for k in range(n)]
+            assert (mask[b, 0, q, :n] == 0).tolist() == sees
+    logps = policy.response_logps(batch)
+    for b, (prompt, responses) in enumerate(examples):
+        for k, response in enumerate(responses):
+            sequence = torch.tensor([prompt + response])
+            of_tokens = policy.logits(sequence)[0, :-1].log_softmax(dim=1)
+            expected = of_tokens.gather(1, sequence[0, 1:, None])[len(prompt) - 1:].sum()
+            assert math.isclose(logps[b, k].item(), expected.item(), abs_tol=1e-9)
