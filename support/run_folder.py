@@ -10,12 +10,13 @@ import time
 import torch
 from tqdm import tqdm
 
-from support.device import compiled_graphs, compiles_every_shape, sync
+from support.device import compiled_graphs, sync
 from support.files import replacing, write_json
 from support.flags import InputError
 from support.processes import add_up_numbers, is_first, processes, progress_bar, wait
+from support.sharding import full, load_whole, whole
 
-MAY_CHANGE = ("out_dir", "resume", "device", "compile")     # flags that may differ on --resume
+MAY_CHANGE = ("out_dir", "resume", "device", "compile", "fsdp")    # flags may differ on --resume
 LOG_EVERY = 10                                              # steps
 
 
@@ -65,7 +66,9 @@ class Run:
     def end_step(self, step, **values):
         """After the optimizer's step. Every ten steps, and before an evaluation, a line of
         metrics.jsonl with the means since the last one: until then nothing waits for the device."""
-        shares = {name: value / processes() for name, value in values.items()}  # the same in all
+        shares = {}         # of values that are the same in all processes
+        for name, value in values.items():
+            shares[name] = full(value) / processes()
         self.window.append({**self.sums, **shares})
         self.sums = {}
         sync(self.device)
@@ -126,7 +129,7 @@ class Run:
         if self.select != "last":
             wait()
             best = torch.load(self._path("best.pt"), map_location="cpu", weights_only=True)
-            self.model.load_state_dict(best["model"])
+            load_whole(self.model, best["model"])
             print(f"--select={self.select}: the model of step {best['step']}")
 
     def finish(self):
@@ -145,10 +148,9 @@ class Run:
         self._save(self._path("state.pt"), state)
 
     def _save(self, path, state):
+        state = whole(state, keep=is_first())
         if not is_first():
             return
-        if compiles_every_shape(self.device):       # its tensors can be read by torch_xla alone
-            state = on_cpu(state)
         with replacing(path) as temporary:
             torch.save(state, temporary)
 
@@ -172,8 +174,7 @@ class Run:
         if state["constants"] != self.constants:
             raise InputError("--resume: the reference, the data or the rewards have changed since "
                              "the run began; start it again")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_whole(self.model, state["model"], self.optimizer, state["optimizer"])
         torch.set_rng_state(state["rng"])
         self.first_step = state["step"]
         # What was logged after the saved state will be logged again.
@@ -188,15 +189,6 @@ class Run:
                 for line in lines:
                     if line.endswith("\n") and json.loads(line)["step"] < self.first_step:
                         file.write(line)
-
-
-def on_cpu(state):
-    """A copy of nested dictionaries and lists with every tensor on the CPU."""
-    if isinstance(state, dict):
-        return {name: on_cpu(value) for name, value in state.items()}
-    if isinstance(state, list):
-        return [on_cpu(value) for value in state]
-    return state.cpu() if torch.is_tensor(state) else state
 
 
 def run_flags(folder):
@@ -242,6 +234,12 @@ def family_folders(folders, flag="--rewards"):
                              f"train_rm.py --out_dir={folder}")
         models += members
     return models
+
+
+def models_named(folders, flag):
+    """family_folders; none for None, and for a word that the flag takes in their place."""
+    words = {"--rewards": ["scores"], "--select": ["last", "loss", "oracle"]}
+    return [] if folders in (None, *words.get(flag, [])) else family_folders(folders, flag)
 
 
 def family_to_train(args):

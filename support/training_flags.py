@@ -132,6 +132,8 @@ def training_flags(doc):
                                             "short run)")
     device_flags(parser)
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="use torch.compile")
+    add("--fsdp", action="store_true", help="with torchrun: every process keeps a part of the "
+        "weights, for models too large for one device")
     add("--resume", action="store_true", help="go on from the state in --out_dir")
     # the preference data
     add("--rho", type=fraction_or_all, help="fraction of the training pairs in which the longer "
