@@ -9,7 +9,7 @@ import warnings
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from support.processes import processes
@@ -27,9 +27,12 @@ def place(model, device, args):
     # fully_shard warns of modules that return views: nothing here changes one in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(device.type, (processes(),))
+    kind = MixedPrecisionPolicy()
+    if args.dtype == "bfloat16":        # what autocast computes, but it would keep whole copies,
+        kind = MixedPrecisionPolicy(torch.bfloat16, torch.float32)      # and twice as much travels
     for layer in model.transformer.h:
-        fully_shard(layer.attn, mesh=mesh)
-        fully_shard(layer.mlp, mesh=mesh)
+        fully_shard(layer.attn, mesh=mesh, mp_policy=kind)
+        fully_shard(layer.mlp, mesh=mesh, mp_policy=kind)
     return fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
@@ -39,9 +42,8 @@ def full(tensor):
 
 
 def whole(state, keep=True):
-    """A copy of nested dictionaries and lists with every tensor as a whole, on the CPU. All
-    processes have to call this; those with keep=False, which write nothing, get None for tensors.
-    """
+    """Nested dictionaries and lists with every tensor as a whole, on the CPU. All processes have to
+    call this; those with keep=False, which write nothing, get None for tensors."""
     if isinstance(state, dict):
         return {name: whole(value, keep) for name, value in state.items()}
     if isinstance(state, list):
@@ -76,7 +78,7 @@ def gathered(model):
     """The model itself or, if it is sharded, a copy with whole weights, for as long as it is used.
 
     For sampling, where each token is a forward pass, and processes have different numbers of them.
-    The copy takes a device 4 bytes for each parameter.
+    The copy takes 4 bytes for each parameter, on every device.
     """
     if not isinstance(model, FSDPModule):
         return model

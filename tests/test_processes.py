@@ -18,12 +18,12 @@ from torch.distributed.tensor import DTensor
 import evaluate
 import train_policy
 import train_rm
-from data import Dataset
+from data import Dataset, collate
 from model import GPT
 from support import device, processes
 from support.flags import InputError
 from support.passes import score
-from support.sharding import gathered, load_whole, place, whole
+from support.sharding import full, gathered, load_whole, place, whole
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(TESTS)
@@ -85,7 +85,8 @@ def session(folder, name, resumed=None, *flags):
     if resumed is not None:
         distil(folder, f"{resumed}/killed", "--resume", *flags)
     if "--fsdp" in flags:
-        return check_parts(start)
+        check_parts(start)
+        return check_bfloat16(start)
     evaluate.main([f"{folder}/alone/e-dpo", f"--ref={start}", f"--data={folder}/pairs.jsonl",
                    f"--oracle={folder}/alone/rm", "--max_new_tokens=8", f"--out_dir={out}/report",
                    "--device=cpu"])
@@ -103,7 +104,8 @@ LEARNING_RATE = train_policy.learning_rate
 def check_parts(start):
     """Each of two processes keeps half of a model, which is whole again where it has to be."""
     plain = GPT.from_pretrained(start)
-    model = place(GPT.from_pretrained(start), torch.device("cpu"), SimpleNamespace(fsdp=True))
+    args = SimpleNamespace(fsdp=True, dtype="float32")
+    model = place(GPT.from_pretrained(start), torch.device("cpu"), args)
     kept = sum(p.to_local().numel() for p in model.parameters())
     assert kept == pytest.approx(sum(p.numel() for p in plain.parameters()) / 2, rel=0.01)
     rows = Dataset([([1, 2, 3], [[4], [5, 6]])])        # fewer batches than processes
@@ -119,6 +121,21 @@ def check_parts(start):
     load_whole(model, other)
     for name, tensor in whole(model.state_dict()).items():
         assert torch.equal(tensor, other[name])
+
+
+def check_bfloat16(start):
+    """Weights that are sent around in bfloat16 give the gradients of autocast, in float32."""
+    plain = GPT.from_pretrained(start)
+    args = SimpleNamespace(fsdp=True, dtype="bfloat16")
+    model = place(GPT.from_pretrained(start), torch.device("cpu"), args)
+    examples = [([1, 2, 3], [[4], [5, 6]]), ([7, 8], [[9, 10], [11]])]
+    with torch.autocast("cpu", torch.bfloat16):
+        model(collate([examples[processes.rank()]])).sum().backward()
+        processes.add_up_gradients(model)
+        for example in examples:
+            plain(collate([example])).sum().backward()
+    for parameter, expected in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(full(parameter.grad), expected.grad)
 
 
 def torchrun(folder):
