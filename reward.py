@@ -17,7 +17,8 @@ from support.cache import cache_folder, cached, hash_examples, hash_weights, key
 from support.checkpoint import load_tensors, read_checkpoint, write_checkpoint
 from support.device import shape_multiple
 from support.passes import score
-from support.run_folder import check_same_tokens, family_folders
+from support.run_folder import check_same_tokens, models_named
+from support.sharding import whole
 
 
 class RewardModel(nn.Module):
@@ -49,7 +50,7 @@ class RewardModel(nn.Module):
     def from_policy(cls, gpt, head="last"):
         """A reward model whose transformer starts from a language model's; its head is zero."""
         model = cls(replace(gpt.config, reward_head=head))
-        model.transformer.load_state_dict(gpt.transformer.state_dict())
+        model.transformer.load_state_dict(whole(gpt.transformer.state_dict()))
         return model
 
     @classmethod
@@ -74,7 +75,7 @@ def load_reward_models(folders, flag, policy, tokenizer, device):
     """{folder: RewardModel} of comma-separated folders, each a run or a family; {} for None.
     InputError, naming the flag, if one can't read what the policy writes. tokenizer: its name."""
     models = {}
-    for folder in [] if folders is None else family_folders(folders, flag):
+    for folder in models_named(folders, flag):
         models[folder] = RewardModel.from_pretrained(folder).to(device)
         check_same_tokens(f"{flag}: {folder}", folder, models[folder].config, policy.config,
                           tokenizer)

@@ -26,6 +26,7 @@ from support.optimizer import adamw, learning_rate, set_learning_rate
 from support.passes import sample, score, to_text
 from support.processes import add_up_gradients, add_up_numbers, micro_batches
 from support.run_folder import Run
+from support.sharding import place
 from support.tokenizer import check_vocabulary, save_tokenizer
 from support.training_flags import policy_flags
 
@@ -135,14 +136,13 @@ def main(argv=None):
     if args.init_from == "scratch":
         config = GPTConfig(block_size=args.block_size, vocab_size=tokenizer.n_vocab,
                            n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)
-        policy = GPT(config).to(device)
+        policy = GPT(config)
     else:
-        policy = GPT.from_pretrained(args.init_from).to(device)
+        policy = GPT.from_pretrained(args.init_from)
     check_vocabulary(policy, tokenizer, "--tokenizer")
-    folders = None if args.rewards == "scores" else args.rewards
-    reward_models = load_reward_models(folders, "--rewards", policy, args.tokenizer, device)
-    selected_by = None if args.select in ("last", "loss", "oracle") else args.select
-    judges = load_reward_models(selected_by, "--select", policy, args.tokenizer, device)
+    place(policy, device, args)   # with --fsdp, a part of it
+    reward_models = load_reward_models(args.rewards, "--rewards", policy, args.tokenizer, device)
+    judges = load_reward_models(args.select, "--select", policy, args.tokenizer, device)
 
     # ---- data: rows to train on, rows to watch, and what is constant about them
     if args.loss == "sft":

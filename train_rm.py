@@ -27,6 +27,7 @@ from support.flags import run_script
 from support.optimizer import adamw, learning_rate, set_learning_rate
 from support.processes import add_up_gradients, add_up_numbers, micro_batches
 from support.run_folder import Run, family_to_train
+from support.sharding import place
 from support.tokenizer import check_vocabulary, save_tokenizer
 from support.training_flags import reward_flags
 
@@ -59,7 +60,7 @@ def main(argv=None):
     # ---- set-up
     args = reward_flags(argv, __doc__)
     device, autocast = setup(args)
-    policy = GPT.from_pretrained(args.init_from).to(device)
+    policy = place(GPT.from_pretrained(args.init_from), device, args)
     tokenizer = get_tokenizer(args.tokenizer)
     check_vocabulary(policy, tokenizer, "--tokenizer")
 
@@ -86,7 +87,7 @@ def train_one(args, policy, tokenizer, train, validation, device, autocast):
 
     # ---- model
     constants = key(hash_weights(policy), hash_examples(train.examples))
-    reward_model = RewardModel.from_policy(policy, args.head).to(device)
+    reward_model = place(RewardModel.from_policy(policy, args.head), device, args)
     optimizer = adamw(reward_model, args)
     run = Run(args, reward_model, optimizer, constants)
     if args.compile:

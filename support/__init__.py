@@ -4,6 +4,7 @@
     device.py       where to compute, in what precision, memory settings
     optimizer.py    AdamW and the learning-rate schedule
     processes.py    several processes, one for each accelerator
+    sharding.py     --fsdp: each of them keeps a part of every weight
     head.py         the log-probs of tokens, fast
     static.py       generation in shapes that never change, for torch_xla
     passes.py       a model over a whole data set: scores, samples

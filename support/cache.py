@@ -8,6 +8,7 @@ import numpy as np
 from support.files import write_json
 from support.flags import InputError
 from support.processes import first_says, is_first, wait
+from support.sharding import whole
 
 
 def cached(folder, name, entry, compute, *args, **options):
@@ -71,7 +72,7 @@ def key(*parts):
 def hash_weights(model):
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        digest.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
+        digest.update(name.encode() + whole(tensor.detach()).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -14,6 +14,7 @@ from support.files import replacing, write_json
 from support.flags import InputError
 from support.processes import is_first
 from support.run_folder import run_flags
+from support.sharding import whole
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 FIELDS = {"block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer",
@@ -192,6 +193,7 @@ def one_line(error):
 
 def write_checkpoint(directory, model, eos_token_id, **fields):
     """Writes config.json, where the flags of a run stay, and model.safetensors."""
+    weights = whole(model.state_dict(), keep=is_first())
     if not is_first():
         return
     os.makedirs(directory, exist_ok=True)
@@ -205,10 +207,9 @@ def write_checkpoint(directory, model, eos_token_id, **fields):
     write_json(os.path.join(directory, "config.json"), written, indent=2)
 
     tensors = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in weights.items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        tensor = tensor.detach().cpu()
         tensors[name] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
     with replacing(os.path.join(directory, "model.safetensors")) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})

@@ -44,11 +44,16 @@ def setup(args):
 
 
 def check_shares(flags):
-    """InputError if several processes can't share the rows of a batch."""
+    """InputError if several processes can't share the rows of a batch, or one has to share."""
     for name in ("batch_size", "n_eval"):
         if flags.get(name, processes()) < processes():
             raise InputError(f"--{name}: {flags[name]} rows are too few for {processes()} "
                              "processes")
+    if flags.get("fsdp") and processes() == 1:
+        raise InputError("--fsdp: it would be ignored: there is one process; start several by "
+                         "torchrun --nproc_per_node=N")
+    if flags.get("fsdp") and flags["compile"]:
+        raise InputError("--compile: not with --fsdp, whose weights come and go")
     if processes() > 1 and flags.get("min_per") == "batch":
         raise InputError("--min_per=batch: one minimum per batch needs a single process")
 

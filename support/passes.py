@@ -7,7 +7,8 @@ import torch
 
 from support.device import FEW_SHAPES, new_generator, round_up
 from support.flags import InputError
-from support.processes import add_up, in_shares, progress_bar, share
+from support.processes import add_up, in_shares, progress_bar, share_in_step
+from support.sharding import gathered
 
 TOKENS_PER_BATCH, PROMPTS_PER_STREAM = 16_384, 1024
 
@@ -27,11 +28,13 @@ def score(model, dataset, autocast=contextlib.nullcontext, multiple=1, desc="sco
         batches.append((n, order[done:done + n]))
         done += n
     with progress_bar(total=len(batches), desc=desc) as bar:
-        for n, rows in share(batches):
+        for (n, rows), mine in share_in_step(batches):
             same_n = multiple >= FEW_SHAPES     # repeat rows rather than have fewer
             batch = dataset.batch(np.resize(rows, n) if same_n else rows, multiple).to(device)
             with autocast():
-                scores[rows] = model(batch).float().cpu().numpy()[:len(rows)]
+                values = model(batch).float().cpu().numpy()[:len(rows)]         # (rows, K)
+            if mine:
+                scores[rows] = values
             bar.update()
     return add_up(scores)
 
@@ -44,6 +47,7 @@ def sample(model, prompts, max_new_tokens, stop, seed, temperature=1.0,
     The random numbers come from generators of their own, one for each thousand prompts: sampling
     never touches the training's, and does not depend on the number of processes.
     """
+    model = gathered(model)
     device = next(model.parameters()).device
     parts = [range(first, min(first + PROMPTS_PER_STREAM, len(prompts)))
              for first in range(0, len(prompts), PROMPTS_PER_STREAM)]

@@ -2,7 +2,8 @@
 
 All go through the same script and draw the same batches. Each computes its share of the rows, and
 gradients and logged sums are added up, so that a run does not depend on how many they are; the
-first one writes. Without torchrun there is one process, and nothing here does anything.
+first one writes. Without torchrun there is one process, and nothing here does anything. Each has
+the whole model; with --fsdp (sharding.py) a part of it.
 """
 import contextlib
 import ctypes
@@ -13,7 +14,10 @@ import sys
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
+
+from support.flags import InputError
 
 
 def join(name):
@@ -55,9 +59,23 @@ def share(rows):
 
 
 def micro_batches(rows, size):
-    """This process's share of some rows, in parts of at most `size`."""
-    mine = share(rows)
-    return np.split(mine, range(size, len(mine), size))
+    """This process's share of some rows, in parts of at most `size`. Every process has as many
+    parts, and none is empty: a model sharded by --fsdp computes in all processes at once. (Where
+    size is 1 and one process has a row more than another, that row is in a part of two.)"""
+    fewest, most = len(rows) // processes(), -(-len(rows) // processes())
+    if fewest == 0:
+        raise InputError(f"--data: {len(rows)} rows are too few for {processes()} processes")
+    mine, parts = share(rows), min(-(-most // size), fewest)
+    cuts = [min(size * i, len(mine) - (parts - i)) for i in range(1, parts)]    # leave one for each
+    return np.split(mine, cuts)
+
+
+def share_in_step(parts):
+    """Yields (part, is it this process's?), as often in every process: where there is nothing left
+    to do for this one, it computes the last part again."""
+    for first in range(0, len(parts), processes()):
+        number = first + rank()
+        yield parts[min(number, len(parts) - 1)], number < len(parts)
 
 
 def first_says(value):
@@ -101,6 +119,10 @@ def add_up_gradients(model):
     if processes() == 1:
         return
     parameters = list(model.parameters())
+    if isinstance(parameters[0], DTensor):      # fully_shard has taken the mean
+        for p in parameters:
+            p.grad.mul_(processes())
+        return
     flat = torch.cat([p.grad.flatten() for p in parameters])
     dist.all_reduce(flat)
     for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):

@@ -7,6 +7,7 @@ import numpy as np
 
 from support.figures import advantage_figure, logprob_figure, margin_figure, remove
 from support.files import write_json
+from support.processes import is_first
 from support.run_folder import run_flags, run_names
 
 GLOSSARY = Path(__file__).parent.parent / "docs" / "glossary.md"
@@ -20,6 +21,8 @@ def write_report(args, prompts, results, replies, rewards, accuracy):
     results: {name: numbers}, the reference first; replies, rewards: {name: N texts, (N,)} to the N
     prompts (texts). accuracy: of reward models, what accuracy_table gives, or None.
     """
+    if not is_first():
+        return
     os.makedirs(args.out_dir, exist_ok=True)
     runs = run_names(args.policies)
     flags = {name: run_flags(folder) for name, folder in runs.items()}

@@ -12,14 +12,15 @@ import time
 import torch
 from tqdm import tqdm
 
-from support.device import compiled_graphs, compiles_every_shape, sync
+from support.device import compiled_graphs, sync
 from support.files import check_zip, replacing, write_json
 from support.flags import InputError, keep_tracebacks_in
 from support.folders import check_free, claim, release, remove_leftovers, set_aside
 from support.processes import add_up_numbers, any_of, is_first, processes, progress_bar, wait
+from support.sharding import full, load_whole, whole
 
 # flags that may differ on --resume
-MAY_CHANGE = ("out_dir", "resume", "overwrite", "device", "compile")
+MAY_CHANGE = ("out_dir", "resume", "overwrite", "device", "compile", "fsdp")
 LOG_EVERY = 10                                              # steps
 
 
@@ -83,7 +84,9 @@ class Run:
         """After the optimizer's step, on these rows of the training set. Every ten steps, and
         before an evaluation, a line of metrics.jsonl with the means since the last one: until then
         nothing waits for the device. Then, too, it is seen whether all numbers are finite."""
-        shares = {name: value / processes() for name, value in values.items()}  # the same in all
+        shares = {}         # of values that are the same in all processes
+        for name, value in values.items():
+            shares[name] = full(value) / processes()
         self.window.append({"step": step, "rows": rows, **self.sums, **shares})
         self.sums = {}
         sync(self.device)
@@ -173,7 +176,7 @@ class Run:
         if self.select != "last":
             wait()
             best = load(self._path("best.pt"))
-            self.model.load_state_dict(best["model"])
+            load_whole(self.model, best["model"])
             print(f"--select={self.select}: the model of step {best['step']}")
 
     def finish(self):
@@ -225,10 +228,9 @@ class Run:
             return file.read(size)
 
     def _save(self, path, state):
+        state = whole(state, keep=is_first())
         if not is_first():
             return
-        if compiles_every_shape(self.device):       # its tensors can be read by torch_xla alone
-            state = on_cpu(state)
         with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save(state, file)     # which, given a name, would write it into the file
 
@@ -251,8 +253,7 @@ class Run:
         if state["constants"] != self.constants:
             raise InputError("--resume: the reference, the data or the rewards have changed since "
                              "the run began; start it again")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_whole(self.model, state["model"], self.optimizer, state["optimizer"])
         torch.set_rng_state(state["rng"])
         self.first_step = state["step"]
         self.window = [{name: number / processes() for name, number in numbers.items()}
@@ -282,15 +283,6 @@ def load(path):
     except Exception as error:     # torch raises many kinds
         raise InputError(f"--resume: {path} is damaged ({type(error).__name__}); start again with "
                          "--overwrite") from error
-
-
-def on_cpu(state):
-    """A copy of nested dictionaries and lists with every tensor on the CPU."""
-    if isinstance(state, dict):
-        return {name: on_cpu(value) for name, value in state.items()}
-    if isinstance(state, list):
-        return [on_cpu(value) for value in state]
-    return state.cpu() if torch.is_tensor(state) else state
 
 
 def run_flags(folder):
@@ -336,6 +328,12 @@ def family_folders(folders, flag="--rewards"):
                              f"train_rm.py --out_dir={folder}")
         models += members
     return models
+
+
+def models_named(folders, flag):
+    """family_folders; none for None, and for a word that the flag takes in their place."""
+    words = {"--rewards": ["scores"], "--select": ["last", "loss", "oracle"]}
+    return [] if folders in (None, *words.get(flag, [])) else family_folders(folders, flag)
 
 
 def family_to_train(args):

@@ -135,6 +135,8 @@ def training_flags(doc):
                                             "short run)")
     device_flags(parser)
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="use torch.compile")
+    add("--fsdp", action="store_true", help="with torchrun: every process keeps a part of the "
+        "weights, for models too large for one device")
     add("--resume", action="store_true", help="go on from the state in --out_dir")
     add("--overwrite", action="store_true", help="start again in an --out_dir that holds a run or "
         "a model, whose files go into a folder in it, old-1 (-2, ...)")

@@ -94,6 +94,11 @@ def test_relabelling_of_pairs_that_nobody_looks_at(refuses):
     refuses(evaluate, ["out/dpo", "--relabel=out/oracle"], IGNORED.format("relabel"))
 
 
+@pytest.mark.parametrize("script, flags", [(train_policy, ["--loss=sft"]), (train_rm, [])])
+def test_parts_of_a_model_for_a_single_process(refuses, script, flags):
+    refuses(script, [*flags, "--fsdp"], IGNORED.format("fsdp") + ": there is one process")
+
+
 def test_a_dialogue_with_a_model_that_answers_posts(world, refuses):
     refuses(sample, [f"{world}/sft", "--chat"], IGNORED.format("chat"))
 
@@ -136,7 +141,7 @@ def test_bad_flags_of_a_reward_model(refuses, flags, message):
 @pytest.mark.parametrize("flags, message", [
     (["--data=pairs.jsonl"], "--oracle: only --data=tinytldr has an oracle of its own"),
     (["--temperature=0.001"], "--temperature: invalid temperature"),
-    (["--n_prompts=0"], "--n_prompts: invalid positive int"),
+    (["--n_prompts=0"], "--n_prompts: invalid int from 1 to 30000"),
     (["--split=train"], "--split: invalid choice")])
 def test_bad_flags_of_a_comparison(refuses, flags, message):
     refuses(evaluate, flags, message)

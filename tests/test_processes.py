@@ -1,31 +1,43 @@
-"""Several processes compute what a single one does (torchrun on the CPU, gloo)."""
+"""Several processes compute what a single one does, with whole weights and with parts of them, and
+go on with each other's runs (torchrun on the CPU, gloo)."""
+import contextlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
-from support import processes
+import evaluate
+import train_policy
+import train_rm
+from data import Dataset, collate
+from model import GPT
+from support import device, processes
+from support.flags import InputError
+from support.passes import score
+from support.sharding import full, gathered, load_whole, place, whole
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TESTS = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(TESTS)
 SCRIPT = """
 import sys
-sys.path.insert(0, {root!r})
-import train_policy, train_rm
-shared = ["--data={data}", "--tokenizer=tinytldr", "--max_steps=20", "--eval_every=10",
-          "--batch_size=7", "--micro_batch_size=3", "--n_eval=13", "--device=cpu"]
-train_policy.main([*shared, "--loss=sft", "--out_dir={out}/sft", "--n_layer=1", "--n_head=2",
-                   "--n_embd=16", "--block_size=48", "--lr=1e-3"])
-start = [*shared, "--init_from={out}/sft"]
-train_rm.main([*start, "--out_dir={out}/rm"])
-train_policy.main([*start, "--loss=e-dpo", "--rewards=scores", "--max_new_tokens=8",
-                   "--select={out}/rm", "--out_dir={out}/e-dpo"])
+sys.path[:0] = [{root!r}, {tests!r}]
+import test_processes
+test_processes.session({folder!r}, "sharded", "alone", "--fsdp")
+test_processes.session({folder!r}, "two", "sharded")
 """
+
+
+class Interrupted(Exception):
+    pass
 
 
 def write_pairs(path):
@@ -43,37 +55,156 @@ def write_pairs(path):
             file.write(json.dumps(record) + "\n")
 
 
-def run(n, tmp_path):
-    out = tmp_path / str(n)
-    script = tmp_path / f"{n}.py"
-    script.write_text(SCRIPT.format(root=ROOT, data=tmp_path / "pairs.jsonl", out=out))
-    command = [sys.executable]
-    if n > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
-    done = subprocess.run([*command, str(script)], env=environment, capture_output=True, text=True)
+def distil(folder, out, *flags):
+    """e-DPO, 20 steps of 7 rows in micro-batches of 3: the shares of two processes are unequal."""
+    train_policy.main([
+        *training_flags(folder), "--loss=e-dpo", f"--init_from={folder}/alone/sft",
+        "--rewards=scores", "--max_new_tokens=8", f"--select={folder}/alone/rm",
+        f"--out_dir={folder}/{out}", *flags])
+
+
+def training_flags(folder):
+    return [f"--data={folder}/pairs.jsonl", "--tokenizer=tinytldr", "--max_steps=20",
+            "--eval_every=10", "--batch_size=7", "--micro_batch_size=3", "--n_eval=13",
+            "--device=cpu"]
+
+
+def session(folder, name, resumed=None, *flags):
+    """All that processes do together, into folder/name: SFT, a reward model, e-DPO from the models
+    of the session "alone"; e-DPO again, killed in step 15; a report. resumed: the session whose
+    killed run to go on with."""
+    shutil.rmtree(f"{folder}/alone/sft/cache", ignore_errors=True)     # compute it all again
+    out, start = f"{folder}/{name}", f"{folder}/alone/sft"
+    train_policy.main([*training_flags(folder), "--loss=sft", f"--out_dir={out}/sft", "--lr=1e-3",
+                       "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=48", *flags])
+    train_rm.main([*training_flags(folder), f"--init_from={start}", f"--out_dir={out}/rm", *flags])
+    distil(folder, f"{name}/e-dpo", *flags)
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Interrupted):
+        patch.setattr(train_policy, "learning_rate", learning_rate_until_15)
+        distil(folder, f"{name}/killed", *flags)
+    if resumed is not None:
+        distil(folder, f"{resumed}/killed", "--resume", *flags)
+    if "--fsdp" in flags:
+        check_parts(start)
+        return check_bfloat16(start)
+    evaluate.main([f"{folder}/alone/e-dpo", f"--ref={start}", f"--data={folder}/pairs.jsonl",
+                   f"--oracle={folder}/alone/rm", "--max_new_tokens=8", f"--out_dir={out}/report",
+                   "--device=cpu"])
+
+
+def learning_rate_until_15(step, max_steps, peak):
+    if step == 15:
+        raise Interrupted
+    return LEARNING_RATE(step, max_steps, peak)
+
+
+LEARNING_RATE = train_policy.learning_rate
+
+
+def check_parts(start):
+    """Each of two processes keeps half of a model, which is whole again where it has to be."""
+    plain = GPT.from_pretrained(start)
+    args = SimpleNamespace(fsdp=True, dtype="float32")
+    model = place(GPT.from_pretrained(start), torch.device("cpu"), args)
+    kept = sum(p.to_local().numel() for p in model.parameters())
+    assert kept == pytest.approx(sum(p.numel() for p in plain.parameters()) / 2, rel=0.01)
+    rows = Dataset([([1, 2, 3], [[4], [5, 6]])])        # fewer batches than processes
+    assert np.array_equal(score(model, rows), score(plain, rows))
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    prompts = [[1, 2, 3], [4]]
+    copy = gathered(model)
+    assert copy is not model and gathered(plain) is plain
+    if processes.is_first():            # the other has nothing to sample
+        assert copy.generate(prompts, 5, 0) == plain.generate(prompts, 5, 0)
+    assert list(whole(model.state_dict(), keep=False).values()) == [None] * len(plain.state_dict())
+    other = {name: tensor + 1 for name, tensor in plain.state_dict().items()}
+    load_whole(model, other)
+    for name, tensor in whole(model.state_dict()).items():
+        assert torch.equal(tensor, other[name])
+
+
+def check_bfloat16(start):
+    """Weights that are sent around in bfloat16 give the gradients of autocast, in float32."""
+    plain = GPT.from_pretrained(start)
+    args = SimpleNamespace(fsdp=True, dtype="bfloat16")
+    model = place(GPT.from_pretrained(start), torch.device("cpu"), args)
+    examples = [([1, 2, 3], [[4], [5, 6]]), ([7, 8], [[9, 10], [11]])]
+    with torch.autocast("cpu", torch.bfloat16):
+        model(collate([examples[processes.rank()]])).sum().backward()
+        processes.add_up_gradients(model)
+        for example in examples:
+            plain(collate([example])).sum().backward()
+    for parameter, expected in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(full(parameter.grad), expected.grad)
+
+
+def torchrun(folder):
+    """The sessions of two processes. Returns what they print."""
+    script = folder / "session.py"
+    script.write_text(SCRIPT.format(root=ROOT, tests=TESTS, folder=str(folder)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(script)]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "datasets")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return out, done.stdout
+    assert "Warning" not in done.stderr
+    return done.stdout
 
 
-def test_two_processes_compute_what_a_single_one_does(tmp_path, hub_cache):
-    """SFT, a reward model and e-DPO, 20 steps of 7 rows in micro-batches of 3, so that the shares
-    are unequal: what is logged and the weights are equal to 1e-5, and each line is printed once."""
-    write_pairs(tmp_path / "pairs.jsonl")
-    (alone, printed), (shared, printed_by_two) = (run(n, tmp_path) for n in (1, 2))
-    for name in ("sft", "rm", "e-dpo"):
-        lines = [[json.loads(line) for line in (folder / name / "metrics.jsonl").open()]
-                 for folder in (alone, shared)]
-        assert len(lines[0]) == len(lines[1]) == 5
-        for of_alone, of_shared in zip(*lines):
-            if of_alone["step"] == 0:   # margins are rounding errors; accuracy counts their signs
-                of_alone = {k: v for k, v in of_alone.items() if not k.endswith("accuracy")}
-                of_shared = {k: v for k, v in of_shared.items() if not k.endswith("accuracy")}
-            assert of_shared == pytest.approx(of_alone, rel=1e-5, abs=1e-5), name
-        weights = load_file(shared / name / "model.safetensors")
-        for key, tensor in load_file(alone / name / "model.safetensors").items():
-            torch.testing.assert_close(weights[key], tensor, rtol=0, atol=1e-5)
-    assert printed.count("step    20") == printed_by_two.count("step    20") == 3
+@pytest.fixture(scope="module")
+def sessions(tmp_path_factory, hub_cache):
+    """The folder of three sessions, and what the latter two print: alone, sharded (two processes
+    with --fsdp), two (with whole weights). Each kills a run, with which the next goes on."""
+    folder = tmp_path_factory.mktemp("sessions")
+    write_pairs(folder / "pairs.jsonl")
+    session(str(folder), "alone")
+    printed = torchrun(folder)
+    distil(str(folder), "two/killed", "--resume")
+    return folder, printed
+
+
+def assert_same_run(folder, other):
+    """What is logged, and the weights, are equal to 1e-5."""
+    lines = [[json.loads(line) for line in (run / "metrics.jsonl").open()]
+             for run in (folder, other)]
+    assert len(lines[0]) == len(lines[1]) == 5
+    for expected, logged in zip(*lines):
+        if expected["step"] == 0:       # margins are rounding errors; accuracy counts their signs
+            expected = {k: v for k, v in expected.items() if not k.endswith("accuracy")}
+            logged = {k: v for k, v in logged.items() if not k.endswith("accuracy")}
+        assert logged == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    weights = load_file(other / "model.safetensors")
+    for key, tensor in load_file(folder / "model.safetensors").items():
+        torch.testing.assert_close(weights.pop(key), tensor, rtol=0, atol=1e-5)
+    assert not weights
+
+
+@pytest.mark.parametrize("run", ["sft", "rm", "e-dpo"])
+@pytest.mark.parametrize("name", ["two", "sharded"])
+def test_two_processes_compute_what_a_single_one_does(sessions, name, run):
+    """With whole weights, and with --fsdp; and each line is printed once."""
+    folder, printed = sessions
+    assert_same_run(folder / "alone" / run, folder / name / run)
+    assert printed.count("step    20") == 2 * 4
+
+
+@pytest.mark.parametrize("name", ["alone", "sharded", "two"])
+def test_a_run_goes_on_with_another_number_of_processes(sessions, name):
+    """From one process to two with --fsdp, from there to two without, from there to one: killed in
+    step 15 and resumed from step 10, it is the run that was not killed."""
+    folder, _ = sessions
+    assert_same_run(folder / "alone/e-dpo", folder / name / "killed")
+
+
+def test_two_processes_write_the_report_of_one(sessions):
+    """Samples and scores are shared out; the first process writes."""
+    folder, printed = sessions
+    alone, two = [json.loads((folder / name / "report/results.json").read_text())
+                  for name in ("alone", "two")]
+    for numbers in (alone, two):
+        assert numbers["evaluation"].pop("out_dir")
+    assert two == alone
+    assert printed.count("report.md") == 1
 
 
 def test_without_torchrun_there_is_a_single_process():
@@ -82,12 +213,44 @@ def test_without_torchrun_there_is_a_single_process():
     assert [part.tolist() for part in processes.micro_batches(rows, 2)] == [[0, 1], [2, 3], [4]]
     assert processes.add_up(rows) is rows
     assert processes.in_shares(range, [2, 3]) == [0, 1, 0, 1, 2]
+    assert list(processes.share_in_step("ab")) == [("a", True), ("b", True)]
 
 
-def test_shares_are_every_nth_row(monkeypatch):
-    monkeypatch.setattr(processes, "processes", lambda: 2)
-    shares = []
-    for number in (0, 1):
+def in_each_process(monkeypatch, n, function, *args):
+    """What the function returns in each of n processes."""
+    results = []
+    monkeypatch.setattr(processes, "processes", lambda: n)
+    for number in range(n):
         monkeypatch.setattr(processes, "rank", lambda: number)
-        shares.append([part.tolist() for part in processes.micro_batches(np.arange(5), 2)])
-    assert shares == [[[0, 2], [4]], [[1, 3]]]
+        results.append(function(*args))
+    return results
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_every_process_has_as_many_micro_batches(monkeypatch, n, size):
+    """None of them empty or, but for what the docstring says, too large; together all rows."""
+    for n_rows in range(n, 20):
+        shares = in_each_process(monkeypatch, n, processes.micro_batches, np.arange(n_rows), size)
+        assert len({len(parts) for parts in shares}) == 1
+        sizes = [len(part) for parts in shares for part in parts]
+        assert min(sizes) >= 1 and max(sizes) <= max(size, 1 + (n_rows % n > 0))
+        assert sorted(np.concatenate([row for parts in shares for row in parts])) == list(
+            range(n_rows))
+
+
+def test_compiled_code_of_weights_that_come_and_go(monkeypatch):
+    monkeypatch.setattr(device, "processes", lambda: 2)
+    device.check_shares({"fsdp": True, "compile": False})
+    with pytest.raises(InputError, match="--compile: not with --fsdp"):
+        device.check_shares({"fsdp": True, "compile": True})
+
+
+def test_rows_that_not_every_process_can_share(monkeypatch):
+    with pytest.raises(InputError, match="--data: 1 rows are too few for 2 processes"):
+        in_each_process(monkeypatch, 2, processes.micro_batches, np.arange(1), 3)
+
+
+def test_a_share_in_step_is_padded_with_the_last_part(monkeypatch):
+    shares = in_each_process(monkeypatch, 2, lambda: list(processes.share_in_step([5, 6, 7])))
+    assert shares == [[(5, True), (7, True)], [(6, True), (7, False)]]

@@ -90,6 +90,18 @@ def test_flags_that_it_names_exist(page):
     assert named - all_flags() == set()
 
 
+def test_the_numbers_on_scale_are_those_of_its_snippet(capsys):
+    """Each line that the code in docs/scale.md prints stands in the page."""
+    text = text_of(ROOT / "docs" / "scale.md")
+    exec(re.search(r"```python\n(.*?)```", text, flags=re.S).group(1), {})
+    printed = capsys.readouterr().out.splitlines()
+    tables = [line for line in text.splitlines() if line.startswith("| ")]
+    assert printed[0].removesuffix(" parameters") in text
+    assert [line for line in tables if line not in printed] == [
+        "| what | GB |", "| what | products, s | traffic, s | GPU hours |"]
+    assert len(printed) == 1 + len(tables) - 2
+
+
 def flag_parser(script):
     """The function that reads a script's flags, or None if it has no such function."""
     root_parsers = {"train_policy": partial(policy_flags, doc="", losses=LOSSES),

@@ -27,6 +27,7 @@ from support.run_folder import (
     family_folders,
     family_to_train,
     load,
+    models_named,
     run_flags,
     run_names,
 )
@@ -539,6 +540,14 @@ def test_family_folders(tmp_path):
     folders = f"{tmp_path}/single,{tmp_path}/rms,{tmp_path}/rm"
     assert family_folders(folders) == [f"{tmp_path}/{name}" for name in
                                        ("single/0.5", "rms/0.2", "rms/0.6", "rm")]
+
+
+def test_words_that_a_flag_takes_in_place_of_folders(tmp_path):
+    make_models(tmp_path, "rm")
+    assert models_named(f"{tmp_path}/rm", "--select") == [f"{tmp_path}/rm"]
+    assert models_named(None, "--rms") == models_named("scores", "--rewards") == []
+    assert [models_named(word, "--select") for word in ("last", "loss", "oracle")] == [[], [], []]
+    assert "--relabel: no reward model in 'oracle'" in refusal(models_named, "oracle", "--relabel")
 
 
 @pytest.mark.parametrize("flag", ["--rewards", "--rms"])
