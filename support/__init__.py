@@ -7,6 +7,7 @@
     head.py         the log-probs of tokens, fast
     static.py       generation in shapes that never change, for torch_xla
     passes.py       a model over a whole data set: scores, samples
+    prompts.py      what a policy is to answer
     cache.py        what is constant is computed once and kept on disk
     run_folder.py   the run folder: flags, metrics, state, resuming, the line on the screen
     checkpoint.py   weights in Hugging Face's GPT-2 layout, in and out

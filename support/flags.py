@@ -133,15 +133,27 @@ def talk_flags(argv, doc):
     parser = Parser(doc)
     add = parser.add_argument
     add("policy", help="a run folder, or a folder or hub name in Hugging Face's GPT-2 layout")
-    add("--prompt", help="what to answer (default: for a model of TinyTLDR one of its test posts, "
-        "by --seed, else the lines of standard input, one by one)")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", help="what to answer (default: for a model of TinyTLDR one of "
+                        "its test posts, by --seed; else what you type, line by line, or what is "
+                        "piped in, split at blank lines)")
+    source.add_argument("--prompt_file", help="a text file that is one prompt")
+    source.add_argument("--data", help="answer held-out prompts: of tinytldr, of a file of "
+                        "preferences or demonstrations, or of a hub name")
+    add("--split", choices=["validation", "test"], help="of --data (default: test)")
+    add("--n_prompts", type=positive_int, help="held-out prompts, at most (default: 5)")
     add("--chat", action="store_true", help="the prompt is what a person says in a dialogue")
     add("--compare", action="store_true", help="also ask the policy that it was trained from")
     add("--n", type=positive_int, default=1, help="samples for each prompt")
     add("--seed", type=seed, default=0, help="of sampling")
     sampling_flags(parser)
     device_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    resolve(args, {"split": (args.data is not None, "test", "--data"),
+                   "n_prompts": (args.data is not None, 5, "--data")})
+    if args.chat and args.data is not None:
+        raise InputError("--chat: it would be ignored: the prompts of --data are whole")
+    return args
 
 
 def resolve(args, flags):

@@ -65,7 +65,7 @@ def stream(policy, tokenizer, ids, args, generator):
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")   # a letter may be two tokens
 
     def on_token(tokens):
-        if tokens[0] != tokenizer.eot_token:
+        if tokens[0] != tokenizer.eot_token and tokens[0] < tokenizer.n_vocab:
             word = tokenizer.decode_single_token_bytes(tokens[0])
             print(decoder.decode(word), end="", flush=True)
 

@@ -98,6 +98,16 @@ def test_a_dialogue_with_a_model_that_answers_posts(world, refuses):
     refuses(sample, [f"{world}/sft", "--chat"], IGNORED.format("chat"))
 
 
+@pytest.mark.parametrize("flags, message", [
+    (["--split=test"], IGNORED.format("split") + ": it is used by --data"),
+    (["--n_prompts=3", "--prompt=x"], IGNORED.format("n_prompts") + ": it is used by --data"),
+    (["--data=tinytldr", "--chat"], IGNORED.format("chat")),
+    (["--data=tinytldr", "--prompt=x"], "--prompt: not allowed with argument --data"),
+    (["--prompt_file=x.txt", "--prompt=x"], "--prompt: not allowed with argument --prompt_file")])
+def test_prompts_from_two_places(refuses, flags, message):
+    refuses(sample, ["out/sft", *flags], message)
+
+
 # ------------------------------------------------------------------ flags that are wrong
 
 @pytest.mark.parametrize("flags, message", [

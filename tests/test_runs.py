@@ -1,5 +1,7 @@
 """The scripts, end to end on runs of a few steps: determinism, resuming, files, the report, and bad
 input. (The numbers of a training step are in tests/test_training.py.)"""
+import hashlib
+import io
 import json
 import os
 import re
@@ -24,9 +26,10 @@ from losses import LOSSES, PREFERENCE_LOSSES, Loss, log_ratio_margin
 from model import GPT, GPTConfig
 from runs import score
 from support import run_folder, tokens
-from support.flags import InputError, run_script
+from support.flags import InputError, run_script, talk_flags
 from support.formats import load_rows
 from support.optimizer import adamw, learning_rate
+from support.prompts import prompts_to_answer
 from support.report import accuracy_table, policy_table, training_curve, verdict
 
 ROOT = Path(__file__).parent.parent
@@ -681,6 +684,76 @@ def test_sample_beside_the_reference(world, tmp_path, capsys):
     assert [part.strip() for part in of_policy] == [part.strip() for part in of_ref]
     with pytest.raises(InputError, match="--compare: .* was trained from no reference"):
         sample.main([f"{world}/sft", "--compare"])
+
+
+def asked(flags, tokenizer="gpt2"):
+    """The prompts that sample.py would answer with these flags; posts are called by their place."""
+    args = talk_flags(["policy", *flags], "")
+    tokenizer = SimpleNamespace(name=tokenizer, encode_ordinary=list)
+    return list(prompts_to_answer(args, tokenizer, "{} {} {}".format))
+
+
+def test_a_file_is_a_single_prompt(tmp_path):
+    """Whatever blank lines it has; only the ends of lines at its end are dropped."""
+    (tmp_path / "post.txt").write_text(" Erste Zeile: \u00fc\n\nTL;DR:\n\n", encoding="utf-8")
+    assert asked([f"--prompt_file={tmp_path}/post.txt"]) == [" Erste Zeile: \u00fc\n\nTL;DR:"]
+
+
+@pytest.mark.parametrize("content, reason", [(None, "No such file"), (b"", "the file is empty"),
+                                             (b"\xff\xfe", "not UTF-8 text")])
+def test_a_file_that_is_no_prompt(tmp_path, content, reason):
+    if content is not None:
+        (tmp_path / "post.txt").write_bytes(content)
+    with pytest.raises(InputError, match=f"--prompt_file: .*post.txt: {reason}"):
+        asked([f"--prompt_file={tmp_path}/post.txt"])
+
+
+def test_what_is_piped_in_is_split_at_blank_lines(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\nA post\nof two lines.\n \n\n  second\n\n"))
+    assert asked([]) == ["A post\nof two lines.", "  second"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(" \n\n"))
+    with pytest.raises(InputError, match="standard input: no prompt"):
+        asked([])
+
+
+def test_what_is_typed_is_a_prompt_line_by_line(monkeypatch, capsys):
+    """Each is answered before the next is read; an empty line asks for nothing."""
+    typed = io.StringIO("first\n\nsecond\n")
+    monkeypatch.setattr(typed, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdin", typed)
+    assert asked([]) == ["first", "second"]
+    assert capsys.readouterr().out == "one prompt per line; Ctrl-D ends\n"
+
+
+def test_a_post_of_the_embedded_task_by_its_seed(monkeypatch, capsys):
+    """Without reading standard input; it is printed, since nobody has seen it."""
+    monkeypatch.setattr(sys, "stdin", None)
+    assert asked(["--seed=1002"], "tinytldr") == ["0 test 2"]
+    assert capsys.readouterr().out == "0 test 2\n\n"
+
+
+def test_held_out_prompts_to_answer(tmp_path, hub_cache, capsys):
+    """Those of a split, each once, in full; of a file and of the embedded task. Says how many there
+    are if they are fewer."""
+    prompts = [f"POST: {i}\n\nTL;DR:" for i in range(60)]
+    write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": prompt, "chosen": " a", "rejected": f" {n}"}
+                                           for prompt in prompts for n in "bc"])
+    flags, tokenizer = [f"--data={tmp_path}/pairs.jsonl", "--n_prompts=50"], tinytldr.tokenizer()
+    held_out = {}
+    for split in ("validation", "test"):
+        args = talk_flags(["policy", *flags, f"--split={split}"], "")
+        held_out[split] = list(prompts_to_answer(args, tokenizer, None))
+        out = capsys.readouterr().out
+        assert f"--n_prompts=50: the {split} split of" in out
+        assert f"has {len(held_out[split])}, which are taken" in out
+    for split, wanted in (("validation", range(0, 26)), ("test", range(26, 52))):
+        assert held_out[split] == [prompt for prompt in prompts if
+                                   hashlib.sha256(prompt.encode()).digest()[0] in wanted]
+        assert len(held_out[split]) > 1
+    args = talk_flags(["policy", *flags[:1], "--n_prompts=1"], "")
+    assert list(prompts_to_answer(args, tokenizer, None)) == held_out["test"][:1]
+    assert "which are taken" not in capsys.readouterr().out
+    assert asked(["--data=tinytldr", "--n_prompts=2"]) == ["0 test 0", "0 test 1"]
 
 
 # ------------------------------------------------------------------ bad input
