@@ -3,16 +3,15 @@
     python sample.py out/e-dpo --compare                     # on a post of TinyTLDR
     python sample.py out/my/e-dpo --prompt_file=post.txt --n=3
     python sample.py out/my/e-dpo --data=prefs.jsonl         # held-out prompts
-    python sample.py out/my/e-dpo --chat                     # what you type is a turn of a dialogue
+    python sample.py out/my/e-dpo --chat                     # a dialogue: what you type is a turn
 """
 import tinytldr
 from data import get_tokenizer
 from model import GPT
 from support.device import new_generator, setup
 from support.flags import InputError, run_script, talk_flags
-from support.formats import chat_text
 from support.passes import prompt_room, stream
-from support.prompts import prompts_to_answer
+from support.prompts import dialogue_tokens, prompts_to_answer
 from support.run_folder import run_flags
 from support.tokenizer import check_vocabulary
 
@@ -35,16 +34,20 @@ def main(argv=None):
         except InputError as error:
             raise InputError(f"--compare: the policy was trained from {error}") from error
 
+    dialogues = {name: [] for name in policies}     # with --chat, of each policy its own
     for prompt in prompts_to_answer(args, tokenizer, tinytldr.post):
-        if args.chat:
-            prompt = chat_text([{"role": "user", "content": prompt}]) + "\n\nAssistant:"
-        ids = (tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token])[-room:]
         for name, policy in policies.items():
+            if args.chat:
+                dialogues[name].append({"role": "user", "content": prompt})
+                ids = dialogue_tokens(dialogues[name], tokenizer, room)
+            else:
+                ids = (tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token])[-room:]
             generator = new_generator(device, args.seed)
             for _ in range(args.n):
                 print(f"[{name}]", end="", flush=True)
                 with autocast():
-                    stream(policy, tokenizer, ids, args, generator)
+                    reply = stream(policy, tokenizer, ids, args, generator)
+            dialogues[name].append({"role": "assistant", "content": reply.strip()})
 
 
 if __name__ == "__main__":

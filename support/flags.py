@@ -142,7 +142,8 @@ def talk_flags(argv, doc):
                         "preferences or demonstrations, or of a hub name")
     add("--split", choices=["validation", "test"], help="of --data (default: test)")
     add("--n_prompts", type=positive_int, help="held-out prompts, at most (default: 5)")
-    add("--chat", action="store_true", help="the prompt is what a person says in a dialogue")
+    add("--chat", action="store_true", help="a prompt is what a person says in a dialogue, which "
+        "each policy remembers as far as it has room")
     add("--compare", action="store_true", help="also ask the policy that it was trained from")
     add("--n", type=positive_int, default=1, help="samples for each prompt")
     add("--seed", type=seed, default=0, help="of sampling")
@@ -153,6 +154,9 @@ def talk_flags(argv, doc):
                    "n_prompts": (args.data is not None, 5, "--data")})
     if args.chat and args.data is not None:
         raise InputError("--chat: it would be ignored: the prompts of --data are whole")
+    if args.chat and args.n > 1 and args.prompt is None and args.prompt_file is None:
+        raise InputError("--n: a dialogue goes on from one reply; leave --n out, or ask a single "
+                         "question with --prompt or --prompt_file")
     return args
 
 

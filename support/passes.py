@@ -61,7 +61,7 @@ def sample(model, prompts, max_new_tokens, stop, seed, temperature=1.0,
 
 
 def stream(policy, tokenizer, ids, args, generator):
-    """Prints one reply to a prompt (token ids), each token as it is drawn."""
+    """Prints one reply to a prompt (token ids), each token as it is drawn. Returns its text."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")   # a letter may be two tokens
 
     def on_token(tokens):
@@ -73,6 +73,7 @@ def stream(policy, tokenizer, ids, args, generator):
                              generator, on_token=on_token)
     ending = "" if reply[-1] == tokenizer.eot_token else " ..."
     print(decoder.decode(b"", final=True) + ending + "\n")
+    return to_text(reply, tokenizer)
 
 
 def prompt_room(model, max_new_tokens):

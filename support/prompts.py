@@ -1,8 +1,9 @@
-"""The prompts that a policy answers: a person's, or held-out ones."""
+"""The prompts that a policy answers: a person's, or held-out ones; and dialogues."""
 import re
 import sys
 
 from support.flags import InputError
+from support.formats import chat_text
 from support.passes import to_text
 from support.tokens import prompts_of, tokenised_file
 
@@ -75,3 +76,14 @@ def blocks_of(file):
         raise InputError("standard input: no prompt; write some, with a blank line between them, "
                          "or use --prompt, --prompt_file or --data")
     return blocks
+
+
+def dialogue_tokens(messages, tokenizer, room):
+    """A dialogue that waits for the assistant's next reply, as token ids, `room` at most. messages:
+    from the user and the assistant by turns, the user first and last; where they do not fit, the
+    oldest are taken out of the list, and a message that does not fit alone loses its start."""
+    while True:
+        ids = tokenizer.encode_ordinary(chat_text(messages) + "\n\nAssistant:")
+        if len(ids) <= room or len(messages) == 1:
+            return ids[-room:]
+        del messages[:2]        # what the user said, and the reply to it

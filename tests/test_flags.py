@@ -102,6 +102,7 @@ def test_a_dialogue_with_a_model_that_answers_posts(world, refuses):
     (["--split=test"], IGNORED.format("split") + ": it is used by --data"),
     (["--n_prompts=3", "--prompt=x"], IGNORED.format("n_prompts") + ": it is used by --data"),
     (["--data=tinytldr", "--chat"], IGNORED.format("chat")),
+    (["--chat", "--n=2"], "--n: a dialogue goes on from one reply"),
     (["--data=tinytldr", "--prompt=x"], "--prompt: not allowed with argument --data"),
     (["--prompt_file=x.txt", "--prompt=x"], "--prompt: not allowed with argument --prompt_file")])
 def test_prompts_from_two_places(refuses, flags, message):

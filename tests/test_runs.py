@@ -29,7 +29,8 @@ from support import run_folder, tokens
 from support.flags import InputError, run_script, talk_flags
 from support.formats import load_rows
 from support.optimizer import adamw, learning_rate
-from support.prompts import prompts_to_answer
+from support.passes import to_text
+from support.prompts import dialogue_tokens, prompts_to_answer
 from support.report import accuracy_table, policy_table, training_curve, verdict
 
 ROOT = Path(__file__).parent.parent
@@ -754,6 +755,60 @@ def test_held_out_prompts_to_answer(tmp_path, hub_cache, capsys):
     assert list(prompts_to_answer(args, tokenizer, None)) == held_out["test"][:1]
     assert "which are taken" not in capsys.readouterr().out
     assert asked(["--data=tinytldr", "--n_prompts=2"]) == ["0 test 0", "0 test 1"]
+
+
+def say(role, text):
+    return {"role": role, "content": text}
+
+
+def test_a_dialogue_loses_its_oldest_turns():
+    """What the policy sees begins with a turn of the user, and keeps the newest; only where that
+    does not fit alone is it cut within a turn."""
+    tokenizer = tinytldr.tokenizer()
+    newest = [say("user", "b"), say("assistant", "c"), say("user", "d")]
+    dialogue = [say("user", "a"), say("assistant", "x"), *newest]
+
+    def seen(room):
+        messages = list(dialogue)
+        ids = dialogue_tokens(messages, tokenizer, room)
+        assert len(ids) <= room
+        return tokenizer.decode(ids), messages
+
+    whole = "\n\nHuman: a\n\nAssistant: x\n\nHuman: b\n\nAssistant: c\n\nHuman: d\n\nAssistant:"
+    size = len(tokenizer.encode_ordinary(whole))
+    assert seen(size) == (whole, dialogue)
+    assert seen(size - 1) == (whole[whole.index("\n\nHuman: b"):], newest)
+    last = whole[whole.index("\n\nHuman: d"):]
+    size = len(tokenizer.encode_ordinary(last))
+    assert seen(size) == (last, newest[2:])
+    cut, messages = seen(size - 1)
+    assert last.endswith(cut) and cut != last and messages == newest[2:]
+
+
+def test_a_dialogue_goes_on(world, tmp_path, monkeypatch, capsys):
+    """Every turn is answered with all of the dialogue before it in sight: with --compare each
+    policy its own."""
+    train_policy.main(policy_flags(world, tmp_path / "run", "dpo", max_steps=20, lr=3e-2))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n\nwhat else?\n\nbye\n"))
+    tokenizer, flags = tinytldr.tokenizer(), ["--max_new_tokens=6", "--temperature=0"]
+    monkeypatch.setattr(tokenizer, "name", "letters")      # no model of TinyTLDR, which has posts
+    monkeypatch.setattr(sample, "get_tokenizer", lambda name: tokenizer)
+    capsys.readouterr()
+    sample.main([f"{tmp_path}/run", "--chat", "--compare", *flags])
+    turns = capsys.readouterr().out.split(f"[{tmp_path}/run]")[1:]
+    printed = [turn.split(f"[the reference, {world}/sft]") for turn in turns]
+    assert len(printed) == 3
+    for column, folder in enumerate((f"{tmp_path}/run", f"{world}/sft")):
+        policy, text = GPT.from_pretrained(folder), ""
+        for question, replies in zip(("hi", "what else?", "bye"), printed):
+            text += f"\n\nHuman: {question}\n\nAssistant:"
+            ids = tokenizer.encode_ordinary(text)
+            assert len(ids) <= policy.config.block_size - 6
+            reply, = policy.generate([ids], 6, temperature=0, stop=tokenizer.eot_token)
+            reply = to_text(reply, tokenizer)
+            assert replies[column].removesuffix(" ...\n\n").strip() == reply.strip()
+            text += f" {reply.strip()}"
+    assert [ours for ours, _ in printed] != [of_ref for _, of_ref in printed]
 
 
 # ------------------------------------------------------------------ bad input
