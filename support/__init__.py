@@ -6,6 +6,7 @@
     processes.py    several processes, one for each accelerator
     head.py         the log-probs of tokens, fast
     static.py       generation in shapes that never change, for torch_xla
+    sampling.py     which tokens are likely enough to be drawn
     passes.py       a model over a whole data set: scores, samples
     prompts.py      what a policy is to answer
     cache.py        what is constant is computed once and kept on disk

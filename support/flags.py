@@ -48,6 +48,7 @@ positive_float = number_type(float, "positive float", lambda x: 0 < x < math.inf
 not_negative_int = number_type(int, "non-negative int", lambda n: n >= 0)
 not_negative_float = number_type(float, "non-negative float", lambda x: 0 <= x < math.inf)
 fraction = number_type(float, "fraction", lambda x: 0 <= x <= 1)
+positive_fraction = number_type(float, "positive fraction", lambda x: 0 < x <= 1)
 seed = number_type(int, "seed", lambda n: 0 <= n < 2**32)        # what random generators take
 temperature = number_type(float, "temperature", lambda x: x == 0 or 0.01 <= x <= 100)
 
@@ -148,10 +149,16 @@ def talk_flags(argv, doc):
     add("--n", type=positive_int, default=1, help="samples for each prompt")
     add("--seed", type=seed, default=0, help="of sampling")
     sampling_flags(parser)
+    add("--top_k", type=positive_int, help="sample from the most likely tokens, so many of them")
+    add("--top_p", type=positive_fraction, help="sample from the most likely tokens, as many as "
+        "hold this fraction of the probability (after --temperature and --top_k)")
     device_flags(parser)
     args = parser.parse_args(argv)
+    warm = args.temperature > 0
     resolve(args, {"split": (args.data is not None, "test", "--data"),
-                   "n_prompts": (args.data is not None, 5, "--data")})
+                   "n_prompts": (args.data is not None, 5, "--data"),
+                   "top_k": (warm, None, "a --temperature above 0"),
+                   "top_p": (warm, None, "a --temperature above 0")})
     if args.chat and args.data is not None:
         raise InputError("--chat: it would be ignored: the prompts of --data are whole")
     if args.chat and args.n > 1 and args.prompt is None and args.prompt_file is None:

@@ -70,7 +70,7 @@ def stream(policy, tokenizer, ids, args, generator):
             print(decoder.decode(word), end="", flush=True)
 
     reply, = policy.generate([ids], args.max_new_tokens, args.temperature, tokenizer.eot_token,
-                             generator, on_token=on_token)
+                             generator, on_token=on_token, top_k=args.top_k, top_p=args.top_p)
     ending = "" if reply[-1] == tokenizer.eot_token else " ..."
     print(decoder.decode(b"", final=True) + ending + "\n")
     return to_text(reply, tokenizer)

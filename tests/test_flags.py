@@ -109,6 +109,13 @@ def test_prompts_from_two_places(refuses, flags, message):
     refuses(sample, ["out/sft", *flags], message)
 
 
+@pytest.mark.parametrize("flag", ["--top_k=3", "--top_p=0.9"])
+def test_likely_tokens_where_only_the_most_likely_is_taken(refuses, flag):
+    name = flag.strip("-").split("=")[0]
+    refuses(sample, ["out/sft", "--temperature=0", flag],
+            IGNORED.format(name) + ": it is used by a --temperature above 0")
+
+
 # ------------------------------------------------------------------ flags that are wrong
 
 @pytest.mark.parametrize("flags, message", [
@@ -150,6 +157,14 @@ def test_bad_flags_of_a_reward_model(refuses, flags, message):
     (["--split=train"], "--split: invalid choice")])
 def test_bad_flags_of_a_comparison(refuses, flags, message):
     refuses(evaluate, flags, message)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--top_p=0"], "--top_p: invalid positive fraction value: '0'"),
+    (["--top_p=1.1"], "--top_p: invalid positive fraction"),
+    (["--top_k=0"], "--top_k: invalid positive int")])
+def test_bad_flags_of_a_talk(refuses, flags, message):
+    refuses(sample, ["out/sft", *flags], message)
 
 
 # ------------------------------------------------------------------ what is left out

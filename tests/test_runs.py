@@ -673,6 +673,15 @@ def test_sample_streams_what_generate_gives(world, capsys):
     assert capsys.readouterr().out == f"[{world}/sft]{wanted}{ending}\n\n"
 
 
+def test_sample_from_the_likely_tokens(world, capsys):
+    """--top_k=1 says what --temperature=0 says, --top_k=50 does not."""
+    said = []
+    for flags in (["--temperature=0"], ["--top_k=1"], ["--top_p=0.000001"], ["--top_k=50"]):
+        sample.main([f"{world}/sft", "--prompt=POST: My boss.", "--max_new_tokens=8", *flags])
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] == said[2] != said[3]
+
+
 def test_sample_beside_the_reference(world, tmp_path, capsys):
     """With --compare the reference answers too; a policy that has not moved says the same."""
     train_policy.main(policy_flags(world, tmp_path / "run", "dpo", max_steps=1, lr=1e-12))
