@@ -15,7 +15,7 @@ from model import GPT
 from reward import load_reward_models
 from support.cache import cache_folder
 from support.device import setup, shape_multiple
-from support.flags import InputError, comparison_flags, run_script
+from support.flags import InputError, comparison_flags, naming, run_script
 from support.passes import prompt_room, sample, score, to_text
 from support.prompts import held_out_prompts
 from support.report import accuracy_table, write_report
@@ -69,7 +69,8 @@ def main(argv=None):
     # ---- set-up: what is missing is said before the work, not after it
     args = comparison_flags(argv, __doc__)
     device, autocast = setup(args)
-    ref = GPT.from_pretrained(args.ref).to(device)
+    with naming("--ref"):
+        ref = GPT.from_pretrained(args.ref).to(device)
     args.tokenizer = run_flags(args.ref).get("tokenizer", "gpt2")
     tokenizer = get_tokenizer(args.tokenizer)
     policies = {}

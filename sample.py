@@ -9,7 +9,7 @@ import tinytldr
 from data import get_tokenizer
 from model import GPT
 from support.device import new_generator, setup
-from support.flags import InputError, run_script, talk_flags
+from support.flags import InputError, naming, run_script, talk_flags
 from support.passes import prompt_room, stream
 from support.prompts import dialogue_tokens, prompts_to_answer
 from support.run_folder import run_flags
@@ -29,10 +29,8 @@ def main(argv=None):
         name = flags.get("init_from", "scratch")
         if name == "scratch":
             raise InputError(f"--compare: {args.policy} was trained from no reference policy")
-        try:
+        with naming("--compare: the policy was trained from"):
             policies[f"the reference, {name}"] = GPT.from_pretrained(name).to(device)
-        except InputError as error:
-            raise InputError(f"--compare: the policy was trained from {error}") from error
 
     dialogues = {name: [] for name in policies}     # with --chat, of each policy its own
     for prompt in prompts_to_answer(args, tokenizer, tinytldr.post):

@@ -28,7 +28,16 @@ from model import GPT
 from reward import family_scores, load_reward_models, training_pairs
 from support.cache import key
 from support.device import setup
-from support.flags import Parser, comma_separated, fraction_or_all, positive_int, run_script, seed
+from support.files import read_json
+from support.flags import (
+    Parser,
+    comma_separated,
+    fraction_or_all,
+    naming,
+    positive_int,
+    run_script,
+    seed,
+)
 from support.passes import score
 from support.run_folder import family_folders, run_flags
 from support.training_flags import reward_flags
@@ -253,8 +262,8 @@ def main(argv=None):
     path = f"{args.results}/runs.csv"
     os.makedirs(args.results, exist_ok=True)
     if not args.draw:
-        with open(args.chosen, encoding="utf-8") as file:
-            chosen = json.load(file)["chosen"]
+        with naming("--chosen"):
+            chosen = read_json(args.chosen)["chosen"]
         done = {(row["table"], row["rho"], row["seed"]) for row in figure2.read_rows(path)}
         with trials.workers(args.workers) as pool:
             jobs = []

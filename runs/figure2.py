@@ -31,7 +31,7 @@ from world import TEMPERATURES, earned
 import tinytldr
 from model import GPT
 from support.figures import pyplot, save
-from support.files import write_json
+from support.files import read_json, write_json
 from support.flags import Parser, comma_separated, fraction_or_all, positive_int, run_script, seed
 from support.run_folder import run_flags
 
@@ -263,8 +263,7 @@ def figure(rows, folder):
     """Advantage against rho; and the frontier, advantage against KL(pi || ref), from the trials of
     --choose: a line, and a colour, for each method."""
     reached = advantages(rows)
-    with open(f"{folder}/chosen.json", encoding="utf-8") as file:
-        trials_of = json.load(file)
+    trials_of = read_json(f"{folder}/chosen.json")
     fig, axes = pyplot().subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     numbers = [str(rho) for rho in RHOS if rho != "all" and str(rho) in reached]
     for method in [*KNOB, ORACLE]:
@@ -310,8 +309,7 @@ def main(argv=None):
         with trials.workers(args.workers) as pool:
             return choose(args, pool)
     if not args.draw:
-        with open(f"{args.results}/chosen.json", encoding="utf-8") as file:
-            chosen = json.load(file)["chosen"]
+        chosen = read_json(f"{args.results}/chosen.json")["chosen"]
         done = {(row["rho"], row["seed"]) for row in read_rows(path)}
         with trials.workers(args.workers) as pool:
             jobs = [pool.submit(cell, args, rho, number, chosen)

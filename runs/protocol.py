@@ -8,7 +8,6 @@ Every stage is one of the repository's scripts, printed as it is run. What is fi
 again, and what was interrupted goes on where it was: call it again with the same flags. With other
 flags, name another --out.
 """
-import json
 import os
 import shlex
 import subprocess
@@ -18,15 +17,17 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from losses import LOSSES, PREFERENCE_LOSSES
-from support.files import write_json
+from support.files import read_json, write_json
 from support.flags import (
     InputError,
     Parser,
+    check_out_dir,
     comma_separated,
     device_flags,
     first_last,
     fraction,
     fraction_or_all,
+    naming,
     positive_float,
     positive_int,
     resolve,
@@ -100,11 +101,12 @@ def parse_flags(argv):
 def check_begun(args):
     """Stages that are finished are kept, so the flags that they were run with have to be these.
     They are in protocol.json."""
+    check_out_dir(args.out, flag="--out")
     path = os.path.join(args.out, "protocol.json")
     flags = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            before = json.load(file)
+        with naming("--out"):
+            before = read_json(path)
         for name, value in flags.items():
             if before.get(name) != value:
                 raise InputError(f"--out: {args.out} was begun with --{name}={before.get(name)}, "

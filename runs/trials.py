@@ -1,7 +1,6 @@
 """What the experiments in this folder share: training runs and their evaluation, in this process
 and without a word on the screen, each kept on disk once it is finished."""
 import contextlib
-import json
 import os
 import sys
 import time
@@ -15,7 +14,7 @@ import torch
 import evaluate
 import train_policy
 import train_rm
-from support.files import write_json
+from support.files import read_json, write_json
 
 
 def workers(n):
@@ -39,8 +38,7 @@ def train(script, folder, *flags):
             scripts = {"train_policy": train_policy, "train_rm": train_rm}
             scripts[script].main([*flags, f"--out_dir={folder}"])
         write_json(path, time.time() - start)
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    return read_json(path, float)
 
 
 def score(folder, ref, split, *flags):
@@ -51,6 +49,5 @@ def score(folder, ref, split, *flags):
         with silence():
             evaluate.main([f"--ref={ref}", folder, f"--split={split}", "--show=0", *flags,
                            f"--out_dir={report}"])
-    with open(path, encoding="utf-8") as file:
-        numbers, = json.load(file)["policies"].values()
+    numbers, = read_json(path)["policies"].values()
     return numbers

@@ -3,6 +3,8 @@ import contextlib
 import json
 import os
 
+from support.flags import InputError
+
 
 @contextlib.contextmanager
 def replacing(path):
@@ -25,3 +27,16 @@ def write_json(path, value, indent=None):
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=indent, allow_nan=False)
         file.write("\n")
+
+
+def read_json(path, kind=dict):
+    """The value in a JSON file. InputError if there is none, or none of this kind."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or f"damaged: {error}"
+        raise InputError(f"{path}: {reason}") from error
+    if not isinstance(value, kind):
+        raise InputError(f"{path}: damaged: a {type(value).__name__}, not a {kind.__name__}")
+    return value

@@ -1,5 +1,6 @@
 """Command-line flags: their types, what is refused, and the one line that says why."""
 import argparse
+import contextlib
 import math
 import os
 import sys
@@ -16,6 +17,15 @@ def run_script(main):
     except InputError as error:
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+@contextlib.contextmanager
+def naming(flag):
+    """What is wrong inside is said to be wrong with this flag."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{flag}: {error}") from error
 
 
 class Parser(argparse.ArgumentParser):
@@ -113,15 +123,18 @@ def comparison_flags(argv, doc):
     add("--out_dir", default="out/report", help="where report.md, results.json and figures go")
     add("--n_prompts", type=positive_int, default=1000, help="held-out prompts, at most")
     add("--show", type=not_negative_int, default=5, help="prompts whose samples are printed")
-    add("--seed", type=seed, default=0, help="of the data and of sampling")
+    add("--seed", type=seed, help="of the data and of sampling (default: 0)")
     sampling_flags(parser)
     device_flags(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)       # policies may stand between flags
     if not args.policies:
         six = ("dpo", "ipo", "d-dpo", "p-dpo", "dp-dpo", "e-dpo")
         args.policies = [f"out/{name}" for name in six]
         args.rms = args.rms or ("out/rm,out/rms" if args.data == "tinytldr" else None)
-    resolve(args, {"relabel": (args.rms is not None, None, "--rms, whose accuracy it changes")})
+    random = args.data == "tinytldr" or args.temperature > 0
+    resolve(args, {"relabel": (args.rms is not None, None, "--rms, whose accuracy it changes"),
+                   "seed": (random, 0, "--data=tinytldr, and by a --temperature above 0")})
+    args.seed = args.seed or 0      # also where it changes nothing
     if args.data != "tinytldr" and not args.oracle:
         raise InputError("--oracle: only --data=tinytldr has an oracle of its own; name the run "
                          "folder of a reward model")
@@ -146,22 +159,26 @@ def talk_flags(argv, doc):
     add("--chat", action="store_true", help="a prompt is what a person says in a dialogue, which "
         "each policy remembers as far as it has room")
     add("--compare", action="store_true", help="also ask the policy that it was trained from")
-    add("--n", type=positive_int, default=1, help="samples for each prompt")
-    add("--seed", type=seed, default=0, help="of sampling")
+    add("--n", type=positive_int, help="samples for each prompt (default: 1)")
+    add("--seed", type=seed, help="of sampling, and of the post (default: 0)")
     sampling_flags(parser)
     add("--top_k", type=positive_int, help="sample from the most likely tokens, so many of them")
     add("--top_p", type=positive_fraction, help="sample from the most likely tokens, as many as "
         "hold this fraction of the probability (after --temperature and --top_k)")
     device_flags(parser)
     args = parser.parse_args(argv)
-    warm = args.temperature > 0
+    prompts = args.prompt is not None or args.prompt_file is not None
+    posts = not prompts and args.data is None       # maybe, by --seed
+    random, warm = args.temperature > 0, "a --temperature above 0"
     resolve(args, {"split": (args.data is not None, "test", "--data"),
                    "n_prompts": (args.data is not None, 5, "--data"),
-                   "top_k": (warm, None, "a --temperature above 0"),
-                   "top_p": (warm, None, "a --temperature above 0")})
+                   "n": (random, 1, f"{warm}: at 0 all samples are the same"),
+                   "seed": (random or posts, 0, warm),
+                   "top_k": (random, None, warm), "top_p": (random, None, warm)})
+    args.n, args.seed = args.n or 1, args.seed or 0
     if args.chat and args.data is not None:
         raise InputError("--chat: it would be ignored: the prompts of --data are whole")
-    if args.chat and args.n > 1 and args.prompt is None and args.prompt_file is None:
+    if args.chat and args.n > 1 and not prompts:
         raise InputError("--n: a dialogue goes on from one reply; leave --n out, or ask a single "
                          "question with --prompt or --prompt_file")
     return args

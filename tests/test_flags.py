@@ -10,7 +10,7 @@ import sample
 import train_policy
 import train_rm
 from losses import LOSSES, PREFERENCE_LOSSES
-from support.flags import InputError
+from support.flags import InputError, comparison_flags, talk_flags
 from support.training_flags import policy_flags, reward_flags
 
 IGNORED = "--{}: it would be ignored"
@@ -109,11 +109,17 @@ def test_prompts_from_two_places(refuses, flags, message):
     refuses(sample, ["out/sft", *flags], message)
 
 
-@pytest.mark.parametrize("flag", ["--top_k=3", "--top_p=0.9"])
-def test_likely_tokens_where_only_the_most_likely_is_taken(refuses, flag):
-    name = flag.strip("-").split("=")[0]
-    refuses(sample, ["out/sft", "--temperature=0", flag],
-            IGNORED.format(name) + ": it is used by a --temperature above 0")
+@pytest.mark.parametrize("script, flags", [
+    (sample, ["--prompt=x", "--top_k=3"]), (sample, ["--prompt=x", "--top_p=0.9"]),
+    (sample, ["--prompt=x", "--n=2"]), (sample, ["--prompt=x", "--seed=0"]),
+    (sample, ["--data=x.jsonl", "--seed=1"]), (sample, ["--prompt_file=x", "--seed=1"]),
+    (evaluate, ["--data=x.jsonl", "--oracle=out/rm", "--seed=1"])])
+def test_what_chance_needs_where_there_is_none(refuses, script, flags):
+    """At --temperature=0; but the posts of the embedded task depend on the seed."""
+    name = flags[-1].strip("-").split("=")[0]
+    refuses(script, ["out/sft", "--temperature=0", *flags], IGNORED.format(name) + ".*temperature")
+    assert talk_flags(["out/sft", "--temperature=0", "--seed=1"], "").seed == 1
+    assert comparison_flags(["out/sft", "--temperature=0", "--seed=1"], "").seed == 1
 
 
 # ------------------------------------------------------------------ flags that are wrong
@@ -157,6 +163,14 @@ def test_bad_flags_of_a_reward_model(refuses, flags, message):
     (["--split=train"], "--split: invalid choice")])
 def test_bad_flags_of_a_comparison(refuses, flags, message):
     refuses(evaluate, flags, message)
+
+
+def test_policies_to_compare_stand_anywhere(refuses):
+    """Before, between and after the flags; what is wrong is still said."""
+    args = comparison_flags(["--ref=r", "a", "--n_prompts=4", "b", "--show", "1", "c"], "")
+    assert (args.policies, args.ref, args.n_prompts, args.show) == (["a", "b", "c"], "r", 4, 1)
+    assert len(comparison_flags(["--n_prompts=4"], "").policies) == 6
+    refuses(evaluate, ["a", "--n_prompts=4", "b", "--nprompts=5"], "unrecognized arguments: --npr")
 
 
 @pytest.mark.parametrize("flags, message", [

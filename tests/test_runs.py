@@ -457,18 +457,35 @@ def test_a_small_difference_on_every_prompt_is_a_difference():
                           "behind_best": evaluate.interval(rewards["best"] - values)}
     best, close = policies["best"], policies["close"]
     assert close["advantage"] + close["advantage_95"] > best["advantage"] - best["advantage_95"]
-    text = verdict(policies)
-    assert "Highest mean reward: **best**" in text
-    assert "can't be told from it: level." in text and "close" not in text
+    assert "best (mean reward" in verdict(policies)
+    assert "can't be told from level." in verdict(policies) and "**" not in verdict(policies)
+    del policies["level"]
+    assert "Highest mean reward: **best**" in verdict(policies)
 
 
 def test_verdict_when_the_reference_is_best():
-    """It says so, and compares with the reference, not with the best of the policies."""
+    """It says so, where that is certain, and compares with the reference, not with the best of the
+    policies."""
     numbers = {"reference": (0.0, (0.0, 0.0)), "a": (-0.5, (0.5, 0.6)), "b": (-0.51, (0.51, 0.1))}
     results = {name: {"reward": reward, "behind_best": behind}
                for name, (reward, behind) in numbers.items()}
-    text = verdict(results)
-    assert "**reference**" in text and "can't be told from it: a." in text
+    assert "No clear winner: " in verdict(results)
+    assert "reference (mean reward +0.000) can't be told from a." in verdict(results)
+    del results["a"]
+    assert "Highest mean reward: **reference** (+0.000)" in verdict(results)
+
+
+def test_a_policy_that_is_the_reference_is_no_winner(world, policies, tmp_path):
+    evaluate.main([f"--ref={world}/sft", f"{policies}/unmoved", f"--out_dir={tmp_path}",
+                   "--n_prompts=4"])
+    assert "No clear winner" in read(tmp_path / "report.md")
+
+
+@pytest.mark.parametrize("line", ["{\n", "5\n"])
+def test_a_report_without_a_curve_that_is_damaged(tmp_path, capsys, line):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "train/chosen_change": 0}\n' + line)
+    assert training_curve(tmp_path)[0] == []
+    assert "metrics.jsonl: damaged, and left out of the report\n" in capsys.readouterr().out
 
 
 def test_interval():
@@ -856,6 +873,21 @@ def test_bad_input(tmp_path, hub_cache, monkeypatch, capsys, script, flags, mess
     error = capsys.readouterr().err
     assert error.startswith(f"{script.__name__}.py: error: ")
     assert message in error and error.count("\n") == 1, error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--ref=./none"], "--ref: ./none: no such folder"),
+    (["--ref={world}/rm"], "--ref: {world}/rm: this is a reward model"),
+    (["--ref={world}/sft", "--oracle=none"], "--oracle: no reward model in 'none'"),
+    (["--ref={world}/sft", "--oracle={world}/sft"], "--oracle: {world}/sft: this is a language"),
+    (["--ref={world}/sft", "--rms={world}/sft"], "--rms: {world}/sft: this is a language model"),
+    (["--ref={world}/sft", "--rms={world}/rm", "--relabel={world}/sft"], "--relabel: {world}/sft")])
+def test_the_flag_of_a_model_that_is_none(world, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    flags = [flag.format(world=world) for flag in flags]
+    with pytest.raises(InputError, match=f"^{message.format(world=world)}"):
+        evaluate.main([*flags, f"{world}/sft"])
     assert list(tmp_path.iterdir()) == []
 
 
