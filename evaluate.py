@@ -15,7 +15,7 @@ from model import GPT
 from reward import load_reward_models
 from support.cache import cache_folder
 from support.device import setup, shape_multiple
-from support.flags import InputError, comparison_flags, naming, run_script
+from support.flags import comparison_flags, naming, run_script
 from support.passes import prompt_room, sample, score, to_text
 from support.prompts import held_out_prompts
 from support.report import accuracy_table, write_report
@@ -81,10 +81,7 @@ def main(argv=None):
     reward_models = load_reward_models(args.rms, "--rms", *loading)
     oracle_models = load_reward_models(args.oracle, "--oracle", *loading)
     labellers = load_reward_models(args.relabel, "--relabel", *loading)
-    # the prompts, each with room for a response; without --rms those of demonstrations will do
-    texts, prompts = held_out_prompts(args, tokenizer, tinytldr.post, args.seed, args.rms is None)
-    if len(texts) < 2:
-        raise InputError(f"--data, --n_prompts: {len(texts)}, and an interval needs two")
+    texts, prompts = held_out_prompts(args, tokenizer, tinytldr.post, needed=2)
     room = prompt_room(ref, args.max_new_tokens)
     prompts = [prompt[-room:] for prompt in prompts]
 

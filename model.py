@@ -212,12 +212,11 @@ class GPT(nn.Module):
         for first in range(0, len(prompts), batch_size):
             rows = order[first:first + batch_size]
             part = [prompts[i] for i in rows]
-            arguments = max_new_tokens, temperature, stop, generator
+            arguments = max_new_tokens, temperature, stop, generator, on_token, top_k, top_p
             if compiles_every_shape(self.lm_head.weight.device):
-                sampled = generate_static(self, draw, part, *arguments, batch_size, on_token,
-                                          top_k, top_p)
+                sampled = generate_static(self, draw, part, *arguments, batch_size)
             else:
-                sampled = self._generate_batch(part, *arguments, on_token, top_k, top_p)
+                sampled = self._generate_batch(part, *arguments)
             for i, response in zip(rows, sampled):
                 responses[i] = response
         return responses

@@ -8,10 +8,10 @@
 import tinytldr
 from data import get_tokenizer
 from model import GPT
-from support.device import new_generator, setup
+from support.device import setup
 from support.flags import InputError, naming, run_script, talk_flags
 from support.passes import prompt_room, stream
-from support.prompts import dialogue_tokens, prompts_to_answer
+from support.prompts import prompt_tokens, prompts_to_answer
 from support.run_folder import run_flags
 from support.tokenizer import check_vocabulary
 
@@ -32,20 +32,14 @@ def main(argv=None):
         with naming("--compare: the policy was trained from"):
             policies[f"the reference, {name}"] = GPT.from_pretrained(name).to(device)
 
-    dialogues = {name: [] for name in policies}     # with --chat, of each policy its own
+    turns = {name: [] for name in policies}     # of each policy's dialogue, for --chat
     for prompt in prompts_to_answer(args, tokenizer, tinytldr.post):
         for name, policy in policies.items():
-            if args.chat:
-                dialogues[name].append({"role": "user", "content": prompt})
-                ids = dialogue_tokens(dialogues[name], tokenizer, room)
-            else:
-                ids = (tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token])[-room:]
-            generator = new_generator(device, args.seed)
-            for _ in range(args.n):
-                print(f"[{name}]", end="", flush=True)
-                with autocast():
-                    reply = stream(policy, tokenizer, ids, args, generator)
-            dialogues[name].append({"role": "assistant", "content": reply.strip()})
+            turns[name].append(prompt)
+            ids = prompt_tokens(turns[name], tokenizer, room, args.chat)
+            with autocast():
+                reply = stream(policy, name, tokenizer, ids, args)
+            turns[name].append(reply)
 
 
 if __name__ == "__main__":

@@ -8,21 +8,25 @@ from support.passes import to_text
 from support.tokens import prompts_of, tokenised_file
 
 
-def held_out_prompts(args, tokenizer, post, seed=0, demonstrations=True):
+def held_out_prompts(args, tokenizer, post, needed=1):
     """The first --n_prompts prompts of --split of --data, each once; says so if there are fewer.
-    post: tinytldr.post, and seed its first argument; demonstrations: will they do, too? Returns
-    (texts, lists of token ids)."""
+    post: tinytldr.post. Returns (texts, lists of token ids). InputError if fewer than needed."""
     if args.data == "tinytldr":
-        texts = [post(seed, args.split, i) for i in range(args.n_prompts)]
-        return texts, [tokenizer.encode_ordinary(text) for text in texts]
-    prompts = prompts_of(tokenised_file(args.data, tokenizer, demonstrations), args.split)
-    if not prompts:
-        raise InputError(f"--data: {args.data}: no prompt in the {args.split} split")
-    if len(prompts) < args.n_prompts:
-        print(f"--n_prompts={args.n_prompts}: the {args.split} split of {args.data} has "
-              f"{len(prompts)}, which are taken")
-    prompts = prompts[:args.n_prompts]
-    return [to_text(prompt, tokenizer) for prompt in prompts], prompts
+        texts = [post(args.seed, args.split, i) for i in range(args.n_prompts)]
+        prompts = [tokenizer.encode_ordinary(text) for text in texts]
+    else:
+        demonstrations = vars(args).get("rms") is None      # will do; reward models need pairs
+        arrays = tokenised_file(args.data, tokenizer, demonstrations)
+        there = prompts_of(arrays, args.split)
+        prompts = there[:args.n_prompts]
+        texts = [to_text(prompt, tokenizer) for prompt in prompts]
+        if len(there) < args.n_prompts:
+            print(f"--n_prompts={args.n_prompts}: the {args.split} split of {args.data} has "
+                  f"{len(there)}, which are taken")
+    if len(prompts) < needed:
+        raise InputError(f"--data, --n_prompts: {len(prompts)} in the {args.split} split of "
+                         f"{args.data}; at least {needed} are needed")
+    return texts, prompts
 
 
 def prompts_to_answer(args, tokenizer, post):
@@ -78,12 +82,19 @@ def blocks_of(file):
     return blocks
 
 
-def dialogue_tokens(messages, tokenizer, room):
-    """A dialogue that waits for the assistant's next reply, as token ids, `room` at most. messages:
-    from the user and the assistant by turns, the user first and last; where they do not fit, the
-    oldest are taken out of the list, and a message that does not fit alone loses its start."""
+def prompt_tokens(turns, tokenizer, room, chat):
+    """What the policy reads, as token ids, `room` at most; what does not fit loses its start.
+
+    turns: the prompts of the person, and the replies to all but the last. Of these the policy reads
+    the last; or with `chat` all of them, as a dialogue that waits for the assistant's next reply:
+    where they do not fit, the oldest are taken out of the list.
+    """
+    if not chat:
+        return (tokenizer.encode_ordinary(turns[-1]) or [tokenizer.eot_token])[-room:]
     while True:
+        messages = [{"role": ("user", "assistant")[i % 2], "content": turn.strip()}
+                    for i, turn in enumerate(turns)]
         ids = tokenizer.encode_ordinary(chat_text(messages) + "\n\nAssistant:")
-        if len(ids) <= room or len(messages) == 1:
+        if len(ids) <= room or len(turns) == 1:
             return ids[-room:]
-        del messages[:2]        # what the user said, and the reply to it
+        del turns[:2]           # what the person said, and the reply to it

@@ -10,8 +10,8 @@ import torch
 from support.device import FEW_SHAPES, random_numbers, round_up, sync
 
 
-def generate_static(gpt, draw, prompts, max_new_tokens, temperature, stop, generator, batch_size,
-                    on_token=None, top_k=None, top_p=None):
+def generate_static(gpt, draw, prompts, max_new_tokens, temperature, stop, generator, on_token=None,
+                    top_k=None, top_p=None, batch_size=256):
     """One response for each of at most batch_size prompts. gpt: a model.GPT; draw: model.draw; the
     others as in GPT.generate. Returns lists of tokens."""
     config, device = gpt.config, gpt.lm_head.weight.device

@@ -30,7 +30,7 @@ from support.flags import InputError, run_script, talk_flags
 from support.formats import load_rows
 from support.optimizer import adamw, learning_rate
 from support.passes import to_text
-from support.prompts import dialogue_tokens, prompts_to_answer
+from support.prompts import prompt_tokens, prompts_to_answer
 from support.report import accuracy_table, policy_table, training_curve, verdict
 
 ROOT = Path(__file__).parent.parent
@@ -783,32 +783,27 @@ def test_held_out_prompts_to_answer(tmp_path, hub_cache, capsys):
     assert asked(["--data=tinytldr", "--n_prompts=2"]) == ["0 test 0", "0 test 1"]
 
 
-def say(role, text):
-    return {"role": role, "content": text}
-
-
 def test_a_dialogue_loses_its_oldest_turns():
     """What the policy sees begins with a turn of the user, and keeps the newest; only where that
     does not fit alone is it cut within a turn."""
     tokenizer = tinytldr.tokenizer()
-    newest = [say("user", "b"), say("assistant", "c"), say("user", "d")]
-    dialogue = [say("user", "a"), say("assistant", "x"), *newest]
+    dialogue = ["a", " x", "b", " c", "d"]
 
     def seen(room):
-        messages = list(dialogue)
-        ids = dialogue_tokens(messages, tokenizer, room)
+        turns = list(dialogue)
+        ids = prompt_tokens(turns, tokenizer, room, chat=True)
         assert len(ids) <= room
-        return tokenizer.decode(ids), messages
+        return tokenizer.decode(ids), turns
 
     whole = "\n\nHuman: a\n\nAssistant: x\n\nHuman: b\n\nAssistant: c\n\nHuman: d\n\nAssistant:"
     size = len(tokenizer.encode_ordinary(whole))
     assert seen(size) == (whole, dialogue)
-    assert seen(size - 1) == (whole[whole.index("\n\nHuman: b"):], newest)
+    assert seen(size - 1) == (whole[whole.index("\n\nHuman: b"):], dialogue[2:])
     last = whole[whole.index("\n\nHuman: d"):]
     size = len(tokenizer.encode_ordinary(last))
-    assert seen(size) == (last, newest[2:])
-    cut, messages = seen(size - 1)
-    assert last.endswith(cut) and cut != last and messages == newest[2:]
+    assert seen(size) == (last, ["d"])
+    cut, turns = seen(size - 1)
+    assert last.endswith(cut) and cut != last and turns == ["d"]
 
 
 def test_a_dialogue_goes_on(world, tmp_path, monkeypatch, capsys):
