@@ -13,9 +13,10 @@ from tqdm import tqdm
 from support.device import compiled_graphs, compiles_every_shape, sync
 from support.files import replacing, write_json
 from support.flags import InputError
+from support.logs import open_log
 from support.processes import add_up_numbers, is_first, processes, progress_bar, wait
 
-MAY_CHANGE = ("out_dir", "resume", "device", "compile")     # flags that may differ on --resume
+MAY_CHANGE = ("out_dir", "resume", "device", "compile", "log")  # flags that may differ on --resume
 LOG_EVERY = 10                                              # steps
 
 
@@ -35,7 +36,8 @@ class Run:
         self.device = next(model.parameters()).device
         if args.resume:
             self._resume(vars(args))
-        elif is_first():
+        self.also_log = open_log(vars(args).get("log"), self.dir, vars(args), self.first_step)
+        if is_first() and not args.resume:
             os.makedirs(self.dir, exist_ok=True)
             for stale in ("model.safetensors", "state.pt", "best.pt", "metrics.jsonl"):
                 with contextlib.suppress(FileNotFoundError):
@@ -98,6 +100,8 @@ class Run:
         if is_first():
             with open(self._path("metrics.jsonl"), "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.also_log:
+            self.also_log(step, values)
 
     def _print(self, step, values):
         rate = (time.time() - self.started) / max(1, step - self.first_step)

@@ -16,6 +16,7 @@ from support.flags import (
     resolve,
     seed,
 )
+from support.logs import log_package
 from support.run_folder import run_flags
 
 
@@ -133,6 +134,8 @@ def training_flags(doc):
     device_flags(parser)
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="use torch.compile")
     add("--resume", action="store_true", help="go on from the state in --out_dir")
+    add("--log", choices=["tensorboard", "wandb"], help="show metrics.jsonl there as well (the "
+        "package of that name, which has to be installed)")
     # the preference data
     add("--rho", type=fraction_or_all, help="fraction of the training pairs in which the longer "
         "response is preferred, or all for the pairs as they are (default: 0.2 on tinytldr)")
@@ -169,7 +172,10 @@ def preference_data_flags(args, used=True):
 
 
 def check_folders_and_tokenizer(args, **inputs):
-    """Nothing is overwritten that is read, and --tokenizer is that of --init_from by default."""
+    """Nothing is overwritten that is read, and --tokenizer is that of --init_from by default. What
+    is missing for --log is said now."""
+    if args.log is not None:
+        log_package(args.log)
     start = None if args.init_from == "scratch" else args.init_from
     check_out_dir(args.out_dir, {"init_from": start, "relabel": args.relabel, **inputs})
     default = "tinytldr" if args.data == "tinytldr" else "gpt2"

@@ -1,6 +1,7 @@
 """Flags, before anything is read or made: what would be ignored is refused, what is wrong is said,
 what is left out is filled in."""
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,15 @@ def test_what_chance_needs_where_there_is_none(refuses, script, flags):
     (["--min_per=batch", "--micro_batch_size=2"], "--min_per=batch: .* leave --micro_batch_size")])
 def test_bad_flags_of_a_policy(refuses, flags, message):
     refuses(train_policy, flags, message)
+
+
+@pytest.mark.parametrize("script", [train_policy, train_rm])
+@pytest.mark.parametrize("name, module", [("wandb", "wandb"),
+                                          ("tensorboard", "torch.utils.tensorboard")])
+def test_a_package_that_is_not_installed(refuses, monkeypatch, script, name, module):
+    """--log says how to get it, before the work."""
+    monkeypatch.setitem(sys.modules, module, None)
+    refuses(script, [f"--log={name}"], f"^--log={name} needs {name}: pip install {name}$")
 
 
 @pytest.mark.parametrize("flags, message", [
