@@ -299,7 +299,8 @@ class GPT(nn.Module):
 
 
 def draw(logits, temperature, random, top_k=None, top_p=None):
-    """One token for each row, from softmax(logits / temperature); if that is 0, the most likely.
+    """One token for each row, from softmax(logits / temperature), or its `likely` part; if the
+    temperature is 0, the most likely.
 
     By inverting the distribution function, with one random number for each row, where
     torch.multinomial draws one for each token of the vocabulary.

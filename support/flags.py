@@ -168,12 +168,12 @@ def talk_flags(argv, doc):
     device_flags(parser)
     args = parser.parse_args(argv)
     prompts = args.prompt is not None or args.prompt_file is not None
-    posts = not prompts and args.data is None       # maybe, by --seed
+    posts = not prompts and args.data in (None, "tinytldr")     # which depend on --seed
     random, warm = args.temperature > 0, "a --temperature above 0"
     resolve(args, {"split": (args.data is not None, "test", "--data"),
                    "n_prompts": (args.data is not None, 5, "--data"),
                    "n": (random, 1, f"{warm}: at 0 all samples are the same"),
-                   "seed": (random or posts, 0, warm),
+                   "seed": (random or posts, 0, f"{warm}, and by the posts of tinytldr"),
                    "top_k": (random, None, warm), "top_p": (random, None, warm)})
     args.n, args.seed = args.n or 1, args.seed or 0
     if args.chat and args.data is not None:

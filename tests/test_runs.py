@@ -29,7 +29,7 @@ from support import run_folder, tokens
 from support.flags import InputError, run_script, talk_flags
 from support.formats import load_rows
 from support.optimizer import adamw, learning_rate
-from support.passes import to_text
+from support.passes import stream_reply, to_text
 from support.prompts import prompt_tokens, prompts_to_answer
 from support.report import accuracy_table, policy_table, training_curve, verdict
 
@@ -697,6 +697,21 @@ def test_sample_from_the_likely_tokens(world, capsys):
         sample.main([f"{world}/sft", "--prompt=POST: My boss.", "--max_new_tokens=8", *flags])
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] == said[2] != said[3]
+
+
+def test_a_token_beyond_the_tokenizer_is_not_printed(capsys):
+    """A vocabulary that was padded lets a model say it."""
+    tokenizer = tinytldr.tokenizer()
+    said = [*tokenizer.encode_ordinary(" a b"), tokenizer.n_vocab + 5, tokenizer.eot_token]
+
+    def generate(*_, on_token, **__):
+        for token in said:
+            on_token([token])
+        return [said]
+
+    args = SimpleNamespace(max_new_tokens=9, temperature=1.0, top_k=None, top_p=None)
+    assert stream_reply(SimpleNamespace(generate=generate), tokenizer, [1], args, None) == said
+    assert capsys.readouterr().out == " a b\n\n"
 
 
 def test_sample_beside_the_reference(world, tmp_path, capsys):
