@@ -15,27 +15,11 @@ from model import GPT
 from reward import load_reward_models
 from support.cache import cache_folder
 from support.device import setup, shape_multiple
-from support.flags import InputError, comparison_flags, run_script
+from support.flags import comparison_flags, naming, run_script
 from support.passes import prompt_room, sample, score, to_text
+from support.prompts import held_out_prompts
 from support.report import accuracy_table, write_report
 from support.run_folder import check_same_tokens, run_flags, run_names
-from support.tokens import prompts_of, tokenised_file
-
-
-def held_out_prompts(args, tokenizer, policy):
-    """Each prompt of the split once, with room for a response: (texts, lists of token ids)."""
-    if args.data == "tinytldr":
-        texts = [tinytldr.post(args.seed, args.split, i) for i in range(args.n_prompts)]
-        prompts = [tokenizer.encode_ordinary(text) for text in texts]
-    else:
-        # without --rms, demonstrations will do
-        arrays = tokenised_file(args.data, tokenizer, demonstrations=args.rms is None)
-        prompts = prompts_of(arrays, args.split)[:args.n_prompts]
-        texts = [to_text(prompt, tokenizer) for prompt in prompts]
-    if len(texts) < 2:
-        raise InputError(f"--data, --n_prompts: {len(texts)}, and an interval needs two")
-    room = prompt_room(policy, args.max_new_tokens)
-    return texts, [prompt[-room:] for prompt in prompts]
 
 
 def interval(differences):
@@ -85,7 +69,8 @@ def main(argv=None):
     # ---- set-up: what is missing is said before the work, not after it
     args = comparison_flags(argv, __doc__)
     device, autocast = setup(args)
-    ref = GPT.from_pretrained(args.ref).to(device)
+    with naming("--ref"):
+        ref = GPT.from_pretrained(args.ref).to(device)
     args.tokenizer = run_flags(args.ref).get("tokenizer", "gpt2")
     tokenizer = get_tokenizer(args.tokenizer)
     policies = {}
@@ -96,7 +81,9 @@ def main(argv=None):
     reward_models = load_reward_models(args.rms, "--rms", *loading)
     oracle_models = load_reward_models(args.oracle, "--oracle", *loading)
     labellers = load_reward_models(args.relabel, "--relabel", *loading)
-    texts, prompts = held_out_prompts(args, tokenizer, ref)
+    texts, prompts = held_out_prompts(args, tokenizer, tinytldr.post, needed=2)
+    room = prompt_room(ref, args.max_new_tokens)
+    prompts = [prompt[-room:] for prompt in prompts]
 
     # ---- reward models: their accuracy on held-out pairs
     accuracy = None

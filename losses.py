@@ -96,17 +96,36 @@ def ensemble_distill(logps, ref_logps, rewards, beta, min_per="example"):
     min_per="batch" takes one member per batch.
     logps, ref_logps: (B, 2); rewards: (B, 2, M), of M members. Returns (B,).
     """
+    return best_member(member_losses(logps, ref_logps, rewards, beta), min_per)
+
+
+def member_losses(logps, ref_logps, rewards, beta):
+    """The d-DPO loss of each member by itself. rewards: (B, 2, M). Returns (B, M)."""
     members = [distill(logps, ref_logps, r, beta) for r in rewards.unbind(dim=2)]
-    return best_member(torch.stack(members, dim=1), min_per)
+    return torch.stack(members, dim=1)
 
 
 def best_member(losses, min_per):
     """The losses of the member that fits best. losses: (B, M), M members. Returns (B,)."""
+    return losses.gather(1, picked_member(losses, min_per)[:, None]).squeeze(1)
+
+
+def picked_member(losses, min_per):
+    """The number of that member, (B,)."""
     if min_per == "batch":
-        return losses[:, losses.mean(dim=0).argmin()]
+        return losses.mean(dim=0).argmin().expand(len(losses))
     if min_per == "example":
-        return losses.min(dim=1).values
+        return losses.argmin(dim=1)
     raise ValueError(f'min_per must be "example" or "batch", not {min_per!r}')
+
+
+def picks(logps, ref_logps, rewards, beta, min_per):
+    """How often ensemble_distill picks each member: the share of a row's pairs.
+    logps, ref_logps: (B, K + S); rewards: (B, K, M). Returns {"picked_0": (B,), ...}."""
+    B, K, M = rewards.size()
+    pairs = [all_pairs(column[:, :K]) for column in (logps, ref_logps, rewards)]
+    picked = picked_member(member_losses(*pairs, beta), min_per).view(B, -1)    # (B, P)
+    return {f"picked_{m}": (picked == m).float().mean(dim=1) for m in range(M)}
 
 
 def forward_kl(logps_of_ref_samples, ref_logps_of_ref_samples):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from support.checkpoint import load_tensors, read_checkpoint, write_checkpoint
 from support.device import compiles_every_shape, random_numbers
 from support.head import token_logps
+from support.sampling import likely
 from support.static import generate_static
 
 
@@ -191,7 +192,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=1.0, stop=None, generator=None,
-                 batch_size=None, on_token=None):
+                 batch_size=None, on_token=None, top_k=None, top_p=None):
         """Samples one response for each prompt: lists of tokens in, lists of tokens out.
 
         prompts: none empty, none longer than block_size. temperature: 0 takes the most likely
@@ -199,6 +200,7 @@ class GPT(nn.Module):
         max_new_tokens, or where it fills block_size. generator: a torch.Generator of its own, so
         that the global random stream is left alone. batch_size: prompts at a time (default: as the
         cache's memory allows). on_token: called after every step with the list of new tokens.
+        top_k, top_p: draw likely tokens alone (support/sampling.py).
         """
         if not all(0 < len(prompt) <= self.config.block_size for prompt in prompts):
             raise ValueError(f"prompts must have 1 to {self.config.block_size} tokens")
@@ -210,16 +212,17 @@ class GPT(nn.Module):
         for first in range(0, len(prompts), batch_size):
             rows = order[first:first + batch_size]
             part = [prompts[i] for i in rows]
-            arguments = max_new_tokens, temperature, stop, generator
+            arguments = max_new_tokens, temperature, stop, generator, on_token, top_k, top_p
             if compiles_every_shape(self.lm_head.weight.device):
-                sampled = generate_static(self, draw, part, *arguments, batch_size, on_token)
+                sampled = generate_static(self, draw, part, *arguments, batch_size)
             else:
-                sampled = self._generate_batch(part, *arguments, on_token)
+                sampled = self._generate_batch(part, *arguments)
             for i, response in zip(rows, sampled):
                 responses[i] = response
         return responses
 
-    def _generate_batch(self, prompts, max_new_tokens, temperature, stop, generator, on_token):
+    def _generate_batch(self, prompts, max_new_tokens, temperature, stop, generator, on_token,
+                        top_k, top_p):
         config, device = self.config, self.lm_head.weight.device
         lengths = [len(prompt) for prompt in prompts]
         B, T = len(prompts), max(lengths)
@@ -252,7 +255,7 @@ class GPT(nn.Module):
         for t in range(max_new_tokens):
             logits = self.lm_head(hidden).float()                       # (rows, vocab)
             random = random_numbers(len(rows), generator, device)       # (rows, 1)
-            token = draw(logits, temperature, random)                   # (rows,)
+            token = draw(logits, temperature, random, top_k, top_p)     # (rows,)
             new[rows, t] = token
             if on_token is not None:
                 on_token(token.tolist())
@@ -295,8 +298,9 @@ class GPT(nn.Module):
         write_checkpoint(directory, self, eos_token_id, architectures=["GPT2LMHeadModel"])
 
 
-def draw(logits, temperature, random):
-    """One token for each row, from softmax(logits / temperature); if that is 0, the most likely.
+def draw(logits, temperature, random, top_k=None, top_p=None):
+    """One token for each row, from softmax(logits / temperature), or its `likely` part; if the
+    temperature is 0, the most likely.
 
     By inverting the distribution function, with one random number for each row, where
     torch.multinomial draws one for each token of the vocabulary.
@@ -304,6 +308,7 @@ def draw(logits, temperature, random):
     """
     if temperature == 0:
         return logits.argmax(dim=1)
-    cumulative = F.softmax(logits / temperature, dim=1).to(random.dtype).cumsum(dim=1)  # (B, vocab)
+    probs = F.softmax(logits / temperature, dim=1).to(random.dtype)         # (B, vocab)
+    cumulative = likely(probs, top_k, top_p).cumsum(dim=1)                  # (B, vocab)
     token = torch.searchsorted(cumulative, random * cumulative[:, -1:], right=True)  # first above
     return token.squeeze(1).clamp(max=logits.size(1) - 1)

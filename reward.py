@@ -16,6 +16,7 @@ from model import GPTConfig, Transformer, init_weights, tree_mask
 from support.cache import cache_folder, cached, hash_examples, hash_weights, key
 from support.checkpoint import load_tensors, read_checkpoint, write_checkpoint
 from support.device import shape_multiple
+from support.flags import naming
 from support.passes import score
 from support.run_folder import check_same_tokens, models_named
 from support.sharding import whole
@@ -76,9 +77,9 @@ def load_reward_models(folders, flag, policy, tokenizer, device):
     InputError, naming the flag, if one can't read what the policy writes. tokenizer: its name."""
     models = {}
     for folder in models_named(folders, flag):
-        models[folder] = RewardModel.from_pretrained(folder).to(device)
-        check_same_tokens(f"{flag}: {folder}", folder, models[folder].config, policy.config,
-                          tokenizer)
+        with naming(flag):
+            models[folder] = RewardModel.from_pretrained(folder).to(device)
+            check_same_tokens(folder, folder, models[folder].config, policy.config, tokenizer)
     return models
 
 

@@ -1,35 +1,19 @@
 """Talks to a policy: prints what it says as it says it, and its reference's reply with --compare.
 
     python sample.py out/e-dpo --compare                     # on a post of TinyTLDR
-    python sample.py out/my/e-dpo --prompt="SUBREDDIT: r/tifu ... TL;DR:" --n=3
-    python sample.py out/my/e-dpo --chat                     # what you type is a turn of a dialogue
+    python sample.py out/my/e-dpo --prompt_file=post.txt --n=3
+    python sample.py out/my/e-dpo --data=prefs.jsonl         # held-out prompts
+    python sample.py out/my/e-dpo --chat                     # a dialogue: what you type is a turn
 """
-import sys
-
 import tinytldr
 from data import get_tokenizer
 from model import GPT
-from support.device import new_generator, setup
-from support.flags import InputError, run_script, talk_flags
-from support.formats import chat_text
+from support.device import setup
+from support.flags import InputError, naming, run_script, talk_flags
 from support.passes import prompt_room, stream
+from support.prompts import prompt_tokens, prompts_to_answer
 from support.run_folder import run_flags
 from support.tokenizer import check_vocabulary
-
-
-def read_prompts(args, tokenizer):
-    """Yields --prompt, or a post of TinyTLDR, or the lines of standard input."""
-    if args.prompt is not None:
-        yield args.prompt
-    elif tokenizer.name == "tinytldr":
-        post = tinytldr.post(0, "test", args.seed % 1000)
-        print(post + "\n")
-        yield post
-    else:
-        if sys.stdin.isatty():
-            print("one prompt per line; Ctrl-D ends")
-        for line in sys.stdin:
-            yield line.rstrip("\n")
 
 
 def main(argv=None):
@@ -41,27 +25,21 @@ def main(argv=None):
     check_vocabulary(policy, tokenizer, args.policy)
     policies = {args.policy: policy}
     room = prompt_room(policy, args.max_new_tokens)
-    if args.chat and args.prompt is None and tokenizer.name == "tinytldr":
-        raise InputError("--chat: it would be ignored: a model of TinyTLDR answers posts")
     if args.compare:
         name = flags.get("init_from", "scratch")
         if name == "scratch":
             raise InputError(f"--compare: {args.policy} was trained from no reference policy")
-        try:
+        with naming("--compare: the policy was trained from"):
             policies[f"the reference, {name}"] = GPT.from_pretrained(name).to(device)
-        except InputError as error:
-            raise InputError(f"--compare: the policy was trained from {error}") from error
 
-    for prompt in read_prompts(args, tokenizer):
-        if args.chat:
-            prompt = chat_text([{"role": "user", "content": prompt}]) + "\n\nAssistant:"
-        ids = (tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token])[-room:]
+    turns = {name: [] for name in policies}     # of each policy's dialogue, for --chat
+    for prompt in prompts_to_answer(args, tokenizer, tinytldr.post):
         for name, policy in policies.items():
-            generator = new_generator(device, args.seed)
-            for _ in range(args.n):
-                print(f"[{name}]", end="", flush=True)
-                with autocast():
-                    stream(policy, tokenizer, ids, args, generator)
+            turns[name].append(prompt)
+            ids = prompt_tokens(turns[name], tokenizer, room, args.chat)
+            with autocast():
+                reply = stream(policy, name, tokenizer, ids, args)
+            turns[name].append(reply)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ from torch.nn.utils import clip_grad_norm_
 
 import tinytldr
 from data import BatchOrder, Dataset, by_length, demonstrations, get_tokenizer
-from losses import LOSSES, all_pairs, loss_at_reference, training_loss
+from losses import LOSSES, all_pairs, loss_at_reference, picks, training_loss
 from model import GPT, GPTConfig
 from reward import family_scores, load_reward_models, training_pairs
 from support.cache import cache_folder, cached, hash_examples, hash_weights, key
-from support.checks import check_step_0
+from support.checks import check_step_0, say_spread
 from support.device import setup, shape_multiple, sync
 from support.flags import InputError, run_script
 from support.optimizer import adamw, learning_rate, set_learning_rate
@@ -100,6 +100,8 @@ def evaluate(policy, dataset, args, knobs, gamma, device, autocast):
             logps = policy(batch)
         losses = training_loss(args.loss, logps, **batch.columns(), gamma=gamma, **knobs)
         stats = statistics(logps, batch.ref_logps, batch.n_samples)
+        if "min_per" in knobs:
+            stats |= picks(logps, batch.ref_logps, batch.rewards, **knobs)
         for name, values in {"loss": losses, **stats}.items():
             sums[name] = sums.get(name, 0) + (values / total).sum()
         sync(device)
@@ -154,6 +156,8 @@ def main(argv=None):
         train, validation = training_pairs(args, tokenizer, policy, device, autocast)
         common = (policy, tokenizer, reward_models, args, autocast)
         train = with_columns(train, "train", *common)
+        if "min_per" in knobs:
+            say_spread(train.rewards, list(reward_models))
         validation = with_columns(validation.first(args.n_eval), "validation", *common)
         some = np.random.default_rng(0).permutation(len(train))[:args.n_eval]
         watched = {"validation": by_length(validation), "train": by_length(train.take(some))}

@@ -29,7 +29,15 @@ from reward import family_scores, load_reward_models, training_pairs
 from support.cache import key
 from support.device import setup
 from support.files import read_json
-from support.flags import Parser, comma_separated, fraction_or_all, positive_int, run_script, seed
+from support.flags import (
+    Parser,
+    comma_separated,
+    fraction_or_all,
+    naming,
+    positive_int,
+    run_script,
+    seed,
+)
 from support.passes import score
 from support.run_folder import family_folders, run_flags
 from support.training_flags import reward_flags
@@ -254,7 +262,8 @@ def main(argv=None):
     path = f"{args.results}/runs.csv"
     if not args.draw:
         trials.check_models(sft=args.sft)
-        chosen = read_json(args.chosen)["chosen"]
+        with naming("--chosen"):
+            chosen = read_json(args.chosen)["chosen"]
         os.makedirs(args.results, exist_ok=True)
         done = {(row["table"], row["rho"], row["seed"]) for row in figure2.read_rows(path)}
         with trials.workers(args.workers) as pool:

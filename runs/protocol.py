@@ -27,6 +27,7 @@ from support.flags import (
     first_last,
     fraction,
     fraction_or_all,
+    naming,
     positive_float,
     positive_int,
     resolve,
@@ -105,7 +106,8 @@ def check_begun(args):
     path = os.path.join(args.out, "protocol.json")
     flags = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     if os.path.exists(path):
-        before = read_json(path)
+        with naming("--out"):
+            before = read_json(path)
         for name, value in flags.items():
             if before.get(name) != value:
                 raise InputError(f"--out: {args.out} was begun with --{name}={before.get(name)}, "

@@ -3,9 +3,14 @@
     for seed in 0 1 2; do OUT=out/seed$seed bash runs/speedrun.sh --seed=$seed; done
     python runs/seeds.py out/seed0 out/seed1 out/seed2
 """
-import json
+import os
 import sys
 from statistics import mean, stdev
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from support.files import read_json
+from support.flags import InputError, Parser, run_script
 
 COLUMNS = {"advantage": "{:+.2f}", "win_rate": "{:.2f}", "length": "{:.1f}", "kl_pi_ref": "{:.2f}",
            "kl_ref_pi": "{:.2f}", "chosen_change": "{:+.1f}", "rejected_change": "{:+.1f}"}
@@ -18,22 +23,31 @@ def cell(form, values):
     return text
 
 
-def main(folders):
-    if not folders:
-        sys.exit(__doc__)
-    runs = []
-    for folder in folders:
-        try:
-            with open(f"{folder}/results.json", encoding="utf-8") as file:
-                runs.append(json.load(file)["policies"])
-        except OSError as error:
-            sys.exit(f"{error.filename}: {error.strerror}; each folder is a finished speedrun's")
+def parse_flags(argv):
+    parser = Parser(__doc__)
+    parser.add_argument("folders", nargs="+", help="of finished speedruns")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    runs = {}
+    for folder in parse_flags(argv).folders:
+        path = f"{folder}/results.json"
+        runs[path] = read_json(path).get("policies", {})
+    first = next(iter(runs.values()))
+    for path, policies in runs.items():
+        for name in first:
+            missing = set(COLUMNS) - set(policies.get(name, {}))
+            if missing:
+                raise InputError(f"{path}: {name} has no {', '.join(sorted(missing))}; each folder "
+                                 "is that of a finished speedrun")
     print("| policy | " + " | ".join(COLUMNS) + " |")
     print("|---" * (len(COLUMNS) + 1) + "|")
-    for name in runs[0]:
-        cells = [cell(form, [run[name][key] for run in runs]) for key, form in COLUMNS.items()]
+    for name in first:
+        cells = [cell(form, [policies[name][key] for policies in runs.values()])
+                 for key, form in COLUMNS.items()]
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

@@ -57,7 +57,7 @@ def train(script, folder, *flags):
             scripts = {"train_policy": train_policy, "train_rm": train_rm}
             scripts[script].main([*flags, f"--out_dir={folder}", *["--resume"][:len(begun)]])
         write_json(path, time.time() - start)
-    return read_json(path)
+    return read_json(path, float)
 
 
 def score(folder, ref, split, *flags):

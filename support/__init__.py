@@ -7,9 +7,12 @@
     sharding.py     --fsdp: each of them keeps a part of every weight
     head.py         the log-probs of tokens, fast
     static.py       generation in shapes that never change, for torch_xla
+    sampling.py     which tokens are likely enough to be drawn
     passes.py       a model over a whole data set: scores, samples
+    prompts.py      what a policy is to answer
     cache.py        what is constant is computed once and kept on disk
     run_folder.py   the run folder: flags, metrics, state, resuming, the line on the screen
+    logs.py         its metrics in tensorboard or wandb
     checkpoint.py   weights in Hugging Face's GPT-2 layout, in and out
     tokenizer.py    tiktoken encodings, in; Hugging Face's tokenizer.json, out
     formats.py      rows of text from files and from the hub, in every layout

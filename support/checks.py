@@ -1,4 +1,5 @@
-"""What the training scripts assert at the start: cheap, and it catches most wiring mistakes."""
+"""What the training scripts assert and say at the start: cheap, and it catches most mistakes."""
+import numpy as np
 
 
 def check_step_0(losses, expected, logps, ref_logps, args):
@@ -20,3 +21,24 @@ def check_step_0(losses, expected, logps, ref_logps, args):
                              f"{expected.tolist()}")
     print(f"step 0: policy == reference to {change:.0e} nats, {args.loss} loss "
           f"{losses.mean():.4f} as derived")
+
+
+def say_spread(rewards, names):
+    """Prints how much each member of a family varies in its margins. A member that hardly does is
+    the nearest wherever the policy is near the reference, whatever it has learnt, and so e-DPO's
+    minimum picks it nearly everywhere: a warning.
+
+    rewards: (N, K, M) of the training rows, the best response first. names: of M reward models, or
+    none where the rewards came with the data.
+    """
+    better, worse = np.triu_indices(rewards.shape[1], k=1)
+    margins = rewards[:, better] - rewards[:, worse]                        # (N, pairs, M)
+    spread = margins.std(axis=(0, 1))                                       # (M,)
+    names = [f"{m} ({name})" for m, name in enumerate(names or ["score"] * len(spread))]
+    print("standard deviation of the margins of each reward model: "
+          + ", ".join(f"{name} {value:.3g}" for name, value in zip(names, spread)))
+    for name, value in zip(names, spread):
+        if value < np.median(spread) / 10:
+            print(f"warning: the margins of reward model {name} hardly vary, so that the minimum "
+                  "will pick it for nearly all pairs and the policy will learn little from the "
+                  "others; train it for longer, or leave it out")

@@ -42,16 +42,17 @@ def write_json(path, value, indent=None):
         file.write("\n")
 
 
-def read_json(path):
-    """What `write_json` wrote. InputError if it is damaged."""
-    if not os.path.exists(path):
-        raise InputError(f"{path}: no such file")
+def read_json(path, kind=dict):
+    """The value in a JSON file. InputError if there is none, or none of this kind."""
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
+            value = json.load(file)
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: unreadable ({type(error).__name__}); remove it to have it made "
-                         "anew") from error
+        reason = getattr(error, "strerror", None) or f"damaged: {error}"
+        raise InputError(f"{path}: {reason}") from error
+    if not isinstance(value, kind):
+        raise InputError(f"{path}: damaged: a {type(value).__name__}, not a {kind.__name__}")
+    return value
 
 
 def check_zip(path):

@@ -1,5 +1,6 @@
 """Command-line flags: their types, what is refused, and the one line that says why."""
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -62,6 +63,15 @@ def keep_tracebacks_in(folder):
     traceback_folder = folder
 
 
+@contextlib.contextmanager
+def naming(flag):
+    """What is wrong inside is said to be wrong with this flag."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{flag}: {error}") from error
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that takes no abbreviations and says in one line what is wrong."""
 
@@ -93,6 +103,7 @@ up_to_30000 = number_type(int, "int from 1 to 30000", lambda n: 1 <= n <= 30_000
 not_negative_int = number_type(int, "non-negative int", lambda n: n >= 0)
 not_negative_float = number_type(float, "non-negative float (to 1e12)", lambda x: 0 <= x <= 1e12)
 fraction = number_type(float, "fraction", lambda x: 0 <= x <= 1)
+positive_fraction = number_type(float, "positive fraction", lambda x: 0 < x <= 1)
 seed = number_type(int, "seed", lambda n: 0 <= n < 2**32)        # what random generators take
 temperature = number_type(float, "temperature", lambda x: x == 0 or 0.01 <= x <= 100)
 
@@ -157,15 +168,18 @@ def comparison_flags(argv, doc):
     add("--out_dir", default="out/report", help="where report.md, results.json and figures go")
     add("--n_prompts", type=up_to_30000, default=1000, help="held-out prompts, at most")
     add("--show", type=not_negative_int, default=5, help="prompts whose samples are printed")
-    add("--seed", type=seed, default=0, help="of the data and of sampling")
+    add("--seed", type=seed, help="of the data and of sampling (default: 0)")
     sampling_flags(parser)
     device_flags(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)       # policies may stand between flags
     if not args.policies:
         six = ("dpo", "ipo", "d-dpo", "p-dpo", "dp-dpo", "e-dpo")
         args.policies = [f"out/{name}" for name in six]
         args.rms = args.rms or ("out/rm,out/rms" if args.data == "tinytldr" else None)
-    resolve(args, {"relabel": (args.rms is not None, None, "--rms, whose accuracy it changes")})
+    random = args.data == "tinytldr" or args.temperature > 0
+    resolve(args, {"relabel": (args.rms is not None, None, "--rms, whose accuracy it changes"),
+                   "seed": (random, 0, "--data=tinytldr, and by a --temperature above 0")})
+    args.seed = args.seed or 0      # also where it changes nothing
     if args.data != "tinytldr" and not args.oracle:
         raise InputError("--oracle: only --data=tinytldr has an oracle of its own; name the run "
                          "folder of a reward model")
@@ -178,15 +192,41 @@ def talk_flags(argv, doc):
     parser = Parser(doc)
     add = parser.add_argument
     add("policy", help="a run folder, or a folder or hub name in Hugging Face's GPT-2 layout")
-    add("--prompt", help="what to answer (default: for a model of TinyTLDR one of its test posts, "
-        "by --seed, else the lines of standard input, one by one)")
-    add("--chat", action="store_true", help="the prompt is what a person says in a dialogue")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", help="what to answer (default: for a model of TinyTLDR one of "
+                        "its test posts, by --seed; else what you type, line by line, or what is "
+                        "piped in, split at blank lines)")
+    source.add_argument("--prompt_file", help="a text file that is one prompt")
+    source.add_argument("--data", help="answer held-out prompts: of tinytldr, of a file of "
+                        "preferences or demonstrations, or of a hub name")
+    add("--split", choices=["validation", "test"], help="of --data (default: test)")
+    add("--n_prompts", type=positive_int, help="held-out prompts, at most (default: 5)")
+    add("--chat", action="store_true", help="a prompt is what a person says in a dialogue, which "
+        "each policy remembers as far as it has room")
     add("--compare", action="store_true", help="also ask the policy that it was trained from")
-    add("--n", type=positive_int, default=1, help="samples for each prompt")
-    add("--seed", type=seed, default=0, help="of sampling")
+    add("--n", type=positive_int, help="samples for each prompt (default: 1)")
+    add("--seed", type=seed, help="of sampling, and of the post (default: 0)")
     sampling_flags(parser)
+    add("--top_k", type=positive_int, help="sample from the most likely tokens, so many of them")
+    add("--top_p", type=positive_fraction, help="sample from the most likely tokens, as many as "
+        "hold this fraction of the probability (after --temperature and --top_k)")
     device_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    prompts = args.prompt is not None or args.prompt_file is not None
+    posts = not prompts and args.data in (None, "tinytldr")     # which depend on --seed
+    random, warm = args.temperature > 0, "a --temperature above 0"
+    resolve(args, {"split": (args.data is not None, "test", "--data"),
+                   "n_prompts": (args.data is not None, 5, "--data"),
+                   "n": (random, 1, f"{warm}: at 0 all samples are the same"),
+                   "seed": (random or posts, 0, f"{warm}, and by the posts of tinytldr"),
+                   "top_k": (random, None, warm), "top_p": (random, None, warm)})
+    args.n, args.seed = args.n or 1, args.seed or 0
+    if args.chat and args.data is not None:
+        raise InputError("--chat: it would be ignored: the prompts of --data are whole")
+    if args.chat and args.n > 1 and not prompts:
+        raise InputError("--n: a dialogue goes on from one reply; leave --n out, or ask a single "
+                         "question with --prompt or --prompt_file")
+    return args
 
 
 def resolve(args, flags):

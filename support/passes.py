@@ -64,19 +64,30 @@ def sample(model, prompts, max_new_tokens, stop, seed, temperature=1.0,
         return in_shares(sample_part, parts)
 
 
-def stream(policy, tokenizer, ids, args, generator):
-    """Prints one reply to a prompt (token ids), each token as it is drawn."""
+def stream(policy, name, tokenizer, ids, args):
+    """Prints --n replies to a prompt (token ids), each token as it is drawn. Returns the text of
+    the last."""
+    generator = new_generator(next(policy.parameters()).device, args.seed)
+    for _ in range(args.n):
+        print(f"[{name}]", end="", flush=True)
+        reply = stream_reply(policy, tokenizer, ids, args, generator)
+    return to_text(reply, tokenizer)
+
+
+def stream_reply(policy, tokenizer, ids, args, generator):
+    """Prints one reply, each token as it is drawn. Returns its tokens."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")   # a letter may be two tokens
 
     def on_token(tokens):
-        if tokens[0] != tokenizer.eot_token:
+        if tokens[0] != tokenizer.eot_token and tokens[0] < tokenizer.n_vocab:
             word = tokenizer.decode_single_token_bytes(tokens[0])
             print(decoder.decode(word), end="", flush=True)
 
     reply, = policy.generate([ids], args.max_new_tokens, args.temperature, tokenizer.eot_token,
-                             generator, on_token=on_token)
+                             generator, on_token=on_token, top_k=args.top_k, top_p=args.top_p)
     ending = "" if reply[-1] == tokenizer.eot_token else " ..."
     print(decoder.decode(b"", final=True) + ending + "\n")
+    return reply
 
 
 def prompt_room(model, max_new_tokens):

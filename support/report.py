@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from support.figures import advantage_figure, logprob_figure, margin_figure, remove
-from support.files import write_json
+from support.files import replacing, write_json
 from support.processes import is_first
 from support.run_folder import run_flags, run_names
 
@@ -50,7 +50,7 @@ def write_report(args, prompts, results, replies, rewards, accuracy):
     parts.append("## Glossary\n\n" + GLOSSARY.read_text(encoding="utf-8").split("\n", 2)[2].strip())
 
     path = os.path.join(args.out_dir, "report.md")
-    with open(path, "w", encoding="utf-8") as file:
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write("\n\n".join(part for part in parts if part) + "\n")
     write_json(os.path.join(args.out_dir, "results.json"), {
         "reference": results["reference"], "policies": policies, "flags": flags,
@@ -64,9 +64,13 @@ def training_curve(folder):
     path = os.path.join(folder, "metrics.jsonl")
     lines = []
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            lines = [json.loads(line) for line in file if line.endswith("\n")]
-    lines = [line for line in lines if "train/chosen_change" in line]
+        try:
+            with open(path, encoding="utf-8") as file:
+                lines = [json.loads(line) for line in file if line.endswith("\n")]
+            lines = [line for line in lines if "train/chosen_change" in line]
+        except (ValueError, TypeError):
+            print(f"{path}: damaged, and left out of the report")
+            lines = []
     kept = len(lines) - 1
     select = run_flags(folder).get("select", "last")
     if select != "last" and kept > 0:                       # as Run._save_if_best
@@ -136,16 +140,19 @@ def policy_table(results):
 
 
 def verdict(results):
-    """Which policy (or the reference) did best, said whoever it is. results: {name: numbers}."""
+    """Which policy (or the reference) did best, whoever it is, where that can be told: where no 95%
+    interval of what the others are behind it holds zero. results: {name: numbers}."""
     best = max(results, key=lambda name: results[name]["reward"])
-    text = f"Highest mean reward: **{best}** ({results[best]['reward']:+.3f})."
+    reward = f"{results[best]['reward']:+.3f}"
     near = []
     for name, numbers in results.items():
         behind, half_width = numbers["behind_best"]
         if name != best and behind <= half_width:
             near.append(name)
+    text = f"Highest mean reward: **{best}** ({reward}), prompt by prompt ahead of every other."
     if near:
-        text += f" Prompt by prompt, these can't be told from it: {', '.join(near)}."
+        text = (f"No clear winner: prompt by prompt, {best} (mean reward {reward}) can't be told "
+                f"from {', '.join(near)}.")
     lowest = min(results, key=lambda name: results[name].get("chosen_change", 0))
     change = results[lowest].get("chosen_change", 0)
     if change < 0:

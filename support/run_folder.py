@@ -16,11 +16,12 @@ from support.device import compiled_graphs, sync
 from support.files import check_zip, replacing, write_json
 from support.flags import InputError, keep_tracebacks_in
 from support.folders import check_free, claim, release, remove_leftovers, set_aside
+from support.logs import open_log
 from support.processes import add_up_numbers, any_of, is_first, processes, progress_bar, wait
 from support.sharding import full, load_whole, whole
 
 # flags that may differ on --resume
-MAY_CHANGE = ("out_dir", "resume", "overwrite", "device", "compile", "fsdp")
+MAY_CHANGE = ("out_dir", "resume", "overwrite", "device", "compile", "fsdp", "log")
 LOG_EVERY = 10                                              # steps
 
 
@@ -44,6 +45,7 @@ class Run:
             self._resume(vars(args))
         elif is_first():
             self._begin(vars(args))
+        self.also_log = open_log(vars(args).get("log"), self.dir, vars(args), self.first_step)
         wait()
         keep_tracebacks_in(self.dir)
         self.stop_signal, self.handlers = None, {}
@@ -148,6 +150,8 @@ class Run:
         if is_first():
             with open(self._path("metrics.jsonl"), "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.also_log:
+            self.also_log(step, values)
 
     def _print(self, step, values):
         rate = (time.time() - self.started) / max(1, step - self.first_step)

@@ -10,8 +10,8 @@ import torch
 from support.device import FEW_SHAPES, random_numbers, round_up, sync
 
 
-def generate_static(gpt, draw, prompts, max_new_tokens, temperature, stop, generator, batch_size,
-                    on_token=None):
+def generate_static(gpt, draw, prompts, max_new_tokens, temperature, stop, generator, on_token=None,
+                    top_k=None, top_p=None, batch_size=256):
     """One response for each of at most batch_size prompts. gpt: a model.GPT; draw: model.draw; the
     others as in GPT.generate. Returns lists of tokens."""
     config, device = gpt.config, gpt.lm_head.weight.device
@@ -46,7 +46,8 @@ def generate_static(gpt, draw, prompts, max_new_tokens, temperature, stop, gener
     for _ in range(steps):
         random = torch.zeros(B, 1, dtype=torch.float64)
         random[going] = random_numbers(len(going), generator, torch.device("cpu"))
-        token = draw(gpt.lm_head(hidden).float(), temperature, random.to(device))       # (B,)
+        logits = gpt.lm_head(hidden).float()                            # (B, vocab)
+        token = draw(logits, temperature, random.to(device), top_k, top_p)      # (B,)
         for array in (*keys, *values):                  # one column to the left
             array[:, :, T:last] = array[:, :, T + 1:].clone()
         seen = torch.ones_like(visible[..., :1])

@@ -18,6 +18,7 @@ from support.flags import (
     seed,
 )
 from support.folders import check_free
+from support.logs import log_package
 from support.run_folder import run_flags
 
 
@@ -140,6 +141,8 @@ def training_flags(doc):
     add("--resume", action="store_true", help="go on from the state in --out_dir")
     add("--overwrite", action="store_true", help="start again in an --out_dir that holds a run or "
         "a model, whose files go into a folder in it, old-1 (-2, ...)")
+    add("--log", choices=["tensorboard", "wandb"], help="show metrics.jsonl there as well (the "
+        "package of that name, which has to be installed)")
     # the preference data
     add("--rho", type=fraction_or_all, help="fraction of the training pairs in which the longer "
         "response is preferred, or all for the pairs as they are (default: 0.2 on tinytldr)")
@@ -177,7 +180,9 @@ def preference_data_flags(args, used=True):
 
 def check_folders_and_tokenizer(args, **inputs):
     """Nothing is overwritten that is read, nor anybody's work; --tokenizer is that of --init_from
-    by default."""
+    by default. What is missing for --log is said now."""
+    if args.log is not None:
+        log_package(args.log)
     start = None if args.init_from == "scratch" else args.init_from
     check_out_dir(args.out_dir, {"init_from": start, "relabel": args.relabel, "data": args.data,
                                  **inputs})

@@ -1,6 +1,7 @@
 """Flags, before anything is read or made: what would be ignored is refused, what is wrong is said,
 what is left out is filled in."""
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import sample
 import train_policy
 import train_rm
 from losses import LOSSES, PREFERENCE_LOSSES
-from support.flags import InputError
+from support.flags import InputError, comparison_flags, talk_flags
 from support.training_flags import policy_flags, reward_flags
 
 IGNORED = "--{}: it would be ignored"
@@ -103,6 +104,31 @@ def test_a_dialogue_with_a_model_that_answers_posts(world, refuses):
     refuses(sample, [f"{world}/sft", "--chat"], IGNORED.format("chat"))
 
 
+@pytest.mark.parametrize("flags, message", [
+    (["--split=test"], IGNORED.format("split") + ": it is used by --data"),
+    (["--n_prompts=3", "--prompt=x"], IGNORED.format("n_prompts") + ": it is used by --data"),
+    (["--data=tinytldr", "--chat"], IGNORED.format("chat")),
+    (["--chat", "--n=2"], "--n: a dialogue goes on from one reply"),
+    (["--data=tinytldr", "--prompt=x"], "--prompt: not allowed with argument --data"),
+    (["--prompt_file=x.txt", "--prompt=x"], "--prompt: not allowed with argument --prompt_file")])
+def test_prompts_from_two_places(refuses, flags, message):
+    refuses(sample, ["out/sft", *flags], message)
+
+
+@pytest.mark.parametrize("script, flags", [
+    (sample, ["--prompt=x", "--top_k=3"]), (sample, ["--prompt=x", "--top_p=0.9"]),
+    (sample, ["--prompt=x", "--n=2"]), (sample, ["--prompt=x", "--seed=0"]),
+    (sample, ["--data=x.jsonl", "--seed=1"]), (sample, ["--prompt_file=x", "--seed=1"]),
+    (evaluate, ["--data=x.jsonl", "--oracle=out/rm", "--seed=1"])])
+def test_what_chance_needs_where_there_is_none(refuses, script, flags):
+    """At --temperature=0; but the posts of the embedded task depend on the seed."""
+    name = flags[-1].strip("-").split("=")[0]
+    refuses(script, ["out/sft", "--temperature=0", *flags], IGNORED.format(name) + ".*temperature")
+    for flags in ([], ["--data=tinytldr"]):
+        assert talk_flags(["out/sft", "--temperature=0", "--seed=1", *flags], "").seed == 1
+    assert comparison_flags(["out/sft", "--temperature=0", "--seed=1"], "").seed == 1
+
+
 # ------------------------------------------------------------------ flags that are wrong
 
 @pytest.mark.parametrize("flags, message", [
@@ -127,6 +153,15 @@ def test_bad_flags_of_a_policy(refuses, flags, message):
     refuses(train_policy, flags, message)
 
 
+@pytest.mark.parametrize("script", [train_policy, train_rm])
+@pytest.mark.parametrize("name, module", [("wandb", "wandb"),
+                                          ("tensorboard", "torch.utils.tensorboard")])
+def test_a_package_that_is_not_installed(refuses, monkeypatch, script, name, module):
+    """--log says how to get it, before the work."""
+    monkeypatch.setitem(sys.modules, module, None)
+    refuses(script, [f"--log={name}"], f"^--log={name} needs {name}: pip install {name}$")
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--bias=0.2,x"], "--bias: invalid list of comma-separated fractions value: '0.2,x'"),
     (["--bias=0.2,1.2"], "--bias: invalid list of comma-separated fractions"),
@@ -145,6 +180,22 @@ def test_bad_flags_of_a_reward_model(refuses, flags, message):
     (["--split=train"], "--split: invalid choice")])
 def test_bad_flags_of_a_comparison(refuses, flags, message):
     refuses(evaluate, flags, message)
+
+
+def test_policies_to_compare_stand_anywhere(refuses):
+    """Before, between and after the flags; what is wrong is still said."""
+    args = comparison_flags(["--ref=r", "a", "--n_prompts=4", "b", "--show", "1", "c"], "")
+    assert (args.policies, args.ref, args.n_prompts, args.show) == (["a", "b", "c"], "r", 4, 1)
+    assert len(comparison_flags(["--n_prompts=4"], "").policies) == 6
+    refuses(evaluate, ["a", "--n_prompts=4", "b", "--nprompts=5"], "unrecognized arguments: --npr")
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--top_p=0"], "--top_p: invalid positive fraction value: '0'"),
+    (["--top_p=1.1"], "--top_p: invalid positive fraction"),
+    (["--top_k=0"], "--top_k: invalid positive int")])
+def test_bad_flags_of_a_talk(refuses, flags, message):
+    refuses(sample, ["out/sft", *flags], message)
 
 
 # ------------------------------------------------------------------ what is left out

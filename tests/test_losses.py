@@ -194,6 +194,19 @@ def test_best_member():
     assert losses.best_member(table, "batch").tolist() == [2.0, 3.0]
 
 
+@pytest.mark.parametrize("min_per, shares", [
+    ("example", [[1 / 3, 0, 2 / 3], [0, 1, 0]]), ("batch", [[0, 1, 0], [0, 1, 0]])])
+def test_how_often_each_member_is_picked(min_per, shares):
+    """Rankings of three, beta 1, with a sample of the reference behind them: h is 1, 3, 2 in the
+    first row's pairs and 0 in the second's; of the members' margins, member 1 is never far off."""
+    change = torch.tensor([[3.0, 2.0, 0.0, 9.0], [5.0, 5.0, 5.0, 9.0]])
+    rewards = torch.tensor([[[1.0, 2.0, 3.0], [0.0, 1.5, 1.5], [-9.0, 0.2, 0.0]],
+                            [[0.0, 0.0, 0.5], [1.0, 0.1, 0.0], [9.0, 0.0, 3.0]]])
+    values = losses.picks(change, torch.zeros(2, 4), rewards, 1.0, min_per)
+    assert list(values) == ["picked_0", "picked_1", "picked_2"]
+    assert_gives(torch.stack(list(values.values()), dim=1), shares)
+
+
 def test_ensemble_of_one_is_distill():
     got = losses.ensemble_distill(logps, ref_logps, rewards[..., :1], BETA)
     torch.testing.assert_close(got, losses.distill(logps, ref_logps, rewards[..., 0], BETA))

@@ -11,6 +11,7 @@ from model import GPT, GPTConfig, draw
 from reward import RewardModel
 from support.flags import InputError
 from support.run_folder import family_folders
+from support.sampling import likely
 from support.static import generate_static
 
 CONFIG = GPTConfig(block_size=20, vocab_size=13, n_layer=2, n_head=2, n_embd=16)
@@ -91,9 +92,57 @@ def test_draw():
     assert draw(impossible, 1.0, random).tolist() == [1] * 1000
 
 
+def likely_by_hand(probs, top_k, top_p):
+    """A walk along the tokens of a row, the most likely first (of equals, the first), until there
+    are enough of them."""
+    order = sorted(range(len(probs)), key=lambda token: -probs[token])[:top_k]
+    total, before, kept = sum(probs[token] for token in order), 0.0, [0.0] * len(probs)
+    for token in order:
+        if top_p is not None and before >= top_p * total:
+            break
+        kept[token] = probs[token]
+        before += probs[token]
+    return kept
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 3, 100])
+@pytest.mark.parametrize("top_p", [None, 1e-9, 0.3, 0.75, 1.0])
+def test_likely_tokens(top_k, top_p):
+    """Random rows, and rows of numbers without rounding in which sums meet top_p exactly and
+    tokens are as likely as others."""
+    probs = torch.randn(50, 9, generator=torch.Generator().manual_seed(0)).double().softmax(dim=1)
+    ties = torch.tensor([[1, 4, 2, 1, 4, 1, 0, 2, 1], [0, 12, 0, 4, 0, 0, 0, 0, 0]]) / 16
+    probs = torch.cat([probs, ties.double(), torch.full((1, 9), 1 / 16, dtype=torch.float64)])
+    wanted = [likely_by_hand(row, top_k, top_p) for row in probs.tolist()]
+    wanted = torch.tensor(wanted, dtype=torch.float64)
+    torch.testing.assert_close(likely(probs, top_k, top_p), wanted, rtol=0, atol=0)
+
+
+def test_likely_tokens_are_drawn_as_often_as_they_are_likely():
+    """At a temperature, of which top_p is after; from evenly spaced random numbers."""
+    logits = torch.tensor([0.5, 3.0, 1.0, 2.0, -1.0])
+    random = torch.linspace(0, 1 - 1e-9, 10_000, dtype=torch.float64)[:, None]
+    for temperature, top_k, top_p in ((1.0, 3, None), (2.0, None, 0.8), (2.0, 4, 0.7)):
+        token = draw(logits.expand(10_000, 5), temperature, random, top_k, top_p)
+        probs = (logits.double() / temperature).softmax(dim=0).tolist()
+        kept = torch.tensor(likely_by_hand(probs, top_k, top_p))
+        assert 1 < (kept > 0).sum() < 5
+        drawn = torch.bincount(token, minlength=5) / 10_000
+        torch.testing.assert_close(drawn, kept / kept.sum(), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("limits", [{"top_k": 1}, {"top_p": 1e-6}])
+def test_the_most_likely_token_alone(model, limits):
+    """Generation with top_k=1, or a tiny top_p, is greedy."""
+    greedy = model.generate(PROMPTS, 8, temperature=0, stop=STOP)
+    assert model.generate(PROMPTS, 8, stop=STOP, **limits) == greedy
+    assert model.generate(PROMPTS, 8, stop=STOP) != greedy
+
+
+@pytest.mark.parametrize("limits", [{}, {"top_k": 3, "top_p": 0.8}])
 @pytest.mark.parametrize("temperature", [0, 1.0])
 @pytest.mark.parametrize("n_prompts", [1, 5, 40])
-def test_generation_in_shapes_that_never_change(n_prompts, temperature):
+def test_generation_in_shapes_that_never_change(n_prompts, temperature, limits):
     """What torch_xla runs gives the same tokens as what everything else runs, from the same random
     numbers: ragged prompts, up to the whole block, rows that end and rows that do not."""
     torch.manual_seed(0)
@@ -105,11 +154,11 @@ def test_generation_in_shapes_that_never_change(n_prompts, temperature):
     order = sorted(range(n_prompts), key=lambda i: -lengths[i])
     for stop in (None, 3):
         wanted = model.generate(prompts, 12, temperature, stop, torch.Generator().manual_seed(2),
-                                batch_size=64)
+                                batch_size=64, **limits)
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
             got = generate_static(model, draw, [prompts[i] for i in order], 12, temperature, stop,
-                                  generator, batch_size=64)
+                                  generator, batch_size=64, **limits)
         assert got == [wanted[i] for i in order]
 
 

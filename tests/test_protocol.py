@@ -139,6 +139,20 @@ def test_scores_need_no_reward_models(stages):
     assert "rms" not in commands[4][1] and "relabel" not in commands[4][1]
 
 
+@pytest.mark.parametrize("text, message", [
+    ("{", "--out: .*protocol.json: damaged: Expecting"), ("[]", "damaged: a list, not a dict"),
+    (None, "--out: .* is a file")])
+def test_a_folder_that_is_none_of_its_own(stages, tmp_path, text, message):
+    """A protocol.json that can't be read, and a file in the place of the folder."""
+    if text is None:
+        (tmp_path / "out").write_text("")
+    else:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "protocol.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        stages()
+
+
 def test_an_interrupted_stage_goes_on(stages, tmp_path, monkeypatch):
     """What has a state.pt and no model.safetensors is resumed, a family too."""
     flags = ["--losses=e-dpo", "--bias=0.2,0.5"]

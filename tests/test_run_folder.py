@@ -482,6 +482,71 @@ def test_a_resumed_run_selects_among_the_steps_of_before_too(tmp_path):
         assert run.model.bias.item() == chosen
 
 
+# ------------------------------------------------------------------ --log
+
+class Refusal(Exception):
+    """wandb's own error."""
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """Stands in for tensorboard and wandb. Returns what they are told: {"opened": [options],
+    "shown": [(step, name, value)]}."""
+    told = {"opened": [], "shown": []}
+
+    def open_run(*folder, **options):
+        if options.get("name") == "refused":
+            raise Refusal("No API key.\nLog in.")
+        told["opened"].append((*folder, options))
+        return run
+
+    def add(name, value, step):
+        told["shown"].append((step, name, value))
+
+    def add_all(values, step):
+        for name, value in values.items():
+            add(name, value, step)
+
+    run = SimpleNamespace(add_scalar=add, log=add_all, flush=lambda: None)
+    tensorboard = SimpleNamespace(SummaryWriter=open_run)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
+    monkeypatch.setattr(torch.utils, "tensorboard", tensorboard, raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=open_run, Error=Refusal))
+    return told
+
+
+@pytest.mark.parametrize("log", ["tensorboard", "wandb"])
+def test_metrics_are_shown_elsewhere_too(tmp_path, shown, log):
+    """All of metrics.jsonl; also of a run that goes on, from where it does. --log may change then,
+    and without it nothing is shown."""
+    folder = tmp_path / "run"
+    run = start(folder, log=log)
+    run.report(0, {"loss": 1.0})
+    run.report(3, {"loss": 0.5, "margin": 0.2})
+    assert shown["shown"] == [(line["step"], name, line[name]) for line in metrics(folder)
+                              for name in line if name != "step"]
+    start(folder).report(3, {"loss": 1.0})
+    assert len(shown["opened"]) == 1 and len(shown["shown"]) == 3
+    run = start(folder, resume=True, log=log)
+    run.report(3, {"loss": 0.4})
+    assert shown["shown"][3:] == [(3, "loss", 0.4)]
+    if log == "tensorboard":
+        assert shown["opened"] == [(f"{folder}/tensorboard", {"purge_step": 0}),
+                                   (f"{folder}/tensorboard", {"purge_step": 3})]
+    for options, in shown["opened"] if log == "wandb" else []:
+        assert options["group"] == options["dir"] == str(folder) and options["config"]["lr"] == 0.5
+
+
+def test_a_package_that_refuses_is_met_before_anything_is_written(tmp_path, monkeypatch, shown):
+    monkeypatch.chdir(tmp_path)
+    start("run").report(3, {"loss": 0.5})
+    shutil.move("run", "refused")
+    before = sorted(path.stat().st_mtime_ns for path in (tmp_path / "refused").iterdir())
+    assert refusal(start, "refused", log="wandb") == (
+        "--log=wandb: No API key. Log in. (WANDB_MODE=offline needs no account)")
+    assert before == sorted(path.stat().st_mtime_ns for path in (tmp_path / "refused").iterdir())
+
+
 # ------------------------------------------------------------------ what is in a folder
 
 def test_run_flags(tmp_path):

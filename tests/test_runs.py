@@ -1,5 +1,7 @@
 """The scripts, end to end on runs of a few steps: determinism, resuming, files, the report, and bad
 input. (The numbers of a training step are in tests/test_training.py.)"""
+import hashlib
+import io
 import json
 import os
 import re
@@ -24,9 +26,11 @@ from losses import LOSSES, PREFERENCE_LOSSES, Loss, log_ratio_margin
 from model import GPT, GPTConfig
 from runs import score
 from support import run_folder, tokens
-from support.flags import InputError, run_script
+from support.flags import InputError, run_script, talk_flags
 from support.formats import load_rows
 from support.optimizer import adamw, learning_rate
+from support.passes import stream_reply, to_text
+from support.prompts import prompt_tokens, prompts_to_answer
 from support.report import accuracy_table, policy_table, training_curve, verdict
 
 ROOT = Path(__file__).parent.parent
@@ -452,18 +456,35 @@ def test_a_small_difference_on_every_prompt_is_a_difference():
                           "behind_best": evaluate.interval(rewards["best"] - values)}
     best, close = policies["best"], policies["close"]
     assert close["advantage"] + close["advantage_95"] > best["advantage"] - best["advantage_95"]
-    text = verdict(policies)
-    assert "Highest mean reward: **best**" in text
-    assert "can't be told from it: level." in text and "close" not in text
+    assert "best (mean reward" in verdict(policies)
+    assert "can't be told from level." in verdict(policies) and "**" not in verdict(policies)
+    del policies["level"]
+    assert "Highest mean reward: **best**" in verdict(policies)
 
 
 def test_verdict_when_the_reference_is_best():
-    """It says so, and compares with the reference, not with the best of the policies."""
+    """It says so, where that is certain, and compares with the reference, not with the best of the
+    policies."""
     numbers = {"reference": (0.0, (0.0, 0.0)), "a": (-0.5, (0.5, 0.6)), "b": (-0.51, (0.51, 0.1))}
     results = {name: {"reward": reward, "behind_best": behind}
                for name, (reward, behind) in numbers.items()}
-    text = verdict(results)
-    assert "**reference**" in text and "can't be told from it: a." in text
+    assert "No clear winner: " in verdict(results)
+    assert "reference (mean reward +0.000) can't be told from a." in verdict(results)
+    del results["a"]
+    assert "Highest mean reward: **reference** (+0.000)" in verdict(results)
+
+
+def test_a_policy_that_is_the_reference_is_no_winner(world, policies, tmp_path):
+    evaluate.main([f"--ref={world}/sft", f"{policies}/unmoved", f"--out_dir={tmp_path}",
+                   "--n_prompts=4"])
+    assert "No clear winner" in read(tmp_path / "report.md")
+
+
+@pytest.mark.parametrize("line", ["{\n", "5\n"])
+def test_a_report_without_a_curve_that_is_damaged(tmp_path, capsys, line):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "train/chosen_change": 0}\n' + line)
+    assert training_curve(tmp_path)[0] == []
+    assert "metrics.jsonl: damaged, and left out of the report\n" in capsys.readouterr().out
 
 
 def test_interval():
@@ -668,6 +689,30 @@ def test_sample_streams_what_generate_gives(world, capsys):
     assert capsys.readouterr().out == f"[{world}/sft]{wanted}{ending}\n\n"
 
 
+def test_sample_from_the_likely_tokens(world, capsys):
+    """--top_k=1 says what --temperature=0 says, --top_k=50 does not."""
+    said = []
+    for flags in (["--temperature=0"], ["--top_k=1"], ["--top_p=0.000001"], ["--top_k=50"]):
+        sample.main([f"{world}/sft", "--prompt=POST: My boss.", "--max_new_tokens=8", *flags])
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] == said[2] != said[3]
+
+
+def test_a_token_beyond_the_tokenizer_is_not_printed(capsys):
+    """A vocabulary that was padded lets a model say it."""
+    tokenizer = tinytldr.tokenizer()
+    said = [*tokenizer.encode_ordinary(" a b"), tokenizer.n_vocab + 5, tokenizer.eot_token]
+
+    def generate(*_, on_token, **__):
+        for token in said:
+            on_token([token])
+        return [said]
+
+    args = SimpleNamespace(max_new_tokens=9, temperature=1.0, top_k=None, top_p=None)
+    assert stream_reply(SimpleNamespace(generate=generate), tokenizer, [1], args, None) == said
+    assert capsys.readouterr().out == " a b\n\n"
+
+
 def test_sample_beside_the_reference(world, tmp_path, capsys):
     """With --compare the reference answers too; a policy that has not moved says the same."""
     train_policy.main(policy_flags(world, tmp_path / "run", "dpo", max_steps=1, lr=1e-12))
@@ -680,6 +725,125 @@ def test_sample_beside_the_reference(world, tmp_path, capsys):
     assert [part.strip() for part in of_policy] == [part.strip() for part in of_ref]
     with pytest.raises(InputError, match="--compare: .* was trained from no reference"):
         sample.main([f"{world}/sft", "--compare"])
+
+
+def asked(flags, tokenizer="gpt2"):
+    """The prompts that sample.py would answer with these flags; posts are called by their place."""
+    args = talk_flags(["policy", *flags], "")
+    tokenizer = SimpleNamespace(name=tokenizer, encode_ordinary=list)
+    return list(prompts_to_answer(args, tokenizer, "{} {} {}".format))
+
+
+def test_a_file_is_a_single_prompt(tmp_path):
+    """Whatever blank lines it has; only the ends of lines at its end are dropped."""
+    (tmp_path / "post.txt").write_text(" Erste Zeile: \u00fc\n\nTL;DR:\n\n", encoding="utf-8")
+    assert asked([f"--prompt_file={tmp_path}/post.txt"]) == [" Erste Zeile: \u00fc\n\nTL;DR:"]
+
+
+@pytest.mark.parametrize("content, reason", [(None, "No such file"), (b"", "the file is empty"),
+                                             (b"\xff\xfe", "not UTF-8 text")])
+def test_a_file_that_is_no_prompt(tmp_path, content, reason):
+    if content is not None:
+        (tmp_path / "post.txt").write_bytes(content)
+    with pytest.raises(InputError, match=f"--prompt_file: .*post.txt: {reason}"):
+        asked([f"--prompt_file={tmp_path}/post.txt"])
+
+
+def test_what_is_piped_in_is_split_at_blank_lines(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\nA post\nof two lines.\n \n\n  second\n\n"))
+    assert asked([]) == ["A post\nof two lines.", "  second"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(" \n\n"))
+    with pytest.raises(InputError, match="standard input: no prompt"):
+        asked([])
+
+
+def test_what_is_typed_is_a_prompt_line_by_line(monkeypatch, capsys):
+    """Each is answered before the next is read; an empty line asks for nothing."""
+    typed = io.StringIO("first\n\nsecond\n")
+    monkeypatch.setattr(typed, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdin", typed)
+    assert asked([]) == ["first", "second"]
+    assert capsys.readouterr().out == "one prompt per line; Ctrl-D ends\n"
+
+
+def test_a_post_of_the_embedded_task_by_its_seed(monkeypatch, capsys):
+    """Without reading standard input; it is printed, since nobody has seen it."""
+    monkeypatch.setattr(sys, "stdin", None)
+    assert asked(["--seed=1002"], "tinytldr") == ["0 test 2"]
+    assert capsys.readouterr().out == "0 test 2\n\n"
+
+
+def test_held_out_prompts_to_answer(tmp_path, hub_cache, capsys):
+    """Those of a split, each once, in full; of a file and of the embedded task. Says how many there
+    are if they are fewer."""
+    prompts = [f"POST: {i}\n\nTL;DR:" for i in range(60)]
+    write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": prompt, "chosen": " a", "rejected": f" {n}"}
+                                           for prompt in prompts for n in "bc"])
+    flags, tokenizer = [f"--data={tmp_path}/pairs.jsonl", "--n_prompts=50"], tinytldr.tokenizer()
+    held_out = {}
+    for split in ("validation", "test"):
+        args = talk_flags(["policy", *flags, f"--split={split}"], "")
+        held_out[split] = list(prompts_to_answer(args, tokenizer, None))
+        out = capsys.readouterr().out
+        assert f"--n_prompts=50: the {split} split of" in out
+        assert f"has {len(held_out[split])}, which are taken" in out
+    for split, wanted in (("validation", range(0, 26)), ("test", range(26, 52))):
+        assert held_out[split] == [prompt for prompt in prompts if
+                                   hashlib.sha256(prompt.encode()).digest()[0] in wanted]
+        assert len(held_out[split]) > 1
+    args = talk_flags(["policy", *flags[:1], "--n_prompts=1"], "")
+    assert list(prompts_to_answer(args, tokenizer, None)) == held_out["test"][:1]
+    assert "which are taken" not in capsys.readouterr().out
+    assert asked(["--data=tinytldr", "--n_prompts=2"]) == ["0 test 0", "0 test 1"]
+
+
+def test_a_dialogue_loses_its_oldest_turns():
+    """What the policy sees begins with a turn of the user, and keeps the newest; only where that
+    does not fit alone is it cut within a turn."""
+    tokenizer = tinytldr.tokenizer()
+    dialogue = ["a", " x", "b", " c", "d"]
+
+    def seen(room):
+        turns = list(dialogue)
+        ids = prompt_tokens(turns, tokenizer, room, chat=True)
+        assert len(ids) <= room
+        return tokenizer.decode(ids), turns
+
+    whole = "\n\nHuman: a\n\nAssistant: x\n\nHuman: b\n\nAssistant: c\n\nHuman: d\n\nAssistant:"
+    size = len(tokenizer.encode_ordinary(whole))
+    assert seen(size) == (whole, dialogue)
+    assert seen(size - 1) == (whole[whole.index("\n\nHuman: b"):], dialogue[2:])
+    last = whole[whole.index("\n\nHuman: d"):]
+    size = len(tokenizer.encode_ordinary(last))
+    assert seen(size) == (last, ["d"])
+    cut, turns = seen(size - 1)
+    assert last.endswith(cut) and cut != last and turns == ["d"]
+
+
+def test_a_dialogue_goes_on(world, tmp_path, monkeypatch, capsys):
+    """Every turn is answered with all of the dialogue before it in sight: with --compare each
+    policy its own."""
+    train_policy.main(policy_flags(world, tmp_path / "run", "dpo", max_steps=20, lr=3e-2))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n\nwhat else?\n\nbye\n"))
+    tokenizer, flags = tinytldr.tokenizer(), ["--max_new_tokens=6", "--temperature=0"]
+    monkeypatch.setattr(tokenizer, "name", "letters")      # no model of TinyTLDR, which has posts
+    monkeypatch.setattr(sample, "get_tokenizer", lambda name: tokenizer)
+    capsys.readouterr()
+    sample.main([f"{tmp_path}/run", "--chat", "--compare", *flags])
+    turns = capsys.readouterr().out.split(f"[{tmp_path}/run]")[1:]
+    printed = [turn.split(f"[the reference, {world}/sft]") for turn in turns]
+    assert len(printed) == 3
+    for column, folder in enumerate((f"{tmp_path}/run", f"{world}/sft")):
+        policy, text = GPT.from_pretrained(folder), ""
+        for question, replies in zip(("hi", "what else?", "bye"), printed):
+            text += f"\n\nHuman: {question}\n\nAssistant:"
+            ids = tokenizer.encode_ordinary(text)
+            assert len(ids) <= policy.config.block_size - 6
+            reply, = policy.generate([ids], 6, temperature=0, stop=tokenizer.eot_token)
+            reply = to_text(reply, tokenizer)
+            assert replies[column].removesuffix(" ...\n\n").strip() == reply.strip()
+            text += f" {reply.strip()}"
+    assert [ours for ours, _ in printed] != [of_ref for _, of_ref in printed]
 
 
 # ------------------------------------------------------------------ bad input
@@ -719,6 +883,21 @@ def test_bad_input(tmp_path, hub_cache, monkeypatch, capsys, script, flags, mess
     error = capsys.readouterr().err
     assert error.startswith(f"{script.__name__}.py: error: ")
     assert message in error and error.count("\n") == 1, error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--ref=./none"], "--ref: ./none: no such folder"),
+    (["--ref={world}/rm"], "--ref: {world}/rm: this is a reward model"),
+    (["--ref={world}/sft", "--oracle=none"], "--oracle: no reward model in 'none'"),
+    (["--ref={world}/sft", "--oracle={world}/sft"], "--oracle: {world}/sft: this is a language"),
+    (["--ref={world}/sft", "--rms={world}/sft"], "--rms: {world}/sft: this is a language model"),
+    (["--ref={world}/sft", "--rms={world}/rm", "--relabel={world}/sft"], "--relabel: {world}/sft")])
+def test_the_flag_of_a_model_that_is_none(world, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    flags = [flag.format(world=world) for flag in flags]
+    with pytest.raises(InputError, match=f"^{message.format(world=world)}"):
+        evaluate.main([*flags, f"{world}/sft"])
     assert list(tmp_path.iterdir()) == []
 
 

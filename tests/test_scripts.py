@@ -23,6 +23,7 @@ from losses import LOSSES
 from model import GPT, GPTConfig
 from reward import RewardModel, family_scores, load_reward_models, training_pairs
 from support import passes
+from support.checks import say_spread
 from support.device import compiled_graphs
 from support.flags import InputError
 from support.passes import sample, score, to_text
@@ -151,6 +152,24 @@ def test_statistics_of_rewards():
     values = train_rm.statistics(torch.tensor([[0.5, 0.0], [1.0, 1.0], [0.0, 1.0]]))
     assert {name: value.tolist() for name, value in values.items()} == {
         "margin": [0.5, 0, -1], "accuracy": [1, 0.5, 0]}
+
+
+def test_a_member_that_hardly_varies(capsys):
+    """Its margins' standard deviation, by hand, below a tenth of the median's, is warned of; near a
+    tenth it is not. Of a ranking all pairs count."""
+    pairs = np.zeros((2, 2, 4), np.float32)
+    pairs[0, 0], pairs[1, 0] = [1, 2, 0.17, 0.11], [-1, -2, -0.17, -0.15]
+    say_spread(pairs, ["a", "b", "c", "d"])
+    out = capsys.readouterr().out
+    assert "margins of each reward model: 0 (a) 1, 1 (b) 2, 2 (c) 0.17, 3 (d) 0.13\n" in out
+    assert "warning" not in out
+    pairs[..., 2] /= 10
+    say_spread(pairs, [])
+    out = capsys.readouterr().out
+    assert "2 (score) 0.017" in out and out.count("warning") == 1
+    assert "warning: the margins of reward model 2 (score) hardly vary" in out
+    say_spread(np.array([[[2.0], [1.0], [0.0]]]), ["a"])        # margins 1, 2, 1
+    assert "0 (a) 0.471\n" in capsys.readouterr().out
 
 
 def test_what_a_row_weighs():

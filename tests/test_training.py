@@ -268,8 +268,10 @@ class Preferences:
         gamma = GAMMA[0] + (GAMMA[1] - GAMMA[0]) * progress
         changes = [self.changes(policy, row) for row in rows]
         pairs = [self.pairs(row, change) for row, change in zip(rows, changes)]
+        picked = [[best_of([pair]) for pair in row_pairs] for row_pairs in pairs]
         if self.one_member_for_all:
-            keep_best_member(pairs)
+            best = keep_best_member(pairs)
+            picked = [[best for _ in row_pairs] for row_pairs in pairs]
         loss = mean(mean(map(self.equation, row_pairs)) for row_pairs in pairs)
         watched = {
             "chosen_change": mean(change[0] for change in changes),
@@ -281,6 +283,10 @@ class Preferences:
                       for sample, ref_logp in zip(row.samples, row.ref_sample_logps))
             loss = loss + gamma * kl
             watched["forward_kl"] = kl
+        if self.equation is e_dpo:
+            for m in range(len(rows[0].rewards[0])):
+                shares = [[torch.tensor(float(best == m)) for best in row] for row in picked]
+                watched[f"picked_{m}"] = mean(map(mean, shares))
         return {"loss": loss, **watched}
 
     def changes(self, policy, row):
@@ -297,15 +303,22 @@ class Preferences:
         return pairs
 
 
-def keep_best_member(pairs):
-    """Leaves to all pairs the margin of one reward model: that which fits them best together."""
-    flat = [pair for row_pairs in pairs for pair in row_pairs]
-    members = range(len(flat[0].margins))
-    misfits = [sum(((pair.margins[m] - BETA * pair.h) ** 2).item() for pair in flat)
+def best_of(pairs):
+    """The number of the reward model that fits some pairs best together."""
+    members = range(len(pairs[0].margins))
+    misfits = [sum(((pair.margins[m] - BETA * pair.h) ** 2).item() for pair in pairs)
                for m in members]
-    best = misfits.index(min(misfits))
+    return misfits.index(min(misfits))
+
+
+def keep_best_member(pairs):
+    """Leaves to all pairs the margin of one reward model: that which fits them best together.
+    Returns its number."""
+    flat = [pair for row_pairs in pairs for pair in row_pairs]
+    best = best_of(flat)
     for pair in flat:
         pair.margins = [pair.margins[best]]
+    return best
 
 
 def is_right(margin):
@@ -417,7 +430,9 @@ def plainly_trained(model, objective, train, watched, max_steps, grad_clip, orde
         gradients = dict(zip(optimizer.parameters, gradients))
         gradients, norm = clipped(gradients, grad_clip)
         optimizer.step(gradients, step + 1, learning_rate(step, max_steps))
-        window.append({name: value.item() for name, value in means.items()} | {"grad_norm": norm})
+        numbers = {name: value.item() for name, value in means.items()
+                   if not name.startswith("picked")}           # of evaluations alone
+        window.append(numbers | {"grad_norm": norm})
         if (step + 1) % 10 == 0 or step + 1 == max_steps:
             lines.append({"step": step})
             lines[-1] |= {name: mean(means[name] for means in window) for name in window[0]}

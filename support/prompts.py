@@ -1,0 +1,100 @@
+"""The prompts that a policy answers: a person's, or held-out ones; and dialogues."""
+import re
+import sys
+
+from support.flags import InputError
+from support.formats import chat_text
+from support.passes import to_text
+from support.tokens import prompts_of, tokenised_file
+
+
+def held_out_prompts(args, tokenizer, post, needed=1):
+    """The first --n_prompts prompts of --split of --data, each once; says so if there are fewer.
+    post: tinytldr.post. Returns (texts, lists of token ids). InputError if fewer than needed."""
+    if args.data == "tinytldr":
+        texts = [post(args.seed, args.split, i) for i in range(args.n_prompts)]
+        prompts = [tokenizer.encode_ordinary(text) for text in texts]
+    else:
+        demonstrations = vars(args).get("rms") is None      # will do; reward models need pairs
+        arrays = tokenised_file(args.data, tokenizer, demonstrations)
+        there = prompts_of(arrays, args.split)
+        prompts = there[:args.n_prompts]
+        texts = [to_text(prompt, tokenizer) for prompt in prompts]
+        if len(there) < args.n_prompts:
+            print(f"--n_prompts={args.n_prompts}: the {args.split} split of {args.data} has "
+                  f"{len(there)}, which are taken")
+    if len(prompts) < needed:
+        raise InputError(f"--data, --n_prompts: {len(prompts)} in the {args.split} split of "
+                         f"{args.data}; at least {needed} are needed")
+    return texts, prompts
+
+
+def prompts_to_answer(args, tokenizer, post):
+    """Yields the texts that sample.py answers: of --prompt, --prompt_file or --data; or else a post
+    of TinyTLDR (post: tinytldr.post), or what comes from standard input. Prints those that the
+    person has not seen."""
+    if args.prompt is not None:
+        yield args.prompt
+    elif args.prompt_file is not None:
+        yield read_text(args.prompt_file)
+    elif args.data is not None or tokenizer.name == "tinytldr":
+        if args.chat:
+            raise InputError("--chat: it would be ignored: a model of TinyTLDR answers posts")
+        if args.data is not None:
+            texts, _ = held_out_prompts(args, tokenizer, post)
+        else:
+            texts = [post(0, "test", args.seed % 1000)]
+        for text in texts:
+            print(text + "\n")
+            yield text
+    elif sys.stdin.isatty():
+        print("one prompt per line; Ctrl-D ends")
+        for line in sys.stdin:
+            if line.strip():
+                yield line.rstrip("\n")
+    else:
+        yield from blocks_of(sys.stdin)
+
+
+def read_text(path):
+    """A file's text, without the ends of lines at its end. InputError if there is none."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read().rstrip("\n")
+    except (OSError, ValueError) as error:      # ValueError: not UTF-8
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise InputError(f"--prompt_file: {path}: {reason}") from error
+    if not text:
+        raise InputError(f"--prompt_file: {path}: the file is empty")
+    return text
+
+
+def blocks_of(file):
+    """The parts of a text between its blank lines. InputError if there is none."""
+    try:
+        blocks = re.split(r"\n(?:[ \t]*\n)+", file.read().strip("\n"))
+    except ValueError as error:
+        raise InputError("standard input: not UTF-8 text") from error
+    blocks = [block for block in blocks if block.strip()]
+    if not blocks:
+        raise InputError("standard input: no prompt; write some, with a blank line between them, "
+                         "or use --prompt, --prompt_file or --data")
+    return blocks
+
+
+def prompt_tokens(turns, tokenizer, room, chat):
+    """What the policy reads, as token ids, `room` at most; what does not fit loses its start.
+
+    turns: the prompts of the person, and the replies to all but the last. Of these the policy reads
+    the last; or with `chat` all of them, as a dialogue that waits for the assistant's next reply:
+    where they do not fit, the oldest are taken out of the list.
+    """
+    if not chat:
+        return (tokenizer.encode_ordinary(turns[-1]) or [tokenizer.eot_token])[-room:]
+    while True:
+        messages = [{"role": ("user", "assistant")[i % 2], "content": turn.strip()}
+                    for i, turn in enumerate(turns)]
+        ids = tokenizer.encode_ordinary(chat_text(messages) + "\n\nAssistant:")
+        if len(ids) <= room or len(turns) == 1:
+            return ids[-room:]
+        del turns[:2]           # what the person said, and the reply to it
