@@ -27,9 +27,10 @@ def check_free(folder, resume=False, overwrite=False):
 
 
 def check_unused(folder):
-    """InputError if another process writes to this folder."""
-    path = os.path.join(folder, LOCK)
-    if os.path.realpath(folder) not in claimed and os.path.exists(path):
+    """InputError if another process writes to this folder. (Of several that torchrun has started,
+    the first one writes, so that only it looks.)"""
+    path, first = os.path.join(folder, LOCK), os.environ.get("RANK", "0") == "0"
+    if first and os.path.realpath(folder) not in claimed and os.path.exists(path):
         with open(path, "rb") as file:
             lock(file, folder, shared=True)
 

@@ -43,9 +43,9 @@ class Run:
         self.reported = None                # the step whose evaluation is in the resumed state
         if args.resume:
             self._resume(vars(args))
-        elif is_first():
-            self._begin(vars(args))
         self.also_log = open_log(vars(args).get("log"), self.dir, vars(args), self.first_step)
+        if is_first() and not args.resume:
+            self._begin(vars(args))
         wait()
         keep_tracebacks_in(self.dir)
         self.stop_signal, self.handlers = None, {}

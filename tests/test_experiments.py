@@ -152,8 +152,9 @@ def test_a_short_long_run(world, tmp_path, monkeypatch):
     """Figure 1's driver: a row for each evaluation of each loss, from the reference on."""
     monkeypatch.setattr(degeneracy.trials, "workers", lambda n: SerialPool())
     monkeypatch.setattr(degeneracy, "LOSSES", ("dpo", "d-dpo"))
-    degeneracy.main([f"--sft={world}/sft", f"--rm={world}/rm", "--steps=20", f"--flags={SMALL}",
-                     f"--out_dir={tmp_path}/runs", f"--results={tmp_path}/results"])
+    degeneracy.main([f"--sft={world}/sft", f"--rm={world}/rm", f"--rms={world}/rms", "--steps=20",
+                     f"--flags={SMALL}", f"--out_dir={tmp_path}/runs",
+                     f"--results={tmp_path}/results"])
     rows = figure2.read_rows(f"{tmp_path}/results/curves.csv")
     assert [row["loss"] for row in rows] == 21 * ["dpo"] + 21 * ["d-dpo"]
     assert [int(row["step"]) for row in rows] == 2 * list(range(21))

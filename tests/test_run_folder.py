@@ -525,7 +525,7 @@ def test_metrics_are_shown_elsewhere_too(tmp_path, shown, log):
     run.report(3, {"loss": 0.5, "margin": 0.2})
     assert shown["shown"] == [(line["step"], name, line[name]) for line in metrics(folder)
                               for name in line if name != "step"]
-    start(folder).report(3, {"loss": 1.0})
+    start(folder, overwrite=True).report(3, {"loss": 1.0})
     assert len(shown["opened"]) == 1 and len(shown["shown"]) == 3
     run = start(folder, resume=True, log=log)
     run.report(3, {"loss": 0.4})
@@ -540,9 +540,9 @@ def test_metrics_are_shown_elsewhere_too(tmp_path, shown, log):
 def test_a_package_that_refuses_is_met_before_anything_is_written(tmp_path, monkeypatch, shown):
     monkeypatch.chdir(tmp_path)
     start("run").report(3, {"loss": 0.5})
-    shutil.move("run", "refused")
+    shutil.copytree("run", "refused")
     before = sorted(path.stat().st_mtime_ns for path in (tmp_path / "refused").iterdir())
-    assert refusal(start, "refused", log="wandb") == (
+    assert refusal(start, "refused", log="wandb", overwrite=True) == (
         "--log=wandb: No API key. Log in. (WANDB_MODE=offline needs no account)")
     assert before == sorted(path.stat().st_mtime_ns for path in (tmp_path / "refused").iterdir())
 
