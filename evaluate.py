@@ -29,7 +29,7 @@ def held_out_prompts(args, tokenizer, policy):
         prompts = [tokenizer.encode_ordinary(text) for text in texts]
     else:
         # without --rms, demonstrations will do
-        arrays = tokenised_file(args.data, tokenizer, demonstrations=args.rms is None)
+        arrays = tokenised_file(args.data, tokenizer, args.rms is None, args.skip_bad_rows)
         prompts = prompts_of(arrays, args.split)[:args.n_prompts]
         texts = [to_text(prompt, tokenizer) for prompt in prompts]
     if len(texts) < 2:
@@ -102,7 +102,8 @@ def main(argv=None):
     accuracy = None
     if reward_models:
         cache = cache_folder(args.ref, args.out_dir)
-        pairs = preferences(args.data, args.split, tokenizer, ref, cache, seed=args.seed)
+        pairs = preferences(args.data, args.split, tokenizer, ref, cache, seed=args.seed,
+                            skip_bad_rows=args.skip_bad_rows)
         if labellers:
             pairs = relabel(pairs, mean_reward(labellers, pairs, args, autocast))
         rewards = {folder: score(model, pairs, autocast, shape_multiple(args), folder)

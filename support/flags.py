@@ -90,6 +90,11 @@ def device_flags(parser):
                              "(auto: bfloat16 on cuda and xla)")
 
 
+def skip_flag(parser):
+    parser.add_argument("--skip_bad_rows", action="store_true", default=None, help="leave out the "
+                        "rows of --data in which something is wrong, and say which")
+
+
 def sampling_flags(parser):
     parser.add_argument("--max_new_tokens", type=positive_int, default=64, help="longest sample")
     parser.add_argument("--temperature", type=temperature, default=1.0,
@@ -108,6 +113,7 @@ def comparison_flags(argv, doc):
         "tinytldr's oracle)")
     add("--relabel", help="run folder of a reward model that relabels the pairs for --rms")
     add("--data", default="tinytldr", help="where the held-out prompts and pairs come from")
+    skip_flag(parser)
     add("--split", default="test", choices=["validation", "test"])
     add("--out_dir", default="out/report", help="where report.md, results.json and figures go")
     add("--n_prompts", type=positive_int, default=1000, help="held-out prompts, at most")
@@ -120,7 +126,8 @@ def comparison_flags(argv, doc):
         six = ("dpo", "ipo", "d-dpo", "p-dpo", "dp-dpo", "e-dpo")
         args.policies = [f"out/{name}" for name in six]
         args.rms = args.rms or ("out/rm,out/rms" if args.data == "tinytldr" else None)
-    resolve(args, {"relabel": (args.rms is not None, None, "--rms, whose accuracy it changes")})
+    resolve(args, {"relabel": (args.rms is not None, None, "--rms, whose accuracy it changes"),
+                   "skip_bad_rows": (args.data != "tinytldr", None, "--data of your own")})
     if args.data != "tinytldr" and not args.oracle:
         raise InputError("--oracle: only --data=tinytldr has an oracle of its own; name the run "
                          "folder of a reward model")
