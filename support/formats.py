@@ -31,6 +31,7 @@ import math
 import os
 import re
 import zlib
+from itertools import takewhile
 
 from support.flags import InputError
 
@@ -134,22 +135,24 @@ def prompt_and_completion(record):
     completion begins with a turn of the assistant; other records as they are."""
     column = "completion" if record.get("completion") is not None else "messages"
     prompt, completion = record.get("prompt"), record.get(column)
-    if not isinstance(completion, list):
+    if not isinstance(completion, list) or not completion:
         if "messages" in record and not {"completion", "chosen", "responses"} & record.keys():
             raise ValueError("column 'messages' is missing, or is no list of chat messages")
         return record
-    assistant = [isinstance(message, dict) and message.get("role") == "assistant"
-                 for message in completion]
-    if not any(assistant):
-        raise ValueError(f"column {column!r} has no turn of the assistant")
     if column == "messages" or prompt is None:
         prompt = []
     elif not isinstance(prompt, list):      # what the person says, if that is not in the dialogue
-        prompt = [{"role": "user", "content": prompt}] if assistant[0] else []
+        prompt = [{"role": "user", "content": prompt}] if is_assistant(completion[0]) else []
     if completion[:len(prompt)] == prompt:
-        completion, assistant = completion[len(prompt):], assistant[len(prompt):]
-    opening = assistant.index(True)
-    return {"prompt": prompt + completion[:opening], "completion": completion[opening:]}
+        completion = completion[len(prompt):]
+    opening = list(takewhile(lambda message: not is_assistant(message), completion))
+    if len(opening) == len(completion):
+        raise ValueError(f"column {column!r} has no turn of the assistant")
+    return {"prompt": prompt + opening, "completion": completion[len(opening):]}
+
+
+def is_assistant(message):
+    return isinstance(message, dict) and message.get("role") == "assistant"
 
 
 def parse_row(record, demonstrations):

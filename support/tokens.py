@@ -2,7 +2,6 @@
 import hashlib
 import math
 import os
-import re
 import struct
 from itertools import chain, islice
 
@@ -20,8 +19,9 @@ SPLITS = np.array(["validation"] * 26 + ["test"] * 26 + ["train"] * 204)    # ab
 def split_text(prompt):
     """What a prompt's split goes by: itself; of a dialogue, what was said before the assistant's
     first reply to a person, so that all turns of a dialogue are in the same split."""
-    opening = re.match(r".*?\n\nHuman:.*?\n\nAssistant:", prompt, re.DOTALL)
-    return opening[0] if opening else prompt
+    person = prompt.find("\n\nHuman:")
+    reply = prompt.find("\n\nAssistant:", person)
+    return prompt[:reply] if person >= 0 and reply >= 0 else prompt
 
 
 def encode(rows, tokenizer):
@@ -84,11 +84,13 @@ def tokenised_file(data, tokenizer, demonstrations=False, skip_bad_rows=False):
     if os.path.exists(path):
         try:
             arrays, left_out = open_arrays(path)
-            print("\n".join(f"{data}: {message}" for message in [f"tokens from {path}", *left_out]))
-            return arrays
         except Exception as error:      # numpy and zipfile raise many kinds
             print(f"{path}: damaged, so it is made anew ({in_a_line(error)})")
-    left_out = []       # what is said of rows that are, now and from the cache
+        else:
+            for message in (f"tokens from {path}", *left_out):
+                print(f"{data}: {message}")
+            return arrays
+    left_out = []       # messages about rows that are
     rows = load_rows(data, demonstrations, skip_bad_rows, hub, left_out.append)
     arrays = encode(rows, tokenizer)
     if hub is None and hash_content(data) != content:
@@ -115,7 +117,8 @@ def hash_content(path):
         digest.update(below.encode() + b"\0")
         try:
             with open(name, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+                while part := file.read(2 ** 20):
+                    digest.update(part)
         except OSError as error:
             raise InputError(f"--data: {name}: {error.strerror}") from error
     return digest.hexdigest()

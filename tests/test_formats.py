@@ -418,6 +418,9 @@ def test_an_opening_of_the_system_is_a_prompt():
 
 @pytest.mark.parametrize("record, message", [
     ({"messages": [HI]}, "^column 'messages' has no turn of the assistant$"),
+    ({"messages": []}, "^column 'messages' is missing, or is no list of chat messages$"),
+    ({"prompt": [HI, YES], "completion": [HI, YES]}, "^column 'completion' has no turn of the"),
+    ({"prompt": [HI], "completion": []}, "^the response 'completion' is empty$"),
     ({"messages": [3]}, "^column 'messages' has no turn of the assistant$"),
     ({"prompt": [HI], "completion": [GO]}, "^column 'completion' has no turn of the assistant$"),
     ({"messages": [HI, says("assistant", None)]}, "is not a list of chat messages"),
