@@ -94,7 +94,8 @@ def text_of(value, column, prompt=None):
 
 def assistant_turns(prompt, response):
     """The turns of the assistant in a response that goes on with the dialogue of its prompt: a list
-    of (prompt, response), each prompt being all that was said before. Other responses are one."""
+    of (prompt, response), each prompt being all that was said before. Other responses are one.
+    ValueError if there is no such turn."""
     if not prompt.endswith("\n\nAssistant:"):
         return [(prompt, response)]
     dialogue, turns = prompt + response, []
@@ -102,8 +103,10 @@ def assistant_turns(prompt, response):
               if match.end() >= len(prompt)]
     ends = [match.start() for match in starts[1:]] + [len(dialogue)]
     for start, end in zip(starts, ends):
-        if start[1] == "Assistant":
+        if start[1] == "Assistant" and end > start.end():
             turns.append((dialogue[:start.end()], dialogue[start.end():end]))
+    if not turns:
+        raise ValueError("the assistant says nothing in it")
     return turns
 
 
@@ -271,7 +274,7 @@ def load_rows(data, demonstrations=False, skip_bad_rows=False, hub=None, say=pri
             for row in rows:
                 check_sizes(row, sizes)
         except ValueError as error:
-            bad.append((number, str(error)))
+            bad.append((number, in_a_line(error)))
             continue
         unwanted += not rows
         n_rows += len(rows)

@@ -420,6 +420,7 @@ def test_an_opening_of_the_system_is_a_prompt():
     ({"messages": [HI]}, "^column 'messages' has no turn of the assistant$"),
     ({"messages": []}, "^column 'messages' is missing, or is no list of chat messages$"),
     ({"prompt": [HI, YES], "completion": [HI, YES]}, "^column 'completion' has no turn of the"),
+    ({"prompt": FIRST["prompt"], "completion": "\n\nHuman: Go."}, "^the assistant says nothing"),
     ({"prompt": [HI], "completion": []}, "^the response 'completion' is empty$"),
     ({"messages": [3]}, "^column 'messages' has no turn of the assistant$"),
     ({"prompt": [HI], "completion": [GO]}, "^column 'completion' has no turn of the assistant$"),
