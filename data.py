@@ -16,7 +16,7 @@ import tinytldr
 from support.device import round_up
 from support.flags import InputError
 from support.tokenizer import tiktoken_encoding
-from support.tokens import encode, select, tokenised_file
+from support.tokens import encode, example_lengths, reorder, select, select_file, take_rows
 
 # ------ the tree batch
 
@@ -123,7 +123,7 @@ def collate(examples, multiple=1):
 class Dataset:
     """N examples, and what training takes as given about them, a column each.
 
-    examples    list of N (prompt ids, [K response ids, then S samples from the reference])
+    examples    N (prompt ids, [K response ids, then S samples from the reference])
     rewards     (N, K, M) float32: rewards of the K responses by M reward models, or from the file
     ref_logps   (N, K + S) float32: the reference's log-probs of the responses
     n_samples   S, 0 where the loss has no KL term
@@ -140,7 +140,7 @@ class Dataset:
         """The data set of some rows: indices."""
         rewards = None if self.rewards is None else self.rewards[rows]
         ref_logps = None if self.ref_logps is None else self.ref_logps[rows]
-        return Dataset([self.examples[i] for i in rows], rewards, ref_logps, self.n_samples)
+        return Dataset(take_rows(self.examples, rows), rewards, ref_logps, self.n_samples)
 
     def first(self, n):
         return self.take(np.arange(len(self))[:n])
@@ -163,12 +163,11 @@ class Dataset:
 
     def response_lengths(self):
         """(N, K + S) tokens in each response, the end-of-text token included."""
-        return np.array([[len(ids) for ids in responses] for _, responses in self.examples])
+        return example_lengths(self.examples)[:, 1:]
 
     def row_lengths(self):
         """(N,) tokens in each row of a tree batch."""
-        prompts = np.array([len(prompt) for prompt, _ in self.examples])
-        return prompts + self.response_lengths().sum(axis=1)
+        return example_lengths(self.examples).sum(axis=1)
 
 
 def by_length(dataset):
@@ -278,12 +277,10 @@ def relabel(dataset, rewards):
         print(f"relabelled: {undecided.sum()} dropped (the reward model is undecided)")
     if undecided.all():
         raise InputError("--relabel: no row is left")
-    examples = [(prompt, [responses[k] for k in row_order])
-                for (prompt, responses), row_order in zip(dataset.examples, order)]
     columns = dataset.rewards
     if columns is not None:
         columns = np.take_along_axis(columns, order[:, :, None], axis=1)
-    return Dataset(examples, columns).take(np.flatnonzero(~undecided))
+    return Dataset(reorder(dataset.examples, order), columns).take(np.flatnonzero(~undecided))
 
 
 # ------ text to tokens to data sets
@@ -293,18 +290,17 @@ def get_tokenizer(name):
     return tinytldr.tokenizer() if name == "tinytldr" else tiktoken_encoding(name)
 
 
-def demonstrations(data, split, tokenizer, block_size, seed=0):
+def demonstrations(data, split, tokenizer, block_size, seed=0, skip_bad_rows=False):
     """A Dataset of prompts with responses to imitate, for supervised fine-tuning: those of a file,
     one each; or TinyTLDR's with four each (a prompt costs little if its responses share it)."""
     if data == "tinytldr":
         arrays = encode(tinytldr.demonstration_rows(seed, split), tokenizer)
         return Dataset(*select(arrays, block_size, f"{data}, {split}"))
-    arrays = tokenised_file(data, tokenizer, demonstrations=True)
-    return Dataset(*select(arrays, block_size, f"{data}, {split}", split))
+    return Dataset(*select_file(data, split, tokenizer, block_size, True, skip_bad_rows))
 
 
-def preferences(data, split, tokenizer, policy, cache, pool=None, label_temperature=0,
-                seed=0):
+def preferences(data, split, tokenizer, policy, cache, pool=None, label_temperature=0, seed=0,
+                skip_bad_rows=False):
     """A Dataset of preferences as they come, with their natural mix of lengths: those of a file; or
     for TinyTLDR pairs sampled from `policy`, `pool` of them to train on."""
     block_size = policy.config.block_size
@@ -312,4 +308,4 @@ def preferences(data, split, tokenizer, policy, cache, pool=None, label_temperat
         n = pool if split == "train" else 1000
         rows = tinytldr.pair_rows(split, n, policy, tokenizer, cache, label_temperature, seed)
         return Dataset(*select(encode(rows, tokenizer), block_size, f"{data}, {split}"))
-    return Dataset(*select(tokenised_file(data, tokenizer), block_size, f"{data}, {split}", split))
+    return Dataset(*select_file(data, split, tokenizer, block_size, False, skip_bad_rows))

@@ -89,7 +89,8 @@ def main(argv=None):
     accuracy = None
     if reward_models:
         cache = cache_folder(args.ref, args.out_dir)
-        pairs = preferences(args.data, args.split, tokenizer, ref, cache, seed=args.seed)
+        pairs = preferences(args.data, args.split, tokenizer, ref, cache, seed=args.seed,
+                            skip_bad_rows=args.skip_bad_rows)
         if labellers:
             pairs = relabel(pairs, mean_reward(labellers, pairs, args, autocast))
         rewards = {folder: score(model, pairs, autocast, shape_multiple(args), folder)

@@ -105,7 +105,7 @@ def training_pairs(args, tokenizer, policy, device, autocast):
     pairs = []
     for split in ("train", "validation"):
         dataset = preferences(args.data, split, tokenizer, policy, cache, args.pool,
-                              args.label_temperature, args.seed)
+                              args.label_temperature, args.seed, args.skip_bad_rows)
         if labellers:
             rewards = family_scores(labellers, dataset, args, autocast, f"{split}-relabel")
             dataset = relabel(dataset, rewards.mean(axis=2))

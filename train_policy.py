@@ -28,6 +28,7 @@ from support.processes import add_up_gradients, add_up_numbers, micro_batches
 from support.run_folder import Run
 from support.sharding import place
 from support.tokenizer import check_vocabulary, save_tokenizer
+from support.tokens import default_block_size
 from support.training_flags import policy_flags
 
 
@@ -136,6 +137,7 @@ def main(argv=None):
     multiple = shape_multiple(args)
     tokenizer = get_tokenizer(args.tokenizer)
     if args.init_from == "scratch":
+        args.block_size = args.block_size or default_block_size(args, tokenizer)
         config = GPTConfig(block_size=args.block_size, vocab_size=tokenizer.n_vocab,
                            n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)
         policy = GPT(config)
@@ -148,9 +150,9 @@ def main(argv=None):
 
     # ---- data: rows to train on, rows to watch, and what is constant about them
     if args.loss == "sft":
-        block_size = policy.config.block_size
-        train = demonstrations(args.data, "train", tokenizer, block_size, args.seed)
-        validation = demonstrations(args.data, "validation", tokenizer, block_size, args.seed)
+        common = (tokenizer, policy.config.block_size, args.seed, args.skip_bad_rows)
+        train = demonstrations(args.data, "train", *common)
+        validation = demonstrations(args.data, "validation", *common)
         watched = {"validation": by_length(validation.first(args.n_eval))}
     else:
         train, validation = training_pairs(args, tokenizer, policy, device, autocast)

@@ -18,18 +18,19 @@ from data import Dataset, get_tokenizer
 from reward import RewardModel
 from support.device import setup, shape_multiple
 from support.files import replacing
-from support.flags import InputError, Parser, check_out_dir, device_flags, run_script
+from support.flags import InputError, Parser, check_out_dir, device_flags, run_script, skip_flag
 from support.formats import load_rows
 from support.passes import score
 from support.run_folder import family_folders, run_flags
 from support.tokenizer import check_vocabulary
-from support.tokens import encode, examples_of
+from support.tokens import encode, fit
 
 
 def parse_flags(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--data", required=True, help="preferences: a file or a hub name")
+    skip_flag(parser)
     add("--rewards", default="out/rms", help="reward models, or folders of families, "
         "comma-separated")
     add("--out", default="out/scored.jsonl", help="the file to write")
@@ -57,23 +58,17 @@ def load(folders, device):
     return models, tokenizer
 
 
-def scorable(data, tokenizer, block_size):
+def scorable(data, tokenizer, block_size, skip_bad_rows=False):
     """Rows of text whose responses can be scored, and their examples: (rows, Dataset)."""
-    rows = list(load_rows(data))
-    try:
-        arrays = encode(rows, tokenizer)
-    except ValueError as error:
-        raise InputError(f"--data: {data}: {error}") from error
-    kept, examples = [], []
-    for number, prompt, responses in examples_of(arrays, block_size, np.arange(len(rows))):
-        if prompt is not None and all(text.strip() for text in rows[number]["responses"]):
-            kept.append(rows[number])
-            examples.append((prompt, responses))
+    rows = list(load_rows(data, skip_bad_rows=skip_bad_rows))
+    examples = fit(encode(rows, tokenizer), block_size)
+    kept = [number for number, row in enumerate(rows) if examples.lengths[number, 0] > 0
+            and all(text.strip() for text in row["responses"])]
     print(f"{len(rows) - len(kept)} of {len(rows)} rows dropped (a response is blank, or alone "
           f"does not fit block_size {block_size})")
     if not kept:
         raise InputError(f"--data: {data}: no usable row")
-    return kept, Dataset(examples)
+    return [rows[number] for number in kept], Dataset(examples.take(kept))
 
 
 def record(row, scores):
@@ -93,7 +88,7 @@ def main(argv=None):
     device, autocast = setup(args)
     models, tokenizer = load(family_folders(args.rewards), device)
     block_size = min(model.config.block_size for model in models.values())
-    rows, dataset = scorable(args.data, tokenizer, block_size)
+    rows, dataset = scorable(args.data, tokenizer, block_size, args.skip_bad_rows)
     rewards = np.stack([score(model, dataset, autocast, shape_multiple(args), folder)
                         for folder, model in models.items()], axis=2)           # (N, K, M)
     if len(models) == 1:

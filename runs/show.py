@@ -12,7 +12,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 
 from data import Dataset, get_tokenizer, longer
-from support.flags import Parser, positive_int, run_script
+from support.flags import Parser, positive_int, run_script, skip_flag
 from support.tokens import select, tokenised_file
 
 PLAIN, *COLOURS = [f"\033[{code}m" for code in (0, 32, 31, 34, 35)]     # green, red, blue, purple
@@ -24,6 +24,7 @@ def parse_flags(argv):
     add("--data", required=True, help="a JSONL, JSON, CSV or Parquet file, or a hub name")
     add("--sft", action="store_true", help="read demonstrations (prompt, completion), as "
         "--loss=sft does")
+    skip_flag(parser)
     add("--tokenizer", default="gpt2", help="tinytldr, or a name that tiktoken knows")
     add("--block_size", type=positive_int, default=1024, help="longest prompt + response, in "
         "tokens")
@@ -54,7 +55,7 @@ def show_lengths(dataset):
     lengths = dataset.response_lengths()                                        # (N, K)
     K = lengths.shape[1]
     names = {1: ["response"], 2: ["chosen", "rejected"]}
-    columns = {"prompt": np.array([len(prompt) for prompt, _ in dataset.examples])}
+    columns = {"prompt": dataset.row_lengths() - lengths.sum(axis=1)}
     columns |= zip(names.get(K, [f"rank {k + 1}" for k in range(K)]), lengths.T)
     for name, values in columns.items():
         low, median, high, most = np.percentile(values, [10, 50, 90, 99])
@@ -71,7 +72,7 @@ def show_lengths(dataset):
 def main(argv=None):
     args = parse_flags(argv)
     tokenizer = get_tokenizer(args.tokenizer)
-    arrays = tokenised_file(args.data, tokenizer, args.sft)
+    arrays = tokenised_file(args.data, tokenizer, args.sft, args.skip_bad_rows)
     dataset = Dataset(*select(arrays, args.block_size, args.data))
     show_batch(dataset.batch(np.arange(len(dataset))[:4]), tokenizer)
     scores = ""

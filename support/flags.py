@@ -146,6 +146,11 @@ def device_flags(parser):
                              "(auto: bfloat16 on cuda and xla)")
 
 
+def skip_flag(parser):
+    parser.add_argument("--skip_bad_rows", action="store_true", default=None, help="leave out the "
+                        "rows of --data in which something is wrong, and say which")
+
+
 def sampling_flags(parser):
     parser.add_argument("--max_new_tokens", type=positive_int, default=64, help="longest sample")
     parser.add_argument("--temperature", type=temperature, default=1.0,
@@ -164,6 +169,7 @@ def comparison_flags(argv, doc):
         "tinytldr's oracle)")
     add("--relabel", help="run folder of a reward model that relabels the pairs for --rms")
     add("--data", default="tinytldr", help="where the held-out prompts and pairs come from")
+    skip_flag(parser)
     add("--split", default="test", choices=["validation", "test"])
     add("--out_dir", default="out/report", help="where report.md, results.json and figures go")
     add("--n_prompts", type=up_to_30000, default=1000, help="held-out prompts, at most")
@@ -178,6 +184,7 @@ def comparison_flags(argv, doc):
         args.rms = args.rms or ("out/rm,out/rms" if args.data == "tinytldr" else None)
     random = args.data == "tinytldr" or args.temperature > 0
     resolve(args, {"relabel": (args.rms is not None, None, "--rms, whose accuracy it changes"),
+                   "skip_bad_rows": (args.data != "tinytldr", None, "--data of your own"),
                    "seed": (random, 0, "--data=tinytldr, and by a --temperature above 0")})
     args.seed = args.seed or 0      # also where it changes nothing
     if args.data != "tinytldr" and not args.oracle:

@@ -5,28 +5,40 @@ rewards came with it. What a record may look like, in TRL's column names where i
 
     prompt, chosen, rejected    a preference pair
     score_chosen, score_rejected    beside it: numbers, or lists of them
-    chosen, rejected            whole texts or dialogues: the prompt is what they have in common
+    chosen, rejected            whole dialogues, or posts with their TL;DR: the prompt is what they
+                                have in common
     prompt, responses           K of them, the best first; or in the order of `ranks` (1 is best);
                                 or of `scores` (as above)
-    prompt, completion          a demonstration, for supervised fine-tuning
+    prompt, completion          a demonstration, for supervised fine-tuning; but not if `label` is
+                                false
+    messages                    a dialogue: each turn of the assistant is a demonstration
 
 A prompt or a response is text or a list of chat messages, [{"role": "user", "content": "Hi"}, ...]
 (roles user, assistant, system). They become text as in Anthropic's HH data: "Human: Hi" and
 "Assistant: Hello!", each after an empty line, and a prompt ends in "Assistant:".
+
+JSON, CSV and Parquet files are read here, a part at a time, and nothing of them is kept: what is
+trained on is what is in the file now. (`datasets` would keep a copy, named by path and time, and
+guess types: it is asked for the hub alone, and which files of a folder are to train on.)
 """
-import glob
+import contextlib
+import csv
+import datetime
 import gzip
 import hashlib
 import json
 import math
 import os
-import warnings
+import re
+import zlib
+from itertools import takewhile
 
 from support.flags import InputError
 
-BUILDERS = {"jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet"}    # file endings
-COLUMNS = ("prompt", "completion", "chosen", "rejected", "score_chosen", "score_rejected",
-           "responses", "scores", "ranks")
+ENDINGS = ("jsonl", "json", "csv", "parquet")       # of files; all but Parquet also with .gz
+PREFERENCES = (("chosen", "rejected"), ("prompt", "responses"))     # columns needed, either or
+DEMONSTRATIONS = (("prompt", "completion"), ("messages",), *PREFERENCES)
+PART = 2 ** 20          # characters of JSON that are read in one go, or more for a longer record
 
 # ------------------------------------------------------------------ chat messages and prompts
 
@@ -40,17 +52,22 @@ def chat_text(messages):
 
 
 def implicit_prompt(chosen, rejected):
-    """The prompt that two whole texts share: up to the last "Assistant:" of their common prefix in
-    a dialogue, up to its last space otherwise. "" if they share nothing."""
+    """The prompt that two whole texts share: their common prefix up to its last "Assistant:", or
+    "TL;DR:" at the start of a line; "" if there is none. Other texts have no implicit prompt: the
+    common prefix can have the responses' first words in it, and then two pairs on the same post
+    have different prompts, and one of them may train while the other is held out."""
     common = os.path.commonprefix([chosen, rejected])
-    turn = common.rfind("\n\nAssistant:")
-    if turn >= 0:
-        return common[:turn + len("\n\nAssistant:")]
-    return common[:max(common.rfind(" "), 0)]
+    ends = [match.end() for match in re.finditer(r"\n\nAssistant:|\nTL;DR:", common)]
+    return common[:ends[-1]] if ends else ""
 
 
 def text_of(value, column, prompt=None):
-    """The text in a column: text as it is, chat messages as `chat_text`. ValueError if neither."""
+    """The text in a column: text as it is, numbers and dates as they are written, chat messages as
+    `chat_text`. ValueError if it is none of these."""
+    if isinstance(value, (bool, int, float)):       # a column of numbers is text all the same
+        value = json.dumps(value)
+    elif isinstance(value, (datetime.date, datetime.time)):         # Parquet has these
+        value = str(value)
     if isinstance(value, list):
         try:
             value = chat_text(value)
@@ -68,10 +85,77 @@ def text_of(value, column, prompt=None):
         raise ValueError(f"column {column!r} is missing")
     if not isinstance(value, str):
         raise ValueError(f"column {column!r} is neither text nor chat messages")
+    try:
+        value.encode()
+    except UnicodeEncodeError:      # half a letter, in a file or as JSON's "\ud83d"
+        raise ValueError(f"column {column!r} is not utf-8 text") from None
     return value
 
 
+def assistant_turns(prompt, response):
+    """The turns of the assistant in a response that goes on with the dialogue of its prompt: a list
+    of (prompt, response), each prompt being all that was said before. Other responses are one.
+    ValueError if there is no such turn."""
+    if not prompt.endswith("\n\nAssistant:"):
+        return [(prompt, response)]
+    dialogue, turns = prompt + response, []
+    starts = [match for match in re.finditer(r"\n\n(Human|Assistant|System):", dialogue)
+              if match.end() >= len(prompt)]
+    ends = [match.start() for match in starts[1:]] + [len(dialogue)]
+    for start, end in zip(starts, ends):
+        if start[1] == "Assistant" and end > start.end():
+            turns.append((dialogue[:start.end()], dialogue[start.end():end]))
+    if not turns:
+        raise ValueError("the assistant says nothing in it")
+    return turns
+
+
 # ------------------------------------------------------------------ one record
+
+
+def parse_rows(record, demonstrations):
+    """The rows in one record of a file: one preference; or demonstrations, one for each turn of the
+    assistant, none if the label is false. ValueError says what is wrong."""
+    if isinstance(record, ValueError):      # in place of a record that could not be read
+        raise record
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object")
+    layouts = DEMONSTRATIONS if demonstrations else PREFERENCES
+    if not any(set(columns) <= record.keys() for columns in layouts):
+        wanted = ", or ".join(" and ".join(columns) for columns in layouts)
+        raise ValueError(f"needs columns {wanted}; has {', '.join(map(str, record)) or 'none'}")
+    if not demonstrations:
+        return [parse_row(record, False)]
+    if "completion" in record and str(record.get("label")).lower() in ("false", "0"):
+        return []
+    row = parse_row(prompt_and_completion(record), True)
+    return [{"prompt": prompt, "responses": [response]}
+            for prompt, response in assistant_turns(row["prompt"], *row["responses"])]
+
+
+def prompt_and_completion(record):
+    """A demonstration in chat messages with its columns `prompt` and `completion` such that the
+    completion begins with a turn of the assistant; other records as they are."""
+    column = "completion" if record.get("completion") is not None else "messages"
+    prompt, completion = record.get("prompt"), record.get(column)
+    if not isinstance(completion, list) or not completion:
+        if "messages" in record and not {"completion", "chosen", "responses"} & record.keys():
+            raise ValueError("column 'messages' is missing, or is no list of chat messages")
+        return record
+    if column == "messages" or prompt is None:
+        prompt = []
+    elif not isinstance(prompt, list):      # what the person says, if that is not in the dialogue
+        prompt = [{"role": "user", "content": prompt}] if is_assistant(completion[0]) else []
+    if completion[:len(prompt)] == prompt:
+        completion = completion[len(prompt):]
+    opening = list(takewhile(lambda message: not is_assistant(message), completion))
+    if len(opening) == len(completion):
+        raise ValueError(f"column {column!r} has no turn of the assistant")
+    return {"prompt": prompt + opening, "completion": completion[len(opening):]}
+
+
+def is_assistant(message):
+    return isinstance(message, dict) and message.get("role") == "assistant"
 
 
 def parse_row(record, demonstrations):
@@ -109,7 +193,8 @@ def parse_row(record, demonstrations):
         prompt = implicit_prompt(*responses)
         if not prompt:
             raise ValueError("there is no column 'prompt', and 'chosen' and 'rejected' share no "
-                             "beginning of whole words")
+                             "beginning that ends in 'Assistant:' or 'TL;DR:'; what they answer "
+                             "belongs into a column 'prompt'")
         responses = [response[len(prompt):] for response in responses]
     for column, response in zip(columns, responses):
         # In a whole dialogue a blank turn is what the assistant said; a blank column is a mistake.
@@ -177,96 +262,199 @@ def is_list_of_numbers(values, n):
 # ------------------------------------------------------------------ files and the hub
 
 
-def open_records(data):
-    """A datasets.Dataset of a JSONL, JSON, CSV or Parquet file (text also gzipped); or of the
-    `train` split of a data set on the hub: owner/name, or owner/name/folder for the files in one
-    folder of it; or of a folder like one. InputError says what is wrong."""
-    import datasets  # here, so that the rest runs where it is not installed
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL + 1)   # we report its troubles below
-    suffix = data.removesuffix(".gz").rsplit(".", 1)[-1]
+def load_rows(data, demonstrations=False, skip_bad_rows=False, hub=None, say=print):
+    """Yields the rows of a file, folder or hub data set; for demonstrations, preferences serve too
+    (their chosen responses). Other columns are ignored. InputError names the file and its bad rows;
+    with skip_bad_rows these are left out. hub: what `open_hub` gave, if it has been called. say: is
+    called with what was left out."""
+    bad, sizes, n_rows, unwanted = [], {}, 0, 0
+    for number, record in read_records(data, hub):
+        try:
+            rows = parse_rows(record, demonstrations)
+            for row in rows:
+                check_sizes(row, sizes)
+        except ValueError as error:
+            bad.append((number, in_a_line(error)))
+            continue
+        unwanted += not rows
+        n_rows += len(rows)
+        if skip_bad_rows or not bad:
+            yield from rows
+    if bad and not (skip_bad_rows and n_rows):
+        raise InputError(f"--data: {data}: {describe(bad)}")
+    if bad:
+        say(f"{len(bad)} bad row{'s' if len(bad) > 1 else ''} skipped: {describe(bad)}")
+    if unwanted:
+        say(f"{unwanted} demonstrations left out, as their label is false")
+    if not n_rows:
+        raise InputError(f"--data: {data}: the file has no rows")
+
+
+def check_sizes(row, sizes):
+    """ValueError if a row has not as many responses, or scores for each, as rows had before, which
+    are noted in `sizes`."""
+    own = {"responses": len(row["responses"])}
+    if "scores" in row:
+        own["scores for each response"] = len(row["scores"][0])
+    for name, size in own.items():
+        if sizes.setdefault(name, size) != size:
+            raise ValueError(f"{size} {name}, the first row has {sizes[name]}; they must be as "
+                             "many")
+
+
+def describe(bad, most=5):
+    """"row 3: it is empty; rows 4, 9: ..." of [(row number, what is wrong)]: the first of each kind
+    of error, and how many more there are."""
+    rows = {}
+    for number, message in bad:
+        rows.setdefault(message, []).append(str(number))
+    parts = []
+    for message, numbers in list(rows.items())[:most]:
+        more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
+        rows_are = "rows" if len(numbers) > 1 else "row"
+        parts.append(f"{rows_are} {', '.join(numbers[:most])}{more}: {message}")
+    others = sum(map(len, list(rows.values())[most:]))
+    if others:
+        parts.append(f"and {others} more")
+    return "; ".join(parts)
+
+
+def read_records(data, hub=None):
+    """Yields (row number, record) of a JSONL, JSON, CSV or Parquet file (text also gzipped), of the
+    files of a folder that are to train on, or of a hub data set. In place of a record that can't be
+    read stands the ValueError that says why. InputError if the rest can't be read either."""
     try:
         if os.path.isfile(data):
-            return open_file(data, suffix)
-        if os.path.isdir(data):
-            return datasets.load_dataset(data, split="train")
-        like_a_path = data.startswith((".", "/", "~")) or data.count("/") > 2
-        if suffix in BUILDERS or like_a_path or not data:
-            raise InputError(f"--data: {data}: no such file")
-        owner_name, folder = "/".join(data.split("/")[:2]), data.split("/")[2:]
-        return datasets.load_dataset(owner_name, data_dir=folder[0] if folder else None,
-                                     split="train")
+            yield from read_file(data)
+        elif os.path.isdir(data):
+            for path in training_files(data):
+                for number, record in read_file(path):
+                    yield f"{number} of {os.path.basename(path)}", record
+        else:
+            batches = (hub or open_hub(data)).iter(1000)        # {name: list of values}
+            records = (dict(zip(batch, values)) for batch in batches
+                       for values in zip(*batch.values()))
+            yield from enumerate(records, 1)
     except InputError:
         raise
-    except Exception as error:     # datasets raises whatever its readers do
-        reason = " ".join(str(error.__cause__ or error).split())[:200]
-        no_rows = "corresponds to no data" in reason or "BatchSize must be greater" in reason
-        if no_rows or not reason:
-            reason = "the file has no rows"
-        raise InputError(f"--data: {data}: {first_bad_line(data) or reason}") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"--data: {data}: not a whole gzip file: {error}") from error
+    except Exception as error:     # pyarrow and datasets raise whatever their readers do
+        raise InputError(f"--data: {data}: {in_a_line(error)}") from error
 
 
-def open_file(path, suffix):
-    import datasets
-    if suffix not in BUILDERS:
-        raise InputError(f"--data: {path}: files end in {', '.join(BUILDERS)}, or one of these and "
+def in_a_line(error):
+    return " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__
+
+
+def read_file(path):
+    """`read_records` of one file."""
+    suffix = path.removesuffix(".gz").rsplit(".", 1)[-1]
+    if suffix not in ENDINGS:
+        raise InputError(f"--data: {path}: files end in {', '.join(ENDINGS)}, or one of these and "
                          ".gz")
     if os.path.getsize(path) == 0:
         raise InputError(f"--data: {path}: the file is empty")
-    options = {}
-    if suffix == "csv":     # "NA" is a word, and a row with a field too many is a mistake
-        options = {"keep_default_na": False, "na_values": [""], "index_col": False}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="Length of header")
-        return datasets.load_dataset(BUILDERS[suffix], data_files=glob.escape(path), split="train",
-                                     **options)
-
-
-def load_rows(data, demonstrations=False, records=None):
-    """Yields the rows of a file, folder or hub data set; for demonstrations, preferences serve too
-    (their chosen responses). Other columns are ignored. InputError names the file and the row.
-    records: what `open_records` gave, if it has been called."""
-    records = open_records(data) if records is None else records
-    layouts = [("chosen", "rejected"), ("prompt", "responses")]
-    if demonstrations:
-        layouts.insert(0, ("prompt", "completion"))
-    if not any(set(columns) <= set(records.column_names) for columns in layouts):
-        wanted = ", or ".join(" and ".join(columns) for columns in layouts)
-        raise InputError(f"--data: {data}: needs columns {wanted}; has "
-                         f"{', '.join(records.column_names) or 'none'}")
-    if not len(records):
-        raise InputError(f"--data: {data}: the file has no rows")
-    records = records.select_columns([c for c in records.column_names if c in COLUMNS])
-    for first in range(0, len(records), 1000):
-        number = first
-        try:
-            for record in thousand(records, first):
-                yield parse_row(record, demonstrations)
-                number += 1
-        except ValueError as error:
-            raise InputError(f"--data: {data}: row {number + 1}: {error}") from error
-
-
-def thousand(records, first):
-    """A thousand records from `first` on, as dictionaries: much faster than one by one."""
-    try:
-        columns = records[first:first + 1000]                       # {name: list}
-    except ValueError:      # text that is not UTF-8: one by one, so that the error says where
-        return (records[number] for number in range(first, min(first + 1000, len(records))))
-    return [dict(zip(columns, values)) for values in zip(*columns.values())]
-
-
-def first_bad_line(path):
-    """Which line of a JSONL file is not JSON, which `datasets` does not say; None if all are."""
-    if not path.removesuffix(".gz").endswith(".jsonl") or not os.path.isfile(path):
-        return None
+    if suffix == "parquet":
+        yield from enumerate(parquet_records(path), 1)
+        return
     open_text = gzip.open if path.endswith(".gz") else open
-    with open_text(path, "rt", encoding="utf-8", errors="replace") as file:
+    # A byte that is not UTF-8 becomes half a letter, which `text_of` refuses where it matters.
+    with open_text(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        yield from {"jsonl": json_lines, "json": json_values, "csv": csv_records}[suffix](file)
+
+
+def json_lines(file):
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except RecursionError:
+                yield number, ValueError("JSON nested too deeply")
+            except ValueError as error:
+                yield number, ValueError(f"not JSON: {error}")
+
+
+def json_values(file):
+    """The elements of a JSON array, or JSON values one after the other. ValueError beyond which
+    nothing can be read."""
+    between, decode, number = re.compile(r"[\s,]*"), json.JSONDecoder().raw_decode, 0
+    text = file.read(PART)
+    start = between.match(text).end()
+    is_array = text.startswith("[", start)
+    start += is_array
+    while True:
+        start = between.match(text, start).end()
         try:
-            for number, line in enumerate(file, 1):
-                if line.strip() and not isinstance(json.loads(line), dict):
-                    return f"row {number}: not a JSON object"
-        except ValueError as error:
-            return f"row {number}: not JSON: {error}"
-        except (OSError, EOFError) as error:
-            return f"not a whole gzip file: {error}"
+            value, start = decode(text, start)
+        except RecursionError:
+            raise ValueError(f"row {number + 1}: JSON nested too deeply") from None
+        except ValueError as error:     # wrong, or cut off where this part ends
+            more = file.read(max(PART, len(text) - start))
+            if more:
+                text, start = text[start:] + more, 0
+                continue
+            if text[start:].strip() != ("]" if is_array else ""):
+                raise ValueError(f"row {number + 1}: not JSON: {error}") from None
+            return
+        number += 1
+        yield number, value
+
+
+def csv_records(file):
+    """All fields are text but scores; an empty one is missing, and one too many is a mistake."""
+    csv.field_size_limit(2 ** 31 - 1)       # posts may be long
+    reader, number = csv.DictReader(file, strict=True), 0
+    try:
+        for number, fields in enumerate(reader, 1):
+            if None in fields:
+                names = len(reader.fieldnames)
+                yield number, ValueError(f"{names + len(fields[None])} fields, the header has "
+                                         f"{names}")
+            else:
+                yield number, {name: csv_value(name, text) for name, text in fields.items()}
+    except csv.Error as error:
+        raise ValueError(f"row {number + 1}: not CSV: {error}") from None
+
+
+def csv_value(name, text):
+    if name in ("score_chosen", "score_rejected"):
+        with contextlib.suppress(ValueError, TypeError):    # of what is no number, or missing
+            return float(text)
+    return text or None
+
+
+def parquet_records(path):
+    import pyarrow.parquet  # comes with datasets
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
+        yield from batch.to_pylist()
+
+
+def quiet_datasets():
+    import datasets  # here, so that the rest runs where it is not installed
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL + 1)   # we report its troubles
+    return datasets
+
+
+def training_files(folder):
+    """The files of the `train` split of a folder: a copy of what is on the hub, or one like it."""
+    builder = quiet_datasets().load_dataset_builder(folder)
+    files = (builder.config.data_files or {}).get("train")
+    if not files:
+        raise InputError(f"--data: {folder}: no files of a train split")
+    return files
+
+
+def open_hub(data):
+    """A datasets.Dataset of the `train` split of a data set on the hub: owner/name, or
+    owner/name/folder for the files in one folder of it. InputError says what is wrong."""
+    suffix = data.removesuffix(".gz").rsplit(".", 1)[-1]
+    if suffix in ENDINGS or data.startswith((".", "/", "~")) or data.count("/") > 2 or not data:
+        raise InputError(f"--data: {data}: no such file")
+    owner_name, folder = "/".join(data.split("/")[:2]), data.split("/")[2:]
+    try:
+        return quiet_datasets().load_dataset(owner_name, data_dir=folder[0] if folder else None,
+                                             split="train")
+    except Exception as error:     # it raises whatever its readers do
+        raise InputError(f"--data: {data}: {in_a_line(error)}") from error

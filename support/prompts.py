@@ -15,8 +15,9 @@ def held_out_prompts(args, tokenizer, post, needed=1):
         texts = [post(args.seed, args.split, i) for i in range(args.n_prompts)]
         prompts = [tokenizer.encode_ordinary(text) for text in texts]
     else:
-        demonstrations = vars(args).get("rms") is None      # will do; reward models need pairs
-        arrays = tokenised_file(args.data, tokenizer, demonstrations)
+        flags = vars(args)
+        demonstrations = flags.get("rms") is None       # will do; reward models need pairs
+        arrays = tokenised_file(args.data, tokenizer, demonstrations, flags.get("skip_bad_rows"))
         there = prompts_of(arrays, args.split)
         prompts = there[:args.n_prompts]
         texts = [to_text(prompt, tokenizer) for prompt in prompts]

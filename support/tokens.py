@@ -1,6 +1,8 @@
 """Rows of text as flat arrays of token ids, kept on disk."""
 import hashlib
+import math
 import os
+import struct
 from itertools import chain, islice
 
 import numpy as np
@@ -8,67 +10,64 @@ import numpy as np
 from support.cache import key
 from support.files import replacing
 from support.flags import InputError
-from support.formats import load_rows, open_records
+from support.formats import in_a_line, load_rows, open_hub
 
-LAYOUT = 1      # raise it when the arrays below, or what is read into them, change
+LAYOUT = 2      # raise it when the arrays below, or what is read into them, change
 SPLITS = np.array(["validation"] * 26 + ["test"] * 26 + ["train"] * 204)    # about 10, 10 and 80%
+
+
+def split_text(prompt):
+    """What a prompt's split goes by: itself; of a dialogue, what was said before the assistant's
+    first reply to a person, so that all turns of a dialogue are in the same split."""
+    person = prompt.find("\n\nHuman:")
+    reply = prompt.find("\n\nAssistant:", person)
+    return prompt[:reply] if person >= 0 and reply >= 0 else prompt
 
 
 def encode(rows, tokenizer):
     """Token ids of rows of text. Every response ends in the end-of-text token; an empty prompt is
     that token alone.
 
-    rows: an iterable of {"prompt": str, "responses": [str, ...]}, maybe with "scores". Returns
-    {"tokens": all prompts and responses one after the other, "lengths": (N, 1 + K) tokens in each
-    row's prompt and responses, "hash": (N,) a byte of the prompt's hash, by which rows are split,
-    and "scores": (N, K, M) if all rows have them}. ValueError says which row is unlike the first.
+    rows: an iterable of {"prompt": str, "responses": [str, ...]}, maybe with "scores", as many in
+    each. Returns {"tokens": all prompts and responses one after the other, "lengths": (N, 1 + K)
+    tokens in each row's prompt and responses, "hash": (N,) a byte of a hash of the prompt, by which
+    rows are split, and "scores": (N, K, M) if all rows have them}.
     """
     dtype = np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.int32
-    tokens, lengths, hashes, scores, K = [], [], [], [], None
+    tokens, lengths, hashes, scores, n_unscored = [], [], [], [], 0
     rows = iter(rows)
     while part := list(islice(rows, 1000)):
-        for row in part:
-            K = K or len(row["responses"])
-            if len(row["responses"]) != K:
-                raise ValueError(f"row {len(hashes) + 1}: {len(row['responses'])} responses, the "
-                                 f"first row has {K}; they must be as many")
-            hashes.append(hashlib.sha256(row["prompt"].encode()).digest()[0])
-            scores.append(row.get("scores"))
         texts = list(chain.from_iterable((row["prompt"], *row["responses"]) for row in part))
         ids = tokenizer.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+        columns = len(texts) // len(part)       # 1 + K
         for i, text_ids in enumerate(ids):
-            is_prompt = i % (1 + K) == 0
+            is_prompt = i % columns == 0
             if not is_prompt or not text_ids:
                 text_ids.append(tokenizer.eot_token)
-        lengths += map(len, ids)
         tokens.append(np.fromiter(chain.from_iterable(ids), dtype))
+        lengths.append(np.array(list(map(len, ids)), np.int32).reshape(-1, columns))
+        hashes += [hashlib.sha256(split_text(row["prompt"]).encode()).digest()[0] for row in part]
+        scored = [row["scores"] for row in part if "scores" in row]
+        scores += [np.array(scored, np.float32)] if scored else []
+        n_unscored += len(part) - len(scored)
     arrays = {"tokens": np.concatenate(tokens or [np.zeros(0, dtype)]),
-              "hash": np.array(hashes, np.uint8),
-              "lengths": np.array(lengths, np.int32).reshape(len(hashes), 1 + (K or 0))}
-    if check_scores(scores):
-        arrays["scores"] = np.array(scores, np.float32)
+              "lengths": np.concatenate(lengths or [np.zeros((0, 1), np.int32)]),
+              "hash": np.array(hashes, np.uint8)}
+    if scores and n_unscored:
+        print(f"scores: left out, as {n_unscored} of {len(hashes)} rows have none")
+    elif scores:
+        arrays["scores"] = np.concatenate(scores)
     return arrays
 
 
-def check_scores(scores):
-    """Have all rows scores? Says so if only some do. ValueError if they are not as many each."""
-    shapes = [np.shape(row_scores) for row_scores in scores]    # (K, M), or () for none
-    if () in shapes:
-        if any(shapes):
-            print(f"scores: left out, as {shapes.count(())} of {len(shapes)} rows have none")
-        return False
-    for number, shape in enumerate(shapes, 1):
-        if shape != shapes[0]:
-            raise ValueError(f"row {number}: {shape[1]} scores for each response, the first row "
-                             f"has {shapes[0][1]}; they must be as many")
-    return bool(shapes)
+# ------------------------------------------------------------------ kept on disk
 
 
-def tokenised_file(data, tokenizer, demonstrations=False):
-    """`encode` of all rows of a file or hub data set, done once.
+def tokenised_file(data, tokenizer, demonstrations=False, skip_bad_rows=False):
+    """`encode` of all rows of a file or hub data set, done once; the token ids are memory-mapped.
 
     Kept in the folder NANOPREF_CACHE (default: ~/.cache/nanopref) under a hash of what is in the
-    file (of a folder or a hub data set: of what `datasets` says of it)."""
+    file, or in all files of a folder (of a hub data set: of what `datasets` says of it)."""
     default = os.path.expanduser("~/.cache/nanopref")
     folder = os.environ.get("NANOPREF_CACHE") or default
     try:
@@ -76,93 +75,208 @@ def tokenised_file(data, tokenizer, demonstrations=False):
     except OSError as error:
         raise InputError(f"NANOPREF_CACHE: the folder {folder!r} can't be made: {error.strerror}"
                          ) from error
-    records = None
-    if os.path.isfile(data):
-        content = hash_file(data)
-    else:
-        records = open_records(data)
-        content = records._fingerprint
+    hub = None if os.path.exists(data) else open_hub(data)
+    content = hash_content(data) if hub is None else hub._fingerprint
     words = b"\0".join(tokenizer.token_byte_values())
     name = key(LAYOUT, content, tokenizer.name, tokenizer.n_vocab, tokenizer._pat_str, words,
-               demonstrations)
+               demonstrations, bool(skip_bad_rows))
     path = os.path.join(folder, name + ".npz")
     if os.path.exists(path):
         try:
-            with np.load(path) as arrays:
-                arrays = dict(arrays)
-            print(f"{data}: tokens from {path}")
+            arrays, left_out = open_arrays(path)
+        except Exception as error:      # numpy and zipfile raise many kinds
+            print(f"{path}: damaged, so it is made anew ({in_a_line(error)})")
+        else:
+            for message in (f"tokens from {path}", *left_out):
+                print(f"{data}: {message}")
             return arrays
-        except Exception:     # numpy raises many kinds for a damaged file, which is written anew
-            print(f"{path}: damaged")
-    try:
-        arrays = encode(load_rows(data, demonstrations, records), tokenizer)
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(f"--data: {data}: {error}") from error
+    left_out = []       # messages about rows that are
+    rows = load_rows(data, demonstrations, skip_bad_rows, hub, left_out.append)
+    arrays = encode(rows, tokenizer)
+    if hub is None and hash_content(data) != content:
+        raise InputError(f"--data: {data}: it changed while it was read; start again when it is "
+                         "complete")
+    for message in left_out:
+        print(f"{data}: {message}")
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, **arrays, left_out=left_out)
     return arrays
 
 
-def hash_file(path):
+def hash_content(path):
+    """A hash of a file, or of the files in a folder and their names, but for hidden ones."""
+    paths = [path]
+    if os.path.isdir(path):
+        paths = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path)
+                       for name in names)
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(2 ** 20):
-            digest.update(part)
+    for name in paths:
+        below = os.path.relpath(name, path)
+        if below != "." and "/." in f"/{below}":
+            continue
+        digest.update(below.encode() + b"\0")
+        try:
+            with open(name, "rb") as file:
+                while part := file.read(2 ** 20):
+                    digest.update(part)
+        except OSError as error:
+            raise InputError(f"--data: {name}: {error.strerror}") from error
     return digest.hexdigest()
+
+
+def open_arrays(path):
+    """The arrays of an .npz file that `tokenised_file` wrote, and what it said. The tokens are
+    memory-mapped: processes share them, and memory holds what is in use. Raises one error or
+    another if the file is damaged."""
+    with np.load(path) as entry:
+        arrays = {name: entry[name] for name in entry.files if name != "tokens"}
+        if entry.zip.testzip():         # reads all, and compares checksums
+            raise ValueError("wrong checksum")
+        header = entry.zip.getinfo("tokens.npy").header_offset
+    with open(path, "rb") as file:
+        file.seek(header + 26)          # the lengths of a name and of what follows it, in zip
+        file.seek(header + 30 + sum(struct.unpack("<HH", file.read(4))))
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        tokens = np.asarray(np.memmap(file, dtype, "r", file.tell(), shape))
+    left_out = arrays.pop("left_out").tolist()
+    lengths, scores = arrays["lengths"], arrays.get("scores")
+    N, columns = lengths.shape
+    fits = (tokens.dtype in (np.uint16, np.int32) and lengths.dtype == np.int32
+            and tokens.shape == (lengths.sum(),) and lengths.min() >= 1
+            and arrays["hash"].dtype == np.uint8 and arrays["hash"].shape == (N,)
+            and (scores is None or scores.shape[:2] == (N, columns - 1)))
+    if not fits:
+        raise ValueError("its arrays do not fit together")
+    return {"tokens": tokens, **arrays}, left_out
 
 
 # ------------------------------------------------------------------ which rows are of use
 
 
-def fit(prompt, responses, block_size):
-    """Makes a prompt fit before its responses: it loses its start, they keep all, the end-of-text
-    token too. Returns the prompt ids, or None if a response alone leaves no room for a token."""
-    room = block_size - max(map(len, responses))
-    return prompt[-room:] if room >= 1 else None
+class Examples:
+    """Rows of `encode`'s arrays as a sequence of (prompt ids, [response ids, ...]), which are cut
+    out of the tokens when they are asked for: a million rows are a few numbers each.
+
+    tokens   all prompts and responses one after the other
+    ends     (N, 1 + K) where each row's prompt and responses end
+    lengths  (N, 1 + K) how long they are; a prompt may be shorter here, it loses its start
+    """
+
+    def __init__(self, tokens, ends, lengths):
+        self.tokens, self.ends, self.lengths = tokens, ends, lengths
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __getitem__(self, i):
+        parts = zip(self.ends[i].tolist(), self.lengths[i].tolist())
+        prompt, *responses = [self.tokens[end - length:end] for end, length in parts]
+        return prompt, responses
+
+    def take(self, rows):
+        """Some rows: indices, or a mask."""
+        return Examples(self.tokens, self.ends[rows], self.lengths[rows])
+
+    def reorder(self, order):
+        """Each row's responses in another order: (N, K)."""
+        columns = np.pad(1 + order, ((0, 0), (1, 0)))       # the prompt stays the first
+        return Examples(self.tokens, np.take_along_axis(self.ends, columns, axis=1),
+                        np.take_along_axis(self.lengths, columns, axis=1))
 
 
-def examples_of(arrays, block_size, rows):
-    """Rows of `encode`'s arrays as examples: yields (row, prompt ids, [response ids]); the prompt
-    is None where a response alone does not fit block_size."""
-    lengths = arrays["lengths"]
-    ends = lengths.ravel().cumsum().reshape(lengths.shape)
-    numbers = zip(rows.tolist(), ends[rows].tolist(), lengths[rows].tolist())
-    for row, row_ends, row_lengths in numbers:
-        parts = [arrays["tokens"][end - n:end] for end, n in zip(row_ends, row_lengths)]
-        prompt, responses = parts[0], parts[1:]
-        yield row, fit(prompt, responses, block_size), responses
+# Data sets that are made up, or have samples, are plain lists of examples.
+
+def take_rows(examples, rows):
+    """Some rows, indices, of Examples or of a list."""
+    return examples.take(rows) if isinstance(examples, Examples) else [examples[i] for i in rows]
+
+
+def reorder(examples, order):
+    """The responses of each row in an order (N, K), of Examples or of a list."""
+    if isinstance(examples, Examples):
+        return examples.reorder(order)
+    return [(prompt, [responses[k] for k in row_order])
+            for (prompt, responses), row_order in zip(examples, order)]
+
+
+def example_lengths(examples):
+    """(N, 1 + K) tokens in the prompt and responses of each row, of Examples or of a list."""
+    if isinstance(examples, Examples):
+        return examples.lengths
+    return np.array([[len(ids) for ids in (prompt, *responses)] for prompt, responses in examples])
+
+
+def fit(arrays, block_size):
+    """All rows of `encode` as Examples. To make a prompt fit before its responses it loses its
+    start; they keep all, the end-of-text token too. Where a response alone leaves no room for a
+    token, the prompt has length 0."""
+    lengths = arrays["lengths"].copy()
+    ends = lengths.ravel().cumsum(dtype=np.int64).reshape(lengths.shape)
+    room = block_size - lengths[:, 1:].max(axis=1, initial=0)
+    lengths[:, 0] = np.clip(room, 0, lengths[:, 0])
+    return Examples(arrays["tokens"], ends, lengths)
+
+
+def equal_responses(examples):
+    """(N,) in which rows of Examples are all responses the same, so that there is no preference?"""
+    lengths = examples.lengths[:, 1:]
+    equal = (lengths == lengths[:, :1]).all(axis=1) & (lengths.shape[1] > 1)
+    for row in np.flatnonzero(equal):
+        _, responses = examples[row]
+        equal[row] = all(np.array_equal(ids, responses[0]) for ids in responses)
+    return equal
+
+
+def needed_block_size(lengths):
+    """The block_size in which 99% of rows fit whole, a multiple of 64. lengths: (N, 1 + K)."""
+    needed = np.percentile(lengths[:, 0] + lengths[:, 1:].max(axis=1), 99)
+    return 64 * math.ceil(needed / 64)
+
+
+def default_block_size(args, tokenizer):
+    """The block_size of a model from scratch, by the demonstrations of --data: what they need, from
+    192 (there is room for a prompt and a sample) to GPT-2's 1024."""
+    arrays = tokenised_file(args.data, tokenizer, True, args.skip_bad_rows)
+    block_size = min(max(192, needed_block_size(arrays["lengths"])), 1024)
+    print(f"{args.data}: block_size {block_size}, by the length of its rows")
+    return block_size
 
 
 def select(arrays, block_size, name="data", split=None):
     """The rows of `encode` that are of use, in one split or in all; says how many were dropped and
-    why. A prompt's split goes by its hash: it is the same in every file. Returns (examples,
-    scores): a list of (prompt ids, [response ids, ...]), and (N, K, M) or None. InputError if there
-    is no such row."""
+    why, and how many prompts were cut. A prompt's split goes by its hash: it is the same in every
+    file. Returns (Examples, scores (N, K, M) or None). InputError if there is no such row."""
     rows = np.arange(len(arrays["hash"]))
     if split is not None:
         rows = np.flatnonzero(SPLITS[arrays["hash"]] == split)
-    K = arrays["lengths"].shape[1] - 1
-    examples, kept, too_long, equal = [], [], 0, 0
-    for row, prompt, responses in examples_of(arrays, block_size, rows):
-        if prompt is None:
-            too_long += 1
-        elif K > 1 and all(np.array_equal(ids, responses[0]) for ids in responses[1:]):
-            equal += 1
-        else:
-            examples.append((prompt, responses))
-            kept.append(row)
+    examples = fit(arrays, block_size).take(rows)
+    fits, equal = examples.lengths[:, 0] > 0, equal_responses(examples)
+    kept, examples = rows[fits & ~equal], examples.take(fits & ~equal)
+    lengths = arrays["lengths"][kept]
+    n_cut = (examples.lengths[:, 0] < lengths[:, 0]).sum()
     message = f"{name}: {len(rows)} rows"
-    if too_long:
-        message += f", {too_long} dropped (a response alone does not fit block_size {block_size})"
-    if equal:
-        what = "chosen and rejected" if K == 2 else "all responses"
-        message += f", {equal} dropped ({what} are the same)"
+    if not fits.all():
+        message += (f", {(~fits).sum()} dropped (a response alone does not fit block_size "
+                    f"{block_size})")
+    if (fits & equal).any():
+        what = "chosen and rejected" if lengths.shape[1] == 3 else "all responses"
+        message += f", {(fits & equal).sum()} dropped ({what} are the same)"
+    if n_cut:
+        message += f", {n_cut} prompts lose their start (block_size {block_size})"
     print(message)
-    if not examples:
+    if not len(kept):
         raise InputError(f"--data: {name}: no usable row")
+    if n_cut > 0.05 * len(kept):
+        print(f"warning: {name}: {n_cut / len(kept):.0%} of the prompts lose their start; with "
+              f"block_size {needed_block_size(lengths)} it would be 1%")
     return examples, arrays["scores"][kept] if "scores" in arrays else None
+
+
+def select_file(data, split, tokenizer, block_size, demonstrations, skip_bad_rows):
+    """`select` of a split of a file."""
+    arrays = tokenised_file(data, tokenizer, demonstrations, skip_bad_rows)
+    return select(arrays, block_size, f"{data}, {split}", split)
 
 
 def prompts_of(arrays, split):

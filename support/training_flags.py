@@ -16,6 +16,7 @@ from support.flags import (
     positive_int,
     resolve,
     seed,
+    skip_flag,
 )
 from support.folders import check_free
 from support.logs import log_package
@@ -47,9 +48,12 @@ def policy_flags(argv, doc, losses):
     add("--select", default="last", help="which evaluated checkpoint to keep: the last; that of "
         "the lowest validation loss; or that whose samples for validation prompts earn most, "
         "judged by the oracle (of tinytldr) or by reward models (a folder, as in --rewards)")
-    sizes = {"n_layer": 2, "n_head": 4, "n_embd": 128, "block_size": 192}
+    sizes = {"n_layer": 2, "n_head": 4, "n_embd": 128}
     for size, default in sizes.items():
         add(f"--{size}", type=positive_int, help=f"of a model from scratch (default: {default})")
+    add("--block_size", type=positive_int, help="longest prompt + response of a model from "
+        "scratch, in tokens (default: 192 on tinytldr, else what 99%% of the rows need, from 192 "
+        "to 1024)")
     args = parser.parse_args(argv)
 
     sft, loss = args.loss == "sft", losses[args.loss]
@@ -71,6 +75,8 @@ def policy_flags(argv, doc, losses):
                                "losses with a KL term, or a --select that samples")
     for size, default in sizes.items():
         table[size] = (args.init_from == "scratch", default, "--init_from=scratch")
+    table["block_size"] = (args.init_from == "scratch", 192 if args.data == "tinytldr" else None,
+                           "--init_from=scratch")      # None: train_policy.py looks at the rows
     resolve(args, table)
 
     if judged and sft:
@@ -120,6 +126,7 @@ def training_flags(doc):
     parser = Parser(doc)
     add = parser.add_argument
     add("--data", default="tinytldr", help="tinytldr, a JSONL/JSON/CSV/Parquet file, or a hub name")
+    skip_flag(parser)
     add("--out_dir", help="the run folder")
     add("--init_from", help="a run folder, a Hugging Face GPT-2 folder or hub name, or scratch")
     add("--tokenizer", help="tinytldr, or a name of tiktoken's (default: as --init_from)")
@@ -175,6 +182,7 @@ def preference_data_flags(args, used=True):
         "pool": (used and tiny, 5000, what),
         "label_temperature": (used and tiny, 0.0, what),
         "relabel": (used, None, what),
+        "skip_bad_rows": (not tiny, None, "--data of your own"),
     }
 
 

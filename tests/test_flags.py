@@ -90,6 +90,14 @@ def test_flags_of_pairs_with_demonstrations(refuses, data, flag):
             IGNORED.format(name) + ": it is used by the preference losses")
 
 
+@pytest.mark.parametrize("script, flags", [(train_policy, ["--loss=sft"]), (train_rm, []),
+                                           (train_policy, ["--loss=dpo"]), (evaluate, [])])
+def test_bad_rows_of_the_embedded_task(refuses, script, flags):
+    """It has none."""
+    refuses(script, [*flags, "--skip_bad_rows"],
+            IGNORED.format("skip_bad_rows") + ": it is used by --data of your own")
+
+
 def test_relabelling_of_pairs_that_nobody_looks_at(refuses):
     """evaluate.py looks at pairs for the accuracy of --rms alone."""
     refuses(evaluate, ["out/dpo", "--relabel=out/oracle"], IGNORED.format("relabel"))
@@ -221,6 +229,12 @@ def test_defaults_of_sft():
         "scratch", 2, 4, 128, 192)
     assert args.beta is args.rho is args.n_pairs is args.pool is args.label_temperature is None
     assert (args.max_steps, args.batch_size, args.n_eval, args.eval_every) == (1500, 32, 256, 187)
+
+
+def test_the_block_size_of_a_model_from_scratch_depends_on_its_rows():
+    """Those of a file, unless it is given."""
+    assert policy_args("--loss=sft", "--data=a.jsonl").block_size is None
+    assert policy_args("--loss=sft", "--data=a.jsonl", "--block_size=70").block_size == 70
 
 
 @pytest.mark.parametrize("loss", PREFERENCE_LOSSES)

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from support import formats
 from support.flags import InputError
-from support.formats import implicit_prompt, load_rows, parse_row
+from support.formats import describe, implicit_prompt, load_rows, parse_row, parse_rows
 
 PAIR = {"prompt": "Say hello.", "chosen": " Hello!", "rejected": " Go away."}
 SIDES = ("chosen", "rejected")
@@ -22,8 +23,9 @@ def test_implicit_prompt():
     assert implicit_prompt(hi + " A b", hi + " A c") == hi
     dialogue = hi + " Yes?\n\nHuman: "              # the texts part in a person's turn
     assert implicit_prompt(dialogue + "one\n\nAssistant: A", dialogue + "two\n\nAssistant: A") == hi
-    assert implicit_prompt("What is this? A dog", "What is this? A den") == "What is this? A"
-    assert implicit_prompt("one", "two") == ""
+    post = "POST: My boss\n\nTL;DR:"
+    assert implicit_prompt(post + " I am broke.", post + " I am out.") == post
+    assert implicit_prompt("What is this? A dog", "What is this? A den") == ""
 
 
 def test_a_blank_turn_of_a_dialogue_is_a_response():
@@ -71,9 +73,12 @@ def test_a_text_prompt_beside_longer_dialogues():
 @pytest.mark.parametrize("record, message", [
     ({**PAIR, "chosen": "  "}, "response 'chosen' is empty"),
     ({**PAIR, "rejected": None}, "column 'rejected' is missing"),
-    ({**PAIR, "chosen": 3}, "column 'chosen' is neither"),
+    ({**PAIR, "chosen": {"text": "a"}}, "^column 'chosen' is neither text nor chat messages$"),
+    ({**PAIR, "chosen": b"a"}, "^column 'chosen' is neither text nor chat messages$"),
+    ({**PAIR, "chosen": "caf\udce9"}, "^column 'chosen' is not utf-8 text$"),
     ({"chosen": "a", "rejected": "b"}, "^there is no column 'prompt', and 'chosen' and 'rejected' "
-                                       "share no beginning of whole words$"),
+     "share no beginning that ends in 'Assistant:' or 'TL;DR:'; what they answer belongs into a "
+     "column 'prompt'$"),
     ({**PAIR, "chosen": [says("robot", "x")]}, "column 'chosen' is not a list of chat messages"),
     ({**PAIR, "chosen": [says("assistant", None)]},
      r"column 'chosen' is not a list of chat messages with a role \(user, assistant or system\) "
@@ -161,7 +166,7 @@ def test_ranked_chat_messages():
     ({**RANKING, "responses": [" a"]},
      "^column 'responses' is not a list of two responses or more"),
     ({**RANKING, "responses": " a"}, "two responses or more"),
-    ({**RANKING, "responses": [" a", 1]}, "^column 'responses' is neither"),
+    ({**RANKING, "responses": [" a", None]}, "^column 'responses' is missing"),
     ({**RANKING, "responses": [" a", " ", " b"]}, "the response 'responses' is empty"),
     ({"responses": [" a", " b"]}, "^column 'prompt' is missing")])
 def test_bad_scores_and_rankings(record, message):
@@ -209,8 +214,20 @@ def test_load_rows_formats(tmp_path, hub_cache, name):
     ("a.jsonl", json.dumps(PAIR) + "\n" + json.dumps({**PAIR, "chosen": ""}) + "\n",
      "row 2: the response 'chosen' is empty"),
     ("a.jsonl", json.dumps(PAIR) + "\n{oops\n", "row 2: not JSON"),
-    ("a.jsonl", "[1, 2]\n", "needs columns chosen and rejected"),
-    ("a.csv", "prompt,chosen,rejected\n", "no rows")])
+    ("a.jsonl", "[1, 2]\n", "row 1: not a JSON object"),
+    ("a.jsonl", "null", "row 1: not a JSON object"),
+    ("a.json", "null", "row 1: not a JSON object"),
+    ("a.json", "[]", "no rows"),
+    ("a.json", json.dumps([PAIR, PAIR])[:-1], "row 3: not JSON: Expecting value"),
+    ("a.json", json.dumps([PAIR, PAIR]) + "]", "row 3: not JSON: Expecting value"),
+    ("a.json", json.dumps([PAIR, PAIR])[:-3], "row 2: not JSON"),
+    ("a.json", "[" * 100_000, "row 1: JSON nested too deeply"),
+    ("a.json", '{"prompt":' * 100_000, "row 1: JSON nested too deeply"),
+    ("a.jsonl", "[" * 100_000 + "]" * 100_000, "row 1: JSON nested too deeply"),
+    ("a.jsonl", json.dumps({**PAIR, "chosen": "\ud83d"}), "row 1: column 'chosen' is not utf-8"),
+    ("a.csv", 'prompt,chosen,rejected\na,"b,c\n', "row 1: not CSV: unexpected end of data"),
+    ("a.csv", "prompt,chosen,rejected\n", "no rows"),
+    ("a.parquet", "PAR1", "a.parquet: ")])
 def test_load_rows_refuses(tmp_path, hub_cache, name, content, message):
     if content is not None:
         (tmp_path / name).write_text(content)
@@ -244,16 +261,189 @@ def test_words_and_fields_of_csv(tmp_path, hub_cache):
     path.write_text("prompt,chosen,rejected\nNA,None,null\n")
     assert list(load_rows(str(path))) == [{"prompt": "NA", "responses": ["None", "null"]}]
     path.write_text("prompt,chosen,rejected\na,b,c,d\n")
-    with pytest.raises(InputError, match="a.csv: Length of header"):
+    with pytest.raises(InputError, match="a.csv: row 1: 4 fields, the header has 3"):
         list(load_rows(str(path)))
     path.write_text("prompt,chosen,rejected\na,,c\n")
     with pytest.raises(InputError, match="row 1: column 'chosen' is missing"):
         list(load_rows(str(path)))
 
 
+SCALARS = ["1", "007", "true", "2024-05-06", "1e5", "NaN", "2024-05-06T07:08:09"]
+
+
+@pytest.mark.parametrize("text", SCALARS)
+def test_text_that_looks_like_something_else(tmp_path, hub_cache, text):
+    """Columns of nothing but numbers, booleans or dates are text, as they are written."""
+    wanted = [{"prompt": text, "responses": [text, f"{text} "]}] * 3
+    csv, jsonl = tmp_path / "a.csv", tmp_path / "a.jsonl"
+    csv.write_text("prompt,chosen,rejected\n" + f"{text},{text},{text} \n" * 3)
+    record = {"prompt": text, "chosen": text, "rejected": f"{text} "}
+    for path in (str(csv), write(jsonl, [record] * 3)):
+        assert list(load_rows(path)) == wanted
+
+
+def test_values_that_are_no_text(tmp_path, hub_cache):
+    """Numbers and booleans of JSON, and dates of Parquet, become the text that one would write."""
+    rows = list(load_rows(write(tmp_path / "a.jsonl", [
+        {"prompt": 12, "chosen": True, "rejected": 0.5},
+        {"prompt": [says("user", "Hi")], "responses": [1, False]}])))
+    assert rows == [{"prompt": "12", "responses": ["true", "0.5"]},
+                    {"prompt": "\n\nHuman: Hi\n\nAssistant:", "responses": ["1", "false"]}]
+    import pandas
+    day = pandas.Timestamp("2024-05-06").date()
+    frame = pandas.DataFrame({"prompt": [day], "chosen": [1], "rejected": [True]})
+    frame.to_parquet(tmp_path / "a.parquet")
+    wanted = [{"prompt": "2024-05-06", "responses": ["1", "true"]}]
+    assert list(load_rows(str(tmp_path / "a.parquet"))) == wanted
+
+
+def test_scores_of_csv_are_numbers(tmp_path, hub_cache):
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,chosen,rejected,score_chosen,score_rejected\na,b,c,1,-0.5\na,b,c,,\n")
+    pair = {"prompt": "a", "responses": ["b", "c"]}
+    assert list(load_rows(str(path))) == [{**pair, "scores": [[1], [-0.5]]}, pair]
+    path.write_text("prompt,chosen,rejected,score_chosen,score_rejected\na,b,c,1,x\n")
+    with pytest.raises(InputError, match="row 1: column 'score_rejected' is neither a number"):
+        list(load_rows(str(path)))
+
+
+@pytest.mark.parametrize("layout", ["array", "array on lines", "values"])
+def test_json_is_read_in_parts(tmp_path, hub_cache, monkeypatch, layout):
+    """Records that are longer than a part, or lie across two, are whole."""
+    monkeypatch.setattr(formats, "PART", 50)
+    rows = [{**PAIR, "prompt": "é [{" * n} for n in range(1, 60)]
+    path = tmp_path / "a.json"
+    if layout == "values":
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+    else:
+        path.write_text(json.dumps(rows, indent=2 if "lines" in layout else None) + "\n")
+    assert [row["prompt"] for row in load_rows(str(path))] == [row["prompt"] for row in rows]
+
+
 def test_other_columns_are_ignored(tmp_path, hub_cache):
     path = write(tmp_path / "a.jsonl", [{**PAIR, "annotator": {"id": 3}, "confidence": 7}] * 3)
     assert list(load_rows(path)) == [parse_row(PAIR, False)] * 3
+
+
+# ------------------------------------------------------------------ bad rows
+
+def test_bad_rows_are_listed(tmp_path, hub_cache):
+    """All that are wrong, up to five kinds of error and five rows of a kind, in one line; nothing
+    is read into a data set after the first."""
+    rows = [PAIR] * 40
+    for i in (2, 16):
+        rows[i] = {**PAIR, "chosen": " "}
+    rows[20] = {"prompt": "a", "chosen": "b"}
+    for i in range(30, 37):
+        rows[i] = {**PAIR, "rejected": None}
+    path = write(tmp_path / "a.jsonl", rows)
+    used = []
+    with pytest.raises(InputError) as error:
+        for row in load_rows(path):
+            used.append(row)
+    assert len(used) == 2
+    assert str(error.value) == (
+        f"--data: {path}: rows 3, 17: the response 'chosen' is empty; row 21: needs columns chosen "
+        "and rejected, or prompt and responses; has prompt, chosen; rows 31, 32, 33, 34, 35 and 2 "
+        "more: column 'rejected' is missing")
+
+
+def test_of_many_kinds_of_error_five_are_listed():
+    bad = [(number, f"wrong {min(number, 7)}") for number in range(1, 12)]
+    assert describe(bad) == ("row 1: wrong 1; row 2: wrong 2; row 3: wrong 3; row 4: wrong 4; "
+                             "row 5: wrong 5; and 6 more")
+
+
+def test_bad_rows_are_skipped(tmp_path, hub_cache, capsys):
+    """If asked for: also lines that are not JSON, and rows unlike the first; they are said."""
+    good = {"prompt": "Say hello.", "responses": [" Hello!", " Go away."]}
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps(record) for record in (PAIR, {**PAIR, "chosen": ""}, PAIR, RANKING)]
+    path.write_text("\n".join([*lines, "{oops", lines[0], "3"]))
+    assert list(load_rows(str(path), skip_bad_rows=True)) == [good] * 3
+    assert capsys.readouterr().out == (
+        "4 bad rows skipped: row 2: the response 'chosen' is empty; row 4: 3 responses, the first "
+        "row has 2; they must be as many; row 5: not JSON: Expecting property name enclosed in "
+        "double quotes: line 1 column 2 (char 1); row 7: not a JSON object\n")
+    path.write_text(lines[1])
+    with pytest.raises(InputError, match="row 1: the response 'chosen' is empty"):
+        list(load_rows(str(path), skip_bad_rows=True))
+
+
+@pytest.mark.parametrize("other, message", [
+    ({"prompt": "a", "responses": ["b", "c", "d"]},
+     "row 2: 3 responses, the first row has 2; they must be as many"),
+    ({**PAIR, "score_chosen": [1, 2], "score_rejected": [2, 1]},
+     "row 2: 2 scores for each response, the first row has 1; they must be as many")])
+def test_rows_that_are_not_alike(tmp_path, hub_cache, other, message):
+    scored = {**PAIR, "score_chosen": 1, "score_rejected": 2}
+    with pytest.raises(InputError, match=f"{message}$"):
+        list(load_rows(write(tmp_path / "a.jsonl", [scored, other])))
+
+
+# ------------------------------------------------------------------ demonstrations
+
+HI, YES, GO, NO = (says("user", "Hi"), says("assistant", "Yes?"), says("user", "Go."),
+                   says("assistant", "No."))
+FIRST = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "responses": [" Yes?"]}
+SECOND = {"prompt": FIRST["prompt"] + " Yes?\n\nHuman: Go.\n\nAssistant:", "responses": [" No."]}
+
+
+@pytest.mark.parametrize("record, wanted", [
+    ({"messages": [HI, YES, GO, NO]}, [FIRST, SECOND]),
+    ({"messages": [HI, YES, GO]}, [FIRST]),
+    ({"messages": [HI, YES], "prompt": None, "completion": None}, [FIRST]),
+    ({"prompt": [HI], "completion": [YES]}, [FIRST]),
+    ({"prompt": [HI, YES, GO], "completion": [NO]}, [SECOND]),
+    ({"prompt": [HI], "completion": [YES, GO, NO]}, [FIRST, SECOND]),
+    ({"prompt": [HI], "completion": [HI, YES, GO, NO]}, [FIRST, SECOND]),
+    ({"prompt": [HI, YES], "completion": [GO, NO]}, [SECOND]),
+    ({"prompt": "Hi", "completion": [YES, GO, NO]}, [FIRST, SECOND]),
+    ({"prompt": "Hi", "completion": [HI, YES, GO, NO]}, [FIRST, SECOND]),
+    ({"prompt": FIRST["prompt"], "completion": " Yes?\n\nHuman: Go.\n\nAssistant: No."},
+     [FIRST, SECOND]),
+    ({"chosen": [HI, YES, GO, NO], "rejected": [HI, NO]}, [FIRST, SECOND]),
+    ({"prompt": "a", "completion": " b\n\nHuman: c"},
+     [{"prompt": "a", "responses": [" b\n\nHuman: c"]}])])
+def test_demonstrations_are_the_turns_of_the_assistant(record, wanted):
+    """Each turn in a completion, or in a dialogue, is to be imitated, after all that was said
+    before it, and what a person says never is. Plain text stays as it is."""
+    assert parse_rows(record, True) == wanted
+
+
+def test_an_opening_of_the_system_is_a_prompt():
+    row, = parse_rows({"prompt": [says("system", "Be kind.")], "completion": [HI, YES]}, True)
+    assert row == {"prompt": "\n\nSystem: Be kind." + FIRST["prompt"], "responses": [" Yes?"]}
+
+
+@pytest.mark.parametrize("record, message", [
+    ({"messages": [HI]}, "^column 'messages' has no turn of the assistant$"),
+    ({"messages": []}, "^column 'messages' is missing, or is no list of chat messages$"),
+    ({"prompt": [HI, YES], "completion": [HI, YES]}, "^column 'completion' has no turn of the"),
+    ({"prompt": FIRST["prompt"], "completion": "\n\nHuman: Go."}, "^the assistant says nothing"),
+    ({"prompt": [HI], "completion": []}, "^the response 'completion' is empty$"),
+    ({"messages": [3]}, "^column 'messages' has no turn of the assistant$"),
+    ({"prompt": [HI], "completion": [GO]}, "^column 'completion' has no turn of the assistant$"),
+    ({"messages": [HI, says("assistant", None)]}, "is not a list of chat messages"),
+    ({"messages": None}, "^column 'messages' is missing, or is no list of chat messages$"),
+    ({"text": "a"}, "^needs columns prompt and completion, or messages, or chosen and rejected, or "
+                    "prompt and responses; has text$")])
+def test_what_is_no_demonstration(record, message):
+    with pytest.raises(ValueError, match=message):
+        parse_rows(record, True)
+
+
+def test_labels_of_demonstrations(tmp_path, hub_cache, capsys):
+    """Unpaired preferences: what people did not like is not imitated; and it is said."""
+    records = [{"prompt": "a", "completion": f" {label}", "label": label}
+               for label in (True, False, None, False)]
+    wanted = [{"prompt": "a", "responses": [" True"]}, {"prompt": "a", "responses": [" None"]}]
+    assert list(load_rows(write(tmp_path / "a.jsonl", records), demonstrations=True)) == wanted
+    assert capsys.readouterr().out == "2 demonstrations left out, as their label is false\n"
+    (tmp_path / "a.csv").write_text("prompt,completion,label\na, True,True\na, b,False\n")
+    assert list(load_rows(str(tmp_path / "a.csv"), demonstrations=True)) == wanted[:1]
+    with pytest.raises(InputError, match="the file has no rows"):
+        list(load_rows(write(tmp_path / "a.jsonl", records[1:2]), demonstrations=True))
 
 
 # ------------------------------------------------------------------ the hub, folders like its
@@ -292,3 +482,9 @@ def test_a_folder_of_files(tmp_path, hub_cache):
     assert list(load_rows(str(tmp_path / "data"))) == [
         {"prompt": "\n\nHuman: Hi\n\nAssistant:", "responses": [" Yes?", " No."],
          "scores": [[8.5], [3.0]]}]
+
+
+def test_a_bad_row_in_a_folder_of_files(tmp_path, hub_cache):
+    write(tmp_path / "train.jsonl", [PAIR, {**PAIR, "chosen": ""}])
+    with pytest.raises(InputError, match="row 2 of train.jsonl: the response 'chosen' is empty$"):
+        list(load_rows(str(tmp_path)))

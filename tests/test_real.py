@@ -1,13 +1,15 @@
 """Real files, where there are some: NANOPREF_DATA names a folder with TL;DR and HH comparisons (and
 tiktoken's cache)."""
+import json
 import os
+import re
 
 import numpy as np
 import pytest
 
 from data import Dataset, biased_subset, get_tokenizer, longer
 from support.formats import load_rows
-from support.tokens import encode, select, tokenised_file
+from support.tokens import SPLITS, encode, select, tokenised_file
 
 FOLDER = os.environ.get("NANOPREF_DATA", "")
 pytestmark = pytest.mark.skipif(not os.path.isdir(FOLDER),
@@ -53,6 +55,31 @@ def test_hh_prompts_end_where_the_assistant_speaks(hub_cache, gpt2, capsys):
     examples, _ = select(encode(rows, gpt2), 4096)
     assert len(examples) == 2318
     assert "2 dropped (chosen and rejected are the same)" in capsys.readouterr().out
+
+
+def test_implicit_prompts_of_posts_are_the_posts(hub_cache, tmp_path):
+    """The same comparisons as whole texts, without a column for the prompt: every prompt is its
+    post, so none is held out whose post trains."""
+    rows = list(load_rows(os.path.join(FOLDER, "tldr_preference.jsonl.gz")))
+    with open(tmp_path / "whole.jsonl", "w", encoding="utf-8") as file:
+        for row in rows:
+            whole = [row["prompt"] + response for response in row["responses"]]
+            file.write(json.dumps(dict(zip(("chosen", "rejected"), whole))) + "\n")
+    assert list(load_rows(str(tmp_path / "whole.jsonl"))) == rows
+
+
+def test_no_real_dialogue_is_held_out_that_goes_on_with_one_that_trains(hub_cache, gpt2):
+    """Comparisons of several turns of a dialogue are rows of their own, in the same split."""
+    rows = list(load_rows(os.path.join(FOLDER, "hh_helpful-base.jsonl.gz")))
+    splits = SPLITS[encode(rows, gpt2)["hash"]]
+    train = {row["prompt"] for row, split in zip(rows, splits) if split == "train"}
+    beginnings = 0
+    for row, split in zip(rows, splits):
+        turns = [match.end() for match in re.finditer("\n\nAssistant:", row["prompt"])]
+        beginnings += len(turns)
+        if split != "train":
+            assert train.isdisjoint(row["prompt"][:end] for end in turns)
+    assert beginnings > 1.5 * len(rows)
 
 
 def test_biased_subset_of_real_pairs(hub_cache, gpt2):

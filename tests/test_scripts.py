@@ -106,7 +106,7 @@ def arguments(lab, **changed):
              "rewards": None, "relabel": None, "data": "tinytldr", "pool": 30,
              "label_temperature": 0.5, "rho": 0.5, "n_pairs": 6, "max_new_tokens": 4, "seed": 7,
              "dtype": "float32", "device": "cpu", "tokenizer": "tinytldr", "micro_batch_size": 2,
-             "kl_samples": 1}
+             "kl_samples": 1, "skip_bad_rows": None}
     return SimpleNamespace(**flags | changed)
 
 
@@ -462,7 +462,7 @@ def test_pairs_are_those_of_the_flags(lab, monkeypatch, capsys):
     bias --rho, the validation pairs as they come."""
     calls = calls_of_preferences(lab, monkeypatch, arguments(lab))
     cache = f"{lab.root}/ref/cache"
-    assert calls == [("tinytldr", split, TOKENIZER, lab.policy, cache, 30, 0.5, 7)
+    assert calls == [("tinytldr", split, TOKENIZER, lab.policy, cache, 30, 0.5, 7, None)
                      for split in ("train", "validation")]
     assert capsys.readouterr().out == ("D_rho: 6 of 40 training pairs, the longer response "
                                        "preferred in 50% of them\n")

@@ -2,8 +2,11 @@
 import hashlib
 import importlib.util
 import json
+import os
+from types import SimpleNamespace
 
 import numpy as np
+import pandas
 import pytest
 import tiktoken
 
@@ -12,7 +15,18 @@ from data import Dataset
 from runs import show
 from support import tokens
 from support.flags import InputError
-from support.tokens import SPLITS, encode, fit, prompts_of, select, tokenised_file
+from support.tokens import (
+    SPLITS,
+    default_block_size,
+    encode,
+    example_lengths,
+    fit,
+    prompts_of,
+    reorder,
+    select,
+    take_rows,
+    tokenised_file,
+)
 from tinytldr import tokenizer
 
 PAIR = {"prompt": "Say hello.", "chosen": " Hello!", "rejected": " Go away."}
@@ -33,13 +47,22 @@ def byte_encoding(name, end):
                              mergeable_ranks={bytes([b]): b for b in range(256)})
 
 
+@pytest.fixture
+def token_cache(tmp_path, hub_cache, monkeypatch):
+    monkeypatch.setenv("NANOPREF_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 # ------------------------------------------------------------------ what fits
 
 def test_the_prompt_loses_its_start_and_the_response_nothing():
-    assert fit([1, 2, 3, 4], [[5, 6], [7]], 6) == [1, 2, 3, 4]
-    assert fit([1, 2, 3, 4], [[5, 6], [7]], 4) == [3, 4]
-    assert fit([1, 2, 3, 4], [[5, 6, 7]], 4) == [4]
-    assert fit([1, 2, 3, 4], [[5, 6, 7, 8]], 4) is None
+    """Of four letters and responses of one and two, each with its end: what is left of the prompt;
+    nothing if a response leaves no room."""
+    arrays = encode([row("abcd", "ef", "g")], byte_encoding("bytes", 256))
+    for block_size, prompt in [(7, "abcd"), (6, "bcd"), (4, "d"), (3, "")]:
+        (ids, responses), = fit(arrays, block_size)
+        assert bytes(ids.tolist()) == prompt.encode()
+        assert [response.tolist() for response in responses] == [[*b"ef", 256], [*b"g", 256]]
 
 
 def test_what_is_kept_is_the_end(capsys):
@@ -74,6 +97,29 @@ def test_what_was_dropped_is_said(capsys, K, what):
     assert capsys.readouterr().out == "these: 1 rows\n"
 
 
+@pytest.mark.parametrize("n_cut, warning", [
+    (0, ""),
+    (1, ", 1 prompts lose their start (block_size 6)\n"),
+    (2, ", 2 prompts lose their start (block_size 6)\nwarning: data: 10% of the prompts lose their "
+        "start; with block_size 64 it would be 1%\n")])
+def test_prompts_that_lose_their_start_are_counted(capsys, n_cut, warning):
+    """And from 5% on there is a warning."""
+    rows = [row("abcd", "e")] * (20 - n_cut) + [row("abcde", "f")] * n_cut
+    select(encode(rows, byte_encoding("bytes", 256)), 6)
+    assert capsys.readouterr().out == "data: 20 rows" + (warning or "\n")
+
+
+@pytest.mark.parametrize("letters, block_size", [(20, 192), (197, 256), (253, 256), (254, 320),
+                                                 (2000, 1024)])
+def test_the_block_size_that_a_file_needs(tmp_path, token_cache, capsys, letters, block_size):
+    """All but the longest 1% of prompts fit before their responses, up to 1024 tokens."""
+    rows = [{"prompt": "a" * letters, "completion": "bc"}] * 200
+    rows.append({"prompt": "a" * 5000, "completion": "b"})
+    args = SimpleNamespace(data=jsonl(tmp_path / "a.jsonl", rows), skip_bad_rows=None)
+    assert default_block_size(args, byte_encoding("bytes", 256)) == block_size
+    assert f"block_size {block_size}, by the length of its rows" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("rows, said", [
     ([row("a", " b", " b")], "data: 1 rows, 1 dropped (chosen and rejected are the same)\n"),
     ([], "data: 0 rows\n")])
@@ -101,14 +147,10 @@ def test_16_bits_for_all_of_65536_tokens(end, dtype):
     assert ids.dtype == dtype and ids.tolist() == [97, 98, end]
 
 
-def test_rows_that_are_not_alike(capsys):
+def test_scores_that_only_some_rows_have(capsys):
     pair = row("a", " b", " c")
-    with pytest.raises(ValueError, match="row 2: 1 responses, the first row has 2"):
-        encode([pair, row("a", " b")], tokenizer())
-    with pytest.raises(ValueError, match="row 2: 2 scores for each response, the first row has 1"):
-        encode([{**pair, "scores": [[1], [2]]}, {**pair, "scores": [[1, 2], [2, 1]]}], tokenizer())
     assert "scores" not in encode([pair, {**pair, "scores": [[1], [2]]}], tokenizer())
-    assert "scores: left out, as 1 of 2 rows have none" in capsys.readouterr().out
+    assert capsys.readouterr().out == "scores: left out, as 1 of 2 rows have none\n"
 
 
 def test_scores_stay_with_their_rows():
@@ -141,6 +183,21 @@ def test_a_prompt_has_one_split_everywhere():
     assert 1450 < splits.count("train") < 1750 and 130 < splits.count("test") < 280
 
 
+def test_all_turns_of_a_dialogue_are_in_the_same_split():
+    """It goes by the first turn, so that no dialogue is held out that goes on with one that trains,
+    or the other way round."""
+    rows, n = [], 300
+    for i in range(n):
+        opening = f"\n\nHuman: {i}\n\nAssistant:"
+        rows += [row(opening, " a"), row(opening + " a\n\nHuman: b\n\nAssistant:", " c")]
+    arrays = encode(rows, tokenizer())
+    splits = SPLITS[arrays["hash"]].reshape(n, 2)
+    assert (splits[:, 0] == splits[:, 1]).all() and len(set(splits[:, 0])) == 3
+    greeting = "\n\nAssistant: Hello!"         # by the assistant, who speaks first in all of these
+    rows = [row(f"{greeting}\n\nHuman: {i}\n\nAssistant:", " a") for i in range(n)]
+    assert len(set(encode(rows, tokenizer())["hash"])) > 100
+
+
 def test_prompts_of_a_split_come_once_each():
     rows = [row(f"prompt {i % 200}", f" {i}") for i in range(400)]
     arrays = encode(rows, tokenizer())
@@ -153,12 +210,6 @@ def test_prompts_of_a_split_come_once_each():
 
 
 # ------------------------------------------------------------------ the cache on disk
-
-@pytest.fixture
-def token_cache(tmp_path, hub_cache, monkeypatch):
-    monkeypatch.setenv("NANOPREF_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
 
 def test_tokens_are_cached_by_content(tmp_path, token_cache, capsys):
     """The same file under another name is not read again; another content, another tokenizer and
@@ -214,17 +265,127 @@ def test_cached_tokens_do_not_survive_another_layout(tmp_path, token_cache, monk
     assert "tokens from" in capsys.readouterr().out
 
 
-def test_a_damaged_entry_is_written_anew(tmp_path, token_cache, capsys):
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "folder"])
+def test_what_is_in_the_file_now_is_what_is_read(tmp_path, token_cache, name):
+    """Also if its path, size and time are those of what was there before."""
+    path = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+        path = path / "train.jsonl"
+    for text in ("before", "after!"):
+        frame = pandas.DataFrame({"prompt": [text], "chosen": [" b"], "rejected": [" c"]})
+        if name == "a.csv":
+            frame.to_csv(path, index=False)
+        elif name == "a.parquet":
+            frame.to_parquet(path)
+        else:
+            frame.to_json(path, orient="records", lines=name != "a.json")
+        os.utime(path, (10 ** 9, 10 ** 9))
+        arrays = tokenised_file(str(tmp_path / name), tokenizer())
+        prompt, = [prompt for prompt, _ in fit(arrays, 64)]
+        assert tokenizer().decode(prompt.tolist()) == text
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path, token_cache):
+    """It is refused, and its rows are not kept under either content."""
+    path = jsonl(tmp_path / "a.jsonl", [PAIR] * 3000)
+
+    class Tokenizer:
+        """Something else writes to the file while the first rows are tokenised."""
+        def __getattr__(self, attribute):
+            return getattr(tokenizer(), attribute)
+
+        def encode_ordinary_batch(self, *args, **options):
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(PAIR) + "\n")
+            return tokenizer().encode_ordinary_batch(*args, **options)
+
+    with pytest.raises(InputError, match="a.jsonl: it changed while it was read"):
+        tokenised_file(path, Tokenizer())
+    assert list(token_cache.iterdir()) == []
+
+
+def cut_short(entry, arrays):
+    entry.write_bytes(entry.read_bytes()[:100])
+
+
+def change_a_byte(entry, arrays):
+    content = bytearray(entry.read_bytes())
+    content[content.index(arrays["tokens"].tobytes())] ^= 1
+    entry.write_bytes(content)
+
+
+def lose_a_token(entry, arrays):
+    np.savez(entry, **{**arrays, "tokens": arrays["tokens"][1:]}, left_out=[])
+
+
+def have_another_type(entry, arrays):
+    np.savez(entry, **{**arrays, "tokens": arrays["tokens"] / 2}, left_out=[])
+
+
+def lose_a_row(entry, arrays):
+    np.savez(entry, **{**arrays, "hash": arrays["hash"][1:]}, left_out=[])
+
+
+def lose_an_array(entry, arrays):
+    np.savez(entry, tokens=arrays["tokens"], lengths=arrays["lengths"], left_out=[])
+
+
+@pytest.mark.parametrize("damage", [cut_short, change_a_byte, lose_a_token, have_another_type,
+                                    lose_a_row, lose_an_array])
+def test_a_damaged_entry_is_written_anew(tmp_path, token_cache, capsys, damage):
     path = jsonl(tmp_path / "a.jsonl", [PAIR])
     first = tokenised_file(path, tokenizer())
     entry, = token_cache.iterdir()
-    entry.write_bytes(entry.read_bytes()[:100])
+    damage(entry, first)
     again = tokenised_file(path, tokenizer())
-    assert f"{entry}: damaged" in capsys.readouterr().out
-    assert np.array_equal(first["tokens"], again["tokens"])
+    out = capsys.readouterr().out
+    assert out.startswith(f"{entry}: damaged, so it is made anew (") and out.count("\n") == 1
+    assert first.keys() == again.keys()
+    assert all(np.array_equal(first[name], again[name]) for name in first)
     tokenised_file(path, tokenizer())
     assert "tokens from" in capsys.readouterr().out
 
+
+def test_cached_tokens_are_mapped_into_memory(tmp_path, token_cache):
+    path = jsonl(tmp_path / "a.jsonl", [PAIR])
+    tokens = [tokenised_file(path, tokenizer())["tokens"] for _ in range(2)]
+    assert isinstance(tokens[1].base, np.memmap) and np.array_equal(*tokens)
+
+
+def test_skipped_rows_are_said_again(tmp_path, token_cache, capsys):
+    """With or without bad rows are two entries; from the cache too it is said what was skipped."""
+    path = jsonl(tmp_path / "a.jsonl", [PAIR, {**PAIR, "chosen": ""}])
+    message = f"{path}: 1 bad row skipped: row 2: the response 'chosen' is empty\n"
+    for _ in range(2):
+        assert len(tokenised_file(path, tokenizer(), skip_bad_rows=True)["hash"]) == 1
+        assert capsys.readouterr().out.endswith(message)
+        with pytest.raises(InputError, match="row 2: the response 'chosen' is empty"):
+            tokenised_file(path, tokenizer())
+
+
+# ------------------------------------------------------------------ examples
+
+def test_examples_are_those_of_a_list():
+    """What a data set asks of examples is the same of those that are cut out of flat arrays."""
+    rng = np.random.default_rng(0)
+    rows = [row("a" * rng.integers(1, 9), *["b" * n for n in rng.integers(1, 9, 3)])
+            for _ in range(30)]
+    flat = fit(encode(rows, byte_encoding("bytes", 256)), 12)
+    listed = list(flat)
+    assert len(listed) == len(flat) == 30
+    order = rng.permuted(np.tile(np.arange(3), (30, 1)), axis=1)
+    for rows in (np.array([3, 1, 4, 1]), np.arange(5)):
+        assert as_lists(take_rows(flat, rows)) == as_lists(take_rows(listed, rows))
+    assert as_lists(reorder(flat, order)) == as_lists(reorder(listed, order))
+    assert np.array_equal(example_lengths(flat), example_lengths(listed))
+
+
+def as_lists(examples):
+    return [[ids.tolist() for ids in (prompt, *responses)] for prompt, responses in examples]
+
+
+# ------------------------------------------------------------------ odd folders
 
 def test_a_cache_folder_that_cannot_be_made(tmp_path, hub_cache, monkeypatch):
     (tmp_path / "file").write_text("")
