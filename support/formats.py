@@ -215,9 +215,9 @@ def scores_of(values, columns):
     for numbers, column in zip(lists, columns):
         if numbers == [None]:
             raise ValueError(f"column {column!r} is missing")
-        # finite in float32
-        if not numbers or not all(isinstance(x, (int, float)) and abs(x) < 3e38 for x in numbers):
-            raise ValueError(f"column {column!r} is neither a number nor a list of numbers")
+        # whose squares are finite in float32
+        if not numbers or not all(isinstance(x, (int, float)) and abs(x) < 1e12 for x in numbers):
+            raise ValueError(f"column {column!r} is neither a number below 1e12 nor a list of them")
         if len(numbers) != len(lists[0]):
             raise ValueError(f"column {column!r} has {len(numbers)} numbers for one response, "
                              f"{len(lists[0])} for another")

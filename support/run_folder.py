@@ -121,16 +121,14 @@ class Run:
 
     def _diverged(self, step, numbers, rows=()):
         """The InputError for numbers that are not finite."""
-        names = ", ".join(f"{name} {value}" for name, value in numbers.items()
-                          if not math.isfinite(value))
-        text = f"at step {step} ({names}"
+        where = f"at step {step} "
         if len(rows):
-            text += f", on training rows {' '.join(map(str, sorted(rows)))}"
-        text += "); "
+            where += f"(training rows {' '.join(map(str, sorted(rows)))}) "
+        where += ", ".join(f"{name} is {value}" for name, value in numbers.items()
+                           if not math.isfinite(value))
         if step == 0:
-            return InputError(f"--lr: not finite before the first update, {text}the rewards, "
-                              "--beta or --gamma are too large")
-        return InputError(f"--lr: training diverged {text}try a lower learning rate; "
+            return InputError(f"--rewards, --beta, --gamma: too large: {where}")
+        return InputError(f"--lr: training diverged: {where}; try a lower learning rate; "
                           f"{self._path('state.pt')} is the last good state")
 
     def report(self, step, results):

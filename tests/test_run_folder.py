@@ -162,7 +162,7 @@ def test_numbers_that_are_not_finite_end_a_run(tmp_path):
     for number in (float("nan"), float("inf")):
         values = {"loss": 1.0, "margin": number}
         assert refusal(run.log, 3, values) == (
-            f"--lr: training diverged at step 3 (margin {number}); try a lower learning rate; "
+            f"--lr: training diverged: at step 3 margin is {number}; try a lower learning rate; "
             f"{tmp_path}/state.pt is the last good state")
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0, "loss": 1.0}\n'
 
@@ -339,13 +339,12 @@ def test_a_step_that_is_not_finite_is_named_with_its_rows(tmp_path):
             run.watch(1, loss=torch.tensor([float("nan") if step >= 4 else 1.0]))
             run.end_step(step, [20 + step, 10 + step], grad_norm=torch.tensor(1.0))
     assert step == 9 and str(error.value) == (
-        "--lr: training diverged at step 4 (loss nan, on training rows 14 24); try a lower "
+        "--lr: training diverged: at step 4 (training rows 14 24) loss is nan; try a lower "
         f"learning rate; {tmp_path}/state.pt is the last good state")
     run = start(tmp_path / "first", max_steps=1)
     run.watch(1, loss=torch.tensor([float("inf")]))
     assert refusal(run.end_step, 0, [3]) == (
-        "--lr: not finite before the first update, at step 0 (loss inf, on training rows 3); the "
-        "rewards, --beta or --gamma are too large")
+        "--rewards, --beta, --gamma: too large: at step 0 (training rows 3) loss is inf")
 
 
 def test_where_a_run_is_resumed_may_change(tmp_path):

@@ -293,7 +293,7 @@ def test_all_files_of_a_run_have_the_same_access_rights(world, tmp_path, umask):
 
 
 def test_a_diverged_run_is_not_saved(world, tmp_path):
-    with pytest.raises(InputError, match="--lr: training diverged at step 1 "):
+    with pytest.raises(InputError, match="--lr: training diverged: at step 1 "):
         train_policy.main(policy_flags(world, tmp_path / "run", lr=1e12))
     assert not (tmp_path / "run/model.safetensors").exists()
 
