@@ -4,6 +4,7 @@ import ctypes
 import functools
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from support.flags import InputError
 from support.processes import join, processes
@@ -66,6 +67,17 @@ def keep_memory():
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2 ** 30)      # M_MMAP_THRESHOLD: take what is below 1 GiB from the heap
         libc.mallopt(-1, -1)           # M_TRIM_THRESHOLD: never give the heap back
+
+
+def recompute_layers(model):
+    """--gradient_checkpointing: the backward pass computes each layer's attention and MLP once more
+    instead of keeping what they had in between, most of a step's memory, for a third more time.
+
+    model: with its layers in transformer.h, each with the parts attn and mlp.
+    """
+    for layer in model.transformer.h:
+        for part in (layer.attn, layer.mlp):
+            part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False)
 
 
 def compiles_every_shape(device):

@@ -21,7 +21,8 @@ from support.processes import add_up_numbers, any_of, is_first, processes, progr
 from support.sharding import full, load_whole, whole
 
 # flags that may differ on --resume
-MAY_CHANGE = ("out_dir", "resume", "overwrite", "device", "compile", "fsdp", "log")
+MAY_CHANGE = ("out_dir", "resume", "overwrite", "device", "compile", "fsdp", "log",
+              "gradient_checkpointing")
 LOG_EVERY = 10                                              # steps
 
 

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from support.device import recompute_layers
 from support.processes import processes
 
 
@@ -22,6 +23,8 @@ def place(model, device, args):
     and mlp. What else it has, such as the embeddings and the head, is put together for as long as
     the model computes; between passes its parameters are all parts, as the optimizer needs them.
     """
+    if args.gradient_checkpointing:
+        recompute_layers(model)
     if not args.fsdp:
         return model.to(device)
     # fully_shard warns of modules that return views: nothing here changes one in place.

@@ -145,6 +145,8 @@ def training_flags(doc):
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="use torch.compile")
     add("--fsdp", action="store_true", help="with torchrun: every process keeps a part of the "
         "weights, for models too large for one device")
+    add("--gradient_checkpointing", action="store_true", help="keep less for the backward pass and "
+        "compute it again: less memory, more time")
     add("--resume", action="store_true", help="go on from the state in --out_dir")
     add("--overwrite", action="store_true", help="start again in an --out_dir that holds a run or "
         "a model, whose files go into a folder in it, old-1 (-2, ...)")

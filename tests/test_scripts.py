@@ -24,7 +24,7 @@ from model import GPT, GPTConfig
 from reward import RewardModel, family_scores, load_reward_models, training_pairs
 from support import passes
 from support.checks import say_spread
-from support.device import compiled_graphs
+from support.device import compiled_graphs, recompute_layers
 from support.flags import InputError
 from support.passes import sample, score, to_text
 from train_policy import anneal, reward_of_samples, row_weights, with_columns
@@ -415,6 +415,34 @@ def test_a_compiled_run_is_the_same_run(lab, monkeypatch, capsys):
         assert compiled == pytest.approx(plain, rel=1e-5, abs=1e-5)
     graphs = re.search(r"steps in .* s, (\d+) graphs compiled ->", capsys.readouterr().out)
     assert 1 <= int(graphs[1]) - graphs_before <= 6
+
+
+def saved_bytes(model, batch):
+    """What a forward pass keeps for the backward pass."""
+    kept = []
+
+    def count(tensor):
+        kept.append(tensor.nbytes)
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
+    with hooks:
+        model(batch)
+    return sum(kept)
+
+
+def test_layers_that_are_computed_again(lab):
+    """A run with --gradient_checkpointing is the same run, and keeps less for its backward pass:
+    each layer's input to attention and to its MLP and the sums after them, not what is inside."""
+    runs = []
+    for flags in ([], ["--gradient_checkpointing", "--overwrite"]):
+        train(lab, train_policy, "--max_steps=3", *flags)
+        runs.append((lab.root / "run/metrics.jsonl").read_text())
+    assert runs[0] == runs[1]
+    model, batch = GPT(CONFIG), lab.pairs["train"].batch(range(4))
+    before = saved_bytes(model, batch)
+    recompute_layers(model)
+    assert saved_bytes(model, batch) < 0.5 * before
 
 
 # ------------------------------------------------------------------ what is asked for
