@@ -1,5 +1,6 @@
 """A run's folder: nobody's work in it is overwritten, and one process at a time writes to it."""
 import os
+import re
 
 from support.flags import InputError
 
@@ -61,9 +62,9 @@ def lock(file, folder, shared=False):
 
 
 def remove_leftovers(folder):
-    """What a process that was killed had not finished writing."""
+    """What a process that was killed had not finished writing (by `replacing` in files.py)."""
     for name in os.listdir(folder):
-        if name.endswith(".tmp"):
+        if re.search(r"\.\d+\.tmp$", name):
             os.remove(os.path.join(folder, name))
 
 

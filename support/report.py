@@ -7,6 +7,7 @@ import numpy as np
 
 from support.figures import advantage_figure, logprob_figure, margin_figure, remove
 from support.files import replacing, write_json
+from support.folders import remove_leftovers
 from support.processes import is_first
 from support.run_folder import run_flags, run_names
 
@@ -24,6 +25,7 @@ def write_report(args, prompts, results, replies, rewards, accuracy):
     if not is_first():
         return
     os.makedirs(args.out_dir, exist_ok=True)
+    remove_leftovers(args.out_dir)
     runs = run_names(args.policies)
     flags = {name: run_flags(folder) for name, folder in runs.items()}
     curves = {name: training_curve(folder) for name, folder in runs.items()}

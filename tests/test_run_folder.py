@@ -87,10 +87,10 @@ def test_a_new_run_writes_its_flags(tmp_path):
 def test_a_new_run_removes_what_a_run_left_that_was_killed_before_its_first_evaluation(tmp_path):
     """Nothing else."""
     start(tmp_path)
-    for name in ("best.pt", "metrics.jsonl", "notes.txt", "state.pt.123.tmp"):
+    for name in ("best.pt", "metrics.jsonl", "notes.txt", "my.tmp", "state.pt.123.tmp"):
         (tmp_path / name).write_text("old")
     start(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [".lock", "config.json", "notes.txt"]
+    assert sorted(os.listdir(tmp_path)) == [".lock", "config.json", "my.tmp", "notes.txt"]
     assert (tmp_path / "notes.txt").read_text() == "old"
 
 
