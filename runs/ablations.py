@@ -22,7 +22,8 @@ import numpy as np
 import torch
 import trials
 
-from data import get_tokenizer
+import train_policy
+from data import Dataset, get_tokenizer
 from losses import LOSSES, distill, reward_margin
 from model import GPT
 from reward import family_scores, load_reward_models, training_pairs
@@ -131,6 +132,7 @@ def quality(cell):
 def kl_samples(cell):
     for n in (1, 4):
         yield n, "p-dpo", ["--gamma=0.1", f"--kl_samples={n}"]
+    yield "redrawn", "redrawn", ["--gamma=0.1", "--kl_samples=6"]
 
 
 TABLES = {"members": members, "minimum": minimum, "family": family, "gamma": gamma, "pairs": pairs,
@@ -158,16 +160,44 @@ def train_member(args, order_seed):
     train_one(args, policy, tokenizer, train, validation.first(args.n_eval), device, autocast)
 
 
+class Redrawn(Dataset):
+    """Training rows that have a sample for each epoch, and show that of their epoch alone."""
+    n_shown = 0         # rows, so far
+
+    def batch(self, rows, multiple=1):
+        epoch = self.n_shown // len(self) % self.n_samples
+        self.n_shown += len(rows)
+        columns = self.ref_logps.shape[1]                   # K + S
+        shown = [*range(columns - self.n_samples), columns - self.n_samples + epoch]
+        part = self.take(rows)
+        part.examples = [(prompt, [responses[k] for k in shown])
+                         for prompt, responses in part.examples]
+        part.ref_logps, part.n_samples = part.ref_logps[:, shown], 1
+        return part.batch(np.arange(len(rows)), multiple)
+
+
+def with_redrawn_samples(dataset, split, *arguments):
+    """train_policy's with_columns, for the loss "redrawn"."""
+    dataset = WITH_COLUMNS(dataset, split, *arguments)
+    return Redrawn(**vars(dataset)) if split == "train" else dataset
+
+
+WITH_COLUMNS = train_policy.with_columns
+
+
 # ------ one run, and what is measured of it
 
 def run(args, table, cell, rho, number, setting, loss, flags):
     """Trains and scores one policy. Returns its row for the CSV."""
     folder = f"{cell.folder}/policies/{key(loss, flags)}"       # tables share runs
-    beta = cell.betas["e-dpo" if loss == "worst" else loss]
-    LOSSES["worst"] = WORST             # in the table for this run alone
+    beta = cell.betas[{"worst": "e-dpo", "redrawn": "p-dpo"}.get(loss, loss)]
+    LOSSES["worst"], LOSSES["redrawn"] = WORST, LOSSES["p-dpo"]         # for this run alone
+    if loss == "redrawn":
+        train_policy.with_columns = with_redrawn_samples
     seconds = trials.train("train_policy", folder, f"--loss={loss}", "--select=oracle", *cell.data,
                            f"--beta={beta}", *flags)
-    del LOSSES["worst"]
+    del LOSSES["worst"], LOSSES["redrawn"]
+    train_policy.with_columns = WITH_COLUMNS
     test = trials.score(folder, args.sft, "test", f"--n_prompts={args.n_prompts}")
     with open(f"{folder}/metrics.jsonl", encoding="utf-8") as file:
         last = [line for line in map(json.loads, file) if "train/margin" in line][-1]

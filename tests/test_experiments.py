@@ -148,6 +148,19 @@ def test_a_small_ablation(world, tmp_path, monkeypatch, capsys):
     assert "| per batch | e-dpo | 0.2 | 1 |" in capsys.readouterr().out
 
 
+def test_samples_that_are_redrawn():
+    """Three rows with two responses and a sample for each of two epochs; then the first again."""
+    examples = [([1], [[2], [3], [10 + i], [20 + i]]) for i in range(3)]
+    ref_logps = np.arange(12, dtype=np.float32).reshape(3, 4)
+    dataset = ablations.Redrawn(examples, None, ref_logps, 2)
+    for sample, column in ((10, 2), (20, 3), (10, 2)):
+        for rows in ([2, 0], [1]):
+            batch = dataset.batch(np.array(rows))
+            assert batch.n_samples == 1
+            assert batch.tokens[:, 3].tolist() == [sample + i for i in rows]
+            assert batch.ref_logps.tolist() == ref_logps[rows][:, [0, 1, column]].tolist()
+
+
 def test_a_short_long_run(world, tmp_path, monkeypatch):
     """Figure 1's driver: a row for each evaluation of each loss, from the reference on."""
     monkeypatch.setattr(degeneracy.trials, "workers", lambda n: SerialPool())
