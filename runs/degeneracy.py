@@ -44,6 +44,21 @@ def run(args, loss):
             for line in lines if "train/margin" in line]
 
 
+def table(curves):
+    """Markdown: each loss after a tenth of the steps, half of them and all."""
+    lines = ["| loss | steps | chosen change | rejected change | h | accuracy, train | "
+             "accuracy, validation | advantage | best advantage |", "|---" * 9 + "|"]
+    for loss, rows in curves.items():
+        gains = [float(row["reward"]) - float(rows[0]["reward"]) for row in rows]
+        for i in (len(rows) // 10, len(rows) // 2, len(rows) - 1):
+            row = {name: float(rows[i][name]) for name in CURVES}
+            lines.append(f"| {loss} | {rows[i]['step']} | {row['chosen_change']:+.1f} | "
+                         f"{row['rejected_change']:+.1f} | {row['margin']:.1f} | "
+                         f"{row['accuracy']:.2f} | {row['validation_accuracy']:.2f} | "
+                         f"{gains[i]:+.2f} | {max(gains):+.2f} |")
+    return "\n".join(lines)
+
+
 def figure(curves, folder):
     """One panel each for log-probs, margins and rewards, one colour for each loss."""
     fig, axes = pyplot().subplots(1, 3, figsize=(11, 3.2), layout="constrained")
@@ -90,8 +105,7 @@ def main(argv=None):
             writer.writeheader()
             for lines in curves.values():
                 writer.writerows(lines)
-    for loss, lines in curves.items():
-        print(loss, lines[-1])
+    print(table(curves))
     figure(curves, args.results)
 
 

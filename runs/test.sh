@@ -3,4 +3,4 @@
 # Arguments go to pytest.
 set -euo pipefail
 source "$(dirname "$0")/venv.sh" .venv requirements-dev.txt
-"$venv/bin/python" -m pytest -q "$@"
+"$venv/bin/python" -m pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile "$@"

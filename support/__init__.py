@@ -1,6 +1,8 @@
 """The plumbing under the method: nobody needs to read it before wanting to change it.
 
     flags.py        command-line flags, what is refused, and the one line that says why
+    training_flags.py   those of the training scripts
+    checks.py       what these assert and say before their first step
     device.py       where to compute, in what precision, memory settings
     optimizer.py    AdamW and the learning-rate schedule
     processes.py    several processes, one for each accelerator
