@@ -15,10 +15,14 @@ claimed = {}            # {real path of a folder: its open lock file}, of this p
 
 
 def check_free(folder, resume=False, overwrite=False):
-    """InputError if a new run in this folder would overwrite something, or if another process is at
-    work there. A run that never came to its first evaluation is nothing to lose."""
+    """InputError if a new run in this folder would overwrite something, if there is none to resume,
+    or if another process is at work there. A run that never came to its first evaluation is nothing
+    to lose."""
     check_unused(folder)
     there = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    if resume and "state.pt" not in there:
+        raise InputError(f"--resume: there is no state.pt in {folder!r}; leave --resume out to "
+                         "start from the beginning")
     not_ours = "config.json" in there and LOCK not in there
     if resume or overwrite or not ("state.pt" in there or MODELS & there or not_ours):
         return

@@ -238,10 +238,8 @@ class Run:
             torch.save(state, file)     # which, given a name, would write it into the file
 
     def _resume(self, flags):
+        check_free(self.dir, resume=True)
         before = run_flags(self.dir)
-        if not os.path.exists(self._path("state.pt")):
-            raise InputError(f"--resume: there is no state.pt in {self.dir!r}; leave --resume out "
-                             "to start from the beginning")
         for name, value in flags.items():
             if name not in MAY_CHANGE and before.get(name) != json.loads(json.dumps(value)):
                 raise InputError(f"--resume: --{name} was {before.get(name)!r} and is {value!r}; "

@@ -1,6 +1,5 @@
 """The flags of train_policy.py and train_rm.py: defaults, and what is refused."""
 import argparse
-import os
 
 from support.flags import (
     InputError,
@@ -18,9 +17,9 @@ from support.flags import (
     seed,
     skip_flag,
 )
-from support.folders import check_free
+from support.folders import check_free, check_unused
 from support.logs import log_package
-from support.run_folder import run_flags
+from support.run_folder import family_to_train, run_flags
 
 
 def policy_flags(argv, doc, losses):
@@ -198,9 +197,12 @@ def check_folders_and_tokenizer(args, **inputs):
                                  **inputs})
     if args.resume and args.overwrite:
         raise InputError("--overwrite: it would be ignored: --resume goes on with what is there")
-    members = [os.path.join(args.out_dir, str(bias)) for bias in vars(args).get("bias") or []]
-    for folder in [args.out_dir, *members]:
-        check_free(folder, args.resume, args.overwrite)
+    runs = [(None, args.out_dir, args.resume)]
+    if vars(args).get("bias"):
+        check_unused(args.out_dir)
+        runs = family_to_train(args)
+    for _, folder, resume in runs:
+        check_free(folder, resume, args.overwrite)
     default = "tinytldr" if args.data == "tinytldr" else "gpt2"
     if start is not None:
         default = run_flags(start).get("tokenizer", default)

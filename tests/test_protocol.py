@@ -252,4 +252,5 @@ def test_the_paper_s_settings(shell, script, wanted):
 def test_pytest_gets_the_flags_of_test_sh(shell):
     """And no script installs what another has installed: all share one environment."""
     _, _, commands = shell("test.sh", "-k", "tree and not slow")
-    assert commands == [["-m", "pytest", "-q", "-k", "tree and not slow"]]
+    assert commands == [["-m", "pytest", "-q", "--numprocesses=auto", "--maxprocesses=4",
+                         "--dist=loadfile", "-k", "tree and not slow"]]
