@@ -157,9 +157,10 @@ def test_an_interrupted_stage_goes_on(stages, tmp_path, monkeypatch):
     """What has a state.pt and no model.safetensors is resumed, a family too."""
     flags = ["--losses=e-dpo", "--bias=0.2,0.5"]
     stages(*flags)
+    for run in ("oracle", "rms/0.2", "rms/0.5"):
+        (tmp_path / "out" / run / "state.pt").touch()
     for run in ("oracle", "rms/0.5"):
         (tmp_path / "out" / run / "model.safetensors").unlink()
-        (tmp_path / "out" / run / "state.pt").touch()
     commands, resumed = [], []
     take = protocol.run
 

@@ -179,7 +179,7 @@ CASES = [       # script, flags, what the line has to say
     (POLICY, "--loss=dpo --init_from=sft --out_dir=rm", "--out_dir: 'rm' holds a model"),
     (POLICY, "--loss=dpo --init_from=sft --out_dir=small", "--out_dir: 'small' holds a model"),
     (REWARD, "--init_from=rms/0.2 --out_dir=rms --bias=0.4", "'rms' holds --init_from"),
-    (REWARD, "--init_from=sft --out_dir=rms --bias=0.2", "'rms/0.2' holds a model"),
+    (REWARD, "--init_from=sft --out_dir=rms --bias=0.2,0.6", "'rms/0.2' holds a model"),
     (REWARD, "--init_from=sft --out_dir=rms --bias=0.4", "would join this family"),
     (POLICY, f"{DPO} --resume", "--resume: there is no state.pt in 'new'"),
     (REPORT, "--ref=sft sft --out_dir=good.jsonl", "--out_dir: 'good.jsonl' can't be made"),
