@@ -20,6 +20,7 @@ from support.passes import prompt_room, sample, score, to_text
 from support.prompts import held_out_prompts
 from support.report import accuracy_table, write_report
 from support.run_folder import check_same_tokens, run_flags, run_names
+from support.tokenizer import check_vocabulary
 
 
 def interval(differences):
@@ -73,6 +74,7 @@ def main(argv=None):
         ref = GPT.from_pretrained(args.ref).to(device)
     args.tokenizer = run_flags(args.ref).get("tokenizer", "gpt2")
     tokenizer = get_tokenizer(args.tokenizer)
+    check_vocabulary(ref, tokenizer, "--ref")
     policies = {}
     for name, folder in run_names(args.policies).items():
         policies[name] = GPT.from_pretrained(folder)

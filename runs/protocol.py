@@ -33,6 +33,7 @@ from support.flags import (
     resolve,
     run_script,
     seed,
+    skip_flag,
 )
 from support.processes import end_with_parent
 
@@ -49,6 +50,7 @@ def parse_flags(argv):
     add("--sft_data", required=True, help="demonstrations: a file or a hub name (preference pairs "
         "serve too)")
     add("--out", required=True, help="folder for all runs and the report")
+    skip_flag(parser)
     add("--init_from", default="gpt2", help="what SFT starts from: a hub name, a folder in GPT-2's "
         "layout, or scratch")
     add("--labels", default="oracle", choices=["oracle", "human"], help="of the pairs that all but "
@@ -174,6 +176,8 @@ def main(argv=None):
     policies = {loss: os.path.join(args.out, loss) for loss in args.losses}
     seed_flag = f"--seed={args.seed}"
     device = [f"--device={args.device}", f"--dtype={args.dtype}"]
+    if args.skip_bad_rows:
+        device.append("--skip_bad_rows")        # of every stage, as these are
     everywhere = [*device, f"--micro_batch_size={args.micro_batch_size}"]
     sizes = [f"--{size}={getattr(args, size)}" for size in SIZES]
 

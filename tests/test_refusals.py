@@ -205,6 +205,8 @@ CASES = [       # script, flags, what the line has to say
     (REWARD, f"{RM} --relabel=nowhere", "--relabel: no reward model in 'nowhere'"),
     (REWARD, "--init_from=scratch --out_dir=new", "--init_from: a reward model starts from"),
     (REPORT, "--ref=nan sft --out_dir=new", "nan: the weights transformer.ln_f.bias"),
+    (REPORT, "--ref=small small --out_dir=new", "--ref: the model knows 256 tokens"),
+    (TALK, "small --prompt=a", "small: the model knows 256 tokens"),
     (REPORT, "--ref=sft nowhere --out_dir=new", "nowhere: no such folder"),
     (REPORT, f"{EVAL} --oracle=nowhere", "--oracle: no reward model in 'nowhere'"),
     (TALK, "nan", "nan: the weights transformer.ln_f.bias"),
