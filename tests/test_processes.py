@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,6 +30,7 @@ TESTS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(TESTS)
 SCRIPT = """
 import sys
+import time
 sys.path[:0] = [{root!r}, {tests!r}]
 import test_processes
 test_processes.session({folder!r}, "sharded", "alone", "--fsdp")
@@ -255,3 +257,18 @@ def test_rows_that_not_every_process_can_share(monkeypatch):
 def test_a_share_in_step_is_padded_with_the_last_part(monkeypatch):
     shares = in_each_process(monkeypatch, 2, lambda: list(processes.share_in_step([5, 6, 7])))
     assert shares == [[(5, True), (7, True)], [(6, True), (7, False)]]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems have no such signal")
+def test_a_killed_driver_takes_its_run_with_it():
+    """Whatever kills it: the run gets a SIGTERM, which it answers by saving its state."""
+    run = "import time; print('begun', flush=True); time.sleep(60)"
+    driver = (f"import subprocess, sys; sys.path.insert(0, {ROOT!r})\n"
+              "from support.processes import end_with_parent\n"
+              f"subprocess.run([sys.executable, '-c', {run!r}], preexec_fn=end_with_parent)")
+    with subprocess.Popen([sys.executable, "-c", driver], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        killed = time.time()
+        process.kill()
+        process.stdout.read()           # until the run, which had it open, has ended
+    assert time.time() - killed < 30
