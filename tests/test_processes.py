@@ -259,7 +259,7 @@ def test_a_share_in_step_is_padded_with_the_last_part(monkeypatch):
     assert shares == [[(5, True), (7, True)], [(6, True), (7, False)]]
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems have no such signal")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="no such signal elsewhere")
 def test_a_killed_driver_takes_its_run_with_it():
     """Whatever kills it: the run gets a SIGTERM, which it answers by saving its state."""
     run = "import time; print('begun', flush=True); time.sleep(60)"
