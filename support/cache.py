@@ -43,7 +43,7 @@ def read(path):
         if content["checksum"] == key(json.dumps(content["value"])):
             return content["value"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        pass
+        pass            # not even JSON of the right shape: as damaged as a wrong checksum
     print(f"{path}: damaged, computed anew")
     return None
 
