@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from support.checkpoint import load_tensors, read_checkpoint, write_checkpoint
 from support.device import compiles_every_shape, random_numbers
 from support.head import token_logps
-from support.sampling import likely
+from support.sampling import draw
 from support.static import generate_static
 
 
@@ -214,7 +214,7 @@ class GPT(nn.Module):
             part = [prompts[i] for i in rows]
             arguments = max_new_tokens, temperature, stop, generator, on_token, top_k, top_p
             if compiles_every_shape(self.lm_head.weight.device):
-                sampled = generate_static(self, draw, part, *arguments, batch_size)
+                sampled = generate_static(self, part, *arguments, batch_size)
             else:
                 sampled = self._generate_batch(part, *arguments)
             for i, response in zip(rows, sampled):
@@ -227,10 +227,14 @@ class GPT(nn.Module):
         lengths = [len(prompt) for prompt in prompts]
         B, T = len(prompts), max(lengths)
         max_new_tokens = min(max_new_tokens, config.block_size - min(lengths))
-        tokens = torch.zeros(B, T, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            tokens[row, :len(prompt)] = torch.as_tensor(prompt, dtype=torch.long)
-        tokens = tokens.to(device)                                      # (B, T)
+        prompts = [tuple(prompt) for prompt in prompts]
+        distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        P = len(distinct)                                               # each is run once
+        tokens = torch.zeros(P, T, dtype=torch.long)
+        for prompt, i in distinct.items():
+            tokens[i, :len(prompt)] = torch.as_tensor(prompt, dtype=torch.long)
+        tokens = tokens.to(device)                                      # (P, T)
+        prompt_of = torch.tensor([distinct[prompt] for prompt in prompts], device=device)   # (B,)
         length = torch.tensor(lengths, device=device)                   # (B,)
 
         # The cache: columns 0 to T - 1 are the prompt, padded on the right; column T + t is new
@@ -241,15 +245,17 @@ class GPT(nn.Module):
         dtype = self.lm_head.weight.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        shape = (B, config.n_head, T + max_new_tokens, config.n_embd // config.n_head)
+        shape = (P, config.n_head, T + max_new_tokens, config.n_embd // config.n_head)
         keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
 
-        position = torch.arange(T, device=device).expand(B, T)
+        position = torch.arange(T, device=device).expand(P, T)
         cache = [(k, v, 0) for k, v in zip(keys, values)]
-        hidden = self.transformer(tokens, position, cache=cache)        # (B, T, C)
+        hidden = self.transformer(tokens, position, cache=cache)        # (P, T, C)
+        hidden = hidden[prompt_of, length - 1]                          # (B, C), end of each prompt
+        if P < B:
+            keys, values = [k[prompt_of] for k in keys], [v[prompt_of] for v in values]
         rows = torch.arange(B, device=device)                           # those still going
-        hidden = hidden[rows, length - 1]                               # (B, C), end of each prompt
         ended = torch.zeros(B, dtype=torch.bool, device=device)
         new = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
         for t in range(max_new_tokens):
@@ -296,19 +302,3 @@ class GPT(nn.Module):
         """Writes config.json and model.safetensors, for `transformers` a GPT2LMHeadModel.
         eos_token_id: the token that ends a text (default: the last one)."""
         write_checkpoint(directory, self, eos_token_id, architectures=["GPT2LMHeadModel"])
-
-
-def draw(logits, temperature, random, top_k=None, top_p=None):
-    """One token for each row, from softmax(logits / temperature), or its `likely` part; if the
-    temperature is 0, the most likely.
-
-    By inverting the distribution function, with one random number for each row, where
-    torch.multinomial draws one for each token of the vocabulary.
-    logits: (B, vocab) float32; random: (B, 1) float64 (mps: float32) in [0, 1). Returns (B,) int64.
-    """
-    if temperature == 0:
-        return logits.argmax(dim=1)
-    probs = F.softmax(logits / temperature, dim=1).to(random.dtype)         # (B, vocab)
-    cumulative = likely(probs, top_k, top_p).cumsum(dim=1)                  # (B, vocab)
-    token = torch.searchsorted(cumulative, random * cumulative[:, -1:], right=True)  # first above
-    return token.squeeze(1).clamp(max=logits.size(1) - 1)

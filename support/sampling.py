@@ -1,5 +1,22 @@
-"""Which tokens may be drawn: the likely ones."""
+"""Drawing a token: from the whole distribution, or from the likely ones."""
 import torch
+import torch.nn.functional as F
+
+
+def draw(logits, temperature, random, top_k=None, top_p=None):
+    """One token for each row, from softmax(logits / temperature), or its `likely` part; if the
+    temperature is 0, the most likely.
+
+    By inverting the distribution function, with one random number for each row, where
+    torch.multinomial draws one for each token of the vocabulary.
+    logits: (B, vocab) float32; random: (B, 1) float64 (mps: float32) in [0, 1). Returns (B,) int64.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=1)
+    probs = F.softmax(logits / temperature, dim=1).to(random.dtype)         # (B, vocab)
+    cumulative = likely(probs, top_k, top_p).cumsum(dim=1)                  # (B, vocab)
+    token = torch.searchsorted(cumulative, random * cumulative[:, -1:], right=True)  # first above
+    return token.squeeze(1).clamp(max=logits.size(1) - 1)
 
 
 def likely(probs, top_k=None, top_p=None):

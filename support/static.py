@@ -8,12 +8,13 @@ import numpy as np
 import torch
 
 from support.device import FEW_SHAPES, random_numbers, round_up, sync
+from support.sampling import draw
 
 
-def generate_static(gpt, draw, prompts, max_new_tokens, temperature, stop, generator, on_token=None,
+def generate_static(gpt, prompts, max_new_tokens, temperature, stop, generator, on_token=None,
                     top_k=None, top_p=None, batch_size=256):
-    """One response for each of at most batch_size prompts. gpt: a model.GPT; draw: model.draw; the
-    others as in GPT.generate. Returns lists of tokens."""
+    """One response for each of at most batch_size prompts. gpt: a model.GPT; the others as in
+    GPT.generate. Returns lists of tokens."""
     config, device = gpt.config, gpt.lm_head.weight.device
     n_prompts, lengths = len(prompts), [len(prompt) for prompt in prompts]
     steps = min(max_new_tokens, config.block_size - min(lengths))

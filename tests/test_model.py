@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import GPT, GPTConfig, draw
+from model import GPT, GPTConfig
 from reward import RewardModel
 from support.flags import InputError
 from support.run_folder import family_folders
-from support.sampling import likely
+from support.sampling import draw, likely
 from support.static import generate_static
 
 CONFIG = GPTConfig(block_size=20, vocab_size=13, n_layer=2, n_head=2, n_embd=16)
@@ -151,15 +151,24 @@ def test_generation_in_shapes_that_never_change(n_prompts, temperature, limits):
         torch.nn.init.normal_(parameter, std=0.3)
     lengths = torch.randint(1, 25, (n_prompts,), generator=torch.Generator().manual_seed(1))
     prompts = [torch.randint(0, 7, (n,)).tolist() for n in lengths]
-    order = sorted(range(n_prompts), key=lambda i: -lengths[i])
+    prompts += prompts[::2]                 # several responses to one prompt
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for stop in (None, 3):
         wanted = model.generate(prompts, 12, temperature, stop, torch.Generator().manual_seed(2),
                                 batch_size=64, **limits)
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
-            got = generate_static(model, draw, [prompts[i] for i in order], 12, temperature, stop,
+            got = generate_static(model, [prompts[i] for i in order], 12, temperature, stop,
                                   generator, batch_size=64, **limits)
         assert got == [wanted[i] for i in order]
+
+
+def test_equal_prompts_run_once(model):
+    """Their keys and values are computed once, and copied for every response."""
+    sizes = []
+    model.transformer.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    responses = model.generate([[1, 2], [3], [1, 2], (3,), [1, 2]], 4)
+    assert sizes == [2, 5, 5, 5] and responses[0] != responses[2]
 
 
 def test_tied_weights_stay_tied():
