@@ -225,22 +225,22 @@ class GPT(nn.Module):
                         top_k, top_p):
         config, device = self.config, self.lm_head.weight.device
         lengths = [len(prompt) for prompt in prompts]
-        B, T = len(prompts), max(lengths)
         max_new_tokens = min(max_new_tokens, config.block_size - min(lengths))
         prompts = [tuple(prompt) for prompt in prompts]
         distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-        P = len(distinct)                                               # each is run once
+        B, P, T = len(prompts), len(distinct), max(lengths) - 1     # equal prompts are run once
         tokens = torch.zeros(P, T, dtype=torch.long)
         for prompt, i in distinct.items():
-            tokens[i, :len(prompt)] = torch.as_tensor(prompt, dtype=torch.long)
+            tokens[i, :len(prompt) - 1] = torch.as_tensor(prompt[:-1], dtype=torch.long)
         tokens = tokens.to(device)                                      # (P, T)
         prompt_of = torch.tensor([distinct[prompt] for prompt in prompts], device=device)   # (B,)
         length = torch.tensor(lengths, device=device)                   # (B,)
 
-        # The cache: columns 0 to T - 1 are the prompt, padded on the right; column T + t is new
-        # token t, in every row. A new token sees its row's prompt and all new columns so far.
+        # The cache: columns 0 to T - 1 are the prompt without its last token, padded on the right;
+        # column T + t is the token that step t reads: that last one, then the new ones. It sees its
+        # row's prompt, and all columns from T on so far.
         column = torch.arange(T + max_new_tokens, device=device)
-        visible = (column < length[:, None]) | (column >= T)            # (B, columns)
+        visible = (column < length[:, None] - 1) | (column >= T)        # (B, columns)
         visible = visible[:, None, None]                                # (B, 1, 1, columns)
         dtype = self.lm_head.weight.dtype
         if torch.is_autocast_enabled(device.type):
@@ -248,17 +248,22 @@ class GPT(nn.Module):
         shape = (P, config.n_head, T + max_new_tokens, config.n_embd // config.n_head)
         keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-
-        position = torch.arange(T, device=device).expand(P, T)
-        cache = [(k, v, 0) for k, v in zip(keys, values)]
-        hidden = self.transformer(tokens, position, cache=cache)        # (P, T, C)
-        hidden = hidden[prompt_of, length - 1]                          # (B, C), end of each prompt
+        if T > 0:       # fill the cache; nothing else is read, as a mask of no columns says
+            position = torch.arange(T, device=device).expand(P, T)
+            cache = [(k, v, 0) for k, v in zip(keys, values)]
+            self.transformer(tokens, position, visible[:P, :, :0, :T], cache)
         if P < B:
             keys, values = [k[prompt_of] for k in keys], [v[prompt_of] for v in values]
+
+        token = torch.tensor([prompt[-1] for prompt in prompts], device=device)     # (B,)
         rows = torch.arange(B, device=device)                           # those still going
         ended = torch.zeros(B, dtype=torch.bool, device=device)
         new = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
         for t in range(max_new_tokens):
+            position = (length + t - 1).clamp(max=config.block_size - 1)    # the rest is cut off
+            cache = [(k, v, T + t) for k, v in zip(keys, values)]
+            hidden = self.transformer(token[:, None], position[:, None],
+                                      visible[..., :T + t + 1], cache)[:, 0]    # (rows, C)
             logits = self.lm_head(hidden).float()                       # (rows, vocab)
             random = random_numbers(len(rows), generator, device)       # (rows, 1)
             token = draw(logits, temperature, random, top_k, top_p)     # (rows,)
@@ -275,11 +280,6 @@ class GPT(nn.Module):
                     rows, token, length = rows[keep], token[keep], length[keep]
                     visible, ended = visible[keep], ended[keep]
                     keys, values = [k[keep] for k in keys], [v[keep] for v in values]
-            if t + 1 < max_new_tokens:
-                position = (length + t).clamp(max=config.block_size - 1)    # the rest is cut off
-                cache = [(k, v, T + t) for k, v in zip(keys, values)]
-                hidden = self.transformer(token[:, None], position[:, None],
-                                          visible[..., :T + t + 1], cache)[:, 0]
 
         responses = []
         for prompt, response in zip(prompts, new.tolist()):

@@ -164,11 +164,14 @@ def test_generation_in_shapes_that_never_change(n_prompts, temperature, limits):
 
 
 def test_equal_prompts_run_once(model):
-    """Their keys and values are computed once, and copied for every response."""
+    """Their keys and values are computed once, and copied for every response; a single token
+    has none before it."""
     sizes = []
-    model.transformer.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    responses = model.generate([[1, 2], [3], [1, 2], (3,), [1, 2]], 4)
-    assert sizes == [2, 5, 5, 5] and responses[0] != responses[2]
+    model.transformer.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape))
+    responses = model.generate([[1, 2], [3], [1, 2], (3,), [1, 2]], 2)
+    assert sizes == [(2, 1), (5, 1), (5, 1)] and responses[0] != responses[2]
+    model.generate([[1], [1]], 2)
+    assert sizes[3:] == [(2, 1), (2, 1)]
 
 
 def test_tied_weights_stay_tied():
