@@ -14,6 +14,9 @@ settings   default   gradient checkpointing, the reference model run in every st
            head      best, and the vocabulary projection on completion tokens only, as TRL does on
                      CUDA; not stock on a CPU
            bf16      default, with TRL's default of bfloat16
+
+--generate races GPT.generate against transformers' generate instead, on one thread: summaries of
+TinyTLDR's posts up to the end-of-text token, 1, 2 or 16 of each post, in batches of 128.
 """
 import json
 import multiprocessing
@@ -27,6 +30,7 @@ from statistics import median
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from runs import bench
+from support.device import keep_memory
 from support.flags import Parser, positive_int, run_script
 
 # transformers and TRL are imported in the process that runs them: ours measures its own memory.
@@ -117,6 +121,48 @@ def race(model, shape, trainer, settings, steps):
             "our_gib": times["our_gib"]}
 
 
+def race_generation(path, n_prompts=512, batch_size=128, max_new_tokens=64):
+    """Prints a table. path: a policy that reads TinyTLDR's tokens. Seconds are CPU time."""
+    import torch
+    import transformers
+
+    from data import get_tokenizer
+    from model import GPT
+    from tinytldr import post
+    torch.set_num_threads(1)
+    keep_memory()
+    ours, theirs = GPT.from_pretrained(path), transformers.GPT2LMHeadModel.from_pretrained(path)
+    theirs.eval()
+    tokenizer = get_tokenizer("tinytldr")
+    stop = tokenizer.eot_token
+
+    def with_transformers(prompts):
+        for first in range(0, len(prompts), batch_size):
+            part = prompts[first:first + batch_size]
+            longest = max(map(len, part))
+            tokens = torch.tensor([[stop] * (longest - len(ids)) + ids for ids in part])
+            mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in part])
+            theirs.generate(tokens, attention_mask=mask, max_new_tokens=max_new_tokens, top_k=0,
+                            do_sample=True, eos_token_id=stop, pad_token_id=stop)
+
+    print("| responses to a prompt | transformers, s | here, s | times faster |\n"
+          "|---|---|---|---|")
+    for n in (1, 2, 16):
+        prompts = [tokenizer.encode_ordinary(post(0, "test", i))
+                   for i in range(n_prompts // n) for _ in range(n)]
+        turns = []
+        for _ in range(6):                                      # the first warms up
+            start = time.process_time()
+            with_transformers(prompts)
+            middle = time.process_time()
+            ours.generate(prompts, max_new_tokens, stop=stop, batch_size=batch_size)
+            turns.append((middle - start, time.process_time() - middle))
+        ratios = [slow / fast for slow, fast in turns[1:]]
+        slow, fast = (median(seconds) for seconds in zip(*turns[1:]))
+        print(f"| {n} | {slow:.2f} | {fast:.2f} | "
+              f"{median(ratios):.1f} ({min(ratios):.1f} .. {max(ratios):.1f}) |", flush=True)
+
+
 def table_row(line, times):
     model, shape, trainer, settings = line
     ratios = [theirs / ours for theirs, ours in zip(times["trl"], times["ours"])]
@@ -134,7 +180,12 @@ def main():
     add("--only", default="", help="only lines with all of these comma-separated words, such as "
         "tiny,hh,head")
     add("--line", help="model,shape,trainer,settings: run this one here and print JSON")
+    add("--generate", action="store_true", help="race generation")
+    add("--policy", default="out/speedrun/sft", help="for --generate: a TinyTLDR policy")
     args = parser.parse_args()
+    if args.generate:
+        race_generation(args.policy)
+        return
     if args.line:
         print(json.dumps(race(*args.line.split(","), args.steps)))
         return
