@@ -58,7 +58,8 @@ from train_policy import row_weights
 
 MODELS = {"tiny": dict(n_layer=4, n_head=4, n_embd=128, vocab_size=1024),
           "small": dict(n_layer=6, n_head=6, n_embd=384),
-          "gpt2": {}}
+          "gpt2": {}, "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
+          "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280)}
 SHAPES = {"tldr": (340, [25, 55]), "hh": (150, [60, 140])}      # tokens of a prompt, of a response
 GENERATE = ("generate", "generate, no cache")
 TASKS = ("sft", *PREFERENCE_LOSSES, "reward model", "score", *GENERATE)
@@ -170,6 +171,21 @@ def synchronise(device):
         torch_xla.sync(wait=True)
 
 
+def seconds_of(work, device):
+    """How long a function takes, all that it starts on the device included."""
+    synchronise(device)
+    start = time.perf_counter()
+    work()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} threads of a CPU" if device.type == "cpu" else str(device)
+
+
 def peak_memory(device):
     """Bytes: of the device, or the largest this process has been."""
     if device.type == "cuda":
@@ -272,11 +288,7 @@ class Bench:
         sync(self.device)
 
     def seconds(self, task, turn):
-        synchronise(self.device)
-        start = time.perf_counter()
-        self.do(task, turn)
-        synchronise(self.device)
-        return time.perf_counter() - start
+        return seconds_of(lambda: self.do(task, turn), self.device)
 
     def flops(self, task, turn):
         """Needed operations of a task in a turn."""
@@ -331,13 +343,9 @@ def measure(args):
                        "tokens_per_s": median(n / t for n, t in zip(useful, seconds[task])),
                        "gflop": mean(flops) / 1e9, "mfu": median(shares)}
         results.append(result)
-    name = str(device)
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name()
-    elif device.type == "cpu":
-        name = f"{torch.get_num_threads()} threads of a CPU"
-    machine = {"device": name, "dtype": bench.args.dtype, "gflops": median(rates) / 1e9,
-               "gflops_from": min(rates) / 1e9, "gflops_to": max(rates) / 1e9,
+    machine = {"device": device_name(device), "dtype": bench.args.dtype,
+               "gflops": median(rates) / 1e9, "gflops_from": min(rates) / 1e9,
+               "gflops_to": max(rates) / 1e9,
                "torch": torch.__version__, "peak_gib": memory / 2 ** 30,
                "model": args.model, "batch_size": args.batch_size,
                "parameters": sum(p.numel() for p in bench.policy.parameters())}

@@ -15,9 +15,13 @@ settings   default   gradient checkpointing, the reference model run in every st
                      CUDA; not stock on a CPU
            bf16      default, with TRL's default of bfloat16
 
+           bf16 best  best, in bfloat16
+--device=cuda --models=gpt2,gpt2-large races on a GPU, where "head" is what TRL does anyway.
+
 --generate races GPT.generate against transformers' generate instead, on one thread: summaries of
 TinyTLDR's posts up to the end-of-text token, 1, 2 or 16 of each post, in batches of 128.
 """
+import itertools
 import json
 import multiprocessing
 import os
@@ -35,10 +39,7 @@ from support.flags import Parser, positive_int, run_script
 
 # transformers and TRL are imported in the process that runs them: ours measures its own memory.
 
-SETTINGS = {"dpo": ("default", "best", "head", "bf16"), "reward": ("default", "best")}
-LINES = [(model, shape, trainer, settings)
-         for model in ("tiny", "small") for shape in ("tldr", "hh")
-         for trainer in SETTINGS for settings in SETTINGS[trainer]]
+SETTINGS = {"dpo": ("default", "best", "head", "bf16", "bf16 best"), "reward": ("default", "best")}
 OUR_WARM_UP = 5
 
 
@@ -57,7 +58,7 @@ def our_steps(args, pipe):
         pipe.send(ours.seconds(task, turn))
 
 
-def race(model, shape, trainer, settings, steps):
+def race(model, shape, trainer, settings, steps, device):
     """Returns {"trl": [seconds], "ours": [seconds], "trl_gib": GiB, "our_gib": GiB}."""
     import datasets
     import torch
@@ -66,9 +67,10 @@ def race(model, shape, trainer, settings, steps):
 
     from runs import peer
     args = bench.parse_flags([
-        f"--model={model}", f"--shape={shape}", f"--steps={steps}", "--device=cpu",
+        f"--model={model}", f"--shape={shape}", f"--steps={steps}", f"--device={device}",
         f"--only={'reward model' if trainer == 'reward' else 'dpo'}",
-        f"--dtype={'bfloat16' if settings == 'bf16' else 'float32'}"])
+        f"--dtype={'bfloat16' if 'bf16' in settings else 'float32'}"])
+    device = torch.device(device)
     warm_up = 1 if model == "small" else 5
     sizes = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257, **bench.MODELS[model]}
     config = transformers.GPT2Config(
@@ -84,13 +86,15 @@ def race(model, shape, trainer, settings, steps):
     context.Process(target=our_steps, args=(args, theirs), daemon=True).start()
     theirs.close()      # so that recv() fails if that process does
     times = {"trl": [], "ours": [], "our_gib": pipe.recv()}
-    imported = bench.peak_memory(torch.device("cpu"))
+    imported = bench.peak_memory(device)
 
     class Turns(transformers.TrainerCallback):
         def on_train_begin(self, *_, **__):
+            bench.synchronise(device)
             self.start = time.perf_counter()
 
         def on_step_end(self, *_, **__):
+            bench.synchronise(device)
             times["trl"].append(time.perf_counter() - self.start)
             pipe.send(OUR_WARM_UP + len(times["ours"]))
             times["ours"].append(pipe.recv())
@@ -98,7 +102,7 @@ def race(model, shape, trainer, settings, steps):
 
     as_trl_comes = settings in ("default", "bf16")
     options = dict(peer.SETTINGS, per_device_train_batch_size=args.batch_size, num_train_epochs=1,
-                   logging_strategy="no", bf16=settings == "bf16",
+                   logging_strategy="no", bf16="bf16" in settings, use_cpu=device.type == "cpu",
                    gradient_checkpointing=as_trl_comes)
     out = tempfile.mkdtemp()
     common = dict(processing_class=peer.peer_tokenizer(sizes["vocab_size"]), callbacks=[Turns()])
@@ -116,7 +120,7 @@ def race(model, shape, trainer, settings, steps):
         racer = peer.PreparedRewardTrainer(reward_model, trl_args, train_dataset=rows, **common)
     racer.train()
     pipe.send(None)
-    trl_gib = (bench.peak_memory(torch.device("cpu")) - imported) / 2 ** 30
+    trl_gib = (bench.peak_memory(device) - imported) / 2 ** 30
     return {"trl": times["trl"][warm_up:], "ours": times["ours"][warm_up:], "trl_gib": trl_gib,
             "our_gib": times["our_gib"]}
 
@@ -177,6 +181,8 @@ def main():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--steps", type=positive_int, default=5, help="turns to measure")
+    add("--models", default="tiny,small", help=f"comma-separated, of: {', '.join(bench.MODELS)}")
+    add("--device", default="cpu", choices=["cpu", "cuda"])
     add("--only", default="", help="only lines with all of these comma-separated words, such as "
         "tiny,hh,head")
     add("--line", help="model,shape,trainer,settings: run this one here and print JSON")
@@ -187,15 +193,16 @@ def main():
         race_generation(args.policy)
         return
     if args.line:
-        print(json.dumps(race(*args.line.split(","), args.steps)))
+        print(json.dumps(race(*args.line.split(","), args.steps, args.device)))
         return
     print("| model | shape | trainer, settings | TRL, pairs/s | here, pairs/s | times faster "
           "| TRL, GiB | here, GiB |\n" + "|---" * 8 + "|")
     words = set(filter(None, args.only.split(",")))
-    for line in LINES:
-        if not words <= set(line):
+    for line in itertools.product(args.models.split(","), bench.SHAPES, SETTINGS, SETTINGS["dpo"]):
+        if not words <= set(line) or line[3] not in SETTINGS[line[2]]:
             continue
-        command = [sys.executable, __file__, f"--line={','.join(line)}", f"--steps={args.steps}"]
+        command = [sys.executable, __file__, f"--line={','.join(line)}", f"--steps={args.steps}",
+                   f"--device={args.device}"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             reason = done.stderr.strip().splitlines()[-1]

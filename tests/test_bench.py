@@ -3,12 +3,13 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import collate
 from losses import LOSSES
 from model import GPT, GPTConfig, tree_mask
-from runs import bench
+from runs import attention, bench
 from support.flags import InputError
 
 CONFIG = GPTConfig(block_size=64, vocab_size=50, n_layer=3, n_head=2, n_embd=16)
@@ -36,6 +37,28 @@ def test_needed_operations(n_responses):
     pairs = (CONFIG.n_layer - 1) * in_sight.sum() + in_sight[batch.context:].sum()
     wanted = products - 2 * C * C * batch.context + 4 * C * pairs
     assert bench.needed_flops(CONFIG, examples) == wanted
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_is_the_mask():
+    """FlexAttention's block mask for the tree, without its compiler, float32: padding, prompts of
+    several lengths, one to three responses. And the timing script runs."""
+    for n_responses in (1, 3):
+        examples = [(list(range(n)), [[1, 2, 3], [4] * n, [5]][:n_responses]) for n in (9, 30, 150)]
+        batch = collate(examples)
+        q, k, v = torch.randn(3, 3, 2, batch.branch.size(1), 8, generator=torch.manual_seed(0))
+        mask = tree_mask(batch.branch, batch.context, torch.float32)
+        wanted = attention.with_mask(q, k, v, mask, batch.context)
+        plain = F.scaled_dot_product_attention(q, k, v,
+                                               attn_mask=tree_mask(batch.branch, 0, torch.float32))
+        got = attention.flex_attention(q, k, v, block_mask=attention.tree_blocks(batch.branch))
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(plain, wanted, rtol=0, atol=1e-5)
+
+
+def test_attention_is_timed(capsys):
+    attention.main(["--device=cpu", "--batch_size=2", "--n_head=2", "--head_size=8", "--turns=1"])
+    assert "forward alone" in capsys.readouterr().out
 
 
 def test_all_tasks(capsys):
