@@ -247,6 +247,21 @@ def tables(rows):
     return "\n".join(lines)
 
 
+def details(rows, rho):
+    """Markdown: of one rho, for each method, the means over seeds of what else was measured."""
+    names = {"length": ".1f", "kl_pi_ref": ".2f", "kl_ref_pi": ".2f", "chosen_change": "+.1f",
+             "rejected_change": "+.1f"}
+    lines = ["| policy | advantage | length | KL(pi ‖ ref) | KL(ref ‖ pi) | chosen change | "
+             "rejected change |", "|---" * 7 + "|"]
+    for method in [*KNOB, ORACLE]:
+        runs = [row for row in rows if row["rho"] == rho and row["method"] == method]
+        cells = [method, with_interval([float(run["test"]) for run in runs])]
+        cells += [f"{mean(float(run[name]) for run in runs):{form}}"
+                  for name, form in names.items()]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def with_interval(values):
     """The mean over seeds, with its 95% interval if there are several."""
     return f"{mean(values):+.2f}" + (f" ± {half_width(values):.2f}" if len(values) > 1 else "")
@@ -327,6 +342,8 @@ def main(argv=None):
                       flush=True)
     rows = read_rows(path)
     print(tables(rows))
+    for rho in dict.fromkeys(row["rho"] for row in rows if row["rho"] != "none"):
+        print(f"\nrho {rho}, means over seeds:\n\n{details(rows, rho)}")
     figure(rows, args.results)
 
 
