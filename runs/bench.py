@@ -40,7 +40,7 @@ from data import BatchOrder, Dataset, get_tokenizer
 from losses import LOSSES, PREFERENCE_LOSSES, plackett_luce, training_loss
 from model import GPT, GPTConfig
 from reward import RewardModel
-from support.device import setup, shape_multiple, sync
+from support.device import recompute_layers, setup, shape_multiple, sync
 from support.flags import (
     InputError,
     Parser,
@@ -85,6 +85,7 @@ def parse_flags(argv):
     add("--seed", type=seed, default=0)
     device_flags(parser)
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="use torch.compile")
+    add("--gradient_checkpointing", action="store_true", help="as in train_policy.py")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--profile", action="store_true", help="where the first task's time goes")
     output.add_argument("--scaling", action="store_true", help="time and memory against four sizes")
@@ -236,6 +237,9 @@ class Bench:
         if "reward model" in args.only:
             self.models["reward model"] = RewardModel.from_policy(self.policy).to(self.device)
         networks = set(self.models.values())
+        if args.gradient_checkpointing:
+            for network in networks:
+                recompute_layers(network)
         if args.compile:
             for network in networks:
                 network.compile(dynamic=True)

@@ -16,6 +16,7 @@ settings   default   gradient checkpointing, the reference model run in every st
            bf16      default, with TRL's default of bfloat16
 
            bf16 best  best, in bfloat16
+           recompute  default, and ours with --gradient_checkpointing too
 --device=cuda --models=gpt2,gpt2-large races on a GPU, where "head" is what TRL does anyway.
 
 --generate races GPT.generate against transformers' generate instead, on one thread: summaries of
@@ -39,7 +40,8 @@ from support.flags import Parser, positive_int, run_script
 
 # transformers and TRL are imported in the process that runs them: ours measures its own memory.
 
-SETTINGS = {"dpo": ("default", "best", "head", "bf16", "bf16 best"), "reward": ("default", "best")}
+SETTINGS = {"dpo": ("default", "best", "head", "bf16", "bf16 best", "recompute"),
+            "reward": ("default", "best")}
 OUR_WARM_UP = 5
 
 
@@ -69,7 +71,8 @@ def race(model, shape, trainer, settings, steps, device):
     args = bench.parse_flags([
         f"--model={model}", f"--shape={shape}", f"--steps={steps}", f"--device={device}",
         f"--only={'reward model' if trainer == 'reward' else 'dpo'}",
-        f"--dtype={'bfloat16' if 'bf16' in settings else 'float32'}"])
+        f"--dtype={'bfloat16' if 'bf16' in settings else 'float32'}",
+        *(["--gradient_checkpointing"] if settings == "recompute" else [])])
     device = torch.device(device)
     warm_up = 1 if model == "small" else 5
     sizes = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257, **bench.MODELS[model]}
@@ -100,7 +103,7 @@ def race(model, shape, trainer, settings, steps, device):
             times["ours"].append(pipe.recv())
             self.start = time.perf_counter()
 
-    as_trl_comes = settings in ("default", "bf16")
+    as_trl_comes = settings in ("default", "bf16", "recompute")
     options = dict(peer.SETTINGS, per_device_train_batch_size=args.batch_size, num_train_epochs=1,
                    logging_strategy="no", bf16="bf16" in settings, use_cpu=device.type == "cpu",
                    gradient_checkpointing=as_trl_comes)

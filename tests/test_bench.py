@@ -69,7 +69,7 @@ def test_all_tasks(capsys):
 
 
 def test_json_and_sizes(capsys):
-    bench.main([*SHORT, "--only=dpo", "--json", "--n_responses=4"])
+    bench.main([*SHORT, "--only=dpo", "--json", "--n_responses=4", "--gradient_checkpointing"])
     (result,), machine = json.loads(capsys.readouterr().out)
     assert 2 * (12 + 4 * 3) <= result["useful"] <= 2 * (12 + 4 * 5)
     assert machine["dtype"] == "float32"
