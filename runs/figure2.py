@@ -274,9 +274,18 @@ def half_width(values):
     return t_quantile(len(values)) * stdev(values) / len(values) ** 0.5
 
 
+def frontier(points):
+    """Those (distance, advantage) points that no other one beats from nearer, by distance."""
+    kept = []
+    for distance, advantage in sorted(points):
+        if not kept or advantage > kept[-1][1]:
+            kept.append((distance, advantage))
+    return kept
+
+
 def figure(rows, folder):
-    """Advantage against rho; and the frontier, advantage against KL(pi || ref), from the trials of
-    --choose: a line, and a colour, for each method."""
+    """Advantage against rho; and advantage against KL(pi || ref), of the trials of --choose: a
+    colour for each method, a line for its frontier."""
     reached = advantages(rows)
     trials_of = read_json(f"{folder}/chosen.json")
     fig, axes = pyplot().subplots(1, 2, figsize=(9, 3.4), layout="constrained")
@@ -291,9 +300,10 @@ def figure(rows, folder):
                          list(map(half_width, values)), color=line.get_color(), fmt="none",
                          linewidth=0.8)
         if method in KNOB:
-            axes[1].plot(list(trials_of["kl_pi_ref"][method].values()),
-                         list(trials_of["advantage"][method].values()), color=line.get_color(),
-                         **style)
+            points = list(zip(trials_of["kl_pi_ref"][method].values(),
+                              trials_of["advantage"][method].values()))
+            axes[1].plot(*zip(*points), "o", markersize=2, color=line.get_color())
+            axes[1].plot(*zip(*frontier(points)), color=line.get_color(), **style)
     axes[0].set_xlabel("rho: longer response preferred")
     axes[0].set_ylabel("oracle advantage (test)")
     axes[1].set_xlabel(f"KL(pi ‖ ref) in nats; a point is a beta or tau, at rho {trials_of['rho']}")

@@ -91,6 +91,12 @@ def test_p_values():
     assert figure2.holm({"a": 0.6, "b": 0.7}) == {"a": 1, "b": 1}
 
 
+def test_frontier():
+    """No point is kept that another one beats from nearer."""
+    points = [(2, 5), (1, 3), (3, 4), (1.5, 2), (4, 6)]
+    assert figure2.frontier(points) == [(1, 3), (2, 5), (4, 6)]
+
+
 SMALL = "--n_pairs=40 --pool=300 --n_eval=16 --batch_size=8"
 CONTROLS = ["reference at 0.7", "reference at 0.5", "reference at 0.3", "best of 16"]
 
