@@ -42,7 +42,7 @@ def test_needed_operations(n_responses):
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_is_the_mask():
     """FlexAttention's block mask for the tree, without its compiler, float32: padding, prompts of
-    several lengths, one to three responses. And the timing script runs."""
+    several lengths, one or three responses."""
     for n_responses in (1, 3):
         examples = [(list(range(n)), [[1, 2, 3], [4] * n, [5]][:n_responses]) for n in (9, 30, 150)]
         batch = collate(examples)

@@ -30,7 +30,6 @@ TESTS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(TESTS)
 SCRIPT = """
 import sys
-import time
 sys.path[:0] = [{root!r}, {tests!r}]
 import test_processes
 test_processes.session({folder!r}, "sharded", "alone", "--fsdp")
