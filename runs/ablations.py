@@ -27,10 +27,11 @@ from data import Dataset, get_tokenizer
 from losses import LOSSES, distill, reward_margin
 from model import GPT
 from reward import family_scores, load_reward_models, training_pairs
-from support.cache import key
+from support.cache import hash_weights, key
 from support.device import setup
 from support.files import read_json
 from support.flags import (
+    InputError,
     Parser,
     comma_separated,
     fraction_or_all,
@@ -48,7 +49,7 @@ FAMILIES = {1: "0.5", 2: "0.2,0.8", 3: "0.2,0.5,0.8", 5: "0.2,0.4,0.5,0.6,0.8",
             8: "0.2,0.3,0.4,0.45,0.5,0.6,0.7,0.8"}      # each a part of the last
 COLUMNS = ["table", "setting", "rho", "seed", "loss", "validation", "test", "test_95", "length",
            "kl_pi_ref", "kl_ref_pi", "train_kl", "validation_kl", "rm_accuracy", "margin",
-           "smallest_margin", "picked", "seconds", "commit"]
+           "smallest_margin", "picked", "seconds", "commit", "reference"]
 
 
 def worst_member(logps, ref_logps, rewards, beta):
@@ -207,9 +208,14 @@ def run(args, table, cell, rho, number, setting, loss, flags):
            "kl_pi_ref": test["kl_pi_ref"], "kl_ref_pi": test["kl_ref_pi"],
            "train_kl": last.get("train/forward_kl", ""),
            "validation_kl": last.get("validation/forward_kl", ""), "seconds": seconds,
-           "commit": figure2.commit()}
+           "commit": figure2.commit(), "reference": reference(args.sft)}
     with trials.silence():
         return row | of_reward_models(folder)
+
+
+def reference(folder):
+    """Eight digits that stand for its weights: tables of different references don't mix."""
+    return hash_weights(GPT.from_pretrained(folder))[:8]
 
 
 def of_reward_models(folder):
@@ -241,11 +247,10 @@ def of_reward_models(folder):
             "picked": " ".join(f"{share:.2f}" for share in shares)}
 
 
-def fill(args, tables, rho, number, chosen):
-    """All rows of some tables in one cell; one process, since tables share reward models."""
+def fill(args, table, rho, number, chosen):
+    """All rows of one table in one cell."""
     cell = Cell(f"{args.out_dir}/{rho}/{number}", figure2.data_flags(args, rho, number), chosen)
-    return [run(args, table, cell, rho, number, *setting)
-            for table in tables for setting in TABLES[table](cell)]
+    return [run(args, table, cell, rho, number, *setting) for setting in TABLES[table](cell)]
 
 
 def summary(rows):
@@ -295,16 +300,22 @@ def main(argv=None):
         with naming("--chosen"):
             chosen = read_json(args.chosen)["chosen"]
         os.makedirs(args.results, exist_ok=True)
-        done = {(row["table"], row["rho"], row["seed"]) for row in figure2.read_rows(path)}
+        rows = figure2.read_rows(path)
+        if {row["reference"] for row in rows} - {reference(args.sft)}:
+            raise InputError(f"--results: the runs in {path} are from another reference than "
+                             f"{args.sft}; name another folder")
+        done = {(row["table"], row["rho"], row["seed"]) for row in rows}
         with trials.workers(args.workers) as pool:
-            jobs = []
-            for number in args.seeds:
-                for rho in args.rhos:
-                    tables = [table for table in args.tables
-                              if (table, str(rho), str(number)) not in done]
-                    jobs.append(pool.submit(fill, args, tables, rho, number, chosen))
-            for job in as_completed(jobs):
-                figure2.append(path, job.result(), COLUMNS)
+            for table in args.tables:       # one after the other: a cell's tables share its runs
+                jobs = [pool.submit(fill, args, table, rho, number, chosen)
+                        for number in args.seeds for rho in args.rhos
+                        if (table, str(rho), str(number)) not in done]
+                for job in as_completed(jobs):
+                    rows = job.result()
+                    figure2.append(path, rows, COLUMNS)
+                    print(f"{table}, rho {rows[0]['rho']}, seed {rows[0]['seed']}: "
+                          + "  ".join(f"{row['setting']} {row['loss']} {row['test']:+.2f}"
+                                      for row in rows), flush=True)
     print(summary(figure2.read_rows(path)))
 
 

@@ -152,6 +152,10 @@ def test_a_small_ablation(world, tmp_path, monkeypatch, capsys):
         assert sum(shares) == pytest.approx(1, abs=0.02)
         assert 0 < float(row["smallest_margin"]) <= float(row["margin"])
     assert "| per batch | e-dpo | 0.2 | 1 |" in capsys.readouterr().out
+    figure2.append(f"{tmp_path}/results/runs.csv", [{"reference": "another"}], ablations.COLUMNS)
+    with pytest.raises(InputError, match="another reference"):
+        ablations.main(["--sft", f"{world}/sft", f"--results={tmp_path}/results",
+                        f"--chosen={tmp_path}/chosen.json"])
 
 
 def test_samples_that_are_redrawn():
