@@ -74,6 +74,9 @@ class Cell(NamedTuple):
         trials.train("train_rm", f"{self.folder}/{name}", *self.data, *flags)
         return f"{self.folder}/{name}"
 
+    def reward_model(self, steps):
+        return self.reward_models(f"rm-{steps}", f"--max_steps={steps}")
+
     def family(self, size=5):
         folder = self.reward_models("rms", f"--bias={FAMILIES[8]}")
         return ",".join(f"{folder}/{bias}" for bias in FAMILIES[size].split(","))
@@ -100,12 +103,17 @@ def family(cell):
 
 
 def gamma(cell):
-    for value in ("0", "0.001", "0.01", "0.1", "0.0001,0.01"):
+    for value in ("0", "0.001", "0.01", "0.1"):
         yield value, "e-dpo", [f"--rewards={cell.family()}", f"--gamma={value}"]
+    yield "0.0001,0.01", "e-dpo", [f"--rewards={cell.family()}"]        # the default
 
 
-def pairs(cell):
-    for n in (500, 1000, 2000, 8000):
+def pairs(cell, sizes=(500, 1000, 2000)):
+    for n in sizes:
+        if n == 1000:           # the default: what other tables have trained
+            yield n, "dpo", []
+            yield n, "e-dpo", [f"--rewards={cell.family()}"]
+            continue
         data = [f"--n_pairs={n}", f"--pool={5 * n}"]
         rms = cell.reward_models(f"rms-{n}", *data, f"--max_steps={n // 5}",
                                  f"--bias={FAMILIES[5]}")
@@ -114,8 +122,16 @@ def pairs(cell):
         yield n, "e-dpo", [*data, steps, f"--rewards={rms}"]
 
 
+def many_pairs(cell):
+    """As long to run as half of all other tables."""
+    yield from pairs(cell, sizes=(8000,))
+
+
 def noise(cell):
-    for temperature in (0, 1, 3):
+    yield 0, "dpo", []
+    yield 0, "d-dpo", [f"--rewards={cell.reward_model(200)}"]
+    yield 0, "e-dpo", [f"--rewards={cell.family()}"]
+    for temperature in (1, 3):
         data = [f"--label_temperature={temperature}"]
         rm = cell.reward_models(f"rm-noise-{temperature}", *data)
         rms = cell.reward_models(f"rms-noise-{temperature}", *data, f"--bias={FAMILIES[5]}")
@@ -126,8 +142,7 @@ def noise(cell):
 
 def quality(cell):
     for steps in (25, 50, 100, 200, 400):
-        rm = cell.reward_models(f"rm-{steps}", f"--max_steps={steps}")
-        yield f"{steps} steps", "d-dpo", [f"--rewards={rm}"]
+        yield f"{steps} steps", "d-dpo", [f"--rewards={cell.reward_model(steps)}"]
 
 
 def kl_samples(cell):
@@ -136,8 +151,9 @@ def kl_samples(cell):
     yield "redrawn", "redrawn", ["--gamma=0.1", "--kl_samples=6"]
 
 
-TABLES = {"members": members, "minimum": minimum, "family": family, "gamma": gamma, "pairs": pairs,
-          "noise": noise, "quality": quality, "kl_samples": kl_samples}
+TABLES = {"members": members, "minimum": minimum, "family": family, "gamma": gamma,
+          "noise": noise, "quality": quality, "pairs": pairs, "kl_samples": kl_samples,
+          "many_pairs": many_pairs}
 
 
 def seeds_family(cell):
