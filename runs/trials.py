@@ -2,6 +2,7 @@
 and without a word on the screen, each kept on disk once it is finished."""
 import contextlib
 import glob
+import multiprocessing
 import os
 import sys
 import time
@@ -20,13 +21,38 @@ from support.flags import InputError
 from support.processes import end_with_parent
 
 
+class Pool(ProcessPoolExecutor):
+    """Its workers end on a signal, instead of going on with the next job."""
+
+    def submit(self, function, *args):
+        return super().submit(until_signal, function, *args)
+
+
+def until_signal(function, *args):
+    try:
+        return function(*args)
+    except SystemExit:          # a run that has saved its state, or what SIGTERM does elsewhere
+        os._exit(1)
+
+
+@contextlib.contextmanager
 def workers(n):
-    """A pool of n processes with one thread each: small models gain little from more."""
-    return ProcessPoolExecutor(n, initializer=start_worker)
+    """A pool of n processes with one thread each: small models gain little from more. Whatever ends
+    the driver, Ctrl-C too, ends them: the run in hand is kept, jobs that wait are dropped."""
+    with Pool(n, initializer=start_worker) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def start_worker():
     torch.set_num_threads(1)
+    with contextlib.suppress(AttributeError):       # not on Windows
+        os.setpgrp()            # Ctrl-C reaches the driver alone
     end_with_parent()
 
 

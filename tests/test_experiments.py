@@ -4,7 +4,10 @@ import json
 import math
 import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from concurrent.futures import Future
 
 import numpy as np
@@ -198,6 +201,41 @@ class SerialPool:
         future = Future()
         future.set_result(function(*args))
         return future
+
+
+DRIVER = """
+import sys, time
+sys.path.insert(0, {runs!r})
+import trials
+from support.flags import run_script
+
+def job(number):
+    open(f"{{sys.argv[1]}}/{{number}}", "w").close()
+    time.sleep(60)
+
+def main():
+    with trials.workers(2) as pool:
+        for future in [pool.submit(job, number) for number in range(6)]:
+            future.result()
+
+run_script(main)
+"""
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_driver_and_its_jobs(number, code, tmp_path):
+    """Two of six jobs have begun; none goes on, and none of the others begins."""
+    script = DRIVER.format(runs=os.path.dirname(figure2.__file__))
+    driver = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)],
+                              stderr=subprocess.PIPE, start_new_session=True)
+    while len(os.listdir(tmp_path)) < 2:
+        assert driver.poll() is None
+        time.sleep(0.05)
+    driver.send_signal(number)
+    _, said = driver.communicate(timeout=30)        # its workers hold that pipe open
+    assert driver.returncode == code
+    assert said.decode().splitlines() == (["-c: interrupted"] if number == signal.SIGINT else [])
+    assert sorted(os.listdir(tmp_path)) == ["0", "1"]
 
 
 # ------ several speedruns
