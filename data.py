@@ -32,7 +32,7 @@ class TreeBatch:
                               output, (B * (T - context), C)
     target     (R,)   int64   the response token to predict there
     slot       (R,)   int64   row * K + response: the log-prob it is part of (B * K: padding)
-    last       (B, K) int64   column, after the context, of each response's last token
+    last       (B, K) int64   column of each response's last token, minus the context
     lengths    (B, K) int64   response lengths in tokens
     context    int            first columns, prompt in every row, that predict no response token
     n_samples  int            S: the last S of these K are samples from the reference

@@ -3,9 +3,9 @@
     python evaluate.py --ref=out/sft out/dpo out/e-dpo --rms=out/rm,out/rms      # -> out/report
     python evaluate.py --ref=out/sft out/e-dpo --data=prefs.jsonl --oracle=out/oracle
 
-Every policy answers the same held-out prompts once, at temperature 1. The oracle is the reward of
+Every policy answers the same held-out prompts once (--temperature=1). The oracle is the reward of
 TinyTLDR, or the reward model of --oracle. Policies are compared prompt by prompt, with the
-reference and with each other. results.json has every number of the report.
+reference and with the best. results.json has every number of the report.
 """
 import numpy as np
 

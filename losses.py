@@ -10,8 +10,8 @@ Distillation", TMLR 2025, arXiv 2405.19316):
     beta * h        implicit reward margin: the policy read as a reward model
     r(x, y)         explicit reward; only differences between responses to one prompt mean anything
 
-Column 0 is the chosen response and column 1 the rejected one. Log-probs are in nats. Every function
-returns one loss per example, (B,); the mean over the batch is the training loop's.
+Column 0 is the chosen response and column 1 the rejected one. Log-probs are in nats. A loss
+returns one number per example, (B,); the mean over the batch is the training loop's.
 """
 import math
 from typing import Callable, NamedTuple
@@ -89,11 +89,11 @@ def distill_mean(logps, ref_logps, rewards, beta):
 def ensemble_distill(logps, ref_logps, rewards, beta, min_per="example"):
     """Distillation from a family of reward models, e-DPO: min_m (r_m(y1) - r_m(y2) - beta * h)^2.
 
-    The paper's section on pessimistic reward model distillation: of the policies that *some* member
-    of the family explains, the forward KL below picks one close to the reference. As stated there,
-    one member serves all data (the minimum is outside the expectation). The paper runs, and
-    min_per="example" takes, a minimum for each pair: a larger family, whose members take turns.
-    min_per="batch" takes one member per batch.
+    The paper's section on pessimistic reward model distillation. The minimum accepts every policy
+    that *some* member explains; the pessimism is the forward KL below, which of these prefers the
+    one nearest to the reference. As stated there, one member serves all data (the minimum is
+    outside the expectation). The paper runs, and min_per="example" takes, a minimum for each pair:
+    a larger family, whose members take turns. min_per="batch" takes one member per batch.
     logps, ref_logps: (B, 2); rewards: (B, 2, M), of M members. Returns (B,).
     """
     return best_member(member_losses(logps, ref_logps, rewards, beta), min_per)
@@ -133,8 +133,8 @@ def forward_kl(logps_of_ref_samples, ref_logps_of_ref_samples):
 
     The pessimism of p-DPO, dp-DPO and e-DPO, added with a weight gamma: it punishes the policy for
     forgetting what the reference would say. The same gamma weighs less against d-DPO than against
-    DPO: at the reference the pull on h is beta / 2 in DPO and 2 beta (r1 - r2) in d-DPO, more for
-    margins above 1/4, which ends only at h = (r1 - r2) / beta (docs/results.md).
+    DPO: at the reference |dloss / dh| is beta / 2 in DPO and 2 beta |r1 - r2| in d-DPO, which is
+    more where the margin is above 1/4.
 
     Unbiased for a policy that was not trained on these samples; it may be negative.
     logps_of_ref_samples, ref_logps_of_ref_samples: (B, S), S samples per prompt. Returns (B,).
@@ -216,8 +216,8 @@ def training_loss(name, logps, ref_logps=None, rewards=None, lengths=None, n_sam
 
 
 def loss_at_reference(name, ref_logps, rewards=None, lengths=None, n_samples=0, **knobs):
-    """What `training_loss` must give where the policy is the reference, and the KL term 0. Its
-    arguments. Returns (B,)."""
+    """What `training_loss` must give where the policy is the reference, and the KL term 0; for the
+    same arguments. Returns (B,)."""
     B = len(ref_logps)
     K = ref_logps.size(1) - n_samples
     columns = {"ref_logps": ref_logps, "rewards": rewards, "lengths": lengths}

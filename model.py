@@ -119,9 +119,9 @@ class Transformer(nn.Module):
 
     def forward(self, tokens, position, mask=None, cache=None):
         """tokens, position: (B, T). mask: (B, 1, Q, keys) for the last Q columns, added to their
-        attention scores, or true where they see; only they come out. None: plain causal attention.
-        cache: for each layer (keys, values, start): (B, heads, columns, C/heads) tensors that this
-        call fills from column `start`. Returns (B, Q, C), or (B, T, C) without a mask."""
+        attention scores, or true where they see; only these Q come out. Without one: plain causal
+        attention. cache: for each layer (keys, values, start): (B, heads, columns, C/heads) tensors
+        that this call fills from column `start`. Returns (B, Q, C), or (B, T, C) without a mask."""
         x = self.wte(tokens) + self.wpe(position)                   # (B, T, C)
         skip = 0
         for i, block in enumerate(self.h):
@@ -179,7 +179,7 @@ class GPT(nn.Module):
         # Where each response token is predicted. hidden[predictor] would do, but its gradient is
         # added up in no fixed order: runs would not repeat to the byte.
         hidden = F.embedding(batch.predictor, hidden.flatten(0, 1))         # (R, C)
-        if fast and not compiles_every_shape(hidden.device):    # which fuses the plain one itself
+        if fast and not compiles_every_shape(hidden.device):    # XLA fuses the plain formula
             logps = token_logps(hidden, self.lm_head.weight, batch.target)  # (R,)
         else:
             logps = F.log_softmax(self.lm_head(hidden), dim=1)              # (R, vocab)
@@ -248,7 +248,7 @@ class GPT(nn.Module):
         shape = (P, config.n_head, T + max_new_tokens, config.n_embd // config.n_head)
         keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        if T > 0:       # fill the cache; nothing else is read, as a mask of no columns says
+        if T > 0:       # fill the cache; a mask with Q = 0: no column comes out
             position = torch.arange(T, device=device).expand(P, T)
             cache = [(k, v, 0) for k, v in zip(keys, values)]
             self.transformer(tokens, position, visible[:P, :, :0, :T], cache)

@@ -2,7 +2,7 @@
 
 A reward model is a transformer with one number for each token, read in the policy's tree batch: at
 the last token of a response (the standard head), or summed over its tokens, as the policy's
-implicit reward is a sum over tokens. On the embedded task the sum judges better (LOG.md). A reward
+implicit reward is a sum over tokens. On the built-in task the sum judges better (LOG.md). A reward
 is known only up to a constant per prompt: Bradley-Terry, and all that follows, sees differences.
 """
 from dataclasses import replace
@@ -41,7 +41,7 @@ class RewardModel(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):     # bfloat16 rewards would tie
             rewards = self.score(hidden.to(self.score.weight.dtype)).squeeze(2)     # (B, T - ctx)
         if self.config.reward_head == "last":
-            return rewards.gather(1, batch.last)                            # (B, K), none twice
+            return rewards.gather(1, batch.last)                            # (B, K)
         B, K = batch.last.size()
         branch = batch.branch[:, batch.context:].clamp(min=0)       # 0: prompt, and padding here
         sums = torch.zeros(B, 1 + K, dtype=rewards.dtype, device=rewards.device)

@@ -27,7 +27,8 @@ label temperature T > 0 labels are noisy: the first is preferred with probabilit
 sigmoid((R1 - R2) / T), a Bradley-Terry draw.
 
 Everything is a pure function of (seed, split, index), and no two posts have the same facts: the
-index is mapped one-to-one to a combination of facts, and the splits use disjoint ranges of it.
+index is mapped one-to-one to a combination of facts, whatever the seed (which draws the wording),
+and the splits use disjoint ranges of it.
 
     python tinytldr.py      # three posts, their demonstrations, and what the oracle says of each
 """

@@ -199,7 +199,7 @@ def main(argv=None):
             with autocast():
                 logps = policy(batch)                           # (b, K + S)
             losses = training_loss(args.loss, logps, **batch.columns(), gamma=gamma, **knobs)
-            if step == 0 and part[0] == rows[0] and loss.at_reference:
+            if step == 0 and part[0] == rows[0] and loss.at_reference:      # the first part
                 expected = loss_at_reference(args.loss, **batch.columns(), **knobs)
                 check_step_0(losses, expected, logps, batch.ref_logps, args)
             (losses.sum() / total).backward()                   # part of the whole batch's gradient

@@ -5,8 +5,8 @@
     python train_rm.py --data=prefs.jsonl --out_dir=out/oracle      # on people's labels
 
 A member of the family is trained on a subset of D_rho in which the longer response is preferred in
-a fraction `bias` of the pairs, so that the members disagree about length, and some member is near
-the truth; all of them for as many epochs, so for fewer steps on a smaller subset. Every model
+a fraction `bias` of the pairs: the members disagree about length, and some member is near the
+truth. All train for as many epochs, that is, for fewer steps on a smaller subset. Every model
 starts from the transformer of --init_from. The loop is that of train_policy.py, with rewards in
 the place of log-probs.
 """
@@ -82,7 +82,7 @@ def main(argv=None):
 def train_one(args, policy, tokenizer, train, validation, device, autocast):
     """One reward model, from the policy's transformer, into the run folder args.out_dir."""
     multiple = shape_multiple(args)
-    # A family has an order of its own: its member on all of D_rho is not the single model again.
+    # A family's batches come in another order: its member on all of D_rho is not the single model.
     order = BatchOrder(train.row_lengths(), args.batch_size, args.seed + (args.bias is not None))
 
     # ---- model

@@ -1,12 +1,12 @@
-"""What matters in the method? One thing changed at a time, on the embedded task.
+"""What matters in the method? One thing changed at a time, on the built-in task.
 
     python runs/ablations.py                                # all: hours on 2 cores; resumable
     python runs/ablations.py --tables=members,gamma --rhos=0.2 --seeds=0
-    python runs/ablations.py --draw                         # the tables of what is there
+    python runs/ablations.py --draw --results=results/ablations      # the tables of our runs
 
-Betas are those of results/figure2/chosen.json, e-DPO's for whatever varies e-DPO; every policy
-keeps its best checkpoint on validation prompts (--select=oracle) and is scored on test prompts.
-More pairs mean more steps: the epochs stay. One row of results/ablations/runs.csv is one policy.
+Betas are those of --chosen, e-DPO's for whatever varies e-DPO; every policy keeps its best
+checkpoint on validation prompts (--select=oracle) and is scored on test prompts. More pairs mean
+more steps: the epochs stay. One row of runs.csv is one policy.
 """
 import argparse
 import json
@@ -27,7 +27,7 @@ from data import Dataset, get_tokenizer
 from losses import LOSSES, distill, reward_margin
 from model import GPT
 from reward import family_scores, load_reward_models, training_pairs
-from support.cache import hash_weights, key
+from support.cache import key
 from support.device import setup
 from support.files import read_json
 from support.flags import (
@@ -46,7 +46,7 @@ from support.training_flags import reward_flags
 from train_rm import train_one
 
 FAMILIES = {1: "0.5", 2: "0.2,0.8", 3: "0.2,0.5,0.8", 5: "0.2,0.4,0.5,0.6,0.8",
-            8: "0.2,0.3,0.4,0.45,0.5,0.6,0.7,0.8"}      # each a part of the last
+            8: "0.2,0.3,0.4,0.45,0.5,0.6,0.7,0.8"}      # 2 is a part of 3, 3 of 5, 5 of 8
 COLUMNS = ["table", "setting", "rho", "seed", "loss", "validation", "test", "test_95", "length",
            "kl_pi_ref", "kl_ref_pi", "train_kl", "validation_kl", "rm_accuracy", "margin",
            "smallest_margin", "picked", "seconds", "commit", "reference"]
@@ -224,14 +224,9 @@ def run(args, table, cell, rho, number, setting, loss, flags):
            "kl_pi_ref": test["kl_pi_ref"], "kl_ref_pi": test["kl_ref_pi"],
            "train_kl": last.get("train/forward_kl", ""),
            "validation_kl": last.get("validation/forward_kl", ""), "seconds": seconds,
-           "commit": figure2.commit(), "reference": reference(args.sft)}
+           "commit": figure2.commit(), "reference": figure2.reference(args.sft)}
     with trials.silence():
         return row | of_reward_models(folder)
-
-
-def reference(folder):
-    """Eight digits that stand for its weights: tables of different references don't mix."""
-    return hash_weights(GPT.from_pretrained(folder))[:8]
 
 
 def of_reward_models(folder):
@@ -302,7 +297,7 @@ def main(argv=None):
     add("--seeds", type=comma_separated(seed, "seeds"), default=[0, 1, 2])
     add("--draw", action="store_true", help="print the tables, and train nothing")
     add("--out_dir", default="out/ablations", help="for the runs")
-    add("--results", default="results/ablations", help="for runs.csv")
+    add("--results", default="out/ablations", help="for runs.csv")
     add("--chosen", default="results/figure2/chosen.json", help="betas, from figure2.py --choose")
     add("--n_prompts", type=positive_int, default=1000, help="in each evaluation")
     add("--flags", default="", help="more flags for all training runs")
@@ -317,9 +312,7 @@ def main(argv=None):
             chosen = read_json(args.chosen)["chosen"]
         os.makedirs(args.results, exist_ok=True)
         rows = figure2.read_rows(path)
-        if {row["reference"] for row in rows} - {reference(args.sft)}:
-            raise InputError(f"--results: the runs in {path} are from another reference than "
-                             f"{args.sft}; name another folder")
+        figure2.check_reference(rows, args.sft, path)
         done = {(row["table"], row["rho"], row["seed"]) for row in rows}
         with trials.workers(args.workers) as pool:
             for table in args.tables:       # one after the other: a cell's tables share its runs
@@ -332,7 +325,10 @@ def main(argv=None):
                     print(f"{table}, rho {rows[0]['rho']}, seed {rows[0]['seed']}: "
                           + "  ".join(f"{row['setting']} {row['loss']} {row['test']:+.2f}"
                                       for row in rows), flush=True)
-    print(summary(figure2.read_rows(path)))
+    rows = figure2.read_rows(path)
+    if not rows:
+        raise InputError(f"--results: there are no runs in {path}")
+    print(summary(rows))
 
 
 if __name__ == "__main__":

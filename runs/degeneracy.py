@@ -1,11 +1,11 @@
 """The paper's figure 1: what happens to log-probs and margins when training goes on and on.
 
     python runs/degeneracy.py --sft=out/speedrun/sft --rm=out/speedrun/rm --rms=out/speedrun/rms
-    python runs/degeneracy.py --draw        # table and figure of what is there
+    python runs/degeneracy.py --draw --results=results/degeneracy       # ours, as a table
 
 Ten times the usual steps of five losses at one beta, watched on training pairs, with the oracle's
-reward of samples for validation prompts. 14 minutes on 2 cores. Writes
-results/degeneracy/curves.csv and degeneracy.png; docs/degeneracy.md says what is in them.
+reward of samples for validation prompts. 14 minutes on 2 cores. Writes curves.csv and
+degeneracy.png to --results; docs/degeneracy.md says what is in them.
 """
 import json
 import os
@@ -92,7 +92,7 @@ def main(argv=None):
     add("--steps", type=positive_int, default=3200)
     add("--beta", type=positive_float, default=0.1, help="of all losses that have it")
     add("--out_dir", default="out/degeneracy")
-    add("--results", default="results/degeneracy")
+    add("--results", default="out/degeneracy", help="for curves.csv, degeneracy.png")
     add("--flags", default="", help="more flags for all training runs")
     add("--workers", type=positive_int, default=2, help="runs at a time, one thread each")
     add("--draw", action="store_true", help="table and figure of what is there")

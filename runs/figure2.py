@@ -1,17 +1,17 @@
-"""The paper's figure 2 on the embedded task: oracle advantage over the reference, by the fraction
+"""The paper's figure 2 on the built-in task: oracle advantage over the reference, by the fraction
 rho of the training pairs in which the longer response is preferred.
 
-    python runs/figure2.py --choose         # every method's beta or tau, on validation prompts
     python runs/figure2.py                  # all cells: hours on 2 cores; goes on where it was
     python runs/figure2.py --rhos=0.2,all --seeds=0,1       # some of them
-    python runs/figure2.py --draw           # table, tests and figure of what is there
+    python runs/figure2.py --choose         # every method's beta or tau, on validation prompts
+    python runs/figure2.py --draw --results=results/figure2     # tables and figure of our runs
 
 A cell is a rho ("all": the pairs as they come) and a seed, which draws new pairs, and trains new
 reward models and policies on them; the reference is the same everywhere. Each method keeps the
 checkpoint that earns most on validation prompts (--select=oracle), at the beta or tau that does
-(results/figure2/chosen.json, from --choose: as many trials for each, on pairs of a seed of their
-own). Test prompts are the same in all cells. One row of results/figure2/runs.csv is one policy, or
-a control: the reference itself at a lower temperature, or the best of 16 of its samples.
+(--chosen: the file that --choose writes, from as many trials for each, on pairs of a seed of their
+own). Test prompts are the same in all cells. One row of runs.csv is one policy, or a control: the
+reference itself at a lower temperature, or the best of 16 of its samples.
 """
 import csv
 import json
@@ -30,9 +30,19 @@ from world import TEMPERATURES, earned
 
 import tinytldr
 from model import GPT
+from support.cache import hash_weights
 from support.figures import pyplot, save
 from support.files import read_json, replacing, write_json
-from support.flags import Parser, comma_separated, fraction_or_all, positive_int, run_script, seed
+from support.flags import (
+    InputError,
+    Parser,
+    comma_separated,
+    fraction_or_all,
+    naming,
+    positive_int,
+    run_script,
+    seed,
+)
 from support.run_folder import run_flags
 
 RHOS = [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, "all"]
@@ -44,7 +54,7 @@ CHOOSE_SEED = 1000
 FAMILY = "0.2,0.4,0.5,0.6,0.8"
 COLUMNS = ["rho", "seed", "method", "knob", "value", "gamma", "max_steps", "batch_size", "lr",
            "n_pairs", "validation", "test", "test_95", "length", "kl_pi_ref", "kl_ref_pi",
-           "chosen_change", "rejected_change", "seconds", "commit"]
+           "chosen_change", "rejected_change", "seconds", "commit", "reference"]
 
 
 def reward_models(folder, data):
@@ -116,7 +126,8 @@ def cell(args, rho, number, chosen):
             "test": test["advantage"], "test_95": test["advantage_95"],
             "length": test["length"], "kl_pi_ref": test["kl_pi_ref"],
             "kl_ref_pi": test["kl_ref_pi"], "chosen_change": test["chosen_change"],
-            "rejected_change": test["rejected_change"], "seconds": seconds, "commit": commit()})
+            "rejected_change": test["rejected_change"], "seconds": seconds, "commit": commit(),
+            "reference": reference(args.sft)})
     return rows
 
 
@@ -140,7 +151,7 @@ def controls(args, number):
     base, _ = earned(ref, texts, [number, 0])
     return [{"rho": "none", "seed": number, "method": method, "test": (rewards - base).mean(),
              "test_95": 1.96 * (rewards - base).std(ddof=1) / len(texts) ** 0.5,
-             "length": lengths.mean(), "commit": commit()}
+             "length": lengths.mean(), "commit": commit(), "reference": reference(args.sft)}
             for method, (rewards, lengths) in samples.items()]
 
 
@@ -148,6 +159,19 @@ def commit():
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=trials.ROOT,
                           capture_output=True, text=True)
     return done.stdout.strip()
+
+
+def reference(folder):
+    """Eight digits that stand for its weights."""
+    return hash_weights(GPT.from_pretrained(folder))[:8]
+
+
+def check_reference(rows, folder, path):
+    """InputError if rows of a CSV are of other runs than those from this reference: what is done
+    would be skipped, and what is not would be averaged with theirs."""
+    if {row.get("reference") for row in rows} - {reference(folder)}:
+        raise InputError(f"--results: the runs in {path} are from another reference than "
+                         f"{folder}; name another folder")
 
 
 def read_rows(path):
@@ -283,11 +307,11 @@ def frontier(points):
     return kept
 
 
-def figure(rows, folder):
-    """Advantage against rho; and advantage against KL(pi || ref), of the trials of --choose: a
-    colour for each method, a line for its frontier."""
+def figure(rows, folder, chosen):
+    """Advantage against rho; and advantage against KL(pi || ref), of the trials in the file
+    `chosen`: a colour for each method, a line for its frontier."""
     reached = advantages(rows)
-    trials_of = read_json(f"{folder}/chosen.json")
+    trials_of = read_json(chosen)
     fig, axes = pyplot().subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     numbers = [str(rho) for rho in RHOS if rho != "all" and str(rho) in reached]
     for method in [*KNOB, ORACLE]:
@@ -322,7 +346,9 @@ def main(argv=None):
     add("--choose_rho", type=fraction_or_all, default=0.2, help="with --choose")
     add("--draw", action="store_true", help="draw, and train nothing")
     add("--out_dir", default="out/figure2", help="for the runs")
-    add("--results", default="results/figure2", help="for chosen.json, runs.csv, figure2.png")
+    add("--results", default="out/figure2", help="for runs.csv, figure2.png, and chosen.json")
+    add("--chosen", default="results/figure2/chosen.json", help="betas and taus: ours, or those "
+        "that --choose has written")
     add("--n_prompts", type=positive_int, default=1000, help="in each evaluation")
     add("--flags", default="", help="more flags for all training runs, such as "
         "'--max_steps=20 --n_pairs=200'")
@@ -336,7 +362,9 @@ def main(argv=None):
         with trials.workers(args.workers) as pool:
             return choose(args, pool)
     if not args.draw:
-        chosen = read_json(f"{args.results}/chosen.json")["chosen"]
+        with naming("--chosen"):
+            chosen = read_json(args.chosen)["chosen"]
+        check_reference(read_rows(path), args.sft, path)
         done = {(row["rho"], row["seed"]) for row in read_rows(path)}
         with trials.workers(args.workers) as pool:
             jobs = [pool.submit(cell, args, rho, number, chosen)
@@ -351,10 +379,12 @@ def main(argv=None):
                       + "  ".join(f"{row['method']} {row['test']:+.2f}" for row in rows),
                       flush=True)
     rows = read_rows(path)
+    if not rows:
+        raise InputError(f"--results: there are no runs in {path}")
     print(tables(rows))
     for rho in dict.fromkeys(row["rho"] for row in rows if row["rho"] != "none"):
         print(f"\nrho {rho}, means over seeds:\n\n{details(rows, rho)}")
-    figure(rows, args.results)
+    figure(rows, args.results, args.chosen)
 
 
 if __name__ == "__main__":

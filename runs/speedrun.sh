@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole method on the embedded task, from an empty folder to a report: out/speedrun/report.md.
+# The whole method on the built-in task, from an empty folder to a report: out/speedrun/report.md.
 # Each line below can be run alone; what an earlier run has cached is used again. --seed=, --device=
 # and --dtype= go to every command; the variable OUT names another folder.
 set -eo pipefail

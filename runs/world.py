@@ -1,4 +1,4 @@
-"""Is the embedded task in the paper's regime? Measures the criteria that were fixed before any two
+"""Is the built-in task in the paper's regime? Measures the criteria that were fixed before any two
 methods were compared on it (LOG.md, "A world in the paper's regime").
 
     python runs/world.py                    # trains what it needs: about 15 minutes on 2 cores

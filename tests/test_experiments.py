@@ -18,7 +18,8 @@ from data import longer
 from runs import seeds
 from support.flags import InputError
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(__file__)), "runs"))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, os.path.join(ROOT, "runs"))
 figure2 = importlib.import_module("figure2")
 ablations = importlib.import_module("ablations")
 degeneracy = importlib.import_module("degeneracy")
@@ -114,12 +115,12 @@ def test_a_small_cell(world, tmp_path, monkeypatch):
     flags = ["--sft", f"{world}/sft", "--rhos=0.2", "--seeds=0", "--n_prompts=8", "--workers=1",
              f"--flags=--max_steps=2 {SMALL}"]
     figure2.main([*flags, "--choose", f"--out_dir={tmp_path}/runs", f"--results={tmp_path}/first"])
-    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    shutil.move(tmp_path / "first/chosen.json", tmp_path)
     rows = []
     for name in ("first", "second"):
         for _ in range(2):
             figure2.main([*flags, f"--out_dir={tmp_path}/{name}_runs",
-                          f"--results={tmp_path}/{name}"])
+                          f"--results={tmp_path}/{name}", f"--chosen={tmp_path}/chosen.json"])
         there = figure2.read_rows(f"{tmp_path}/{name}/runs.csv")
         rows.append(sorted(there, key=lambda row: row["method"]))
     assert [row["method"] for row in rows[0]] == sorted(["d-dpo", "e-dpo", figure2.ORACLE,
@@ -129,9 +130,17 @@ def test_a_small_cell(world, tmp_path, monkeypatch):
         assert first["value"] == ("" if first["method"] in CONTROLS else "0.3")
         assert {**first, "seconds": 0} == {**second, "seconds": 0}
     assert (tmp_path / "first/figure2.png").exists()
+    with pytest.raises(InputError, match="another reference"):
+        figure2.main([*flags, f"--results={ROOT}/results/figure2"])
 
 
 # ------ ablations, and the long run
+
+@pytest.mark.parametrize("script", [figure2, ablations])
+def test_nothing_to_draw(script, tmp_path):
+    with pytest.raises(InputError, match="there are no runs"):
+        script.main(["--draw", f"--results={tmp_path}"])
+
 
 def test_a_small_ablation(world, tmp_path, monkeypatch, capsys):
     """Families of several sizes, and what takes the minimum's place, in few steps: a row for each,
@@ -225,7 +234,7 @@ run_script(main)
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_driver_and_its_jobs(number, code, tmp_path):
     """Two of six jobs have begun; none goes on, and none of the others begins."""
-    script = DRIVER.format(runs=os.path.dirname(figure2.__file__))
+    script = DRIVER.format(runs=os.path.join(ROOT, "runs"))
     driver = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)],
                               stderr=subprocess.PIPE, start_new_session=True)
     while len(os.listdir(tmp_path)) < 2:

@@ -129,7 +129,7 @@ def test_prompts_from_two_places(refuses, flags, message):
     (sample, ["--data=x.jsonl", "--seed=1"]), (sample, ["--prompt_file=x", "--seed=1"]),
     (evaluate, ["--data=x.jsonl", "--oracle=out/rm", "--seed=1"])])
 def test_what_chance_needs_where_there_is_none(refuses, script, flags):
-    """At --temperature=0; but the posts of the embedded task depend on the seed."""
+    """At --temperature=0; but the posts of the built-in task depend on the seed."""
     name = flags[-1].strip("-").split("=")[0]
     refuses(script, ["out/sft", "--temperature=0", *flags], IGNORED.format(name) + ".*temperature")
     for flags in ([], ["--data=tinytldr"]):

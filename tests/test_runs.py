@@ -774,7 +774,7 @@ def test_a_post_of_the_embedded_task_by_its_seed(monkeypatch, capsys):
 
 
 def test_held_out_prompts_to_answer(tmp_path, hub_cache, capsys):
-    """Those of a split, each once, in full; of a file and of the embedded task. Says how many there
+    """Those of a split, each once, in full; of a file and of the built-in task. Says how many there
     are if they are fewer."""
     prompts = [f"POST: {i}\n\nTL;DR:" for i in range(60)]
     write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": prompt, "chosen": " a", "rejected": f" {n}"}

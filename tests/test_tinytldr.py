@@ -1,4 +1,4 @@
-"""The embedded task: that it is what its docstring says."""
+"""The built-in task: that it is what its docstring says."""
 import importlib.util
 
 import numpy as np

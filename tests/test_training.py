@@ -593,7 +593,7 @@ def test_supervised_fine_tuning(lab, tmp_path):
 
 
 def test_supervised_fine_tuning_on_several_demonstrations(lab, tmp_path, monkeypatch):
-    """The embedded task's rows have four demonstrations each; here it gets those of a file."""
+    """The built-in task's rows have four demonstrations each; here it gets those of a file."""
     def rows_of_text(seed, split):
         for prompt, texts, _ in make_records(3):
             if split_of(prompt) == split:
