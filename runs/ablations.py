@@ -204,9 +204,10 @@ WITH_COLUMNS = train_policy.with_columns
 
 # ------ one run, and what is measured of it
 
-def run(args, table, cell, rho, number, setting, loss, flags):
-    """Trains and scores one policy. Returns its row for the CSV."""
-    folder = f"{cell.folder}/policies/{key(loss, flags)}"       # tables share runs
+def run(cell, loss, flags):
+    """Trains one policy. Returns its folder, which is the same for the same run in two tables, and
+    its seconds."""
+    folder = f"{cell.folder}/policies/{key(loss, flags)}"
     beta = cell.betas[{"worst": "e-dpo", "redrawn": "p-dpo"}.get(loss, loss)]
     LOSSES["worst"], LOSSES["redrawn"] = WORST, LOSSES["p-dpo"]         # for this run alone
     if loss == "redrawn":
@@ -215,16 +216,18 @@ def run(args, table, cell, rho, number, setting, loss, flags):
                            f"--beta={beta}", *flags)
     del LOSSES["worst"], LOSSES["redrawn"]
     train_policy.with_columns = WITH_COLUMNS
-    test = trials.score(folder, args.sft, "test", f"--n_prompts={args.n_prompts}")
+    return folder, seconds
+
+
+def measured(folder, test):
+    """What the CSV has of one policy. test: its numbers on test prompts."""
     with open(f"{folder}/metrics.jsonl", encoding="utf-8") as file:
         last = [line for line in map(json.loads, file) if "train/margin" in line][-1]
-    row = {"table": table, "setting": setting, "rho": rho, "seed": number, "loss": loss,
-           "validation": figure2.selected_advantage(folder), "test": test["advantage"],
+    row = {"validation": figure2.selected_advantage(folder), "test": test["advantage"],
            "test_95": test["advantage_95"], "length": test["length"],
            "kl_pi_ref": test["kl_pi_ref"], "kl_ref_pi": test["kl_ref_pi"],
            "train_kl": last.get("train/forward_kl", ""),
-           "validation_kl": last.get("validation/forward_kl", ""), "seconds": seconds,
-           "commit": figure2.commit(), "reference": figure2.reference(args.sft)}
+           "validation_kl": last.get("validation/forward_kl", "")}
     with trials.silence():
         return row | of_reward_models(folder)
 
@@ -261,7 +264,14 @@ def of_reward_models(folder):
 def fill(args, table, rho, number, chosen):
     """All rows of one table in one cell."""
     cell = Cell(f"{args.out_dir}/{rho}/{number}", figure2.data_flags(args, rho, number), chosen)
-    return [run(args, table, cell, rho, number, *setting) for setting in TABLES[table](cell)]
+    runs = [(setting, loss, *run(cell, loss, flags))
+            for setting, loss, flags in TABLES[table](cell)]
+    folders = [folder for _, _, folder, _ in runs]
+    numbers = trials.scores(folders, args.sft, "test", f"--n_prompts={args.n_prompts}")
+    shared = {"table": table, "rho": rho, "seed": number, "commit": figure2.commit(),
+              "reference": figure2.reference(args.sft)}
+    return [{**shared, "setting": setting, "loss": loss, "seconds": seconds,
+             **measured(folder, numbers[folder])} for setting, loss, folder, seconds in runs]
 
 
 def summary(rows):

@@ -111,13 +111,15 @@ def cell(args, rho, number, chosen):
     folder, data = f"{args.out_dir}/{rho}/{number}", data_flags(args, rho, number)
     n_prompts = f"--n_prompts={args.n_prompts}"
     reward_models(folder, data)
-    rows = []
+    runs, losses, seconds = {}, {}, {}
     for method in [*KNOB, ORACLE]:
-        loss = "d-dpo" if method == ORACLE else method
-        run = f"{folder}/{'oracle' if method == ORACLE else method}"
-        seconds = policy(run, folder, loss, chosen[loss], data)
-        test = trials.score(run, args.sft, "test", n_prompts)
-        flags = run_flags(run)
+        losses[method] = loss = "d-dpo" if method == ORACLE else method
+        runs[method] = run = f"{folder}/{'oracle' if method == ORACLE else method}"
+        seconds[method] = policy(run, folder, loss, chosen[loss], data)
+    numbers = trials.scores(runs.values(), args.sft, "test", n_prompts)
+    rows = []
+    for method, run in runs.items():
+        loss, test, flags = losses[method], numbers[run], run_flags(run)
         rows.append({
             "rho": rho, "seed": number, "method": method, "knob": KNOB[loss],
             "value": chosen[loss], "gamma": flags["gamma"], "max_steps": flags["max_steps"],
@@ -126,8 +128,8 @@ def cell(args, rho, number, chosen):
             "test": test["advantage"], "test_95": test["advantage_95"],
             "length": test["length"], "kl_pi_ref": test["kl_pi_ref"],
             "kl_ref_pi": test["kl_ref_pi"], "chosen_change": test["chosen_change"],
-            "rejected_change": test["rejected_change"], "seconds": seconds, "commit": commit(),
-            "reference": reference(args.sft)})
+            "rejected_change": test["rejected_change"], "seconds": seconds[method],
+            "commit": commit(), "reference": reference(args.sft)})
     return rows
 
 

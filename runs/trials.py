@@ -88,11 +88,19 @@ def train(script, folder, *flags):
 
 def score(folder, ref, split, *flags):
     """evaluate.py's numbers for one policy, on prompts of a split."""
-    report = os.path.join(folder, f"on_{split}")
-    path = os.path.join(report, "results.json")
-    if not os.path.exists(path):
+    return scores([folder], ref, split, *flags)[folder]
+
+
+def scores(folders, ref, split, *flags):
+    """The same for some policies, {folder: numbers}; the reference answers for all of them once."""
+    paths = {folder: os.path.join(folder, f"on_{split}.json") for folder in folders}
+    missing = [folder for folder in paths if not os.path.exists(paths[folder])]
+    if missing:
+        report = os.path.join(missing[0], f"on_{split}")
         with silence():
-            evaluate.main([f"--ref={ref}", folder, f"--split={split}", "--show=0", *flags,
+            evaluate.main([f"--ref={ref}", *missing, f"--split={split}", "--show=0", *flags,
                            f"--out_dir={report}"])
-    numbers, = read_json(path)["policies"].values()
-    return numbers
+        policies = read_json(os.path.join(report, "results.json"))["policies"]
+        for folder, numbers in zip(missing, policies.values(), strict=True):
+            write_json(paths[folder], numbers)
+    return {folder: read_json(path) for folder, path in paths.items()}
