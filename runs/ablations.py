@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from concurrent.futures import as_completed
+from statistics import mean, stdev
 from typing import NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -297,6 +298,41 @@ def summary(rows):
     return "\n".join(lines)
 
 
+# What a row is compared with: this setting and loss of its table; where there is none, DPO's row of
+# the same setting.
+USUAL = {"members": ("5", "e-dpo"), "minimum": ("per example", "e-dpo"),
+         "family": ("by length bias", "e-dpo"), "gamma": ("0.0001,0.01", "e-dpo"),
+         "quality": ("200 steps", "d-dpo"), "kl_samples": ("1", "p-dpo")}
+
+
+def differences(rows):
+    """Markdown: advantages minus those of the usual row, paired over rhos and seeds; "seen" if the
+    mean is that many standard errors from 0 that chance does it in one of twenty."""
+    advantages = {}
+    for row in rows:
+        of_setting = advantages.setdefault((row["table"], row["setting"], row["loss"]), {})
+        of_setting[row["rho"], row["seed"]] = float(row["test"])
+    rhos = sorted({row["rho"] for row in rows})
+    lines = ["| table | setting | minus | " + " | ".join(f"rho {rho}" for rho in rhos)
+             + " | all | standard errors | |", "|---" * (6 + len(rhos)) + "|"]
+    for (table, setting, loss), reached in advantages.items():
+        usual = USUAL.get(table, (setting, "dpo"))
+        base = advantages.get((table, *usual), {})
+        gained = {cell: reached[cell] - base[cell] for cell in reached if cell in base}
+        if (setting, loss) == usual or len(gained) < 2:
+            continue
+        cells = [table, f"{setting}, {loss}", ", ".join(usual)]
+        for rho in rhos:
+            of_rho = [value for cell, value in gained.items() if cell[0] == rho]
+            cells.append(f"{mean(of_rho):+.2f}" if of_rho else "")
+        values = list(gained.values())
+        distance = mean(values) / (stdev(values) / len(values) ** 0.5)
+        seen = abs(distance) > figure2.t_quantile(len(values))
+        cells += [f"{mean(values):+.2f}", f"{distance:+.1f}", "seen" if seen else ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -338,7 +374,7 @@ def main(argv=None):
     rows = figure2.read_rows(path)
     if not rows:
         raise InputError(f"--results: there are no runs in {path}")
-    print(summary(rows))
+    print(f"{summary(rows)}\n\n{differences(rows)}")
 
 
 if __name__ == "__main__":

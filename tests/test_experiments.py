@@ -170,6 +170,22 @@ def test_a_small_ablation(world, tmp_path, monkeypatch, capsys):
                         f"--chosen={tmp_path}/chosen.json"])
 
 
+def test_differences_that_are_seen():
+    """By hand: +1, +1.1 and +1.2 are 19 standard errors from 0, the critical value of three is 4.3;
+    +1, -1 and 0 are none. A cell without its usual row does not count."""
+    def row(table, setting, loss, seed, test):
+        return {"table": table, "setting": setting, "loss": loss, "rho": "0.2", "seed": seed,
+                "test": test}
+    rows = [row("members", "5", "e-dpo", seed, 2.0) for seed in "012"]
+    rows += [row("members", "1", "e-dpo", seed, test) for seed, test in zip("012", (3, 3.1, 3.2))]
+    rows += [row("members", "1", "e-dpo", "3", 100)]
+    rows += [row("noise", "1", "dpo", seed, 2.0) for seed in "012"]
+    rows += [row("noise", "1", "e-dpo", seed, test) for seed, test in zip("012", (3, 1, 2))]
+    assert ablations.differences(rows).splitlines()[2:] == [
+        "| members | 1, e-dpo | 5, e-dpo | +1.10 | +1.10 | +19.1 | seen |",
+        "| noise | 1, e-dpo | 1, dpo | +0.00 | +0.00 | +0.0 |  |"]
+
+
 def test_samples_that_are_redrawn():
     """Three rows with two responses and a sample for each of two epochs; then the first again."""
     examples = [([1], [[2], [3], [10 + i], [20 + i]]) for i in range(3)]
