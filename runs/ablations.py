@@ -326,9 +326,10 @@ def differences(rows):
             of_rho = [value for cell, value in gained.items() if cell[0] == rho]
             cells.append(f"{mean(of_rho):+.2f}" if of_rho else "")
         values = list(gained.values())
-        distance = mean(values) / (stdev(values) / len(values) ** 0.5)
-        seen = abs(distance) > figure2.t_quantile(len(values))
-        cells += [f"{mean(values):+.2f}", f"{distance:+.1f}", "seen" if seen else ""]
+        error = stdev(values) / len(values) ** 0.5
+        seen = abs(mean(values)) > figure2.t_quantile(len(values)) * error
+        cells += [f"{mean(values):+.2f}", f"{mean(values) / error:+.1f}" if error else "",
+                  "seen" if seen else ""]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

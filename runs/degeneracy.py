@@ -18,7 +18,7 @@ import numpy as np
 import trials
 
 from support.figures import pyplot, save
-from support.flags import Parser, positive_float, positive_int, run_script
+from support.flags import InputError, Parser, positive_float, positive_int, run_script
 
 LOSSES = ("dpo", "ipo", "d-dpo", "p-dpo", "e-dpo")
 CURVES = {"chosen_change": "train/chosen_change", "rejected_change": "train/rejected_change",
@@ -107,8 +107,11 @@ def main(argv=None):
         if os.path.exists(path):
             os.remove(path)             # of an earlier call
         figure2.append(path, rows, ["loss", "step", *CURVES])
+    rows = figure2.read_rows(path)
+    if not rows:
+        raise InputError(f"--results: there are no runs in {path}")
     curves = {}
-    for row in figure2.read_rows(path):
+    for row in rows:
         curves.setdefault(row["loss"], []).append(row)
     print(table(curves))
     figure(curves, args.results)

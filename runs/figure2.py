@@ -100,6 +100,7 @@ def choose(args, pool):
         print(f"{loss:7} {KNOB[loss]}: "
               + "  ".join(f"{value:g} {advantage:+.2f}" for value, advantage in reached.items()))
     write_json(f"{args.results}/chosen.json", record, indent=1)
+    print(f"to run with these: --chosen={args.results}/chosen.json")
 
 
 def data_flags(args, rho, number):

@@ -136,7 +136,7 @@ def test_a_small_cell(world, tmp_path, monkeypatch):
 
 # ------ ablations, and the long run
 
-@pytest.mark.parametrize("script", [figure2, ablations])
+@pytest.mark.parametrize("script", [figure2, ablations, degeneracy])
 def test_nothing_to_draw(script, tmp_path):
     with pytest.raises(InputError, match="there are no runs"):
         script.main(["--draw", f"--results={tmp_path}"])
@@ -229,32 +229,49 @@ class SerialPool:
 
 
 DRIVER = """
-import sys, time
+import signal
+import sys
+import time
+
 sys.path.insert(0, {runs!r})
 import trials
 from support.flags import run_script
 
-def job(number):
-    open(f"{{sys.argv[1]}}/{{number}}", "w").close()
-    time.sleep(60)
+def job(number, seconds):
+    \"""A run whose steps take some seconds, and which saves its state on a signal.\"""
+    signals = []
+
+    def on_signal(*arguments):
+        signals.append(arguments)
+        signal.signal(signal.SIGTERM, before)       # a second one acts as always
+
+    before = signal.signal(signal.SIGTERM, on_signal)
+    open(f"{{sys.argv[1]}}/{{number}} begun", "w").close()
+    while not signals:
+        time.sleep(seconds)
+    open(f"{{sys.argv[1]}}/{{number}} saved", "w").close()
+    sys.exit(143)
 
 def main():
     with trials.workers(2) as pool:
-        for future in [pool.submit(job, number) for number in range(6)]:
+        for future in [pool.submit(job, number, 0.1 + 1.5 * number) for number in range(6)]:
             future.result()
 
-run_script(main)
+if __name__ == "__main__":
+    run_script(main)
 """
 
 
-def test_a_signal_ends_a_driver_and_its_jobs(tmp_path):
-    """Two of six jobs have begun; none goes on, and none of the others begins."""
-    script = DRIVER.format(runs=os.path.join(ROOT, "runs"))
+def test_what_ends_a_driver_ends_its_jobs(tmp_path):
+    """Two of six jobs have begun, one of them in a long step: both save their state, whatever it
+    is that ends the driver, and none of the others begins."""
+    script = tmp_path / "driver.py"
+    script.write_text(DRIVER.format(runs=os.path.join(ROOT, "runs")), encoding="utf-8")
     drivers = {}
-    for number in (signal.SIGINT, signal.SIGTERM):      # both at once: torch takes its time
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):      # all at once: it takes time
         folder = tmp_path / number.name
         folder.mkdir()
-        drivers[number] = subprocess.Popen([sys.executable, "-c", script, str(folder)],
+        drivers[number] = subprocess.Popen([sys.executable, script, folder],
                                            stderr=subprocess.PIPE, start_new_session=True)
     for number, driver in drivers.items():
         folder = tmp_path / number.name
@@ -262,11 +279,32 @@ def test_a_signal_ends_a_driver_and_its_jobs(tmp_path):
             assert driver.poll() is None
             time.sleep(0.05)
         driver.send_signal(number)
-        _, said = driver.communicate(timeout=30)        # its workers hold that pipe open
-        assert driver.returncode == 128 + number
+        _, said = driver.communicate(timeout=60)        # its workers hold that pipe open
+        assert driver.returncode == (-number if number == signal.SIGKILL else 128 + number)
         assert said.decode().splitlines() == (
-            ["-c: interrupted"] if number == signal.SIGINT else [])
-        assert sorted(os.listdir(folder)) == ["0", "1"]
+            ["driver.py: interrupted"] if number == signal.SIGINT else [])
+        assert sorted(os.listdir(folder)) == ["0 begun", "0 saved", "1 begun", "1 saved"]
+
+
+def test_what_is_kept_is_what_was_asked_for(world, tmp_path):
+    """A finished run and its numbers are used again; with other flags, or from other weights, they
+    are refused."""
+    shutil.copytree(world / "sft", tmp_path / "sft")
+    flags = [f"--init_from={tmp_path}/sft", "--loss=dpo", "--max_steps=2", *SMALL.split()]
+    prompts, folder = "--n_prompts=8", f"{tmp_path}/run"
+    seconds = figure2.trials.train("train_policy", folder, *flags)
+    numbers = figure2.trials.score(folder, f"{tmp_path}/sft", "test", prompts)
+    assert figure2.trials.train("train_policy", folder, *flags) == seconds
+    assert figure2.trials.score(folder, f"{tmp_path}/sft", "test", prompts) == numbers
+    with pytest.raises(InputError, match="--out_dir: .*run is from other flags"):
+        figure2.trials.train("train_policy", folder, *flags, "--beta=3")
+    with pytest.raises(InputError, match="--out_dir: .*run is from other flags"):
+        figure2.trials.score(folder, f"{tmp_path}/sft", "test", "--n_prompts=9")
+    shutil.copy(f"{folder}/model.safetensors", tmp_path / "sft")
+    for again in (lambda: figure2.trials.train("train_policy", folder, *flags),
+                  lambda: figure2.trials.score(folder, f"{tmp_path}/sft", "test", prompts)):
+        with pytest.raises(InputError, match="or another reference"):
+            again()
 
 
 # ------ several speedruns
