@@ -4,7 +4,7 @@
     cd out/homework && bash runs/test.sh tests/test_losses.py       # fails until they are written
 
 A function is named by its file and itself, a method by its class too (reward.RewardModel.forward).
-Its signature and docstring stay, its body becomes an error. docs/assignments.md has some, with the
+Its signature and docstring stay, its body becomes an error. docs/assignments.md has six, with the
 tests that judge them.
 """
 import ast
@@ -18,7 +18,8 @@ sys.path.insert(0, ROOT)
 
 from support.flags import InputError, Parser, run_script
 
-LEFT_BEHIND = shutil.ignore_patterns(".*", "out", "__pycache__")
+LEFT_BEHIND = shutil.ignore_patterns(".git", ".venv*", ".*_cache", ".hypothesis", "out",
+                                     "__pycache__")
 
 
 def find(source, names):
@@ -28,7 +29,7 @@ def find(source, names):
     for name in names:
         inside = [child for child in node.body if getattr(child, "name", None) == name]
         if not inside:
-            raise InputError(f"functions: there is no {'.'.join(names)} in this file")
+            raise InputError(f"functions: there is no {'.'.join(names)} in that file")
         node = inside[0]
     if not isinstance(node, ast.FunctionDef):
         raise InputError(f"functions: {'.'.join(names)} is a class; name one of its methods")
@@ -59,10 +60,11 @@ def main(argv=None):
     if os.path.lexists(args.out_dir):
         raise InputError(f"--out_dir: {args.out_dir} is there already; name a new folder")
     sources = {}                                            # {path: what the copy has there}
-    for function in args.functions:
+    for function in dict.fromkeys(args.functions):
         module, *names = function.split(".")
         path = f"{module}.py"
-        if not names or not os.path.isfile(os.path.join(ROOT, path)):
+        there = module.isidentifier() and os.path.isfile(os.path.join(ROOT, path))
+        if not (names and there):
             raise InputError(f"functions: {function}: name a file of the root and a function in "
                              "it, such as losses.dpo")
         if path not in sources:
@@ -76,7 +78,7 @@ def main(argv=None):
             with open(os.path.join(copy, path), "w", encoding="utf-8") as file:
                 file.write(source)
         shutil.move(copy, os.path.abspath(args.out_dir))
-    print(f"{len(args.functions)} functions to write -> {args.out_dir}")
+    print(f"to write: {', '.join(args.functions)} -> {args.out_dir}")
 
 
 if __name__ == "__main__":

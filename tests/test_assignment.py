@@ -40,13 +40,15 @@ def test_a_copy(tmp_path):
     assert (copy / "losses.py").read_text(encoding="utf-8").count("yours to write") == 2
     assert (copy / "model.py").read_bytes() == (ROOT / "model.py").read_bytes()
     assert (copy / "runs/test.sh").is_file() and (copy / "tests/test_losses.py").is_file()
-    assert not (copy / ".git").exists() and not (copy / "out").exists()
+    assert (copy / ".gitignore").is_file() and not (copy / ".git").exists()
+    assert not (copy / "out").exists() and not (copy / ".venv").exists()
     with pytest.raises(InputError, match="--out_dir: .* is there already"):
         assignment.main(["losses.dpo", f"--out_dir={copy}"])
 
 
 @pytest.mark.parametrize("function, message", [
     ("losses", "name a file of the root and a function"), ("nowhere.dpo", "name a file"),
+    (f"{ROOT}/losses.dpo", "name a file"), ("runs/bench.main", "name a file"),
     ("losses.nothing", "there is no nothing"), ("reward.RewardModel", "is a class"),
     ("reward.RewardModel.nothing", "there is no RewardModel.nothing")])
 def test_what_is_no_function(function, message, tmp_path):
