@@ -279,7 +279,8 @@ def summary(rows):
     """Markdown: a table for each, with means and 95% intervals over seeds."""
     lines = []
     for table in TABLES:
-        of_table = [row for row in rows if row["table"] == table]
+        of_table = sorted([row for row in rows if row["table"] == table],
+                          key=lambda row: row["rho"])
         if not of_table:
             continue
         lines += ["", f"**{table}**", "", "| setting | loss | rho | seeds | advantage | "
@@ -306,32 +307,37 @@ USUAL = {"members": ("5", "e-dpo"), "minimum": ("per example", "e-dpo"),
 
 
 def differences(rows):
-    """Markdown: advantages minus those of the usual row, paired over rhos and seeds; "seen" if the
-    mean is that many standard errors from 0 that chance does it in one of twenty."""
+    """Markdown: mean advantages, in brackets minus those of the usual row, paired over rhos and
+    seeds; "seen" if the mean difference is so many standard errors from 0 that chance alone does it
+    once in twenty times."""
     advantages = {}
     for row in rows:
         of_setting = advantages.setdefault((row["table"], row["setting"], row["loss"]), {})
         of_setting[row["rho"], row["seed"]] = float(row["test"])
     rhos = sorted({row["rho"] for row in rows})
-    lines = ["| table | setting | minus | " + " | ".join(f"rho {rho}" for rho in rhos)
-             + " | all | standard errors | |", "|---" * (6 + len(rhos)) + "|"]
+    lines = ["| table | setting | " + " | ".join(f"rho {rho}" for rho in rhos)
+             + " | minus the usual | standard errors | |", "|---" * (5 + len(rhos)) + "|"]
     for (table, setting, loss), reached in advantages.items():
         usual = USUAL.get(table, (setting, "dpo"))
-        base = advantages.get((table, *usual), {})
+        base = advantages.get((table, *usual), {}) if (setting, loss) != usual else {}
         gained = {cell: reached[cell] - base[cell] for cell in reached if cell in base}
-        if (setting, loss) == usual or len(gained) < 2:
-            continue
-        cells = [table, f"{setting}, {loss}", ", ".join(usual)]
+        cells = [table, f"{setting}, {loss}"]
         for rho in rhos:
-            of_rho = [value for cell, value in gained.items() if cell[0] == rho]
-            cells.append(f"{mean(of_rho):+.2f}" if of_rho else "")
-        values = list(gained.values())
-        error = stdev(values) / len(values) ** 0.5
-        seen = abs(mean(values)) > figure2.t_quantile(len(values)) * error
-        cells += [f"{mean(values):+.2f}", f"{mean(values) / error:+.1f}" if error else "",
-                  "seen" if seen else ""]
+            earned = [value for cell, value in reached.items() if cell[0] == rho]
+            more = [value for cell, value in gained.items() if cell[0] == rho]
+            cells.append((f"{mean(earned):+.2f}" if earned else "")
+                         + (f" ({mean(more):+.2f})" if more else ""))
+        cells += compared(list(gained.values())) if len(gained) > 1 else ["", "", ""]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def compared(gained):
+    """Three cells of the table: the mean, its distance from 0 in standard errors, and "seen"."""
+    error = stdev(gained) / len(gained) ** 0.5
+    seen = abs(mean(gained)) > figure2.t_quantile(len(gained)) * error
+    return [f"{mean(gained):+.2f}", f"{mean(gained) / error:+.1f}" if error else "",
+            "seen" if seen else ""]
 
 
 def main(argv=None):
