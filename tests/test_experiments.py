@@ -255,6 +255,7 @@ def job(number, seconds):
     sys.exit(143)
 
 def main():
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # off where a shell runs it with &
     with trials.workers(2) as pool:
         for future in [pool.submit(job, number, 0.1 + 1.5 * number) for number in range(6)]:
             future.result()
@@ -275,17 +276,21 @@ def test_what_ends_a_driver_ends_its_jobs(tmp_path):
         folder.mkdir()
         drivers[number] = subprocess.Popen([sys.executable, script, folder],
                                            stderr=subprocess.PIPE, start_new_session=True)
-    for number, driver in drivers.items():
-        folder = tmp_path / number.name
-        while len(os.listdir(folder)) < 2:
-            assert driver.poll() is None
-            time.sleep(0.05)
-        driver.send_signal(number)
-        _, said = driver.communicate(timeout=60)        # its workers hold that pipe open
-        assert driver.returncode == (-number if number == signal.SIGKILL else 128 + number)
-        assert said.decode().splitlines() == (
-            ["driver.py: interrupted"] if number == signal.SIGINT else [])
-        assert sorted(os.listdir(folder)) == ["0 begun", "0 saved", "1 begun", "1 saved"]
+    try:
+        for number, driver in drivers.items():
+            folder = tmp_path / number.name
+            while len(os.listdir(folder)) < 2:
+                assert driver.poll() is None
+                time.sleep(0.05)
+            driver.send_signal(number)
+            _, said = driver.communicate(timeout=60)        # its workers hold that pipe open
+            assert driver.returncode == (-number if number == signal.SIGKILL else 128 + number)
+            assert said.decode().splitlines() == (
+                ["driver.py: interrupted"] if number == signal.SIGINT else [])
+            assert sorted(os.listdir(folder)) == ["0 begun", "0 saved", "1 begun", "1 saved"]
+    finally:
+        for driver in drivers.values():
+            driver.kill()       # and with it its workers
 
 
 def test_what_is_kept_is_what_was_asked_for(world, tmp_path):
