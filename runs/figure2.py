@@ -17,6 +17,7 @@ import csv
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import as_completed
@@ -49,7 +50,13 @@ RHOS = [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, "all"]
 KNOB = {"dpo": "beta", "ipo": "tau", "d-dpo": "beta", "p-dpo": "beta", "dp-dpo": "beta",
         "e-dpo": "beta"}
 VALUES = (0.03, 0.1, 0.3, 1, 3)         # of each knob
+MEAN = "dp-dpo, family's mean"          # e-DPO's members and KL, without its minimum
+BALANCED = "dp-dpo, member 0.5"         # one of them, which has seen as many long as short winners
 ORACLE = "d-dpo, oracle's rewards"      # what d-DPO would reach with perfect reward models
+METHODS = {         # its loss, and what it distils: reward models of the cell, or the oracle
+    "dpo": ("dpo", None), "ipo": ("ipo", None), "d-dpo": ("d-dpo", "rm"), "p-dpo": ("p-dpo", None),
+    "dp-dpo": ("dp-dpo", "rm"), "e-dpo": ("e-dpo", "rms"), MEAN: ("dp-dpo", "rms"),
+    BALANCED: ("dp-dpo", "rms/0.5"), ORACLE: ("d-dpo", "scores")}
 CHOOSE_SEED = 1000
 FAMILY = "0.2,0.4,0.5,0.6,0.8"
 COLUMNS = ["rho", "seed", "method", "knob", "value", "gamma", "max_steps", "batch_size", "lr",
@@ -63,14 +70,12 @@ def reward_models(folder, data):
     trials.train("train_rm", f"{folder}/rms", *data, f"--bias={FAMILY}")
 
 
-def policy(folder, cell, loss, value, data):
+def policy(folder, cell, method, value, data):
     """Trains one policy of a cell. Returns its seconds."""
+    loss, rewards = METHODS[method]
     flags = [f"--loss={loss}", f"--{KNOB[loss]}={value}", "--select=oracle", *data]
-    rewards = {"d-dpo": f"{cell}/rm", "dp-dpo": f"{cell}/rm", "e-dpo": f"{cell}/rms"}.get(loss)
-    if folder.endswith("oracle"):
-        rewards = "scores"
     if rewards:
-        flags.append(f"--rewards={rewards}")
+        flags.append(f"--rewards={rewards if rewards == 'scores' else f'{cell}/{rewards}'}")
     return trials.train("train_policy", folder, *flags)
 
 
@@ -112,25 +117,24 @@ def cell(args, rho, number, chosen):
     folder, data = f"{args.out_dir}/{rho}/{number}", data_flags(args, rho, number)
     n_prompts = f"--n_prompts={args.n_prompts}"
     reward_models(folder, data)
-    runs, losses, seconds = {}, {}, {}
-    for method in [*KNOB, ORACLE]:
-        losses[method] = loss = "d-dpo" if method == ORACLE else method
-        runs[method] = run = f"{folder}/{'oracle' if method == ORACLE else method}"
-        seconds[method] = policy(run, folder, loss, chosen[loss], data)
+    shared = {"rho": rho, "seed": number, "commit": commit(), "reference": reference(args.sft)}
+    runs, seconds = {}, {}
+    for method, (loss, _) in METHODS.items():
+        runs[method] = f"{folder}/{re.sub('[^a-z0-9.]+', '-', method)}"
+        seconds[method] = policy(runs[method], folder, method, chosen[loss], data)
     numbers = trials.scores(runs.values(), args.sft, "test", n_prompts)
     rows = []
     for method, run in runs.items():
-        loss, test, flags = losses[method], numbers[run], run_flags(run)
+        loss, test, flags = METHODS[method][0], numbers[run], run_flags(run)
         rows.append({
-            "rho": rho, "seed": number, "method": method, "knob": KNOB[loss],
-            "value": chosen[loss], "gamma": flags["gamma"], "max_steps": flags["max_steps"],
+            **shared, "method": method, "knob": KNOB[loss], "value": chosen[loss],
+            "gamma": flags["gamma"], "max_steps": flags["max_steps"],
             "batch_size": flags["batch_size"], "lr": flags["lr"], "n_pairs": flags["n_pairs"],
             "validation": selected_advantage(run),
             "test": test["advantage"], "test_95": test["advantage_95"],
             "length": test["length"], "kl_pi_ref": test["kl_pi_ref"],
             "kl_ref_pi": test["kl_ref_pi"], "chosen_change": test["chosen_change"],
-            "rejected_change": test["rejected_change"], "seconds": seconds[method],
-            "commit": commit(), "reference": reference(args.sft)})
+            "rejected_change": test["rejected_change"], "seconds": seconds[method]})
     return rows
 
 
@@ -244,34 +248,43 @@ def advantages(rows):
     return reached
 
 
+def methods_of(rows):
+    return [method for method in METHODS if any(row["method"] == method for row in rows)]
+
+
 def tables(rows):
-    """Markdown: advantages with 95% intervals over seeds; e-DPO against every other method."""
+    """Markdown: advantages with 95% intervals over seeds; two methods against all others."""
     reached = advantages(rows)
     controls = reached.pop("none", {})
     rhos = [str(rho) for rho in RHOS if str(rho) in reached]
-    methods = [*KNOB, ORACLE]
-    lines = ["| rho | seeds | " + " | ".join(methods) + " |",
-             "|---" * (len(methods) + 2) + "|"]
-    versus = ["| rho | " + " | ".join(f"minus {m}" for m in methods if m != "e-dpo") + " |",
-              "|---" * len(methods) + "|"]
+    methods = methods_of(rows)
+    lines = ["| rho | seeds | " + " | ".join(methods) + " |", "|---" * (len(methods) + 2) + "|"]
     for rho in rhos:
-        cells, differences = [], {}
-        for method in methods:
-            values = list(reached[rho][method].values())
-            cells.append(with_interval(values))
-            if method != "e-dpo":
-                differences[method] = [reached[rho]["e-dpo"][s] - reached[rho][method][s]
-                                       for s in reached[rho][method]]
-        lines.append(f"| {rho} | {len(values)} | " + " | ".join(cells) + " |")
-        p = holm({m: t_p_value(d) for m, d in differences.items()}) if len(values) > 1 else {}
-        versus.append(f"| {rho} | " + " | ".join(
-            f"{mean(d):+.2f}" + (f" (p {p[m]:.2g})" if p else "")
-            for m, d in differences.items()) + " |")
+        values = [list(reached[rho][method].values()) for method in methods]
+        lines.append(f"| {rho} | {len(values[0])} | {' | '.join(map(with_interval, values))} |")
     lines += ["", "Without preferences: " + ", ".join(
-        f"{method} {with_interval(list(values.values()))}" for method, values in controls.items()),
-        "", "e-DPO minus another method, paired over seeds; p of a t-test, Holm-corrected within a "
-        "row:", "", *versus]
+        f"{method} {with_interval(list(values.values()))}" for method, values in controls.items())]
+    for method in ("e-dpo", MEAN):
+        if method in methods:
+            lines += ["", *against(method, reached, rhos, methods)]
     return "\n".join(lines)
+
+
+def against(method, reached, rhos, methods):
+    """Lines of Markdown: a method minus each other one, by rho."""
+    others = [other for other in methods if other != method]
+    lines = [f"{method} minus another method, paired over seeds; p of a t-test, Holm-corrected "
+             "within a row:", "", f"| rho | {' | '.join(f'minus {other}' for other in others)} |",
+             "|---" * (len(others) + 1) + "|"]
+    for rho in rhos:
+        of_rho = reached[rho]
+        differences = {other: [of_rho[method][s] - of_rho[other][s] for s in of_rho[method]]
+                       for other in others}
+        p = holm({other: t_p_value(d) for other, d in differences.items()})
+        lines.append(f"| {rho} | " + " | ".join(
+            f"{mean(d):+.2f}" + (f" (p {p[other]:.2g})" if len(d) > 1 else "")
+            for other, d in differences.items()) + " |")
+    return lines
 
 
 def details(rows, rho):
@@ -280,7 +293,7 @@ def details(rows, rho):
              "rejected_change": "+.1f"}
     lines = ["| policy | advantage | length | KL(pi ‖ ref) | KL(ref ‖ pi) | chosen change | "
              "rejected change |", "|---" * 7 + "|"]
-    for method in [*KNOB, ORACLE]:
+    for method in methods_of(rows):
         runs = [row for row in rows if row["rho"] == rho and row["method"] == method]
         cells = [method, with_interval([float(run["test"]) for run in runs])]
         cells += [f"{mean(float(run[name]) for run in runs):{form}}"
@@ -317,7 +330,7 @@ def figure(rows, folder, chosen):
     trials_of = read_json(chosen)
     fig, axes = pyplot().subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     numbers = [str(rho) for rho in RHOS if rho != "all" and str(rho) in reached]
-    for method in [*KNOB, ORACLE]:
+    for method in methods_of(rows):
         style = dict(linestyle="--" if method in ("dpo", "ipo", ORACLE) else "-", marker="o",
                      markersize=3)
         values = [list(reached[rho][method].values()) for rho in numbers]

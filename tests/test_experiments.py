@@ -106,9 +106,13 @@ CONTROLS = ["reference at 0.7", "reference at 0.5", "reference at 0.3", "best of
 
 
 def test_a_small_cell(world, tmp_path, monkeypatch):
-    """Two methods and the control on a few pairs, at what --choose chose: what the table needs is
+    """Five methods and the controls on a few pairs, at what --choose chose: what the table needs is
     in the CSV; run again it is skipped, and from an empty folder it gives the same numbers."""
-    monkeypatch.setattr(figure2, "KNOB", {"d-dpo": "beta", "e-dpo": "beta"})
+    methods = {name: figure2.METHODS[name]
+               for name in ("d-dpo", "dp-dpo", figure2.MEAN, figure2.BALANCED, figure2.ORACLE)}
+    methods[figure2.BALANCED] = ("dp-dpo", "rms/0.4")
+    monkeypatch.setattr(figure2, "METHODS", methods)
+    monkeypatch.setattr(figure2, "KNOB", dict.fromkeys(("d-dpo", "dp-dpo"), "beta"))
     monkeypatch.setattr(figure2, "VALUES", (0.3,))
     monkeypatch.setattr(figure2, "FAMILY", "0.4,0.6")
     monkeypatch.setattr(figure2.trials, "workers", lambda n: SerialPool())
@@ -123,8 +127,8 @@ def test_a_small_cell(world, tmp_path, monkeypatch):
                           f"--results={tmp_path}/{name}", f"--chosen={tmp_path}/chosen.json"])
         there = figure2.read_rows(f"{tmp_path}/{name}/runs.csv")
         rows.append(sorted(there, key=lambda row: row["method"]))
-    assert [row["method"] for row in rows[0]] == sorted(["d-dpo", "e-dpo", figure2.ORACLE,
-                                                         *CONTROLS])
+    assert [row["method"] for row in rows[0]] == sorted([*methods, *CONTROLS])
+    assert len({row["kl_ref_pi"] for row in rows[0] if row["method"] in methods}) == len(methods)
     for first, second in zip(*rows):
         assert list(first) == figure2.COLUMNS
         assert first["value"] == ("" if first["method"] in CONTROLS else "0.3")
