@@ -35,7 +35,7 @@ class TreeBatch:
     last       (B, K) int64   column of each response's last token, minus the context
     lengths    (B, K) int64   response lengths in tokens
     context    int            first columns, prompt in every row, that predict no response token
-    n_samples  int            S: the last S of these K are samples from the reference
+    n_samples  int            S: the last S of K (later: K + S) are the reference's
     ref_logps  (B, K) float32           the reference's log-probs of the responses, if known
     rewards    (B, K - S, M) float32    rewards by M reward models, if known
     """
@@ -69,7 +69,7 @@ def collate(examples, multiple=1):
     """(prompt ids, [response ids, ...]) examples -> TreeBatch.
 
     All examples have the same number of responses; prompts and responses have a token or more
-    (ValueError). `multiple` rounds T and R up, for compilers that want few distinct shapes.
+    (ValueError). `multiple` rounds T and R up and the context down, so that shapes are few.
     """
     B, K = len(examples), len(examples[0][1])
     for prompt, responses in examples:
@@ -181,9 +181,9 @@ def by_length(dataset):
 def batches(lengths, batch_size, seed, epoch, window=32):
     """One epoch of batches of similar length, a pure function of its arguments: index arrays.
 
-    lengths: (N,), tokens per row. The indices are shuffled, cut into windows of `window` batches,
-    sorted by length inside each window and cut into batches, whose order is shuffled again. What
-    does not fill a batch is left out this epoch; if there is less than one batch, all of it is one.
+    lengths: (N,), tokens per row. The indices are shuffled; the last, too few for a batch, are left
+    out this epoch (if all are too few, they are one batch). The others are cut into windows of
+    `window` batches, in each sorted by length (ties as they are) and cut into batches, shuffled.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))

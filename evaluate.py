@@ -16,7 +16,7 @@ from reward import load_reward_models
 from support.cache import cache_folder
 from support.device import setup, shape_multiple
 from support.flags import comparison_flags, naming, run_script
-from support.passes import prompt_room, sample, score, to_text
+from support.passes import sample, score, to_text, with_room
 from support.prompts import held_out_prompts
 from support.report import accuracy_table, write_report
 from support.run_folder import check_same_tokens, run_flags, run_names
@@ -84,8 +84,7 @@ def main(argv=None):
     oracle_models = load_reward_models(args.oracle, "--oracle", *loading)
     labellers = load_reward_models(args.relabel, "--relabel", *loading)
     texts, prompts = held_out_prompts(args, tokenizer, tinytldr.post, needed=2)
-    room = prompt_room(ref, args.max_new_tokens)
-    prompts = [prompt[-room:] for prompt in prompts]
+    prompts = with_room(prompts, ref, args.max_new_tokens)
 
     # ---- reward models: their accuracy on held-out pairs
     accuracy = None

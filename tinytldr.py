@@ -240,7 +240,7 @@ def oracle_reward(prompt, summary):
 
 # ------ pairs to learn from
 
-PAIRS_FROM = {"train": 100_000, "validation": 0, "test": 0}     # first post: not those of SFT
+PAIRS_FROM = {"train": 100_000, "validation": 0, "test": 0}     # first post; train: not SFT's
 
 
 def pair_rows(split, n, policy, encoding, cache, label_temperature=0, seed=0):

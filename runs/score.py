@@ -61,11 +61,13 @@ def load(folders, device):
 def scorable(data, tokenizer, block_size, skip_bad_rows=False):
     """Rows of text whose responses can be scored, and their examples: (rows, Dataset)."""
     rows = list(load_rows(data, skip_bad_rows=skip_bad_rows))
-    examples = fit(encode(rows, tokenizer), block_size)
+    arrays = encode(rows, tokenizer)
+    examples = fit(arrays, block_size)
     kept = [number for number, row in enumerate(rows) if examples.lengths[number, 0] > 0
             and all(text.strip() for text in row["responses"])]
+    n_cut = (examples.lengths[kept, 0] < arrays["lengths"][kept, 0]).sum()
     print(f"{len(rows) - len(kept)} of {len(rows)} rows dropped (a response is blank, or alone "
-          f"does not fit block_size {block_size})")
+          f"does not fit block_size {block_size}), {n_cut} prompts lose their start")
     if not kept:
         raise InputError(f"--data: {data}: no usable row")
     return [rows[number] for number in kept], Dataset(examples.take(kept))

@@ -64,6 +64,8 @@ def implicit_prompt(chosen, rejected):
 def text_of(value, column, prompt=None):
     """The text in a column: text as it is, numbers and dates as they are written, chat messages as
     `chat_text`. ValueError if it is none of these."""
+    if isinstance(value, float) and math.isnan(value):      # what pandas writes for a gap
+        value = None
     if isinstance(value, (bool, int, float)):       # a column of numbers is text all the same
         value = json.dumps(value)
     elif isinstance(value, (datetime.date, datetime.time)):         # Parquet has these
@@ -89,7 +91,7 @@ def text_of(value, column, prompt=None):
         value.encode()
     except UnicodeEncodeError:      # half a letter, in a file or as JSON's "\ud83d"
         raise ValueError(f"column {column!r} is not utf-8 text") from None
-    return value
+    return value.replace("\r\n", "\n")        # dialogues are split at their blank lines
 
 
 def assistant_turns(prompt, response):
@@ -126,7 +128,7 @@ def parse_rows(record, demonstrations):
         raise ValueError(f"needs columns {wanted}; has {', '.join(map(str, record)) or 'none'}")
     if not demonstrations:
         return [parse_row(record, False)]
-    if "completion" in record and str(record.get("label")).lower() in ("false", "0"):
+    if "completion" in record and str(record.get("label")).lower() in ("false", "0", "0.0"):
         return []
     row = parse_row(prompt_and_completion(record), True)
     return [{"prompt": prompt, "responses": [response]}
@@ -173,7 +175,10 @@ def parse_row(record, demonstrations):
     if isinstance(prompt, str) and isinstance(texts, list) and texts and isinstance(texts[0], list):
         # A text beside dialogues, which either hold the prompt themselves, or are one message each;
         # then the text is what the person says.
-        prompt = texts[0][:-1] or [{"role": "user", "content": prompt}]
+        before = texts[0][:-1]
+        if not before or is_assistant(before[0]):
+            before = [{"role": "user", "content": prompt}]
+        prompt = before
     if "prompt" in record or ranking:
         prompt = text_of(prompt, "prompt")
 
@@ -457,4 +462,5 @@ def open_hub(data):
         return quiet_datasets().load_dataset(owner_name, data_dir=folder[0] if folder else None,
                                              split="train")
     except Exception as error:     # it raises whatever its readers do
-        raise InputError(f"--data: {data}: {in_a_line(error)}") from error
+        raise InputError(f"--data: {data}: no such file or folder; and as a data set of the hub: "
+                         f"{in_a_line(error)}") from error

@@ -99,6 +99,17 @@ def prompt_room(model, max_new_tokens):
     return room
 
 
+def with_room(prompts, model, max_new_tokens):
+    """The end of each prompt (token ids) that leaves room for max_new_tokens; says how many lose
+    their start."""
+    room = prompt_room(model, max_new_tokens)
+    n_cut = sum(len(prompt) > room for prompt in prompts)
+    if n_cut:
+        print(f"{n_cut} of {len(prompts)} prompts lose their start: {max_new_tokens} new tokens in "
+              f"block_size {model.config.block_size} leave room for {room}")
+    return [prompt[-room:] for prompt in prompts]
+
+
 def to_text(response, tokenizer):
     """A sample as text, without its end-of-text token, nor ids that a vocabulary padded beyond the
     tokenizer's lets a model sample."""

@@ -266,7 +266,9 @@ def select(arrays, block_size, name="data", split=None):
         message += f", {n_cut} prompts lose their start (block_size {block_size})"
     print(message)
     if not len(kept):
-        raise InputError(f"--data: {name}: no usable row")
+        why = "" if len(rows) else (": rows go to train, validation and test by a hash of their "
+                                    "prompt, and none came here; more distinct prompts are needed")
+        raise InputError(f"--data: {name}: no usable row{why}")
     if n_cut > 0.05 * len(kept):
         print(f"warning: {name}: {n_cut / len(kept):.0%} of the prompts lose their start; with "
               f"block_size {needed_block_size(lengths)} it would be 1%")

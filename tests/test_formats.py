@@ -56,6 +56,27 @@ def test_layouts_of_chat_messages():
     assert parse_row({**implicit, "prompt": "Hi"}, False) == as_text
 
 
+def test_a_text_prompt_beside_dialogues_that_begin_with_the_reply():
+    """The person said it before; so it stays, however long they go on."""
+    after = [says("assistant", "Yes?"), says("user", "So?")]
+    record = {"prompt": "Hi", "chosen": after + [says("assistant", "Well.")],
+              "rejected": after + [says("assistant", "No.")]}
+    assert parse_row(record, False) == {
+        "prompt": "\n\nHuman: Hi\n\nAssistant:",
+        "responses": [f" Yes?\n\nHuman: So?\n\nAssistant: {last}" for last in ("Well.", "No.")]}
+
+
+def test_what_other_programs_write():
+    """A gap as NaN, a label as 0.0, lines that end in \\r\\n."""
+    with pytest.raises(ValueError, match="^column 'rejected' is missing$"):
+        parse_row({**PAIR, "rejected": float("nan")}, False)
+    assert parse_rows({"prompt": "a", "completion": " b", "label": 0.0}, True) == []
+    assert len(parse_rows({"prompt": "a", "completion": " b", "label": 1.0}, True)) == 1
+    text = "\r\n\r\nHuman: Hi\r\n\r\nAssistant:"
+    assert parse_row({"chosen": text + " Yes", "rejected": text + " No"}, False) == {
+        "prompt": "\n\nHuman: Hi\n\nAssistant:", "responses": [" Yes", " No"]}
+
+
 def test_a_text_prompt_beside_longer_dialogues():
     hi = [says("user", "Hi")]
     before = [says("system", "Be kind."), *hi, says("assistant", "Yes?"), *hi]

@@ -231,7 +231,14 @@ def test_sft_adds_up_all_demonstrations_of_a_row():
 
 def test_plackett_luce_of_a_pair_is_bradley_terry():
     pair = rewards[..., 0]
-    assert torch.equal(losses.plackett_luce(pair), losses.bradley_terry(pair))
+    torch.testing.assert_close(losses.plackett_luce(pair), losses.bradley_terry(pair))
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_a_kl_term_has_its_weight(name):
+    """Samples without gamma would weigh nothing, gamma without samples nothing either."""
+    loss = losses.LOSSES[name]
+    assert ("ref_samples" in loss.needs) == ("gamma" in loss.knobs)
 
 
 def chance_of_ranking(r):

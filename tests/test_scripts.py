@@ -26,7 +26,7 @@ from support import passes
 from support.checks import say_spread
 from support.device import compiled_graphs, recompute_layers
 from support.flags import InputError
-from support.passes import sample, score, to_text
+from support.passes import sample, score, to_text, with_room
 from train_policy import anneal, reward_of_samples, row_weights, with_columns
 
 CPU = torch.device("cpu")
@@ -641,3 +641,13 @@ def test_the_model_that_select_asks_for_is_saved(lab, monkeypatch, capsys, selec
     chosen = torch.load(lab.root / "run/best.pt", weights_only=True)
     assert chosen["step"] == best
     assert all(torch.equal(chosen["model"][name], tensor) for name, tensor in trained.items())
+
+
+def test_prompts_that_lose_their_start_are_counted(capsys):
+    """Ten tokens hold three new ones and seven of a prompt; one that fits passes without a word."""
+    model = GPT(GPTConfig(block_size=10, vocab_size=20, n_layer=1, n_head=1, n_embd=4))
+    assert with_room([[1] * 7, [2, 3]], model, 3) == [[1] * 7, [2, 3]]
+    assert capsys.readouterr().out == ""
+    assert with_room([list(range(9)), [2, 3]], model, 3) == [list(range(2, 9)), [2, 3]]
+    assert capsys.readouterr().out == ("1 of 2 prompts lose their start: 3 new tokens in "
+                                       "block_size 10 leave room for 7\n")

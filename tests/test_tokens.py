@@ -124,7 +124,7 @@ def test_the_block_size_that_a_file_needs(tmp_path, token_cache, capsys, letters
     ([row("a", " b", " b")], "data: 1 rows, 1 dropped (chosen and rejected are the same)\n"),
     ([], "data: 0 rows\n")])
 def test_no_usable_row(capsys, rows, said):
-    with pytest.raises(InputError, match="^--data: data: no usable row$"):
+    with pytest.raises(InputError, match="^--data: data: no usable row($|: rows go to train)"):
         select(encode(rows, tokenizer()), 8)
     assert capsys.readouterr().out == said
 
