@@ -35,7 +35,8 @@ class TreeBatch:
     last       (B, K) int64   column of each response's last token, minus the context
     lengths    (B, K) int64   response lengths in tokens
     context    int            first columns, prompt in every row, that predict no response token
-    n_samples  int            S: the last S of K (later: K + S) are the reference's
+    n_samples  int            S: the last S of these K (elsewhere: of K + S) are sampled
+                              from the reference
     ref_logps  (B, K) float32           the reference's log-probs of the responses, if known
     rewards    (B, K - S, M) float32    rewards by M reward models, if known
     """
@@ -183,7 +184,8 @@ def batches(lengths, batch_size, seed, epoch, window=32):
 
     lengths: (N,), tokens per row. The indices are shuffled; the last, too few for a batch, are left
     out this epoch (if all are too few, they are one batch). The others are cut into windows of
-    `window` batches, in each sorted by length (ties as they are) and cut into batches, shuffled.
+    `window` batches, sorted by length inside each (ties keep their order) and cut into batches,
+    whose order is shuffled again.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))

@@ -155,7 +155,7 @@ class Loss(NamedTuple):
     """A row of the table: all that the command line, the training loop and the tests ask of a loss.
 
     equation        (logps, *needs, **knobs) -> (B,)
-    needs           columns, in order: ref_logps, rewards, lengths; ref_samples: gamma * KL
+    needs           columns, in order: ref_logps, rewards, lengths; ref_samples adds gamma * KL
     knobs           its flags, and their defaults
     at_reference    (ref_logps, rewards, lengths, **knobs) -> its value where the policy is the
                     reference, derived by hand; the training loop asserts it at step 0

@@ -70,19 +70,13 @@ def text_of(value, column, prompt=None):
         value = json.dumps(value)
     elif isinstance(value, (datetime.date, datetime.time)):         # Parquet has these
         value = str(value)
-    if isinstance(value, list):
+    messages = isinstance(value, list)
+    if messages:
         try:
             value = chat_text(value)
         except (KeyError, TypeError):
             raise ValueError(f"column {column!r} is not a list of chat messages with a role (user, "
                              "assistant or system) and a text as content") from None
-        if column == "prompt":
-            value += "\n\nAssistant:"
-        elif prompt is not None:    # may stand again before the response; ends in "Assistant:"
-            value = value.removeprefix(prompt).removeprefix("\n\nAssistant:")
-            if value.startswith(("\n\nHuman:", "\n\nSystem:")):
-                raise ValueError(f"column {column!r} is a dialogue that does not begin with the "
-                                 "prompt")
     if value is None:
         raise ValueError(f"column {column!r} is missing")
     if not isinstance(value, str):
@@ -91,7 +85,14 @@ def text_of(value, column, prompt=None):
         value.encode()
     except UnicodeEncodeError:      # half a letter, in a file or as JSON's "\ud83d"
         raise ValueError(f"column {column!r} is not utf-8 text") from None
-    return value.replace("\r\n", "\n")        # dialogues are split at their blank lines
+    value = value.replace("\r\n", "\n")       # dialogues are split at their blank lines
+    if messages and column == "prompt":
+        value += "\n\nAssistant:"
+    elif messages and prompt is not None:   # may stand again before the response
+        value = value.removeprefix(prompt).removeprefix("\n\nAssistant:")
+        if value.startswith(("\n\nHuman:", "\n\nSystem:")):
+            raise ValueError(f"column {column!r} is a dialogue that does not begin with the prompt")
+    return value
 
 
 def assistant_turns(prompt, response):

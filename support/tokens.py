@@ -12,7 +12,7 @@ from support.files import replacing
 from support.flags import InputError
 from support.formats import in_a_line, load_rows, open_hub
 
-LAYOUT = 2      # raise it when the arrays below, or what is read into them, change
+LAYOUT = 3      # raise it when the arrays below, or what is read into them, change
 SPLITS = np.array(["validation"] * 26 + ["test"] * 26 + ["train"] * 204)    # about 10, 10 and 80%
 
 
@@ -266,8 +266,9 @@ def select(arrays, block_size, name="data", split=None):
         message += f", {n_cut} prompts lose their start (block_size {block_size})"
     print(message)
     if not len(kept):
-        why = "" if len(rows) else (": rows go to train, validation and test by a hash of their "
-                                    "prompt, and none came here; more distinct prompts are needed")
+        why = "" if len(rows) or split is None else (
+            ": rows go to train, validation and test by a hash of their prompt, and none came "
+            "here; more distinct prompts are needed")
         raise InputError(f"--data: {name}: no usable row{why}")
     if n_cut > 0.05 * len(kept):
         print(f"warning: {name}: {n_cut / len(kept):.0%} of the prompts lose their start; with "

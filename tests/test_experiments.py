@@ -106,13 +106,14 @@ CONTROLS = ["reference at 0.7", "reference at 0.5", "reference at 0.3", "best of
 
 
 def test_a_small_cell(world, tmp_path, monkeypatch):
-    """Five methods and the controls on a few pairs, at what --choose chose: what the table needs is
+    """Six methods and the controls on a few pairs, at what --choose chose: what the table needs is
     in the CSV; run again it is skipped, and from an empty folder it gives the same numbers."""
     methods = {name: figure2.METHODS[name]
-               for name in ("d-dpo", "dp-dpo", figure2.MEAN, figure2.BALANCED, figure2.ORACLE)}
+               for name in ("d-dpo", "dp-dpo", "e-dpo", figure2.MEAN, figure2.BALANCED,
+                            figure2.ORACLE)}
     methods[figure2.BALANCED] = ("dp-dpo", "rms/0.4")
     monkeypatch.setattr(figure2, "METHODS", methods)
-    monkeypatch.setattr(figure2, "KNOB", dict.fromkeys(("d-dpo", "dp-dpo"), "beta"))
+    monkeypatch.setattr(figure2, "KNOB", dict.fromkeys(("d-dpo", "dp-dpo", "e-dpo"), "beta"))
     monkeypatch.setattr(figure2, "VALUES", (0.3,))
     monkeypatch.setattr(figure2, "FAMILY", "0.4,0.6")
     monkeypatch.setattr(figure2.trials, "workers", lambda n: SerialPool())

@@ -75,6 +75,10 @@ def test_what_other_programs_write():
     text = "\r\n\r\nHuman: Hi\r\n\r\nAssistant:"
     assert parse_row({"chosen": text + " Yes", "rejected": text + " No"}, False) == {
         "prompt": "\n\nHuman: Hi\n\nAssistant:", "responses": [" Yes", " No"]}
+    asked = [says("user", "Hi,\r\nyou")]
+    assert parse_row({"prompt": asked, "chosen": asked + [says("assistant", "Yes")],
+                      "rejected": asked + [says("assistant", "No")]}, False) == {
+        "prompt": "\n\nHuman: Hi,\nyou\n\nAssistant:", "responses": [" Yes", " No"]}
 
 
 def test_a_text_prompt_beside_longer_dialogues():

@@ -124,9 +124,22 @@ def test_the_block_size_that_a_file_needs(tmp_path, token_cache, capsys, letters
     ([row("a", " b", " b")], "data: 1 rows, 1 dropped (chosen and rejected are the same)\n"),
     ([], "data: 0 rows\n")])
 def test_no_usable_row(capsys, rows, said):
-    with pytest.raises(InputError, match="^--data: data: no usable row($|: rows go to train)"):
+    with pytest.raises(InputError, match="^--data: data: no usable row$"):
         select(encode(rows, tokenizer()), 8)
     assert capsys.readouterr().out == said
+
+
+def test_no_row_of_a_split():
+    """A file with one prompt has one split."""
+    arrays, refused = encode(3 * [row("a", " b", " c")], tokenizer()), []
+    for split in ("train", "validation", "test"):
+        try:
+            select(arrays, 8, split=split)
+        except InputError as error:
+            refused.append(str(error))
+    assert len(refused) == 2
+    assert all("no usable row: rows go to train, validation and test by" in text
+               for text in refused)
 
 
 # ------------------------------------------------------------------ arrays
