@@ -128,6 +128,16 @@ def many_pairs(cell):
     yield from pairs(cell, sizes=(8000,))
 
 
+def balance(cell):
+    """Where rho is 0.2 or 0.8: what a family adds to its balanced member, and a reward model to
+    balanced pairs, of which a balanced subset of 1,000 has 400."""
+    rms = cell.reward_models("rms-1000", f"--bias={FAMILIES[5]}")
+    yield "all pairs", "dpo", []
+    yield "balanced pairs", "dpo", ["--rho=0.5", "--n_pairs=400"]
+    yield "balanced member", "dp-dpo", [f"--rewards={rms}/0.5"]
+    yield "family's mean", "dp-dpo", [f"--rewards={rms}"]
+
+
 def noise(cell):
     yield 0, "dpo", []
     yield 0, "d-dpo", [f"--rewards={cell.reward_model(200)}"]
@@ -154,7 +164,7 @@ def kl_samples(cell):
 
 TABLES = {"members": members, "minimum": minimum, "family": family, "gamma": gamma,
           "noise": noise, "quality": quality, "pairs": pairs, "kl_samples": kl_samples,
-          "many_pairs": many_pairs}
+          "many_pairs": many_pairs, "balance": balance}
 
 
 def seeds_family(cell):
@@ -303,7 +313,8 @@ def summary(rows):
 # the same setting.
 USUAL = {"members": ("5", "e-dpo"), "minimum": ("per example", "e-dpo"),
          "family": ("by length bias", "e-dpo"), "gamma": ("0.0001,0.01", "e-dpo"),
-         "quality": ("200 steps", "d-dpo"), "kl_samples": ("1", "p-dpo")}
+         "quality": ("200 steps", "d-dpo"), "kl_samples": ("1", "p-dpo"),
+         "balance": ("balanced member", "dp-dpo")}
 
 
 def differences(rows):
