@@ -206,16 +206,30 @@ def test_samples_that_are_redrawn():
             assert batch.ref_logps.tolist() == ref_logps[rows][:, [0, 1, column]].tolist()
 
 
+def test_a_long_run_s_table():
+    """By hand: two seeds, three evaluations; the last row has the mean over seeds of what the end
+    of each run is and of its best, with Student's interval, 12.7 standard errors for two."""
+    def rows(seed, rewards):
+        return [{"loss": "dpo", "seed": seed, "step": str(step), "reward": str(reward),
+                 **dict.fromkeys(set(degeneracy.CURVES) - {"reward"}, str(step))}
+                for step, reward in zip((0, 5, 10), rewards)]
+    curves = degeneracy.by_loss(rows("0", (1, 3, 2)) + rows("1", (2, 3, 1)))
+    assert degeneracy.table(curves).splitlines()[-1] == (
+        "| dpo | 10 | +10.0 | +10.0 | 10.0 | 10.00 | 10.00 | +0.00 ± 12.71 | +1.50 ± 6.35 |")
+
+
 def test_a_short_long_run(world, tmp_path, monkeypatch):
     """Figure 1's driver: a row for each evaluation of each loss, from the reference on."""
     monkeypatch.setattr(degeneracy.trials, "workers", lambda n: SerialPool())
     monkeypatch.setattr(degeneracy, "LOSSES", ("dpo", "d-dpo"))
-    degeneracy.main([f"--sft={world}/sft", f"--rm={world}/rm", f"--rms={world}/rms", "--steps=20",
-                     f"--flags={SMALL}", f"--out_dir={tmp_path}/runs",
-                     f"--results={tmp_path}/results"])
+    monkeypatch.setattr(degeneracy.figure2, "reward_models", lambda folder, data: shutil.copytree(
+        f"{world}/rm", f"{folder}/rm"))
+    degeneracy.main([f"--sft={world}/sft", "--seeds=3,4", "--steps=20", f"--flags={SMALL}",
+                     f"--out_dir={tmp_path}/runs", f"--results={tmp_path}/results"])
     rows = figure2.read_rows(f"{tmp_path}/results/curves.csv")
-    assert [row["loss"] for row in rows] == 21 * ["dpo"] + 21 * ["d-dpo"]
-    assert [int(row["step"]) for row in rows] == 2 * list(range(21))
+    assert [(row["loss"], row["seed"]) for row in rows[::21]] == [
+        ("dpo", "3"), ("d-dpo", "3"), ("dpo", "4"), ("d-dpo", "4")]
+    assert [int(row["step"]) for row in rows] == 4 * list(range(21))
     assert all(float(row["margin"]) == 0 for row in rows if row["step"] == "0")
     assert (tmp_path / "results/degeneracy.png").exists()
 
