@@ -206,6 +206,7 @@ def talk_flags(argv, doc):
     source.add_argument("--prompt_file", help="a text file that is one prompt")
     source.add_argument("--data", help="answer held-out prompts: of tinytldr, of a file of "
                         "preferences or demonstrations, or of a hub name")
+    skip_flag(parser)
     add("--split", choices=["validation", "test"], help="of --data (default: test)")
     add("--n_prompts", type=positive_int, help="held-out prompts, at most (default: 5)")
     add("--chat", action="store_true", help="a prompt is what a person says in a dialogue, which "
@@ -223,6 +224,8 @@ def talk_flags(argv, doc):
     posts = not prompts and args.data in (None, "tinytldr")     # which depend on --seed
     random, warm = args.temperature > 0, "a --temperature above 0"
     resolve(args, {"split": (args.data is not None, "test", "--data"),
+                   "skip_bad_rows": (args.data not in (None, "tinytldr"), None,
+                                     "--data of your own"),
                    "n_prompts": (args.data is not None, 5, "--data"),
                    "n": (random, 1, f"{warm}: at 0 all samples are the same"),
                    "seed": (random or posts, 0, f"{warm}, and by the posts of tinytldr"),

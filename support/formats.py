@@ -287,7 +287,8 @@ def load_rows(data, demonstrations=False, skip_bad_rows=False, hub=None, say=pri
         if skip_bad_rows or not bad:
             yield from rows
     if bad and not (skip_bad_rows and n_rows):
-        raise InputError(f"--data: {data}: {describe(bad)}")
+        advice = "; --skip_bad_rows leaves them out" if n_rows else ""
+        raise InputError(f"--data: {data}: {describe(bad)}{advice}")
     if bad:
         say(f"{len(bad)} bad row{'s' if len(bad) > 1 else ''} skipped: {describe(bad)}")
     if unwanted:

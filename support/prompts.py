@@ -84,18 +84,26 @@ def blocks_of(file):
 
 
 def prompt_tokens(turns, tokenizer, room, chat):
-    """What the policy reads, as token ids, `room` at most; what does not fit loses its start.
+    """What the policy reads, as token ids, `room` at most; what does not fit loses its start, and
+    that is said.
 
     turns: the prompts of the person, and the replies to all but the last. Of these the policy reads
     the last; or with `chat` all of them, as a dialogue that waits for the assistant's next reply:
     where they do not fit, the oldest are taken out of the list.
     """
     if not chat:
-        return (tokenizer.encode_ordinary(turns[-1]) or [tokenizer.eot_token])[-room:]
+        return end_of(tokenizer.encode_ordinary(turns[-1]) or [tokenizer.eot_token], room)
     while True:
         messages = [{"role": ("user", "assistant")[i % 2], "content": turn.strip()}
                     for i, turn in enumerate(turns)]
         ids = tokenizer.encode_ordinary(chat_text(messages) + "\n\nAssistant:")
         if len(ids) <= room or len(turns) == 1:
-            return ids[-room:]
+            return end_of(ids, room)
         del turns[:2]           # what the person said, and the reply to it
+
+
+def end_of(ids, room):
+    """The last `room` tokens of a prompt; says so where it loses others."""
+    if len(ids) > room:
+        print(f"(room for {room} of the prompt's {len(ids)} tokens: it loses its start)")
+    return ids[-room:]

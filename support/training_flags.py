@@ -1,6 +1,9 @@
 """The flags of train_policy.py and train_rm.py: defaults, and what is refused."""
 import argparse
+import contextlib
+import os
 
+from support.checkpoint import read_sizes
 from support.flags import (
     InputError,
     Parser,
@@ -24,7 +27,7 @@ from support.run_folder import family_to_train, run_flags
 
 def policy_flags(argv, doc, losses):
     """The flags of train_policy.py, checked. losses: the table of losses.py."""
-    parser = training_flags(doc)
+    parser = training_flags(doc, lr="4e-3 for sft, else 2e-4")
     add = parser.add_argument
     add("--loss", default="e-dpo", choices=list(losses))
     add("--rewards", help="folder of a reward model or of a family, or several, comma-separated "
@@ -98,7 +101,7 @@ def policy_flags(argv, doc, losses):
 
 def reward_flags(argv, doc):
     """The flags of train_rm.py, checked."""
-    parser = training_flags(doc)
+    parser = training_flags(doc, lr="5e-4")
     parser.add_argument("--bias", type=comma_separated(fraction, "fractions"), help="train a "
                         "family: a reward model on each subset of D_rho in which the longer "
                         "response is preferred in this fraction of the pairs, such as 0.2,0.5,0.8")
@@ -120,8 +123,9 @@ def reward_flags(argv, doc):
     return args
 
 
-def training_flags(doc):
-    """The flags that both scripts have in common. A default of None is filled in later."""
+def training_flags(doc, lr):
+    """The flags that both scripts have in common. A default of None is filled in later. lr: what
+    --help says of its default."""
     parser = Parser(doc)
     add = parser.add_argument
     add("--data", default="tinytldr", help="tinytldr, a JSONL/JSON/CSV/Parquet file, or a hub name")
@@ -133,7 +137,7 @@ def training_flags(doc):
     add("--batch_size", type=positive_int, help="rows (pairs) per optimizer step")
     add("--micro_batch_size", type=positive_int, help="rows per forward pass (default: the batch)")
     add("--lr", type=positive_float, help="peak learning rate: warm-up over 5%% of the steps, then "
-                                          "a cosine down to zero")
+        f"a cosine down to zero (default: {lr}; a hundredth of that for models as wide as GPT-2)")
     add("--weight_decay", type=not_negative_float, default=0.0, help="of matrices and embeddings")
     add("--grad_clip", type=positive_float, default=1.0, help="largest norm of the gradient")
     add("--seed", type=seed, default=0, help="of the data, initial weights and the batch order")
@@ -167,10 +171,20 @@ def training_defaults(args, max_steps, batch_size, lr):
     args.max_steps = args.max_steps or max_steps
     args.batch_size = args.batch_size or batch_size
     args.micro_batch_size = min(args.micro_batch_size or args.batch_size, args.batch_size)
-    args.lr = args.lr or lr
+    args.lr = args.lr or (lr / 100 if start_width(args) >= 512 else lr)
     # A short run is evaluated less often, on fewer rows, so that evaluating stays the smaller part.
     args.eval_every = args.eval_every or max(25, args.max_steps // 8)
     args.n_eval = args.n_eval or min(256, max(16, args.max_steps * args.batch_size // 16))
+
+
+def start_width(args):
+    """n_embd of the model that training starts from; of one on the hub, GPT-2's."""
+    if args.init_from == "scratch":
+        return vars(args).get("n_embd") or 128      # a reward model: refused later
+    if os.path.isdir(args.init_from):
+        with contextlib.suppress(InputError):       # said when the model is read
+            return read_sizes(args.init_from)["n_embd"]
+    return 768
 
 
 def preference_data_flags(args, used=True):

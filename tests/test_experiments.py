@@ -222,8 +222,10 @@ def test_a_short_long_run(world, tmp_path, monkeypatch):
     """Figure 1's driver: a row for each evaluation of each loss, from the reference on."""
     monkeypatch.setattr(degeneracy.trials, "workers", lambda n: SerialPool())
     monkeypatch.setattr(degeneracy, "LOSSES", ("dpo", "d-dpo"))
-    monkeypatch.setattr(degeneracy.figure2, "reward_models", lambda folder, data: shutil.copytree(
-        f"{world}/rm", f"{folder}/rm"))
+
+    def reward_models(folder, data):
+        shutil.copytree(f"{world}/rm", f"{folder}/rm")
+    monkeypatch.setattr(degeneracy.figure2, "reward_models", reward_models)
     degeneracy.main([f"--sft={world}/sft", "--seeds=3,4", "--steps=20", f"--flags={SMALL}",
                      f"--out_dir={tmp_path}/runs", f"--results={tmp_path}/results"])
     rows = figure2.read_rows(f"{tmp_path}/results/curves.csv")

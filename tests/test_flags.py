@@ -11,6 +11,7 @@ import sample
 import train_policy
 import train_rm
 from losses import LOSSES, PREFERENCE_LOSSES
+from model import GPT, GPTConfig
 from support.flags import InputError, comparison_flags, talk_flags
 from support.training_flags import policy_flags, reward_flags
 
@@ -19,11 +20,16 @@ KNOBS = {"beta": "1", "tau": "1", "gamma": "1", "min_per": "example"}
 SIZES = ["n_layer", "n_head", "n_embd", "block_size"]
 
 
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    """Whoever runs the tests may have runs in out/, which are not overwritten."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
-def refuses(tmp_path, monkeypatch):
+def refuses(tmp_path):
     """A function that runs a script in an empty folder: it has to refuse the flags with a message
     of one line, and to leave the folder empty."""
-    monkeypatch.chdir(tmp_path)
 
     def run(script, flags, message):
         with pytest.raises(InputError, match=message) as error:
@@ -231,6 +237,20 @@ def test_defaults_of_sft():
     assert (args.max_steps, args.batch_size, args.n_eval, args.eval_every) == (1500, 32, 256, 187)
 
 
+def test_a_wide_model_gets_a_smaller_learning_rate(tmp_path):
+    """One of the hub is taken to be as wide as GPT-2."""
+    assert policy_args("--loss=sft").lr == policy_args("--loss=sft", "--n_embd=256").lr == 4e-3
+    assert policy_args("--loss=sft", "--n_embd=512", "--n_head=8").lr == 4e-5
+    assert policy_args("--loss=sft", "--n_embd=512", "--n_head=8", "--lr=0.1").lr == 0.1
+    assert policy_args("--loss=dpo", "--init_from=gpt2").lr == 2e-6
+    assert reward_flags(["--init_from=gpt2"], "").lr == 5e-6
+    for width, lr in ((128, 2e-4), (768, 2e-6)):
+        folder = tmp_path / str(width)
+        GPT(GPTConfig(block_size=4, vocab_size=8, n_layer=1, n_head=2, n_embd=width)
+            ).save_pretrained(folder)
+        assert policy_args("--loss=dpo", f"--init_from={folder}").lr == lr
+
+
 def test_the_block_size_of_a_model_from_scratch_depends_on_its_rows():
     """Those of a file, unless it is given."""
     assert policy_args("--loss=sft", "--data=a.jsonl").block_size is None
@@ -289,10 +309,9 @@ def test_a_micro_batch_is_not_larger_than_the_batch():
     assert policy_args("--batch_size=8", "--micro_batch_size=3").micro_batch_size == 3
 
 
-def test_scratch_is_a_folder_name_like_any_other(tmp_path, hub_cache, monkeypatch):
+def test_scratch_is_a_folder_name_like_any_other(hub_cache):
     """For --out_dir; for --init_from it means a new model, also where there is such a folder: the
     run can be repeated and resumed."""
-    monkeypatch.chdir(tmp_path)
     rows = [json.dumps({"prompt": f"{i}:", "completion": " broke"}) + "\n" for i in range(40)]
     Path("demonstrations.jsonl").write_text("".join(rows))
     flags = ["--loss=sft", "--out_dir=scratch", "--max_steps=1", "--batch_size=2", "--n_layer=1",
@@ -303,9 +322,8 @@ def test_scratch_is_a_folder_name_like_any_other(tmp_path, hub_cache, monkeypatc
         assert config["nanopref"]["init_from"] == "scratch" and config["n_layer"] == 1
 
 
-def test_a_new_model_has_nothing_of_a_folder_called_scratch(tmp_path, monkeypatch):
+def test_a_new_model_has_nothing_of_a_folder_called_scratch():
     """Not its tokenizer either."""
-    monkeypatch.chdir(tmp_path)
     Path("scratch").mkdir()
     Path("scratch/config.json").write_text(json.dumps({"nanopref": {"tokenizer": "gpt2"}}))
     assert policy_args("--loss=sft").tokenizer == "tinytldr"

@@ -371,7 +371,7 @@ def test_bad_rows_are_listed(tmp_path, hub_cache):
     assert str(error.value) == (
         f"--data: {path}: rows 3, 17: the response 'chosen' is empty; row 21: needs columns chosen "
         "and rejected, or prompt and responses; has prompt, chosen; rows 31, 32, 33, 34, 35 and 2 "
-        "more: column 'rejected' is missing")
+        "more: column 'rejected' is missing; --skip_bad_rows leaves them out")
 
 
 def test_of_many_kinds_of_error_five_are_listed():
@@ -392,7 +392,7 @@ def test_bad_rows_are_skipped(tmp_path, hub_cache, capsys):
         "row has 2; they must be as many; row 5: not JSON: Expecting property name enclosed in "
         "double quotes: line 1 column 2 (char 1); row 7: not a JSON object\n")
     path.write_text(lines[1])
-    with pytest.raises(InputError, match="row 1: the response 'chosen' is empty"):
+    with pytest.raises(InputError, match="row 1: the response 'chosen' is empty$"):
         list(load_rows(str(path), skip_bad_rows=True))
 
 
@@ -403,7 +403,7 @@ def test_bad_rows_are_skipped(tmp_path, hub_cache, capsys):
      "row 2: 2 scores for each response, the first row has 1; they must be as many")])
 def test_rows_that_are_not_alike(tmp_path, hub_cache, other, message):
     scored = {**PAIR, "score_chosen": 1, "score_rejected": 2}
-    with pytest.raises(InputError, match=f"{message}$"):
+    with pytest.raises(InputError, match=f"{message}; --skip_bad_rows leaves them out$"):
         list(load_rows(write(tmp_path / "a.jsonl", [scored, other])))
 
 
@@ -512,5 +512,5 @@ def test_a_folder_of_files(tmp_path, hub_cache):
 
 def test_a_bad_row_in_a_folder_of_files(tmp_path, hub_cache):
     write(tmp_path / "train.jsonl", [PAIR, {**PAIR, "chosen": ""}])
-    with pytest.raises(InputError, match="row 2 of train.jsonl: the response 'chosen' is empty$"):
+    with pytest.raises(InputError, match="row 2 of train.jsonl: the response 'chosen' is empty; "):
         list(load_rows(str(tmp_path)))

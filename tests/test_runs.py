@@ -797,6 +797,16 @@ def test_held_out_prompts_to_answer(tmp_path, hub_cache, capsys):
     assert asked(["--data=tinytldr", "--n_prompts=2"]) == ["0 test 0", "0 test 1"]
 
 
+def test_a_long_prompt_loses_its_start_and_that_is_said(capsys):
+    tokenizer = tinytldr.tokenizer()
+    ids = tokenizer.encode_ordinary("a long prompt")
+    assert prompt_tokens(["a long prompt"], tokenizer, len(ids), chat=False) == ids
+    assert capsys.readouterr().out == ""
+    assert prompt_tokens(["a long prompt"], tokenizer, 3, chat=False) == ids[-3:]
+    assert capsys.readouterr().out == (
+        f"(room for 3 of the prompt's {len(ids)} tokens: it loses its start)\n")
+
+
 def test_a_dialogue_loses_its_oldest_turns():
     """What the policy sees begins with a turn of the user, and keeps the newest; only where that
     does not fit alone is it cut within a turn."""
