@@ -81,6 +81,9 @@ def text_of(value, column, prompt=None):
         raise ValueError(f"column {column!r} is missing")
     if not isinstance(value, str):
         raise ValueError(f"column {column!r} is neither text nor chat messages")
+    if re.match(r"""\[\s*\{\s*["'](role|content)["']:""", value):     # pandas, to CSV
+        raise ValueError(f"column {column!r} has a list of chat messages written out as text; save "
+                         "the data as JSONL or Parquet")
     try:
         value.encode()
     except UnicodeEncodeError:      # half a letter, in a file or as JSON's "\ud83d"

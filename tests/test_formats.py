@@ -100,6 +100,9 @@ def test_a_text_prompt_beside_longer_dialogues():
     ({**PAIR, "rejected": None}, "column 'rejected' is missing"),
     ({**PAIR, "chosen": {"text": "a"}}, "^column 'chosen' is neither text nor chat messages$"),
     ({**PAIR, "chosen": b"a"}, "^column 'chosen' is neither text nor chat messages$"),
+    ({**PAIR, "chosen": "[{'content': 'a', 'role': 'user'}]"},
+     "^column 'chosen' has a list of chat messages written out as text; save the data as JSONL"),
+    ({**PAIR, "rejected": '[ {"role": "user", "content": "a"}]'}, "^column 'rejected' has a list "),
     ({**PAIR, "chosen": "caf\udce9"}, "^column 'chosen' is not utf-8 text$"),
     ({"chosen": "a", "rejected": "b"}, "^there is no column 'prompt', and 'chosen' and 'rejected' "
      "share no beginning that ends in 'Assistant:' or 'TL;DR:'; what they answer belongs into a "
