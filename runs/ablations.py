@@ -136,6 +136,7 @@ def balance(cell):
     yield "balanced pairs", "dpo", ["--rho=0.5", "--n_pairs=400"]
     yield "balanced member", "dp-dpo", [f"--rewards={rms}/0.5"]
     yield "family's mean", "dp-dpo", [f"--rewards={rms}"]
+    yield "family's minimum", "e-dpo", [f"--rewards={rms}"]
 
 
 def noise(cell):

@@ -189,7 +189,7 @@ def test_balanced_pairs_are_as_many_as_a_balanced_subset_has(rho):
     flags = {setting: flags for setting, _, flags in ablations.balance(Fake())}
     assert flags["balanced pairs"] == ["--rho=0.5", "--n_pairs=400"]
     assert flags["balanced member"] == ["--rewards=rms-1000/0.5"]
-    assert flags["family's mean"] == ["--rewards=rms-1000"]
+    assert flags["family's mean"] == flags["family's minimum"] == ["--rewards=rms-1000"]
 
 
 def test_differences_that_are_seen():
