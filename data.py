@@ -227,7 +227,7 @@ def longer(lengths):
 
 def biased_subset(lengths, rho, n=None, seed=0):
     """D_rho, a training set with a length bias: indices of n pairs, in a fraction rho of which the
-    longer response is the chosen one. Pairs with no longer response are left out.
+    longer response is the chosen one. Pairs of about equal length are left out.
 
     lengths: (N, 2) response lengths in tokens, chosen/rejected. rho: in [0, 1]. n: how many pairs,
     or None for as many as there can be. Returns (n,) int64 indices, in order. InputError (a
@@ -298,7 +298,8 @@ def demonstrations(data, split, tokenizer, block_size, seed=0, skip_bad_rows=Fal
     if data == "tinytldr":
         arrays = encode(tinytldr.demonstration_rows(seed, split), tokenizer)
         return Dataset(*select(arrays, block_size, f"{data}, {split}"))
-    return Dataset(*select_file(data, split, tokenizer, block_size, True, skip_bad_rows))
+    return Dataset(*select_file(data, split, tokenizer, block_size, skip_bad_rows,
+                                demonstrations=True))
 
 
 def preferences(data, split, tokenizer, policy, cache, pool=None, label_temperature=0, seed=0,
@@ -310,4 +311,4 @@ def preferences(data, split, tokenizer, policy, cache, pool=None, label_temperat
         n = pool if split == "train" else 1000
         rows = tinytldr.pair_rows(split, n, policy, tokenizer, cache, label_temperature, seed)
         return Dataset(*select(encode(rows, tokenizer), block_size, f"{data}, {split}"))
-    return Dataset(*select_file(data, split, tokenizer, block_size, False, skip_bad_rows))
+    return Dataset(*select_file(data, split, tokenizer, block_size, skip_bad_rows))

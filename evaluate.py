@@ -32,7 +32,7 @@ def interval(differences):
 def mean_reward(models, dataset, args, autocast):
     """The mean reward of some reward models {folder: model} for each response. Returns (N, K)."""
     multiple = shape_multiple(args)
-    return np.mean([score(model, dataset, autocast, multiple, folder)
+    return np.mean([score(model, dataset, autocast, multiple, desc=folder)
                     for folder, model in models.items()], axis=0)
 
 
@@ -94,7 +94,7 @@ def main(argv=None):
                             skip_bad_rows=args.skip_bad_rows)
         if labellers:
             pairs = relabel(pairs, mean_reward(labellers, pairs, args, autocast))
-        rewards = {folder: score(model, pairs, autocast, shape_multiple(args), folder)
+        rewards = {folder: score(model, pairs, autocast, shape_multiple(args), desc=folder)
                    for folder, model in reward_models.items()}
         accuracy = accuracy_table(rewards, pairs.response_lengths(), longer)
 

@@ -143,8 +143,8 @@ def forward_kl(logps_of_ref_samples, ref_logps_of_ref_samples):
 
 
 def sft(logps):
-    """Supervised fine-tuning: -logp(y|x) of all demonstrations in a row, to be divided by the
-    number of response tokens in the batch. logps: (B, K). Returns (B,)."""
+    """Supervised fine-tuning: -logp(y|x) of all demonstrations in a row; the training loop divides
+    by tokens instead of rows. logps: (B, K). Returns (B,)."""
     return -logps.sum(dim=1)
 
 
@@ -154,7 +154,7 @@ def sft(logps):
 class Loss(NamedTuple):
     """A row of the table: all that the command line, the training loop and the tests ask of a loss.
 
-    equation        (logps, *needs, **knobs) -> (B,)
+    equation        (logps, *needs, **knobs) -> (B,), the KL term apart
     needs           columns, in order: ref_logps, rewards, lengths; ref_samples adds gamma * KL
     knobs           its flags, and their defaults
     at_reference    (ref_logps, rewards, lengths, **knobs) -> its value where the policy is the
@@ -168,7 +168,7 @@ class Loss(NamedTuple):
     mean_over: str = "rows"
 
 
-GAMMA = (1e-4, 1e-2)    # the paper's: annealed linearly over training, from the first to the last
+GAMMA = (1e-4, 1e-2)    # the paper's: it grows linearly over training, from the first to the last
 
 # Every beta and tau was chosen on validation prompts of TinyTLDR, with as many trials for each
 # (results/figure2/chosen.json); but not that of IPO per token.

@@ -6,7 +6,7 @@ response sees the prompt and itself, not its siblings), the positions (every res
 at the prompt's length), and where predictions are read (each response's first token from the *last
 prompt position*, whatever lies in between).
 
-The weights are laid out and named as in Hugging Face's GPT-2.
+The weights are named, and saved, as in Hugging Face's GPT-2.
 """
 import math
 from dataclasses import dataclass
@@ -134,13 +134,13 @@ class Transformer(nn.Module):
 
 
 def init_weights(module, config):
-    """GPT-2's: N(0, 0.02); projections back into the residual stream divided by sqrt(2 layers)."""
+    """GPT-2's: N(0, 0.02); projections into the residual stream divided by sqrt(2 n_layer)."""
     for name, parameter in module.named_parameters():
         if name.endswith(".bias"):
             nn.init.zeros_(parameter)
         elif parameter.dim() == 2:
-            residual = name.endswith("c_proj.weight")
-            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer if residual else 1))
+            added_up = 2 * config.n_layer if name.endswith("c_proj.weight") else 1
+            nn.init.normal_(parameter, std=0.02 / math.sqrt(added_up))
 
 
 class GPT(nn.Module):
@@ -251,7 +251,7 @@ class GPT(nn.Module):
         if T > 0:       # fill the cache; a mask with Q = 0: no column comes out
             position = torch.arange(T, device=device).expand(P, T)
             cache = [(k, v, 0) for k, v in zip(keys, values)]
-            self.transformer(tokens, position, visible[:P, :, :0, :T], cache)
+            self.transformer(tokens, position, visible.new_zeros(P, 1, 0, T), cache)
         if P < B:
             keys, values = [k[prompt_of] for k in keys], [v[prompt_of] for v in values]
 

@@ -64,7 +64,7 @@ class RewardModel(nn.Module):
 
     def save_pretrained(self, directory, eos_token_id=None):
         """Writes config.json and model.safetensors. (transformers reads the reward at the last
-        token that is not pad_token_id, which can't be the end-of-text token, then.)"""
+        token that is not pad_token_id; a response ends in end-of-text, so that is another one.)"""
         fields = dict(reward_head="sum")        # which transformers does not know
         if self.config.reward_head == "last":
             fields = dict(id2label={"0": "reward"}, label2id={"reward": 0}, pad_token_id=0,

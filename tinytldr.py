@@ -26,7 +26,7 @@ python runs/world.py measures it.
 label temperature T > 0 labels are noisy: the first is preferred with probability
 sigmoid((R1 - R2) / T), a Bradley-Terry draw.
 
-Everything is a pure function of (seed, split, index), and no two posts have the same facts: the
+A post is a pure function of (seed, split, index), and no two posts have the same facts: the
 index is mapped one-to-one to a combination of facts, whatever the seed (which draws the wording),
 and the splits use disjoint ranges of it.
 

@@ -80,19 +80,20 @@ def statistics(logps, ref_logps, n_samples):
     return values
 
 
-def row_weights(dataset, loss):
-    """How much each row weighs in the mean of the losses, (N,): 1, or for SFT its tokens. A step
-    divides by the mean weight: in batches of rows of similar length, dividing by the batch's own
-    tokens would make short responses count more."""
+def row_terms(dataset, loss):
+    """How many terms of the mean each row's loss adds up, (N,): 1, or for SFT its tokens. A step
+    divides by the mean number of terms: in batches of rows of similar length, dividing by the
+    batch's own tokens would make short responses count more."""
     if loss.mean_over == "tokens":
         return dataset.response_lengths().sum(axis=1)
     return np.ones(len(dataset), np.int64)
 
 
 @torch.no_grad()
-def evaluate(policy, dataset, args, knobs, gamma, device, autocast):
+def evaluate(policy, dataset, args, knobs, device, autocast):
     """Means of the loss and the statistics over a whole data set: {name: number}."""
-    total = int(row_weights(dataset, LOSSES[args.loss]).sum())
+    gamma = anneal(args.gamma, args.max_steps, args.max_steps)  # the last: steps are to compare
+    total = int(row_terms(dataset, LOSSES[args.loss]).sum())
     size = 4 * args.micro_batch_size  # no gradient, less memory
     sums = {}
     for part in micro_batches(np.arange(len(dataset)), size):
@@ -163,7 +164,7 @@ def main(argv=None):
         validation = with_columns(validation.first(args.n_eval), "validation", *common)
         some = np.random.default_rng(0).permutation(len(train))[:args.n_eval]
         watched = {"validation": by_length(validation), "train": by_length(train.take(some))}
-    weights = row_weights(train, loss)
+    terms = row_terms(train, loss)
     order = BatchOrder(train.row_lengths(), args.batch_size, args.seed)
 
     # ---- model
@@ -182,7 +183,7 @@ def main(argv=None):
         if run.due(step):
             results = {}
             for split, dataset in watched.items():
-                means = evaluate(policy, dataset, args, knobs, gamma, device, autocast)
+                means = evaluate(policy, dataset, args, knobs, device, autocast)
                 results |= {f"{split}/{name}": value for name, value in means.items()}
             if judges or args.select == "oracle":
                 prompts = [prompt.tolist() for prompt, _ in watched["validation"].examples]
@@ -193,7 +194,7 @@ def main(argv=None):
             break
 
         rows = order.rows(step)                                 # (batch_size,)
-        total = len(rows) * weights.mean()                      # rows; for SFT, tokens
+        total = len(rows) * terms.mean()                        # rows; for SFT, expected tokens
         for part in micro_batches(rows, size):                  # of this process
             batch = train.batch(part, multiple).to(device)      # the tree, with its columns
             with autocast():

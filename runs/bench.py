@@ -54,7 +54,7 @@ from support.flags import (
 )
 from support.optimizer import adamw, set_learning_rate
 from support.tokens import select, tokenised_file
-from train_policy import row_weights
+from train_policy import row_terms
 
 MODELS = {"tiny": dict(n_layer=4, n_head=4, n_embd=128, vocab_size=1024),
           "small": dict(n_layer=6, n_head=6, n_embd=384),
@@ -230,7 +230,7 @@ class Bench:
         self.datasets = {task: task_dataset(task, examples) for task in {*args.only, "dpo"}}
         # every task the rows of DPO, so that all can be compared
         self.order = BatchOrder(self.datasets["dpo"].row_lengths(), args.batch_size, args.seed)
-        self.weights = {task: row_weights(self.datasets[task], LOSSES[task])
+        self.weights = {task: row_terms(self.datasets[task], LOSSES[task])
                         for task in args.only if task in LOSSES}
         self.policy = GPT(self.config).to(self.device)
         self.models = {task: self.policy for task in args.only}

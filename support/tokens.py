@@ -276,7 +276,7 @@ def select(arrays, block_size, name="data", split=None):
     return examples, arrays["scores"][kept] if "scores" in arrays else None
 
 
-def select_file(data, split, tokenizer, block_size, demonstrations, skip_bad_rows):
+def select_file(data, split, tokenizer, block_size, skip_bad_rows, demonstrations=False):
     """`select` of a split of a file."""
     arrays = tokenised_file(data, tokenizer, demonstrations, skip_bad_rows)
     return select(arrays, block_size, f"{data}, {split}", split)

@@ -27,7 +27,7 @@ from support.checks import say_spread
 from support.device import compiled_graphs, recompute_layers
 from support.flags import InputError
 from support.passes import sample, score, to_text, with_room
-from train_policy import anneal, reward_of_samples, row_weights, with_columns
+from train_policy import anneal, reward_of_samples, row_terms, with_columns
 
 CPU = torch.device("cpu")
 TOKENIZER = tinytldr.tokenizer()
@@ -175,8 +175,8 @@ def test_a_member_that_hardly_varies(capsys):
 def test_what_a_row_weighs():
     """Its response tokens if the loss is a mean over tokens, else 1."""
     dataset = Dataset([([1], [[2, 3], [4]]), ([1], [[2], [4, 5, 6]])])
-    assert row_weights(dataset, LOSSES["sft"]).tolist() == [3, 4]
-    assert row_weights(dataset, LOSSES["dpo"]).tolist() == [1, 1]
+    assert row_terms(dataset, LOSSES["sft"]).tolist() == [3, 4]
+    assert row_terms(dataset, LOSSES["dpo"]).tolist() == [1, 1]
 
 
 def test_gamma_is_annealed_from_the_first_to_the_last():
@@ -199,15 +199,26 @@ def test_evaluation_is_of_all_rows_in_parts(script):
         passes_made.append(len(batch.tokens))
         return torch.tensor([[-1.0, -2.0]]).repeat(len(batch.tokens), 1)
 
-    args = SimpleNamespace(loss="sft", micro_batch_size=2, device="cpu", dtype="float32")
+    args = SimpleNamespace(loss="sft", micro_batch_size=2, device="cpu", dtype="float32",
+                           gamma=None, max_steps=4)
     if script is train_policy:
-        means = train_policy.evaluate(model, dataset, args, {}, 0.0, device, nullcontext)
+        means = train_policy.evaluate(model, dataset, args, {}, device, nullcontext)
         assert means == {"loss": pytest.approx(60 / dataset.response_lengths().sum())}
     else:
         means = train_rm.evaluate(model, dataset, args, device, nullcontext)
         wanted = {"loss": np.log(1 + np.exp(-1)), "margin": 1, "accuracy": 1}
         assert means == pytest.approx(wanted)
     assert passes_made == [8, 8, 4]
+
+
+def test_losses_of_all_steps_are_evaluated_with_the_last_gamma():
+    """Or the checkpoint of --select=loss would be an early one, for its smaller KL term."""
+    dataset = Dataset([([1], [[2], [3], [4]])], None, np.zeros((1, 3), np.float32), n_samples=1)
+    args = SimpleNamespace(loss="p-dpo", micro_batch_size=2, device="cpu", dtype="float32",
+                           gamma=[0.25, 0.5], max_steps=4)
+    means = train_policy.evaluate(lambda batch: torch.tensor([[0.0, 0.0, -3.0]]), dataset, args,
+                                  {"beta": 1.0}, torch.device("cpu"), nullcontext)
+    assert means["loss"] == pytest.approx(np.log(2) + 0.5 * 3)
 
 
 def test_reward_of_samples_by_the_oracle(lab, monkeypatch):
@@ -604,8 +615,8 @@ def test_the_members_of_a_family_have_flags_of_their_own(lab):
         folder = lab.root / "run" / str(bias)
         flags = read_json(folder / "config.json")["nanopref"]
         assert (flags["bias"], flags["out_dir"], flags["resume"]) == (bias, str(folder), False)
-        known = train_rm.reward_flags(["--bias=0.4", f"--out_dir={lab.root}/none"], "")
-        assert flags.keys() == vars(known).keys()
+        args = train_rm.reward_flags(["--bias=0.4", f"--out_dir={lab.root}/none"], "")
+        assert flags.keys() == vars(args).keys()
 
 
 @pytest.mark.parametrize("script, change", [
