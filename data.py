@@ -57,7 +57,7 @@ class TreeBatch:
         for field in fields(self):
             value = getattr(self, field.name)
             if torch.is_tensor(value):
-                setattr(self, field.name, value.to(device, non_blocking=True))
+                setattr(self, field.name, value.to(device))
         return self
 
     def columns(self):

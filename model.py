@@ -248,10 +248,10 @@ class GPT(nn.Module):
         shape = (P, config.n_head, T + max_new_tokens, config.n_embd // config.n_head)
         keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        if T > 0:       # fill the cache; a mask with Q = 0: no column comes out
+        if T > 0:       # fill the cache; a mask with Q = 1: only the last column comes out
             position = torch.arange(T, device=device).expand(P, T)
             cache = [(k, v, 0) for k, v in zip(keys, values)]
-            self.transformer(tokens, position, visible.new_zeros(P, 1, 0, T), cache)
+            self.transformer(tokens, position, visible.new_ones(P, 1, 1, T), cache)
         if P < B:
             keys, values = [k[prompt_of] for k in keys], [v[prompt_of] for v in values]
 
@@ -276,7 +276,7 @@ class GPT(nn.Module):
                 if going == 0:
                     break
                 if going <= len(rows) // 2:     # half have ended: go on with the others alone
-                    keep = ~ended
+                    keep = torch.where(~ended)[0]
                     rows, token, length = rows[keep], token[keep], length[keep]
                     visible, ended = visible[keep], ended[keep]
                     keys, values = [k[keep] for k in keys], [v[keep] for v in values]

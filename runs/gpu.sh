@@ -13,7 +13,7 @@ say() {     # a command, and what it prints
 
 date
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
-git rev-parse --short HEAD
+git rev-parse --short HEAD || true
 gpu="--device=cuda --dtype=bfloat16"
 for shape in tldr hh; do
     for heads in 12 20; do
@@ -30,5 +30,9 @@ if python -c "import trl" 2> /dev/null; then
         say python runs/bench_trl.py --device=cuda --models=gpt2,gpt2-large \
             --only="tldr,dpo,$settings"
     done
+fi
+if [ ! -e .venv ]; then     # the speedrun with the packages of this python, not those pinned
+    python -m venv --system-site-packages .venv
+    cat requirements.txt requirements-dev.txt > .venv/installed.txt
 fi
 time say bash runs/speedrun.sh $gpu

@@ -15,9 +15,7 @@ def setup(args):
     Returns (device, autocast), autocast() being the context to compute in."""
     name = args.device
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        if torch.backends.mps.is_available():
-            name = "mps"
+        name = "cuda" if torch.cuda.is_available() else "cpu"       # mps: untried, if asked for
     missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
     if name == "xla":
         try:
@@ -29,15 +27,19 @@ def setup(args):
         device = torch_xla.device()
     elif missing.get(name):
         raise InputError(f"--device={name}: this machine has none; use --device=cpu")
+    elif name == "mps" and torch.__version__ < (2, 12):
+        raise InputError(f"--device=mps: torch {torch.__version__} has attention kernels that are "
+                         "wrong there; install 2.12 or newer")
     else:
         device = join(name)
     check_shares(vars(args))
     if args.dtype == "auto":
-        args.dtype = "bfloat16" if name in ("cuda", "xla") else "float32"
+        fast = name == "xla" or name == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+        args.dtype = "bfloat16" if fast else "float32"
     args.device = name
     keep_memory()
-    if name == "cuda":
-        torch.set_float32_matmul_precision("high")
+    if name == "cuda":      # cuDNN's attention plans anew for every shape, and shapes vary
+        torch.backends.cuda.enable_cudnn_sdp(False)
     torch.manual_seed(args.seed)
     if args.dtype == "float32":
         return device, contextlib.nullcontext
@@ -77,7 +79,8 @@ def recompute_layers(model):
     """
     for layer in model.transformer.h:
         for part in (layer.attn, layer.mlp):
-            part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False)
+            part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False,
+                                             preserve_rng_state=False)     # there is no dropout
 
 
 def compiles_every_shape(device):

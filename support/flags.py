@@ -140,10 +140,11 @@ first_last.__name__ = "FIRST,LAST (or one number), none below 0:"
 
 def device_flags(parser):
     """Where to compute and in what precision: what every script asks."""
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps", "xla"])
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps", "xla"],
+                        help="auto: cuda if there is one, else cpu")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
                         help="of matrix products; weights, losses and sums stay float32 "
-                             "(auto: bfloat16 on cuda and xla)")
+                             "(auto: bfloat16 on xla, and on cuda from an A100 on)")
 
 
 def skip_flag(parser):

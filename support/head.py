@@ -32,13 +32,14 @@ class TokenLogps(torch.autograd.Function):
         ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
         ctx.kept, logps = [], []
         hidden, weight = hidden.to(dtype), weight.to(dtype)
+        few = 32 if hidden.device.type == "cpu" else ROWS
         for h, t in zip(hidden.split(ROWS), target.split(ROWS)):
             logits = h @ weight.t()                                     # (rows, vocab)
             top = logits.amax(dim=1, keepdim=True)                      # (rows, 1)
             wanted = logits.gather(1, t[:, None])                       # (rows, 1)
             exp = logits.sub_(top).exp_()                               # (rows, vocab), in place
-            # A float32 sum of bfloat16 copies it: a few rows at a time, it stays in the cache.
-            sums = [part.sum(dim=1, keepdim=True, dtype=wide) for part in exp.split(32)]
+            # A float32 sum of bfloat16 copies it: a few rows at a time, it stays in a CPU's cache.
+            sums = [part.sum(dim=1, keepdim=True, dtype=wide) for part in exp.split(few)]
             total = torch.cat(sums)                                     # (rows, 1)
             logps.append((wanted.to(wide) - top.to(wide) - total.log()).squeeze(1))
             if keep:

@@ -25,6 +25,8 @@ def join(name):
     "cuda". Returns the device of this process."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return torch.device(name)
+    if name == "mps":
+        raise InputError("--device=mps: torchrun's processes can't share one; use --device=cpu")
     if not dist.is_initialized():
         dist.init_process_group("nccl" if name == "cuda" else "gloo")
     if not is_first():

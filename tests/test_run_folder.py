@@ -9,15 +9,18 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from support import run_folder
 from support.cache import cache_folder, cached
 from support.checks import check_step_0
+from support.device import setup
 from support.flags import InputError
 from support.folders import check_free, check_unused, claim
 from support.optimizer import adamw, learning_rate, set_learning_rate
@@ -675,6 +678,21 @@ def test_groups_of_parameters():
     assert (decay["weight_decay"], no_decay["weight_decay"]) == (0.125, 0)
     for group in (decay, no_decay):
         assert (group["lr"], group["betas"], group["fused"]) == (0.25, (0.9, 0.95), True)
+
+
+def test_mps_is_for_who_asks_and_has_a_torch_that_computes_right_there(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    args = SimpleNamespace(device="auto", dtype="auto", seed=0)
+    assert setup(args) == (torch.device("cpu"), nullcontext) and args.device == "cpu"
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.13.1"))
+    args = SimpleNamespace(device="mps", dtype="auto", seed=0)
+    assert setup(args) == (torch.device("mps"), nullcontext) and args.dtype == "float32"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with pytest.raises(InputError, match="--device=mps: torchrun's processes can't share one"):
+        setup(args)
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0+cpu"))
+    with pytest.raises(InputError, match="--device=mps: torch 2.11.0.* install 2.12 or newer"):
+        setup(args)
 
 
 @pytest.mark.parametrize("device, fused", [("cpu", True), ("cuda", True), ("mps", False),
