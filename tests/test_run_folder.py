@@ -680,6 +680,22 @@ def test_groups_of_parameters():
         assert (group["lr"], group["betas"], group["fused"]) == (0.25, (0.9, 0.95), True)
 
 
+@pytest.mark.parametrize("capability, dtype", [((7, 5), "float32"), ((9, 0), "bfloat16")])
+def test_cuda(monkeypatch, capability, dtype):
+    """As far as it can be set up without one: bfloat16 where fused attention has it, and not by
+    cuDNN."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    args = SimpleNamespace(device="auto", dtype="auto", seed=0)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        device, _ = setup(args)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+    assert device == torch.device("cuda") and (args.device, args.dtype) == ("cuda", dtype)
+
+
 def test_mps_is_for_who_asks_and_has_a_torch_that_computes_right_there(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     args = SimpleNamespace(device="auto", dtype="auto", seed=0)
