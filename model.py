@@ -248,7 +248,7 @@ class GPT(nn.Module):
         shape = (P, config.n_head, T + max_new_tokens, config.n_embd // config.n_head)
         keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        if T > 0:       # fill the cache; a mask with Q = 1: only the last column comes out
+        if T > 0:       # fill the cache; the last column, which sees all, alone comes out
             position = torch.arange(T, device=device).expand(P, T)
             cache = [(k, v, 0) for k, v in zip(keys, values)]
             self.transformer(tokens, position, visible.new_ones(P, 1, 1, T), cache)

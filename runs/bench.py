@@ -51,6 +51,7 @@ from support.flags import (
     resolve,
     run_script,
     seed,
+    skip_flag,
 )
 from support.optimizer import adamw, set_learning_rate
 from support.tokens import select, tokenised_file
@@ -73,6 +74,7 @@ def parse_flags(argv):
     add = parser.add_argument
     add("--model", default="small", choices=MODELS)
     add("--data", help="preferences: a file or a hub name, instead of made-up ones")
+    skip_flag(parser)
     add("--shape", choices=SHAPES, help="of made-up data (default: tldr)")
     add("--prompt", type=positive_int, help="tokens in a made-up prompt (default: of --shape)")
     add("--response", type=comma_separated(positive_int, "token counts FROM,TO"),
@@ -99,6 +101,7 @@ def parse_flags(argv):
     defaults = {"shape": "tldr", "prompt": prompt, "response": response, "n_responses": 2}
     resolve(args, {flag: (args.data is None, default, "made-up data, which is without --data")
                    for flag, default in defaults.items()})
+    resolve(args, {"skip_bad_rows": (args.data is not None, None, "--data")})
     if args.response and (len(args.response) != 2 or args.response[0] > args.response[1]):
         raise InputError("--response: FROM,TO in tokens, such as 25,55")
     return args
@@ -232,8 +235,8 @@ class Bench:
         self.datasets = {task: task_dataset(task, examples) for task in {*args.only, "dpo"}}
         # every task the rows of DPO, so that all can be compared
         self.order = BatchOrder(self.datasets["dpo"].row_lengths(), args.batch_size, args.seed)
-        self.weights = {task: row_terms(self.datasets[task], LOSSES[task])
-                        for task in args.only if task in LOSSES}
+        self.terms = {task: row_terms(self.datasets[task], LOSSES[task])
+                      for task in args.only if task in LOSSES}
         self.policy = GPT(self.config).to(self.device)
         self.models = {task: self.policy for task in args.only}
         if "reward model" in args.only:
@@ -258,7 +261,8 @@ class Bench:
         if tokenizer.n_vocab > config.vocab_size:
             raise InputError(f"--model: {args.model} knows {config.vocab_size} tokens, and --data "
                              f"is in GPT-2's {tokenizer.n_vocab}; use small or gpt2")
-        examples, _ = select(tokenised_file(args.data, tokenizer), config.block_size, args.data)
+        arrays = tokenised_file(args.data, tokenizer, skip_bad_rows=args.skip_bad_rows)
+        examples, _ = select(arrays, config.block_size, args.data)
         return [(prompt, [*responses, responses[0]]) for prompt, responses in examples]
 
     def do(self, task, turn):
@@ -284,7 +288,7 @@ class Bench:
         else:
             knobs = {**LOSSES[task].knobs, "gamma": 0.01}
             losses = training_loss(task, outputs, **batch.columns(), **knobs)
-            total = int(self.weights[task][rows].sum())
+            total = int(self.terms[task][rows].sum())
         (losses.sum() / total).backward()
         clip_grad_norm_(model.parameters(), 1.0)
         optimizer = self.optimizers[model]

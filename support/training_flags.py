@@ -24,10 +24,13 @@ from support.folders import check_free, check_unused
 from support.logs import log_package
 from support.run_folder import family_to_train, run_flags
 
+SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 128}      # of a model from scratch
+SFT_LR, POLICY_LR, REWARD_LR = 4e-3, 2e-4, 5e-4         # of small models
+
 
 def policy_flags(argv, doc, losses):
     """The flags of train_policy.py, checked. losses: the table of losses.py."""
-    parser = training_flags(doc, lr="4e-3 for sft, else 2e-4")
+    parser = training_flags(doc, lr=f"{SFT_LR:g} for sft, else {POLICY_LR:g}")
     add = parser.add_argument
     add("--loss", default="e-dpo", choices=list(losses))
     add("--rewards", help="folder of a reward model or of a family, or several, comma-separated "
@@ -50,8 +53,7 @@ def policy_flags(argv, doc, losses):
     add("--select", default="last", help="which evaluated checkpoint to keep: the last; that of "
         "the lowest validation loss; or that whose samples for validation prompts earn most, "
         "judged by the oracle (of tinytldr) or by reward models (a folder, as in --rewards)")
-    sizes = {"n_layer": 2, "n_head": 4, "n_embd": 128}
-    for size, default in sizes.items():
+    for size, default in SIZES.items():
         add(f"--{size}", type=positive_int, help=f"of a model from scratch (default: {default})")
     add("--block_size", type=positive_int, help="longest prompt + response of a model from "
         "scratch, in tokens (default: 192 on tinytldr, else what 99%% of the rows need, from 192 "
@@ -62,9 +64,9 @@ def policy_flags(argv, doc, losses):
     args.out_dir = args.out_dir or f"out/{args.loss}"
     args.init_from = args.init_from or ("scratch" if sft else "out/sft")
     if sft:
-        training_defaults(args, max_steps=1500, batch_size=32, lr=4e-3)
+        training_defaults(args, max_steps=1500, batch_size=32, lr=SFT_LR)
     else:
-        training_defaults(args, max_steps=320, batch_size=16, lr=2e-4)
+        training_defaults(args, max_steps=320, batch_size=16, lr=POLICY_LR)
     table = preference_data_flags(args, used=not sft)       # flag: (used?, default, by what)
     for knob in knobs:
         users = [name for name in losses if knob in losses[name].knobs]
@@ -75,7 +77,7 @@ def policy_flags(argv, doc, losses):
     judged = args.select not in ("last", "loss")
     table["max_new_tokens"] = ("ref_samples" in loss.needs or judged, 64,
                                "losses with a KL term, or a --select that samples")
-    for size, default in sizes.items():
+    for size, default in SIZES.items():
         table[size] = (args.init_from == "scratch", default, "--init_from=scratch")
     table["block_size"] = (args.init_from == "scratch", 192 if args.data == "tinytldr" else None,
                            "--init_from=scratch")      # None: train_policy.py looks at the rows
@@ -101,7 +103,7 @@ def policy_flags(argv, doc, losses):
 
 def reward_flags(argv, doc):
     """The flags of train_rm.py, checked."""
-    parser = training_flags(doc, lr="5e-4")
+    parser = training_flags(doc, lr=f"{REWARD_LR:g}")
     parser.add_argument("--bias", type=comma_separated(fraction, "fractions"), help="train a "
                         "family: a reward model on each subset of D_rho in which the longer "
                         "response is preferred in this fraction of the pairs, such as 0.2,0.5,0.8")
@@ -112,7 +114,7 @@ def reward_flags(argv, doc):
     args.out_dir = args.out_dir or ("out/rms" if args.bias else "out/rm")
     args.init_from = args.init_from or "out/sft"
     args.head = args.head or ("sum" if args.data == "tinytldr" else "last")
-    training_defaults(args, max_steps=200, batch_size=32, lr=5e-4)
+    training_defaults(args, max_steps=200, batch_size=32, lr=REWARD_LR)
     resolve(args, preference_data_flags(args))
     if args.init_from == "scratch":
         raise InputError("--init_from: a reward model starts from a language model, such as the "
@@ -137,7 +139,7 @@ def training_flags(doc, lr):
     add("--batch_size", type=positive_int, help="rows (pairs) per optimizer step")
     add("--micro_batch_size", type=positive_int, help="rows per forward pass (default: the batch)")
     add("--lr", type=positive_float, help="peak learning rate: warm-up over 5%% of the steps, then "
-        f"a cosine down to zero (default: {lr}; a hundredth of that for models as wide as GPT-2)")
+        f"a cosine down to zero (default: {lr}; a hundredth of that where n_embd is 512 or more)")
     add("--weight_decay", type=not_negative_float, default=0.0, help="of matrices and embeddings")
     add("--grad_clip", type=positive_float, default=1.0, help="largest norm of the gradient")
     add("--seed", type=seed, default=0, help="of the data, initial weights and the batch order")
@@ -180,7 +182,7 @@ def training_defaults(args, max_steps, batch_size, lr):
 def start_width(args):
     """n_embd of the model that training starts from; of one on the hub, GPT-2's."""
     if args.init_from == "scratch":
-        return vars(args).get("n_embd") or 128      # a reward model: refused later
+        return vars(args).get("n_embd") or SIZES["n_embd"]      # a reward model: refused later
     if os.path.isdir(args.init_from):
         with contextlib.suppress(InputError):       # said when the model is read
             return read_sizes(args.init_from)["n_embd"]
