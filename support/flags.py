@@ -4,10 +4,6 @@ import contextlib
 import os
 import signal
 import sys
-import tempfile
-import traceback
-
-traceback_folder = None         # that of the run, once there is one; until then the system's
 
 
 class InputError(ValueError):
@@ -15,8 +11,8 @@ class InputError(ValueError):
 
 
 def run_script(main):
-    """Runs a script. Whatever stops it becomes one line on standard error: an InputError with exit
-    code 2; what nobody foresaw with exit code 1, and its traceback in a file."""
+    """Runs a script's main function. What the user got wrong (an InputError) ends in one line on
+    standard error and exit code 2. A bug is Python's own traceback, as always."""
     name = os.path.basename(sys.argv[0])
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")        # a terminal may know ASCII alone
@@ -31,10 +27,6 @@ def run_script(main):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # for the last flush
         _say_and_exit(f"{name}: error: standard output was closed", 1)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        _say_and_exit(f"{name}: error: {type(error).__name__}: {reason} "
-                      f"({_write_traceback(name)})", 1)
 
 
 def _exit_on_signal(number, frame):
@@ -44,23 +36,6 @@ def _exit_on_signal(number, frame):
 def _say_and_exit(line, code):
     print(line, file=sys.stderr)
     sys.exit(code)
-
-
-def _write_traceback(name):
-    """Writes the traceback of the exception in hand to a file. Returns where it is."""
-    folder = traceback_folder or tempfile.gettempdir()
-    path = os.path.join(folder, f"{name}.{os.getpid()}.traceback")
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            traceback.print_exc(file=file)
-    except OSError:             # such as a full disk
-        return "no traceback could be written"
-    return f"traceback: {path}"
-
-
-def keep_tracebacks_in(folder):
-    global traceback_folder
-    traceback_folder = folder
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from support.device import compiled_graphs, sync
 from support.files import check_zip, replacing, write_json
-from support.flags import InputError, keep_tracebacks_in
+from support.flags import InputError
 from support.folders import check_free, claim, release, remove_leftovers, set_aside
 from support.logs import open_log
 from support.processes import add_up_numbers, any_of, is_first, processes, progress_bar, wait
@@ -48,7 +48,6 @@ class Run:
         if is_first() and not args.resume:
             self._begin(vars(args))
         wait()
-        keep_tracebacks_in(self.dir)
         self.stop_signal, self.handlers = None, {}
         with contextlib.suppress(ValueError):       # only the main thread can have handlers
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -186,7 +185,6 @@ class Run:
         wait()          # the model is written
         self.bar.close()
         self._restore_handlers()
-        keep_tracebacks_in(None)
         if is_first():
             release(self.dir)
         compiled = f", {compiled_graphs()} graphs compiled" if self.compile else ""

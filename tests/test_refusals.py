@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import GPT, GPTConfig
-from support.flags import keep_tracebacks_in, run_script
+from support.flags import run_script
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, os.path.join(ROOT, "runs"))
@@ -270,37 +270,28 @@ def test_refused(workshop, monkeypatch, capsys, script, flags, message):
 
 # ------ whatever else stops a script
 
-def stopped_by(monkeypatch, capsys, error):
-    """What a script says and its exit code, if `error` is raised in it."""
+@pytest.mark.parametrize("bug, last_line", [
+    ("undefined_name", "NameError: name 'undefined_name' is not defined"),
+    ("torch.zeros(2, 3) @ torch.zeros(2)", "RuntimeError: size mismatch, got input (2), mat (2x3)"),
+    ("1 / 0", "ZeroDivisionError: division by zero")])
+def test_a_bug_is_pythons_own_traceback(bug, last_line):
+    """Whoever changes the code and gets it wrong sees the line and the reason, as in any script."""
+    program = (f"import sys; sys.path.insert(0, {ROOT!r})\nimport torch\n"
+               f"from support.flags import run_script\nrun_script(lambda: {bug})")
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert process.returncode == 1
+    assert process.stderr.startswith("Traceback (most recent call last)")
+    assert process.stderr.strip().splitlines()[-1].startswith(last_line)
+
+
+def test_ctrl_c_where_nothing_can_be_saved(monkeypatch, capsys):
     def main():
-        raise error
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(sys, "argv", ["script.py"])
     with pytest.raises(SystemExit) as exit:
         run_script(main)
-    return capsys.readouterr().err, exit.value.code
-
-
-@pytest.mark.parametrize("error, line", [
-    (RuntimeError("a bug\nin two lines"), "RuntimeError: a bug in two lines"),
-    (OSError(28, "No space left on device", "out/state.pt"),
-     "OSError: [Errno 28] No space left on device: 'out/state.pt'"),
-    (MemoryError(), "MemoryError: ")])
-def test_what_nobody_foresaw(monkeypatch, capsys, tmp_path, error, line):
-    """One line; the traceback is in a file, in the run's folder where there is a run."""
-    keep_tracebacks_in(str(tmp_path))
-    said, code = stopped_by(monkeypatch, capsys, error)
-    path = tmp_path / f"script.py.{os.getpid()}.traceback"
-    assert said == f"script.py: error: {line} (traceback: {path})\n" and code == 1
-    assert "Traceback (most recent call last)" in path.read_text()
-    keep_tracebacks_in(str(tmp_path / "nowhere"))
-    said, code = stopped_by(monkeypatch, capsys, error)
-    keep_tracebacks_in(None)
-    assert said == f"script.py: error: {line} (no traceback could be written)\n" and code == 1
-
-
-def test_ctrl_c_where_nothing_can_be_saved(monkeypatch, capsys):
-    assert stopped_by(monkeypatch, capsys, KeyboardInterrupt()) == ("script.py: interrupted\n", 130)
+    assert capsys.readouterr().err == "script.py: interrupted\n" and exit.value.code == 130
 
 
 @pytest.mark.parametrize("code, exit_code, line", [
