@@ -1,7 +1,8 @@
 """Compares policies with their reference by an oracle reward, and writes a report with figures.
 
-    python evaluate.py --ref=out/sft out/dpo out/e-dpo --rms=out/rm,out/rms      # -> out/report
-    python evaluate.py --ref=out/sft out/e-dpo --data=prefs.jsonl --oracle=out/oracle
+    python evaluate.py                      # the speedrun's six policies -> out/report
+    python evaluate.py --ref=out/sft out/dpo out/e-dpo --rms=out/rm,out/rms
+    python evaluate.py --ref=out/sft out/e-dpo --data=prefs.jsonl --oracle=out/rm
 
 Every policy answers the same held-out prompts once (--temperature=1). The oracle is the reward of
 TinyTLDR, or the reward model of --oracle. Policies are compared prompt by prompt, with the

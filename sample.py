@@ -1,9 +1,10 @@
 """Talks to a policy: prints what it says as it says it, and its reference's reply with --compare.
 
     python sample.py out/e-dpo --compare                     # on a post of TinyTLDR
-    python sample.py out/my/e-dpo --prompt_file=post.txt --n=3
-    python sample.py out/my/e-dpo --data=prefs.jsonl         # held-out prompts
-    python sample.py out/my/e-dpo --chat                     # a dialogue: what you type is a turn
+    python sample.py out/e-dpo --data=tinytldr --n_prompts=3 # held-out prompts
+    python sample.py out/e-dpo --prompt_file=post.txt --n=3  # a prompt of your own, three replies
+
+A model that was trained on dialogues talks with --chat: what you type is a turn.
 """
 import tinytldr
 from data import get_tokenizer

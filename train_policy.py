@@ -1,9 +1,10 @@
 """Trains a policy: supervised fine-tuning (--loss=sft), or a preference loss from a reference.
 
-    python train_policy.py --loss=sft                       # the reference policy -> out/sft
-    python train_policy.py --loss=dpo                       # from out/sft -> out/dpo
-    python train_policy.py --loss=e-dpo --rewards=out/rms   # distils a family of reward models
+    python train_policy.py --loss=sft --out_dir=out/my-sft       # a reference policy
+    python train_policy.py --loss=dpo --out_dir=out/my-dpo       # from the reference in out/sft
+    python train_policy.py --loss=e-dpo --out_dir=out/my-e-dpo   # distils the family in out/rms
 
+Without --out_dir a run is in out/ under its loss's name, which is where the speedrun puts its own.
 The reference is --init_from, as it was before step 0. What it says of the training responses, its
 samples for the KL term and the reward models' scores are columns of the data set, computed once
 before training and cached: a step is one forward and one backward pass of the policy. Flags and

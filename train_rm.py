@@ -1,8 +1,10 @@
 """Trains explicit reward models by the Bradley-Terry likelihood (of rankings: Plackett-Luce).
 
-    python train_rm.py                                              # one, on D_rho -> out/rm
-    python train_rm.py --bias=0.2,0.4,0.5,0.6,0.8                   # a family -> out/rms/0.2, ...
-    python train_rm.py --data=prefs.jsonl --out_dir=out/oracle      # on people's labels
+    python train_rm.py --out_dir=out/my-rm                          # one, on D_rho
+    python train_rm.py --bias=0.2,0.5,0.8 --out_dir=out/my-rms      # a family of three
+    python train_rm.py --data=prefs.jsonl --out_dir=out/my-oracle   # on people's labels
+
+Without --out_dir one reward model goes to out/rm and a family to out/rms, as in the speedrun.
 
 A member of the family is trained on a subset of D_rho in which the longer response is preferred in
 a fraction `bias` of the pairs: the members disagree about length, and some member is near the

@@ -355,7 +355,7 @@ def compared(gained):
 def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--sft", default="out/speedrun/sft", help="the reference: the speedrun's")
+    add("--sft", default="out/sft", help="the reference: the speedrun's")
     add("--tables", type=comma_separated(str, "names"), default=list(TABLES),
         help=f"of {', '.join(TABLES)}")
     add("--rhos", type=comma_separated(fraction_or_all, "fractions, or all"), default=[0.2, 0.5])

@@ -190,7 +190,7 @@ def main():
         "tiny,hh,head")
     add("--line", help="model,shape,trainer,settings: run this one here and print JSON")
     add("--generate", action="store_true", help="race generation")
-    add("--policy", default="out/speedrun/sft", help="for --generate: a TinyTLDR policy")
+    add("--policy", default="out/sft", help="for --generate: a TinyTLDR policy")
     args = parser.parse_args()
     if args.generate:
         race_generation(args.policy)

@@ -109,7 +109,7 @@ def figure(curves, folder):
 def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--sft", default="out/speedrun/sft", help="the reference: the speedrun's")
+    add("--sft", default="out/sft", help="the reference: the speedrun's")
     add("--seeds", type=comma_separated(seed, "seeds"), default=[0, 1, 2, 3, 4])
     add("--steps", type=positive_int, default=3200)
     add("--beta", type=positive_float, default=0.1, help="of all losses that have it")

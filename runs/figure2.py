@@ -355,7 +355,7 @@ def figure(rows, folder, chosen):
 def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--sft", default="out/speedrun/sft", help="the reference: the speedrun's")
+    add("--sft", default="out/sft", help="the reference: the speedrun's")
     add("--rhos", type=comma_separated(fraction_or_all, "fractions, or all"), default=RHOS)
     add("--seeds", type=comma_separated(seed, "seeds"), default=[0, 1, 2, 3, 4])
     add("--choose", action="store_true", help="choose betas and taus, and nothing else")

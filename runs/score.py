@@ -1,7 +1,7 @@
 """Scores every response of a file by reward models, and writes the scores as columns beside them.
 
     python runs/score.py --data=prefs.jsonl --rewards=out/rms       # -> out/scored.jsonl
-    python train_policy.py --loss=e-dpo --data=out/scored.jsonl --rewards=scores
+    python train_policy.py --loss=e-dpo --data=out/scored.jsonl --rewards=scores --out_dir=out/mine
 
 The columns: prompt, chosen, rejected, score_chosen, score_rejected; of more than two responses
 prompt, responses, ranks, scores. A score is a number, or a list if there are several reward models.

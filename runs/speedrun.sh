@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# The whole method on the built-in task, from an empty folder to a report: out/speedrun/report.md.
-# Each line below can be run alone; what an earlier run has cached is used again. --seed=, --device=
-# and --dtype= go to every command; the variable OUT names another folder.
+# The whole method on the built-in task, from an empty folder to a report: out/report/report.md.
+# Each command below can be run by itself. Run again, the speedrun goes on with what is in out/: what
+# is finished is not trained twice, and what was interrupted is resumed. To start afresh, remove out/
+# or name another folder: OUT=out/second bash runs/speedrun.sh
+# The flags --seed=, --device= and --dtype= go to every command.
 set -eo pipefail
 for flag in "$@"; do
     case $flag in
@@ -12,28 +14,39 @@ for flag in "$@"; do
     esac
 done
 source "$(dirname "$0")/venv.sh" .venv requirements-dev.txt
-out=${OUT:-out/speedrun}
+out=${OUT:-out}
 start=$SECONDS
 flags=("$@")
 python() {
     echo; echo "[$((SECONDS - start)) s] python $* ${flags[*]}"
     "$venv/bin/python" "$@" "${flags[@]}"
 }
+train() {   # a script, the name of its run folder, its flags; resumed where that folder has a state
+    script=$1 folder=$out/$2 resume=()
+    for state in "$folder"/state.pt "$folder"/0.*/state.pt; do
+        [ -e "$state" ] && resume=(--resume)
+    done
+    python "$script" --out_dir="$folder" "${@:3}" "${resume[@]}" || {
+        code=$?
+        echo "speedrun.sh: stopped at $folder. To start afresh, remove $out, or name another folder:" \
+            "OUT=out/second bash runs/speedrun.sh" >&2
+        exit $code
+    }
+}
 
 # The reference policy: supervised fine-tuning on demonstrations of mixed quality.
-python train_policy.py --loss=sft --out_dir="$out/sft"
+train train_policy.py sft --loss=sft
 
 # Explicit reward models. The first run samples pairs from the reference, lets the oracle label
 # them, and keeps D_rho: 1,000 pairs in which the longer response is preferred in a fraction
 # rho = 0.2. Then one reward model on all of D_rho, and a family of five on subsets of it.
-python train_rm.py --rho=0.2 --init_from="$out/sft" --out_dir="$out/rm"
-python train_rm.py --rho=0.2 --init_from="$out/sft" --out_dir="$out/rms" --bias=0.2,0.4,0.5,0.6,0.8
+train train_rm.py rm --rho=0.2 --init_from="$out/sft"
+train train_rm.py rms --rho=0.2 --init_from="$out/sft" --bias=0.2,0.4,0.5,0.6,0.8
 
 # Six policies from the same reference, on the same pairs, for the same number of steps; of each the
 # checkpoint whose summaries of validation posts the oracle likes best.
 policy() {
-    python train_policy.py --rho=0.2 --loss=$1 --init_from="$out/sft" --out_dir="$out/$1" \
-        --select=oracle "${@:2}"
+    train train_policy.py "$1" --loss="$1" --rho=0.2 --init_from="$out/sft" --select=oracle "${@:2}"
 }
 policy dpo
 policy ipo
@@ -43,7 +56,7 @@ policy dp-dpo --rewards="$out/rm"
 policy e-dpo --rewards="$out/rms"
 
 # Oracle advantage on 1,000 test prompts, diagnostics, figures, samples.
-python evaluate.py --ref="$out/sft" --rms="$out/rm,$out/rms" --out_dir="$out" \
+python evaluate.py --ref="$out/sft" --rms="$out/rm,$out/rms" --out_dir="$out/report" \
     "$out/dpo" "$out/ipo" "$out/d-dpo" "$out/p-dpo" "$out/dp-dpo" "$out/e-dpo"
 
 echo "The whole speedrun took $(((SECONDS - start + 30) / 60)) min ($((SECONDS - start)) s)."

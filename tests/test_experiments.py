@@ -15,7 +15,6 @@ import pytest
 
 import tinytldr
 from data import biased_subset, longer
-from runs import seeds
 from support.flags import InputError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -350,35 +349,3 @@ def test_what_is_kept_is_what_was_asked_for(world, tmp_path):
                   lambda: figure2.trials.score(folder, f"{tmp_path}/sft", "test", prompts)):
         with pytest.raises(InputError, match="or another reference"):
             again()
-
-
-# ------ several speedruns
-
-def write_results(folder, advantage, **policies):
-    numbers = {name: 1.0 for name in seeds.COLUMNS} | {"advantage": advantage}
-    folder.mkdir()
-    results = {"policies": {"dpo": numbers, **policies}}
-    (folder / "results.json").write_text(json.dumps(results))
-
-
-def test_means_over_speedruns(tmp_path, capsys):
-    """By hand: advantages 1 and 2 have mean 1.5 and standard deviation 0.71."""
-    write_results(tmp_path / "0", 1.0)
-    write_results(tmp_path / "1", 2.0)
-    seeds.main([f"{tmp_path}/0", f"{tmp_path}/1"])
-    assert "| dpo | +1.50 ± 0.71 | 1.00 ± 0.00 |" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("text, message", [
-    (None, "1/results.json: No such file"), ("{", "1/results.json: damaged: Expecting"),
-    ("5", "1/results.json: damaged: a int, not a dict"),
-    ('{"policies": {"dpo": {"length": 1}}}', "1/results.json: dpo has no advantage, ")])
-def test_a_speedrun_without_results(tmp_path, text, message):
-    write_results(tmp_path / "0", 1.0)
-    if text is not None:
-        (tmp_path / "1").mkdir()
-        (tmp_path / "1" / "results.json").write_text(text)
-    with pytest.raises(InputError, match=message):
-        seeds.main([f"{tmp_path}/0", f"{tmp_path}/1"])
-    with pytest.raises(InputError, match="folders"):
-        seeds.main([])

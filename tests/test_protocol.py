@@ -210,16 +210,38 @@ def test_the_speedrun(shell):
     assert code == 0 and not errors
     folders = [flag_value(flags, "out_dir") for _, *flags in commands]
     losses = ["dpo", "ipo", "p-dpo", "d-dpo", "dp-dpo", "e-dpo"]
-    assert folders == [f"my out/{name}" for name in ("sft", "rm", "rms", *losses)] + ["my out"]
+    trained = ["sft", "rm", "rms", *losses]
+    assert folders == [f"my out/{name}" for name in (*trained, "report")]
     for script, *flags in commands:
         check_flags(script, flags)
-        assert flags[-2:] == ["--seed=3", "--device=cpu"]
+        assert flags[-2:] == ["--seed=3", "--device=cpu"] and "--resume" not in flags
     assert [flag_value(flags, "loss") for _, *flags in commands[3:-1]] == losses
     assert all("--rho=0.2" in flags for _, *flags in commands[1:-1])
     assert commands[-1][4:10] == [f"my out/{loss}" for loss in PAPER]
     assert "--rms=my out/rm,my out/rms" in commands[-1]
-    _, _, commands = shell("speedrun.sh")
-    assert flag_value(commands[0], "out_dir") == "out/speedrun/sft"
+
+
+def test_the_speedrun_fills_the_folders_that_the_scripts_read(shell, tmp_path):
+    """Its folders are the scripts' defaults; what an earlier speedrun left there is gone on with,
+    member by member of the family, and nothing else is."""
+    for state in ("out/sft/state.pt", "out/rms/0.4/state.pt"):
+        (tmp_path / "a copy" / state).parent.mkdir(parents=True)
+        (tmp_path / "a copy" / state).touch()
+    code, errors, commands = shell("speedrun.sh")
+    assert code == 0 and not errors
+    folders = [flag_value(flags, "out_dir") for _, *flags in commands]
+    assert folders[:4] == ["out/sft", "out/rm", "out/rms", "out/dpo"]
+    resumed = [flag_value(flags, "out_dir") for _, *flags in commands if "--resume" in flags]
+    assert resumed == ["out/sft", "out/rms"]
+
+
+def test_the_speedrun_says_how_to_start_afresh(shell, tmp_path):
+    """Where a command stops, it stops too, with the command's exit code."""
+    python = tmp_path / "a copy" / ".venv" / "bin" / "python"
+    python.write_text("#!/bin/sh\nexit 2\n")
+    code, errors, _ = shell("speedrun.sh")
+    assert code == 2 and errors.count("\n") == 1
+    assert "out/sft" in errors and "To start afresh, remove out, or name another folder" in errors
 
 
 @pytest.mark.parametrize("flags", [

@@ -251,8 +251,7 @@ CASES = [       # script, flags, what the line has to say
     ("figure2", "--sft=nowhere --results=new", "nowhere"),
     ("figure2", "--rhos=2 --results=new", "--rhos: invalid list"),
     ("ablations", "--sft=nowhere --results=new", "nowhere"),
-    ("degeneracy", "--sft=nowhere --results=new", "nowhere"),
-    ("sweep", "--sft=nowhere --out_dir=new", "nowhere")]
+    ("degeneracy", "--sft=nowhere --results=new", "nowhere")]
 
 
 @pytest.mark.parametrize("script, flags, message", CASES, ids=[f"{c[0]} {c[1]}" for c in CASES])
