@@ -13,7 +13,7 @@ from support.flags import InputError
 from support.formats import load_rows
 from support.sources import in_a_line, name_and_split, open_hub
 
-WARNED = set()  # warnings that were printed
+SAID = set()    # lines that are not to be printed again
 LAYOUT = 5      # raise it when the arrays below, or what is read into them, change
 SPLITS = np.array(["validation"] * 26 + ["test"] * 26 + ["train"] * 204)    # about 10, 10 and 80%
 
@@ -105,13 +105,14 @@ def tokenised_file(data, tokenizer, demonstrations=False, skip_bad_rows=False):
 
 
 def say(data, messages):
-    """Prints messages about a data set; warnings once, although a run reads each of its parts."""
+    """Prints messages about a data set; warnings, and what is read of it, once, although a run
+    reads it again for each of its parts."""
     for message in messages:
         line = f"{data}: {message}"
-        if line not in WARNED:
+        if line not in SAID:
             print(line)
-        if message.startswith("warning: "):
-            WARNED.add(line)
+        if message.startswith(("warning: ", "reads ", "columns ")):
+            SAID.add(line)
 
 
 def hash_content(path):
