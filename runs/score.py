@@ -18,10 +18,19 @@ from data import Dataset, get_tokenizer
 from reward import RewardModel
 from support.device import setup, shape_multiple
 from support.files import replacing
-from support.flags import InputError, Parser, check_out_dir, device_flags, run_script, skip_flag
+from support.flags import (
+    InputError,
+    Parser,
+    check_out_dir,
+    device_flags,
+    run_script,
+    skip_flag,
+    split_flag,
+)
 from support.formats import load_rows
 from support.passes import score
 from support.run_folder import family_folders, run_flags
+from support.sources import join_split
 from support.tokenizer import check_vocabulary
 from support.tokens import encode, fit
 
@@ -29,13 +38,15 @@ from support.tokens import encode, fit
 def parse_flags(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--data", required=True, help="preferences: a file or a hub name")
+    add("--data", required=True, help="preferences: a file, a folder or a hub name")
+    split_flag(parser)
     skip_flag(parser)
     add("--rewards", default="out/rms", help="reward models, or folders of families, "
         "comma-separated")
     add("--out", default="out/scored.jsonl", help="the file to write")
     device_flags(parser)
     args = parser.parse_args(argv)
+    join_split(args)
     args.seed = 0
     if os.path.isdir(args.out) or not args.out.endswith(".jsonl"):
         raise InputError(f"--out: {args.out!r} is not the name of a .jsonl file")

@@ -12,7 +12,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 
 from data import Dataset, get_tokenizer, longer
-from support.flags import Parser, positive_int, run_script, skip_flag
+from support.flags import Parser, positive_int, run_script, skip_flag, split_flag
+from support.sources import join_split
 from support.tokens import select, tokenised_file
 
 PLAIN, *COLOURS = [f"\033[{code}m" for code in (0, 32, 31, 34, 35)]     # green, red, blue, purple
@@ -21,14 +22,18 @@ PLAIN, *COLOURS = [f"\033[{code}m" for code in (0, 32, 31, 34, 35)]     # green,
 def parse_flags(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--data", required=True, help="a JSONL, JSON, CSV or Parquet file, or a hub name")
+    add("--data", required=True, help="a JSONL, JSON, CSV or Parquet file, a folder of them, or a "
+        "hub name")
     add("--sft", action="store_true", help="read demonstrations (prompt, completion), as "
         "--loss=sft does")
+    split_flag(parser)
     skip_flag(parser)
     add("--tokenizer", default="gpt2", help="tinytldr, or a name that tiktoken knows")
     add("--block_size", type=positive_int, default=1024, help="longest prompt + response, in "
         "tokens")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    join_split(args)
+    return args
 
 
 def show_batch(batch, tokenizer):

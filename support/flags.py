@@ -127,6 +127,20 @@ def skip_flag(parser):
                         "rows of --data in which something is wrong, and say which")
 
 
+def split_flag(parser):
+    parser.add_argument("--split", help="of --data, if it is a folder or a hub data set with "
+                        "several, such as train_prefs (or a+b); --data=NAME:SPLIT says the same")
+
+
+def held_out_split(text):
+    """--split of the scripts that answer held-out prompts: validation or test."""
+    if text not in ("validation", "test"):
+        raise argparse.ArgumentTypeError(
+            f"invalid choice: {text!r} (choose from validation, test: what the training scripts "
+            f"hold out of --data); a split of the data set itself is --data=NAME:{text}")
+    return text
+
+
 def sampling_flags(parser):
     parser.add_argument("--max_new_tokens", type=positive_int, default=64, help="longest sample")
     parser.add_argument("--temperature", type=temperature, default=1.0,
@@ -146,7 +160,8 @@ def comparison_flags(argv, doc):
     add("--relabel", help="run folder of a reward model that relabels the pairs for --rms")
     add("--data", default="tinytldr", help="where the held-out prompts and pairs come from")
     skip_flag(parser)
-    add("--split", default="test", choices=["validation", "test"])
+    add("--split", default="test", type=held_out_split, metavar="{validation,test}",
+        help="which of the held-out prompts (a split of the data set itself: --data=NAME:SPLIT)")
     add("--out_dir", default="out/report", help="where report.md, results.json and figures go")
     add("--n_prompts", type=up_to_30000, default=1000, help="held-out prompts, at most")
     add("--show", type=not_negative_int, default=5, help="prompts whose samples are printed")
@@ -183,7 +198,8 @@ def talk_flags(argv, doc):
     source.add_argument("--data", help="answer held-out prompts: of tinytldr, of a file of "
                         "preferences or demonstrations, or of a hub name")
     skip_flag(parser)
-    add("--split", choices=["validation", "test"], help="of --data (default: test)")
+    add("--split", type=held_out_split, metavar="{validation,test}", help="which of the held-out "
+        "prompts (default: test; a split of the data set itself: --data=NAME:SPLIT)")
     add("--n_prompts", type=positive_int, help="held-out prompts, at most (default: 5)")
     add("--chat", action="store_true", help="a prompt is what a person says in a dialogue, which "
         "each policy remembers as far as it has room")

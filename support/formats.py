@@ -10,7 +10,7 @@ rewards came with it. What a record may look like, in TRL's column names where i
     prompt, responses           K of them, the best first; or in the order of `ranks` (1 is best);
                                 or of `scores` (as above)
     prompt, completion          a demonstration, for supervised fine-tuning; but not if `label` is
-                                false
+                                false (or 0, no, undesirable, ...)
     messages                    a dialogue: each turn of the assistant is a demonstration
 
 A prompt or a response is text or a list of chat messages, [{"role": "user", "content": "Hi"}, ...]
@@ -19,7 +19,7 @@ A prompt or a response is text or a list of chat messages, [{"role": "user", "co
 
 JSON, CSV and Parquet files are read here, a part at a time, and nothing of them is kept: what is
 trained on is what is in the file now. (`datasets` would keep a copy, named by path and time, and
-guess types: it is asked for the hub alone, and which files of a folder are to train on.)
+guess types: it is asked for the hub alone.)
 """
 import contextlib
 import csv
@@ -34,8 +34,9 @@ import zlib
 from itertools import takewhile
 
 from support.flags import InputError
+from support.oddities import Oddities, is_false
+from support.sources import ENDINGS, folder_files, in_a_line, name_and_split, open_hub
 
-ENDINGS = ("jsonl", "json", "csv", "parquet")       # of files; all but Parquet also with .gz
 PREFERENCES = (("chosen", "rejected"), ("prompt", "responses"))     # columns needed, either or
 DEMONSTRATIONS = (("prompt", "completion"), ("messages",), *PREFERENCES)
 PART = 2 ** 20          # characters of JSON that are read in one go, or more for a longer record
@@ -132,7 +133,7 @@ def parse_rows(record, demonstrations):
         raise ValueError(f"needs columns {wanted}; has {', '.join(map(str, record)) or 'none'}")
     if not demonstrations:
         return [parse_row(record, False)]
-    if "completion" in record and str(record.get("label")).lower() in ("false", "0", "0.0"):
+    if "completion" in record and is_false(record.get("label")):
         return []
     row = parse_row(prompt_and_completion(record), True)
     return [{"prompt": prompt, "responses": [response]}
@@ -272,12 +273,13 @@ def is_list_of_numbers(values, n):
 
 
 def load_rows(data, demonstrations=False, skip_bad_rows=False, hub=None, say=print):
-    """Yields the rows of a file, folder or hub data set; for demonstrations, preferences serve too
-    (their chosen responses). Other columns are ignored. InputError names the file and its bad rows;
-    with skip_bad_rows these are left out. hub: what `open_hub` gave, if it has been called. say: is
-    called with what was left out."""
+    """Yields the rows of a file, folder or hub data set, "name" or "name:split"; for
+    demonstrations, preferences serve too (their chosen responses). InputError names the file and
+    its bad rows; with skip_bad_rows these are left out. hub: what `open_hub` gave, if it has been
+    called. say: is called with what is read, what was left out, and what looks like a mistake."""
     bad, sizes, n_rows, unwanted = [], {}, 0, 0
-    for number, record in read_records(data, hub):
+    oddities = Oddities(demonstrations)
+    for number, record in read_records(data, hub, say):
         try:
             rows = parse_rows(record, demonstrations)
             for row in rows:
@@ -287,15 +289,20 @@ def load_rows(data, demonstrations=False, skip_bad_rows=False, hub=None, say=pri
             continue
         unwanted += not rows
         n_rows += len(rows)
+        oddities.count(record, rows)
         if skip_bad_rows or not bad:
             yield from rows
     if bad and not (skip_bad_rows and n_rows):
         advice = "; --skip_bad_rows leaves them out" if n_rows else ""
+        if not n_rows and bad[0][1].startswith("needs columns"):
+            advice = "; docs/layouts.md converts the layouts of well-known data sets"
         raise InputError(f"--data: {data}: {describe(bad)}{advice}")
     if bad:
         say(f"{len(bad)} bad row{'s' if len(bad) > 1 else ''} skipped: {describe(bad)}")
     if unwanted:
         say(f"{unwanted} demonstrations left out, as their label is false")
+    for message in oddities.messages():
+        say(message)
     if not n_rows:
         raise InputError(f"--data: {data}: the file has no rows")
 
@@ -329,19 +336,26 @@ def describe(bad, most=5):
     return "; ".join(parts)
 
 
-def read_records(data, hub=None):
+def read_records(data, hub=None, say=print):
     """Yields (row number, record) of a JSONL, JSON, CSV or Parquet file (text also gzipped), of the
-    files of a folder that are to train on, or of a hub data set. In place of a record that can't be
-    read stands the ValueError that says why. InputError if the rest can't be read either."""
+    files of one split of a folder, or of a hub data set; say: is called with the files or the split
+    that are read. In place of a record that can't be read stands the ValueError that says why.
+    InputError if the rest can't be read either."""
     try:
-        if os.path.isfile(data):
-            yield from read_file(data)
-        elif os.path.isdir(data):
-            for path in training_files(data):
-                for number, record in read_file(path):
-                    yield f"{number} of {os.path.basename(path)}", record
+        source, split = name_and_split(data)
+        if os.path.isfile(source):
+            yield from read_file(source)
+        elif os.path.isdir(source):
+            for file in folder_files(source, split, say):
+                for number, record in read_file(os.path.join(source, file)):
+                    yield f"{number} of {file}", record
         else:
-            batches = (hub or open_hub(data)).iter(1000)        # {name: list of values}
+            hub = hub or open_hub(data)
+            if hub.split:
+                others = [name for name in hub.info.splits or () if name != str(hub.split)]
+                not_read = f"; not read: {', '.join(others)}" if others else ""
+                say(f"reads the split {hub.split}{not_read}")
+            batches = hub.iter(1000)        # {name: list of values}
             records = (dict(zip(batch, values)) for batch in batches
                        for values in zip(*batch.values()))
             yield from enumerate(records, 1)
@@ -351,10 +365,6 @@ def read_records(data, hub=None):
         raise InputError(f"--data: {data}: not a whole gzip file: {error}") from error
     except Exception as error:     # pyarrow and datasets raise whatever their readers do
         raise InputError(f"--data: {data}: {in_a_line(error)}") from error
-
-
-def in_a_line(error):
-    return " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__
 
 
 def read_file(path):
@@ -438,34 +448,3 @@ def parquet_records(path):
     import pyarrow.parquet  # comes with datasets
     for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
         yield from batch.to_pylist()
-
-
-def quiet_datasets():
-    import datasets  # here, so that the rest runs where it is not installed
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL + 1)   # we report its troubles
-    return datasets
-
-
-def training_files(folder):
-    """The files of the `train` split of a folder: a copy of what is on the hub, or one like it."""
-    builder = quiet_datasets().load_dataset_builder(folder)
-    files = (builder.config.data_files or {}).get("train")
-    if not files:
-        raise InputError(f"--data: {folder}: no files of a train split")
-    return files
-
-
-def open_hub(data):
-    """A datasets.Dataset of the `train` split of a data set on the hub: owner/name, or
-    owner/name/folder for the files in one folder of it. InputError says what is wrong."""
-    suffix = data.removesuffix(".gz").rsplit(".", 1)[-1]
-    if suffix in ENDINGS or data.startswith((".", "/", "~")) or data.count("/") > 2 or not data:
-        raise InputError(f"--data: {data}: no such file")
-    owner_name, folder = "/".join(data.split("/")[:2]), data.split("/")[2:]
-    try:
-        return quiet_datasets().load_dataset(owner_name, data_dir=folder[0] if folder else None,
-                                             split="train")
-    except Exception as error:     # it raises whatever its readers do
-        raise InputError(f"--data: {data}: no such file or folder; and as a data set of the hub: "
-                         f"{in_a_line(error)}") from error

@@ -10,9 +10,11 @@ import numpy as np
 from support.cache import key
 from support.files import replacing
 from support.flags import InputError
-from support.formats import in_a_line, load_rows, open_hub
+from support.formats import load_rows
+from support.sources import in_a_line, name_and_split, open_hub
 
-LAYOUT = 4      # raise it when the arrays below, or what is read into them, change
+SAID = set()    # lines that are not to be printed again
+LAYOUT = 5      # raise it when the arrays below, or what is read into them, change
 SPLITS = np.array(["validation"] * 26 + ["test"] * 26 + ["train"] * 204)    # about 10, 10 and 80%
 
 
@@ -75,10 +77,11 @@ def tokenised_file(data, tokenizer, demonstrations=False, skip_bad_rows=False):
     except OSError as error:
         raise InputError(f"NANOPREF_CACHE: the folder {folder!r} can't be made: {error.strerror}"
                          ) from error
-    hub = None if os.path.exists(data) else open_hub(data)
-    content = hash_content(data) if hub is None else hub._fingerprint
+    source, split = name_and_split(data)
+    hub = None if os.path.exists(source) else open_hub(data)
+    content = hash_content(source) if hub is None else hub._fingerprint
     words = b"\0".join(tokenizer.token_byte_values())
-    name = key(LAYOUT, content, tokenizer.name, tokenizer.n_vocab, tokenizer._pat_str, words,
+    name = key(LAYOUT, content, split, tokenizer.name, tokenizer.n_vocab, tokenizer._pat_str, words,
                demonstrations, bool(skip_bad_rows))
     path = os.path.join(folder, name + ".npz")
     if os.path.exists(path):
@@ -87,20 +90,29 @@ def tokenised_file(data, tokenizer, demonstrations=False, skip_bad_rows=False):
         except Exception as error:      # numpy and zipfile raise many kinds
             print(f"{path}: damaged, so it is made anew ({in_a_line(error)})")
         else:
-            for message in (f"tokens from {path}", *left_out):
-                print(f"{data}: {message}")
+            say(data, [f"tokens from {path}", *left_out])
             return arrays
     left_out = []       # messages about rows that are
     rows = load_rows(data, demonstrations, skip_bad_rows, hub, left_out.append)
     arrays = encode(rows, tokenizer)
-    if hub is None and hash_content(data) != content:
+    if hub is None and hash_content(source) != content:
         raise InputError(f"--data: {data}: it changed while it was read; start again when it is "
                          "complete")
-    for message in left_out:
-        print(f"{data}: {message}")
+    say(data, left_out)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays, left_out=left_out)
     return arrays
+
+
+def say(data, messages):
+    """Prints messages about a data set; warnings, and what is read of it, once, although a run
+    reads it again for each of its parts."""
+    for message in messages:
+        line = f"{data}: {message}"
+        if line not in SAID:
+            print(line)
+        if message.startswith(("warning: ", "reads ", "columns ")):
+            SAID.add(line)
 
 
 def hash_content(path):

@@ -19,10 +19,12 @@ from support.flags import (
     resolve,
     seed,
     skip_flag,
+    split_flag,
 )
 from support.folders import check_free, check_unused
 from support.logs import log_package
 from support.run_folder import family_to_train, run_flags
+from support.sources import join_split, name_and_split
 
 SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 128}      # of a model from scratch
 SFT_LR, POLICY_LR, REWARD_LR = 4e-3, 2e-4, 5e-4         # of small models
@@ -96,6 +98,7 @@ def policy_flags(argv, doc, losses):
     if args.min_per == "batch" and args.micro_batch_size < args.batch_size:
         raise InputError("--min_per=batch: one minimum per batch needs the whole batch in one "
                          "pass; leave --micro_batch_size out")
+    join_split(args)
     check_folders_and_tokenizer(args, rewards=args.rewards,
                                 select=args.select if judged and args.select != "oracle" else None)
     return args
@@ -121,6 +124,7 @@ def reward_flags(argv, doc):
                          "run of --loss=sft")
     if args.bias and len(set(args.bias)) < len(args.bias):
         raise InputError("--bias: the members of a family differ in their bias; one is named twice")
+    join_split(args)
     check_folders_and_tokenizer(args)
     return args
 
@@ -130,7 +134,9 @@ def training_flags(doc, lr):
     --help says of its default."""
     parser = Parser(doc)
     add = parser.add_argument
-    add("--data", default="tinytldr", help="tinytldr, a JSONL/JSON/CSV/Parquet file, or a hub name")
+    add("--data", default="tinytldr", help="tinytldr, a JSONL/JSON/CSV/Parquet file, a folder of "
+        "them, or a hub name")
+    split_flag(parser)
     skip_flag(parser)
     add("--out_dir", help="the run folder")
     add("--init_from", help="a run folder, a Hugging Face GPT-2 folder or hub name, or scratch")
@@ -200,6 +206,7 @@ def preference_data_flags(args, used=True):
         "label_temperature": (used and tiny, 0.0, what),
         "relabel": (used, None, what),
         "skip_bad_rows": (not tiny, None, "--data of your own"),
+        "split": (not tiny, None, "--data of your own"),
     }
 
 
@@ -209,7 +216,8 @@ def check_folders_and_tokenizer(args, **inputs):
     if args.log is not None:
         log_package(args.log)
     start = None if args.init_from == "scratch" else args.init_from
-    check_out_dir(args.out_dir, {"init_from": start, "relabel": args.relabel, "data": args.data,
+    folder, _ = name_and_split(args.data)
+    check_out_dir(args.out_dir, {"init_from": start, "relabel": args.relabel, "data": folder,
                                  **inputs})
     if args.resume and args.overwrite:
         raise InputError("--overwrite: it would be ignored: --resume goes on with what is there")

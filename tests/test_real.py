@@ -87,3 +87,15 @@ def test_biased_subset_of_real_pairs(hub_cache, gpt2):
     lengths = Dataset(*select(arrays, 1024)).response_lengths()
     subset = biased_subset(lengths, 0.2)
     assert np.mean(longer(lengths[subset]) == 1) == pytest.approx(0.2, abs=0.01)
+
+
+@pytest.mark.parametrize("name, demonstrations", [("tldr_preference", False), ("tldr_sft", True),
+                                                  ("hh_helpful-base", False)])
+def test_nothing_looks_odd_in_good_data(name, demonstrations):
+    """The only thing said is the column of TL;DR that is not read."""
+    said = []
+    path = os.path.join(FOLDER, f"{name}.jsonl.gz")
+    for _ in load_rows(path, demonstrations, say=said.append):
+        pass
+    unread = ["columns that are not read: 'confidence'"] if name == "tldr_preference" else []
+    assert said == unread
