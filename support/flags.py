@@ -18,7 +18,8 @@ def run_script(main):
         stream.reconfigure(errors="replace")        # a terminal may know ASCII alone
     signal.signal(signal.SIGTERM, _exit_on_signal)  # which cleans up, unlike dying of it
     try:
-        main()
+        with lost_processes():
+            main()
         sys.stdout.flush()
     except InputError as error:
         _say_and_exit(f"{name}: error: {error}", 2)
@@ -36,6 +37,26 @@ def _exit_on_signal(number, frame):
 def _say_and_exit(line, code):
     print(line, file=sys.stderr)
     sys.exit(code)
+
+
+OTHERS_ENDED = ("another of torchrun's processes was killed, was stopped or met an error (printed "
+                "above), and this one ends with it; the same command with --resume continues a "
+                "training run from its last saved state")
+CONNECTION_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",  # gloo
+                   "remote process exited")                                                 # NCCL
+
+
+@contextlib.contextmanager
+def lost_processes():
+    """Turns what torch raises when another of torchrun's processes is gone into an InputError.
+    (torch has no type of its own for it, and it may come out of a forward or a backward pass.)"""
+    try:
+        yield
+    except RuntimeError as error:
+        if any(text in str(error) for text in CONNECTION_LOST):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)       # torchrun's, which says no more
+            raise InputError(OTHERS_ENDED) from error
+        raise
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@ import os
 import re
 
 from support.flags import InputError
+from support.processes import starts_as_first
 
 try:
     import fcntl
@@ -34,8 +35,8 @@ def check_free(folder, resume=False, overwrite=False):
 def check_unused(folder):
     """InputError if another process writes to this folder. (Of several that torchrun has started,
     the first one writes, so that only it looks.)"""
-    path, first = os.path.join(folder, LOCK), os.environ.get("RANK", "0") == "0"
-    if first and os.path.realpath(folder) not in claimed and os.path.exists(path):
+    path = os.path.join(folder, LOCK)
+    if starts_as_first() and os.path.realpath(folder) not in claimed and os.path.exists(path):
         with open(path, "rb") as file:
             lock(file, folder, shared=True)
 

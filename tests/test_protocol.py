@@ -1,6 +1,7 @@
 """The drivers of whole experiments: which commands they run, with the scripts themselves replaced:
 runs/protocol.py, and the shell scripts."""
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -189,7 +190,7 @@ def shell(tmp_path):
     python.write_text('#!/bin/sh\nprintf "%s\\t" "$@" >> "$LOG"; echo >> "$LOG"\n')
     python.chmod(0o755)
     installed = ""
-    for name in ("requirements.txt", "requirements-dev.txt"):
+    for name in ("requirements.txt", "requirements-dev.txt", "constraints.txt"):
         shutil.copy(ROOT / name, repository)
         installed += (ROOT / name).read_text()
     (repository / ".venv" / "installed.txt").write_text(installed)
@@ -270,6 +271,63 @@ def test_the_paper_s_settings(shell, script, wanted):
         wanted = {**wanted, **given}
         assert {name: args[name] for name in wanted} == wanted
         assert args["losses"] == PAPER and args["steps"] == 10_000
+
+
+def test_an_environment_is_made_once_for_the_same_requirements(tmp_path):
+    """With the tested versions; again when any of its files changes, and after a failure."""
+    repository, log, python = tmp_path / "a copy", tmp_path / "log", tmp_path / "python"
+    (repository / "runs").mkdir(parents=True)
+    shutil.copy(ROOT / "runs/venv.sh", repository / "runs")
+    files = ["requirements.txt", "requirements-dev.txt", "constraints.txt", "own.txt"]
+    for name in files:
+        (repository / name).write_text(f"{name}\n")
+    python.write_text(f"""#!/bin/sh
+if [ "$2" = venv ]; then mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; fi
+if [ "$2" = pip ]; then echo "$@" >> '{log}'; exit $FAIL; fi
+""")
+    python.chmod(0o755)
+
+    def installed(*names, fail=0):
+        """What pip is called with, or None."""
+        log.write_text("")
+        variables = {**os.environ, "PYTHON": str(python), "FAIL": str(fail)}
+        done = subprocess.run(["bash", "-euc", 'source runs/venv.sh "$@"', "test.sh", *names],
+                              cwd=repository, env=variables)
+        assert done.returncode == fail
+        return log.read_text().split()[5:] or None
+
+    names, wanted = (".venv", "requirements-dev.txt"), ["-r", "requirements-dev.txt", "-c"]
+    assert installed(*names, fail=1) == [*wanted, "constraints.txt"]
+    assert installed(*names) == [*wanted, "constraints.txt"]
+    assert installed(*names) is None
+    for name in files[:3]:
+        (repository / name).write_text("changed\n")
+        assert installed(*names) == [*wanted, "constraints.txt"]
+        assert installed(*names) is None
+    assert installed(".venv-xla", "requirements-dev.txt", "own.txt") == [*wanted, "own.txt"]
+
+
+def test_requirements_leave_alone_what_is_there():
+    """Lower bounds alone, without pytest and linters; each has a tested version, as have the tools
+    of the other files."""
+    bounds = {}
+    for name in ("requirements.txt", "requirements-dev.txt", "requirements-parity.txt"):
+        for line in (ROOT / name).read_text().splitlines():
+            requirement = line.partition("#")[0].strip()
+            if requirement and not requirement.startswith("-r "):
+                package, bound = re.fullmatch(r"([\w-]+)(?:>=([\d.]+))?", requirement).groups()
+                bounds[package] = bound or "0"
+        if name == "requirements.txt":
+            assert bounds["torch"] == "2.6" and "pytest" not in bounds
+    pins = (ROOT / "constraints.txt").read_text()
+    tested = dict(re.findall(r"^([\w-]+)==([\d.]+)", pins, re.M))
+    assert set(tested) == set(bounds)
+    for package, bound in bounds.items():
+        assert numbers(tested[package]) >= numbers(bound)
+
+
+def numbers(version):
+    return [int(part) for part in version.split(".")]
 
 
 def test_pytest_gets_the_flags_of_test_sh(shell):

@@ -1,5 +1,5 @@
 """Real files, where there are some: NANOPREF_DATA names a folder with TL;DR and HH comparisons (and
-tiktoken's cache)."""
+tiktoken's cache, unless TIKTOKEN_CACHE_DIR names another)."""
 import json
 import os
 import re
@@ -12,14 +12,17 @@ from support.formats import load_rows
 from support.tokens import SPLITS, encode, select, tokenised_file
 
 FOLDER = os.environ.get("NANOPREF_DATA", "")
-pytestmark = pytest.mark.skipif(not os.path.isdir(FOLDER),
-                                reason="NANOPREF_DATA names no folder with real data")
+pytestmark = [pytest.mark.real_data,
+              pytest.mark.skipif(not os.path.isdir(FOLDER),
+                                 reason="NANOPREF_DATA names no folder with real data")]
 
 
 @pytest.fixture(scope="module")
 def gpt2():
-    os.environ.setdefault("TIKTOKEN_CACHE_DIR", os.path.join(FOLDER, "tiktoken_cache"))
-    return get_tokenizer("gpt2")
+    with pytest.MonkeyPatch.context() as patch:
+        if not os.environ["TIKTOKEN_CACHE_DIR"]:
+            patch.setenv("TIKTOKEN_CACHE_DIR", os.path.join(FOLDER, "tiktoken_cache"))
+        return get_tokenizer("gpt2")
 
 
 @pytest.mark.parametrize("name, demonstrations, n", [("tldr_preference", False, 759),

@@ -92,6 +92,9 @@ def workshop(world, tmp_path_factory):
     torch.save({"a": Path("code")}, root / "pickled/pytorch_model.bin")
     small = GPT(GPTConfig(block_size=64, vocab_size=256, n_layer=1, n_head=1, n_embd=8))
     small.save_pretrained(root / "small")
+    config = json.loads((root / "small/config.json").read_text())
+    config["nanopref"] = {"tokenizer": "tinytldr"}      # else GPT-2's, which would be downloaded
+    (root / "small/config.json").write_text(json.dumps(config))
     return root
 
 
