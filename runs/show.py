@@ -25,7 +25,8 @@ def parse_flags(argv):
     add("--sft", action="store_true", help="read demonstrations (prompt, completion), as "
         "--loss=sft does")
     skip_flag(parser)
-    add("--tokenizer", default="gpt2", help="tinytldr, or a name that tiktoken knows")
+    add("--tokenizer", default="gpt2", help="tinytldr, a name that tiktoken knows, or "
+        "the folder of a model with its own")
     add("--block_size", type=positive_int, default=1024, help="longest prompt + response, in "
         "tokens")
     return parser.parse_args(argv)

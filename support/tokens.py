@@ -11,6 +11,7 @@ from support.cache import key
 from support.files import replacing
 from support.flags import InputError
 from support.formats import in_a_line, load_rows, open_hub
+from support.tokenizer import fingerprint
 
 LAYOUT = 4      # raise it when the arrays below, or what is read into them, change
 SPLITS = np.array(["validation"] * 26 + ["test"] * 26 + ["train"] * 204)    # about 10, 10 and 80%
@@ -77,9 +78,7 @@ def tokenised_file(data, tokenizer, demonstrations=False, skip_bad_rows=False):
                          ) from error
     hub = None if os.path.exists(data) else open_hub(data)
     content = hash_content(data) if hub is None else hub._fingerprint
-    words = b"\0".join(tokenizer.token_byte_values())
-    name = key(LAYOUT, content, tokenizer.name, tokenizer.n_vocab, tokenizer._pat_str, words,
-               demonstrations, bool(skip_bad_rows))
+    name = key(LAYOUT, content, *fingerprint(tokenizer), demonstrations, bool(skip_bad_rows))
     path = os.path.join(folder, name + ".npz")
     if os.path.exists(path):
         try:

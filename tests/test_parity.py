@@ -162,6 +162,30 @@ def test_tokenizer_out(tmp_path, encoding):
         assert theirs.decode(ids) == text
 
 
+@pytest.mark.parametrize("kind", ["tokenizer.json", "vocab.json"])
+def test_tokenizer_in(tmp_path, kind):
+    """A model's own tokenizer, as AutoTokenizer reads it, and as it reads the copy next to what is
+    trained: the same tokens for all kinds of text, but that a special token in it is text here."""
+    trained = tokenizers.ByteLevelBPETokenizer()
+    trained.train_from_iterator(all_kinds_of_text(), 700, special_tokens=["<pad>", "<|endoftext|>"])
+    if kind == "vocab.json":
+        trained.save_model(str(tmp_path))
+    else:
+        trained.save(str(tmp_path / kind))
+    settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours = get_tokenizer(str(tmp_path))
+    save_tokenizer(tmp_path / "copy", ours, 4096)
+    for folder in (tmp_path, tmp_path / "copy"):
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        assert theirs.eos_token_id == ours.eot_token == 1
+        for text in all_kinds_of_text():
+            ids = ours.encode_ordinary(text)
+            assert ours.decode(ids) == text and 1 not in ids
+            if "<|endoftext|>" not in text:
+                assert theirs.encode(text) == ids
+
+
 def test_a_run_folder_in_a_pipeline(world):
     """What transformers' pipelines make of run folders: the policy's greedy reply, and the reward
     model's reward."""
