@@ -15,7 +15,7 @@ import torch
 import tinytldr
 from support.device import round_up
 from support.flags import InputError
-from support.tokenizer import tiktoken_encoding
+from support.tokenizer import read_tokenizer
 from support.tokens import encode, example_lengths, reorder, select, select_file, take_rows
 
 # ------ the tree batch
@@ -288,8 +288,9 @@ def relabel(dataset, rewards):
 # ------ text to tokens to data sets
 
 def get_tokenizer(name):
-    """A tiktoken.Encoding: "tinytldr" is built here, any other name is tiktoken's ("gpt2")."""
-    return tinytldr.tokenizer() if name == "tinytldr" else tiktoken_encoding(name)
+    """A tokenizer: "tinytldr" is built here, other words are tiktoken's ("gpt2"), and a name that
+    ends in "/" is the folder of a model that has its own."""
+    return tinytldr.tokenizer() if name == "tinytldr" else read_tokenizer(name)
 
 
 def demonstrations(data, split, tokenizer, block_size, seed=0, skip_bad_rows=False):

@@ -20,8 +20,8 @@ from support.flags import comparison_flags, naming, run_script
 from support.passes import sample, score, to_text, with_room
 from support.prompts import held_out_prompts
 from support.report import accuracy_table, write_report
-from support.run_folder import check_same_tokens, run_flags, run_names
-from support.tokenizer import check_vocabulary
+from support.run_folder import run_names
+from support.tokenizer import check_same_tokens, check_vocabulary, own_tokenizer
 
 
 def interval(differences):
@@ -73,14 +73,13 @@ def main(argv=None):
     device, autocast = setup(args)
     with naming("--ref"):
         ref = GPT.from_pretrained(args.ref).to(device)
-    args.tokenizer = run_flags(args.ref).get("tokenizer", "gpt2")
-    tokenizer = get_tokenizer(args.tokenizer)
+    tokenizer = get_tokenizer(own_tokenizer(args.ref, args.data))
     check_vocabulary(ref, tokenizer, "--ref")
     policies = {}
     for name, folder in run_names(args.policies).items():
         policies[name] = GPT.from_pretrained(folder)
-        check_same_tokens(folder, folder, policies[name].config, ref.config, args.tokenizer)
-    loading = (ref, args.tokenizer, device)
+        check_same_tokens(folder, folder, policies[name].config, ref.config, tokenizer)
+    loading = (ref, tokenizer, device)
     reward_models = load_reward_models(args.rms, "--rms", *loading)
     oracle_models = load_reward_models(args.oracle, "--oracle", *loading)
     labellers = load_reward_models(args.relabel, "--relabel", *loading)

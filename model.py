@@ -32,6 +32,7 @@ class GPTConfig:
     n_embd: int = 768
     tie_word_embeddings: bool = True    # the output head shares the token embedding's weights
     reward_head: str = "last"           # of a reward model: at the last token, or "sum"
+    gelu: str = "tanh"                  # GPT-2's approximation, or "none": exact, as in nanoGPT
 
 
 class Attention(nn.Module):
@@ -75,9 +76,10 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.gelu = config.gelu
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu))
 
 
 class Block(nn.Module):

@@ -18,8 +18,9 @@ from support.checkpoint import load_tensors, read_checkpoint, write_checkpoint
 from support.device import shape_multiple
 from support.flags import naming
 from support.passes import score
-from support.run_folder import check_same_tokens, models_named
+from support.run_folder import models_named
 from support.sharding import whole
+from support.tokenizer import check_same_tokens
 
 
 class RewardModel(nn.Module):
@@ -74,7 +75,7 @@ class RewardModel(nn.Module):
 
 def load_reward_models(folders, flag, policy, tokenizer, device):
     """{folder: RewardModel} of comma-separated folders, each a run or a family; {} for None.
-    InputError, naming the flag, if one can't read what the policy writes. tokenizer: its name."""
+    tokenizer: the policy's. InputError, naming the flag, if one can't read what that writes."""
     models = {}
     for folder in models_named(folders, flag):
         with naming(flag):
@@ -101,7 +102,7 @@ def training_pairs(args, tokenizer, policy, device, autocast):
     as they come), relabelled by the reward model of --relabel, if there is one. policy: the
     reference, from which TinyTLDR's pairs are sampled."""
     cache = cache_folder(args.init_from, args.out_dir)
-    labellers = load_reward_models(args.relabel, "--relabel", policy, args.tokenizer, device)
+    labellers = load_reward_models(args.relabel, "--relabel", policy, tokenizer, device)
     pairs = []
     for split in ("train", "validation"):
         dataset = preferences(args.data, split, tokenizer, policy, cache, args.pool,

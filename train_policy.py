@@ -48,7 +48,8 @@ def with_columns(dataset, split, policy, tokenizer, reward_models, args, autocas
                          "nor scores, in all its rows")
     if "ref_samples" in needs:
         prompts = [prompt.tolist() for prompt, _ in dataset.examples] * args.kl_samples
-        entry = key(weights, prompts, args.max_new_tokens, args.seed, args.dtype, args.tokenizer)
+        entry = key(weights, prompts, args.max_new_tokens, args.seed, args.dtype, args.tokenizer,
+                    tokenizer.eot_token)
         samples = cached(cache, f"{split}-samples", entry, sample, policy, prompts,
                          args.max_new_tokens, tokenizer.eot_token, seed=[args.seed, 3],
                          autocast=autocast, desc=f"{split} samples")
@@ -147,8 +148,8 @@ def main(argv=None):
         policy = GPT.from_pretrained(args.init_from)
     check_vocabulary(policy, tokenizer, "--tokenizer")
     place(policy, device, args)   # with --fsdp, a part of it
-    reward_models = load_reward_models(args.rewards, "--rewards", policy, args.tokenizer, device)
-    judges = load_reward_models(args.select, "--select", policy, args.tokenizer, device)
+    reward_models = load_reward_models(args.rewards, "--rewards", policy, tokenizer, device)
+    judges = load_reward_models(args.select, "--select", policy, tokenizer, device)
 
     # ---- data: rows to train on, rows to watch, and what is constant about them
     if args.loss == "sft":

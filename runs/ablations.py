@@ -256,7 +256,7 @@ def of_reward_models(folder):
     ref, policy = (GPT.from_pretrained(path).to(device) for path in (args.init_from, folder))
     tokenizer = get_tokenizer(args.tokenizer)
     train, _ = training_pairs(args, tokenizer, ref, device, autocast)
-    models = load_reward_models(args.rewards, "--rewards", ref, args.tokenizer, device)
+    models = load_reward_models(args.rewards, "--rewards", ref, tokenizer, device)
     rewards = family_scores(models, train, args, autocast, "train")                 # (N, 2, M)
     margins = rewards[:, 0] - rewards[:, 1]                                         # (N, M)
     change = score(policy, train) - score(ref, train)                               # (N, 2)

@@ -29,9 +29,9 @@ from support.flags import (
 )
 from support.formats import load_rows
 from support.passes import score
-from support.run_folder import family_folders, run_flags
+from support.run_folder import family_folders
 from support.sources import join_split
-from support.tokenizer import check_vocabulary
+from support.tokenizer import check_same_tokenizer, check_vocabulary, own_tokenizer
 from support.tokens import encode, fit
 
 
@@ -58,11 +58,9 @@ def parse_flags(argv):
 
 def load(folders, device):
     """{folder: RewardModel}, and the tokenizer that all of them read."""
-    names = [run_flags(folder).get("tokenizer", "gpt2") for folder in folders]
-    for folder, name in zip(folders, names):
-        if name != names[0]:
-            raise InputError(f"--rewards: {folders[0]} reads {names[0]} tokens, {folder} {name}")
-    tokenizer = get_tokenizer(names[0])
+    tokenizer = get_tokenizer(own_tokenizer(folders[0]))
+    for folder in folders:
+        check_same_tokenizer(f"--rewards: {folder}", folder, tokenizer)
     models = {folder: RewardModel.from_pretrained(folder).to(device) for folder in folders}
     for folder, model in models.items():
         check_vocabulary(model, tokenizer, f"--rewards: {folder}")

@@ -28,7 +28,8 @@ def parse_flags(argv):
         "--loss=sft does")
     split_flag(parser)
     skip_flag(parser)
-    add("--tokenizer", default="gpt2", help="tinytldr, or a name that tiktoken knows")
+    add("--tokenizer", default="gpt2", help="tinytldr, a name that tiktoken knows, or "
+        "the folder of a model with its own")
     add("--block_size", type=positive_int, default=1024, help="longest prompt + response, in "
         "tokens")
     args = parser.parse_args(argv)

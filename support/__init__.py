@@ -16,7 +16,8 @@
     run_folder.py   the run folder: flags, metrics, state, resuming, the line on the screen
     logs.py         its metrics in tensorboard or wandb
     checkpoint.py   weights in Hugging Face's GPT-2 layout, in and out
-    tokenizer.py    tiktoken encodings, in; Hugging Face's tokenizer.json, out
+    other_kinds.py  weights in other layouts: read, or named as what they are
+    tokenizer.py    tiktoken encodings and models' own tokenizers, in; tokenizer.json, out
     formats.py      rows of text from files and from the hub, in every layout
     tokens.py       rows of text as flat arrays of token ids, kept on disk
     report.py       tables and the evaluation report

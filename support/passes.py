@@ -1,5 +1,4 @@
 """A model over a whole data set, once: scores and samples."""
-import codecs
 import contextlib
 
 import numpy as np
@@ -76,17 +75,20 @@ def stream(policy, name, tokenizer, ids, args):
 
 def stream_reply(policy, tokenizer, ids, args, generator):
     """Prints one reply, each token as it is drawn. Returns its tokens."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")   # a letter may be two tokens
+    drawn, printed = [], ""
 
     def on_token(tokens):
-        if tokens[0] != tokenizer.eot_token and tokens[0] < tokenizer.n_vocab:
-            word = tokenizer.decode_single_token_bytes(tokens[0])
-            print(decoder.decode(word), end="", flush=True)
+        nonlocal printed
+        drawn.append(tokens[0])
+        text = to_text(drawn, tokenizer)
+        if not text.endswith("\ufffd"):     # a letter may be several tokens: wait for all of it
+            print(text[len(printed):], end="", flush=True)
+            printed = text
 
     reply, = policy.generate([ids], args.max_new_tokens, args.temperature, tokenizer.eot_token,
                              generator, on_token=on_token, top_k=args.top_k, top_p=args.top_p)
     ending = "" if reply[-1] == tokenizer.eot_token else " ..."
-    print(decoder.decode(b"", final=True) + ending + "\n")
+    print(to_text(reply, tokenizer)[len(printed):] + ending + "\n")
     return reply
 
 

@@ -299,19 +299,6 @@ def run_flags(folder):
     return flags
 
 
-def check_same_tokens(what, folder, config, policy_config, tokenizer):
-    """InputError if the model in a run folder can't read what the policy writes: another tokenizer,
-    a smaller vocabulary, shorter texts. what: the beginning of the message; config,
-    policy_config: a GPTConfig each; tokenizer: the name of the policy's."""
-    trained_with = run_flags(folder).get("tokenizer", tokenizer)
-    if trained_with != tokenizer:
-        raise InputError(f"{what} reads {trained_with} tokens, the policy {tokenizer} tokens")
-    for name in ("vocab_size", "block_size"):
-        size, needed = getattr(config, name), getattr(policy_config, name)
-        if size < needed:
-            raise InputError(f"{what} has {name} {size}, the policy {needed}")
-
-
 def family_folders(folders, flag="--rewards"):
     """The reward models that `--rewards=A,B` means: each folder is one (it holds a config.json) or
     has one in each of its subfolders. Returns their folders, sorted by name within a family."""

@@ -12,6 +12,7 @@ from support.files import replacing
 from support.flags import InputError
 from support.formats import load_rows
 from support.sources import in_a_line, name_and_split, open_hub
+from support.tokenizer import fingerprint
 
 SAID = set()    # lines that are not to be printed again
 LAYOUT = 5      # raise it when the arrays below, or what is read into them, change
@@ -80,9 +81,7 @@ def tokenised_file(data, tokenizer, demonstrations=False, skip_bad_rows=False):
     source, split = name_and_split(data)
     hub = None if os.path.exists(source) else open_hub(data)
     content = hash_content(source) if hub is None else hub._fingerprint
-    words = b"\0".join(tokenizer.token_byte_values())
-    name = key(LAYOUT, content, split, tokenizer.name, tokenizer.n_vocab, tokenizer._pat_str, words,
-               demonstrations, bool(skip_bad_rows))
+    name = key(LAYOUT, content, split, *fingerprint(tokenizer), demonstrations, bool(skip_bad_rows))
     path = os.path.join(folder, name + ".npz")
     if os.path.exists(path):
         try:

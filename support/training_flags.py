@@ -3,7 +3,7 @@ import argparse
 import contextlib
 import os
 
-from support.checkpoint import read_sizes
+from support.checkpoint import NoModel, read_sizes
 from support.flags import (
     InputError,
     Parser,
@@ -20,11 +20,13 @@ from support.flags import (
     seed,
     skip_flag,
     split_flag,
+    up_to_1000,
 )
 from support.folders import check_free, check_unused
 from support.logs import log_package
-from support.run_folder import family_to_train, run_flags
+from support.run_folder import family_to_train
 from support.sources import join_split, name_and_split
+from support.tokenizer import known_tokenizer, own_tokenizer, tokenizer_name
 
 SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 128}      # of a model from scratch
 SFT_LR, POLICY_LR, REWARD_LR = 4e-3, 2e-4, 5e-4         # of small models
@@ -56,7 +58,8 @@ def policy_flags(argv, doc, losses):
         "the lowest validation loss; or that whose samples for validation prompts earn most, "
         "judged by the oracle (of tinytldr) or by reward models (a folder, as in --rewards)")
     for size, default in SIZES.items():
-        add(f"--{size}", type=positive_int, help=f"of a model from scratch (default: {default})")
+        kind = up_to_1000 if size == "n_layer" else positive_int
+        add(f"--{size}", type=kind, help=f"of a model from scratch (default: {default})")
     add("--block_size", type=positive_int, help="longest prompt + response of a model from "
         "scratch, in tokens (default: 192 on tinytldr, else what 99%% of the rows need, from 192 "
         "to 1024)")
@@ -95,6 +98,8 @@ def policy_flags(argv, doc, losses):
                          "run of --loss=sft")
     if args.n_embd and args.n_embd % args.n_head:
         raise InputError(f"--n_head: {args.n_head} heads do not divide --n_embd={args.n_embd}")
+    if args.init_from == "scratch":
+        check_memory(args)
     if args.min_per == "batch" and args.micro_batch_size < args.batch_size:
         raise InputError("--min_per=batch: one minimum per batch needs the whole batch in one "
                          "pass; leave --micro_batch_size out")
@@ -140,7 +145,8 @@ def training_flags(doc, lr):
     skip_flag(parser)
     add("--out_dir", help="the run folder")
     add("--init_from", help="a run folder, a Hugging Face GPT-2 folder or hub name, or scratch")
-    add("--tokenizer", help="tinytldr, or a name of tiktoken's (default: as --init_from)")
+    add("--tokenizer", help="tinytldr, a name of tiktoken's, or the folder of a model "
+        "with its own (default: that of --init_from)")
     add("--max_steps", type=positive_int, help="optimizer steps")
     add("--batch_size", type=positive_int, help="rows (pairs) per optimizer step")
     add("--micro_batch_size", type=positive_int, help="rows per forward pass (default: the batch)")
@@ -189,10 +195,32 @@ def start_width(args):
     """n_embd of the model that training starts from; of one on the hub, GPT-2's."""
     if args.init_from == "scratch":
         return vars(args).get("n_embd") or SIZES["n_embd"]      # a reward model: refused later
-    if os.path.isdir(args.init_from):
+    if os.path.exists(args.init_from):
         with contextlib.suppress(InputError):       # said when the model is read
             return read_sizes(args.init_from)["n_embd"]
     return 768
+
+
+def check_memory(args):
+    """InputError if a model from scratch can't fit this machine's memory: 4 bytes for a weight, and
+    where it is trained on the CPU 12 for its gradient and Adam's moments. Less than it takes: the
+    vocabulary is not known yet."""
+    n_layer, n_embd, block_size = args.n_layer, args.n_embd, args.block_size or 192
+    weights = 12 * n_layer * n_embd ** 2 + block_size * n_embd
+    needed = weights * (16 if args.device == "cpu" else 4)
+    memory = memory_of_machine()
+    if memory is not None and needed > memory:
+        raise InputError(f"--n_layer={n_layer} --n_embd={n_embd} --block_size={block_size}: a "
+                         f"model of {weights:.1e} weights needs {needed / 2 ** 30:.3g} GiB of "
+                         f"memory, and this machine has {memory / 2 ** 30:.3g}; name smaller sizes")
+
+
+def memory_of_machine():
+    """Bytes of memory of the machine; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):       # Windows
+        return None
 
 
 def preference_data_flags(args, used=True):
@@ -227,7 +255,13 @@ def check_folders_and_tokenizer(args, **inputs):
         runs = family_to_train(args)
     for _, folder, resume in runs:
         check_free(folder, resume, args.overwrite)
+    if args.tokenizer is not None:
+        args.tokenizer = tokenizer_name(args.tokenizer)
     default = "tinytldr" if args.data == "tinytldr" else "gpt2"
-    if start is not None:
-        default = run_flags(start).get("tokenizer", default)
+    with contextlib.suppress(NoModel):      # said when the model is read
+        if start is not None and args.tokenizer is None:
+            default = own_tokenizer(start, args.data)
+        elif start is not None and known_tokenizer(start) not in (None, args.tokenizer):
+            print(f"--tokenizer={args.tokenizer} takes the place of the tokenizer of {start}: "
+                  "where their tokens differ, the model reads other words than it has learnt")
     args.tokenizer = args.tokenizer or default

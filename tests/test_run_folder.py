@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch.torch_version import TorchVersion
 
+import tinytldr
 from support import run_folder
 from support.cache import cache_folder, cached
 from support.checks import check_step_0
@@ -26,7 +27,6 @@ from support.folders import check_free, check_unused, claim
 from support.optimizer import adamw, learning_rate, set_learning_rate
 from support.run_folder import (
     Run,
-    check_same_tokens,
     family_folders,
     family_to_train,
     load,
@@ -34,6 +34,7 @@ from support.run_folder import (
     run_flags,
     run_names,
 )
+from support.tokenizer import check_same_tokens
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -570,6 +571,9 @@ def test_a_config_that_is_none(tmp_path, text, message):
     assert refusal(run_flags, tmp_path) == f"{tmp_path}/config.json: {message}"
 
 
+TINY = tinytldr.tokenizer()
+
+
 def sizes(vocab_size, block_size):
     return SimpleNamespace(vocab_size=vocab_size, block_size=block_size)
 
@@ -578,8 +582,8 @@ def test_a_model_that_reads_what_the_policy_writes(tmp_path):
     """Its tokens, or a model's of which nothing is known; as many and as long texts, or more."""
     for config in ({"nanopref": {"tokenizer": "tinytldr"}}, {}):
         (tmp_path / "config.json").write_text(json.dumps(config))
-        check_same_tokens("--rms: rm", tmp_path, sizes(50, 8), sizes(50, 8), "tinytldr")
-        check_same_tokens("--rms: rm", tmp_path, sizes(51, 9), sizes(50, 8), "tinytldr")
+        check_same_tokens("--rms: rm", tmp_path, sizes(50, 8), sizes(50, 8), TINY)
+        check_same_tokens("--rms: rm", tmp_path, sizes(51, 9), sizes(50, 8), TINY)
 
 
 @pytest.mark.parametrize("tokenizer, config, message", [
@@ -589,7 +593,7 @@ def test_a_model_that_reads_what_the_policy_writes(tmp_path):
 def test_a_model_that_does_not(tmp_path, tokenizer, config, message):
     (tmp_path / "config.json").write_text(json.dumps({"nanopref": {"tokenizer": tokenizer}}))
     assert refusal(check_same_tokens, "--rms: rm", tmp_path, config, sizes(50, 8),
-                   "tinytldr") == f"--rms: rm {message}"
+                   TINY) == f"--rms: rm {message}"
 
 
 def make_models(root, *folders, files=("config.json",)):

@@ -235,7 +235,7 @@ def test_reward_of_samples_by_the_oracle(lab, monkeypatch):
 def test_reward_of_samples_by_reward_models(lab):
     """The mean of their rewards."""
     prompts = [prompt.tolist() for prompt, _ in lab.pairs["train"].examples]
-    judges = load_reward_models(f"{lab.root}/rms", "--select", lab.policy, "tinytldr", CPU)
+    judges = load_reward_models(f"{lab.root}/rms", "--select", lab.policy, TOKENIZER, CPU)
     replies = sample(lab.policy, prompts, 4, TOKENIZER.eot_token, [7, 5])
     dataset = Dataset([(prompt, [reply]) for prompt, reply in zip(prompts, replies)])
     wanted = [score(judge, dataset).mean() for judge in judges.values()]
@@ -554,11 +554,11 @@ def test_a_reward_model_that_is_not_that_of_its_config(lab):
 
 
 def test_reward_models_are_loaded_onto_the_device(lab):
-    models = load_reward_models(f"{lab.root}/rms", "--rewards", lab.policy, "tinytldr",
+    models = load_reward_models(f"{lab.root}/rms", "--rewards", lab.policy, TOKENIZER,
                                 torch.device("meta"))
     assert list(models) == [f"{lab.root}/rms/{number}" for number in (1, 2)]
     assert {model.score.weight.device.type for model in models.values()} == {"meta"}
-    assert load_reward_models(None, "--rewards", lab.policy, "tinytldr", CPU) == {}
+    assert load_reward_models(None, "--rewards", lab.policy, TOKENIZER, CPU) == {}
 
 
 @pytest.mark.parametrize("script, flag", [(train_policy, "--rewards"), (train_policy, "--select"),
