@@ -1,14 +1,9 @@
 """A run's folder: nobody's work in it is overwritten, and one process at a time writes to it."""
 import os
-import re
 
+from support.files import lock, naming_file
 from support.flags import InputError
 from support.processes import starts_as_first
-
-try:
-    import fcntl
-except ImportError:     # Windows has no such locks
-    fcntl = None
 
 LOCK = ".lock"          # an empty file, locked by the process that writes to its folder
 MODELS = {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"}
@@ -37,40 +32,35 @@ def check_unused(folder):
     the first one writes, so that only it looks.)"""
     path = os.path.join(folder, LOCK)
     if starts_as_first() and os.path.realpath(folder) not in claimed and os.path.exists(path):
-        with open(path, "rb") as file:
-            lock(file, folder, shared=True)
+        with naming_file(path):
+            held = lock_folder(path, folder, shared=True)
+        if held is not None:
+            os.close(held)
 
 
 def claim(folder):
     """Makes a folder, for this process to write to: until it is released, or the process ends."""
-    os.makedirs(folder, exist_ok=True)
-    if os.path.realpath(folder) not in claimed:
-        file = open(os.path.join(folder, LOCK), "ab")       # stays open
-        lock(file, folder)
-        claimed[os.path.realpath(folder)] = file
+    with naming_file(folder):
+        os.makedirs(folder, exist_ok=True)
+        if os.path.realpath(folder) not in claimed:
+            path = os.path.join(folder, LOCK)
+            open(path, "ab").close()
+            claimed[os.path.realpath(folder)] = lock_folder(path, folder)
 
 
 def release(folder):
-    claimed.pop(os.path.realpath(folder)).close()
+    held = claimed.pop(os.path.realpath(folder))
+    if held is not None:
+        os.close(held)
 
 
-def lock(file, folder, shared=False):
-    """Locks an open file until it is closed. InputError if another process has it."""
+def lock_folder(path, folder, shared=False):
+    """`lock` of a folder's lock file. InputError if another process has it."""
     try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_NB | (fcntl.LOCK_SH if shared else fcntl.LOCK_EX))
+        return lock(path, shared)
     except BlockingIOError:
         raise InputError(f"--out_dir: another process is at work in {folder!r}; wait for it, or "
                          "name another folder") from None
-    except OSError:         # a file system without locks
-        pass
-
-
-def remove_leftovers(folder):
-    """What a process that was killed had not finished writing (by `replacing` in files.py)."""
-    for name in os.listdir(folder):
-        if re.search(r"\.\d+\.tmp$", name):
-            os.remove(os.path.join(folder, name))
 
 
 def set_aside(folder):

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from support.figures import advantage_figure, logprob_figure, margin_figure, remove
-from support.files import replacing, write_json
-from support.folders import remove_leftovers
+from support.files import remove_leftovers, replacing, write_json
 from support.processes import is_first
 from support.run_folder import run_flags, run_names
 

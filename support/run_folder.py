@@ -13,9 +13,9 @@ import torch
 from tqdm import tqdm
 
 from support.device import compiled_graphs, sync
-from support.files import check_zip, replacing, write_json
+from support.files import check_zip, naming_file, remove_leftovers, replacing, write_json
 from support.flags import InputError
-from support.folders import check_free, claim, release, remove_leftovers, set_aside
+from support.folders import check_free, claim, release, set_aside
 from support.logs import open_log
 from support.processes import add_up_numbers, any_of, is_first, processes, progress_bar, wait
 from support.sharding import full, load_whole, whole
@@ -23,6 +23,10 @@ from support.sharding import full, load_whole, whole
 # flags that may differ on --resume
 MAY_CHANGE = ("out_dir", "resume", "overwrite", "device", "compile", "fsdp", "log",
               "gradient_checkpointing")
+# what is in state.pt and best.pt
+STATE = {"model": dict, "optimizer": dict, "step": int, "reported": bool, "window": list,
+         "constants": str, "rng": torch.Tensor, "metrics": dict}
+BEST = {"model": dict, "value": float, "step": int}
 LOG_EVERY = 10                                              # steps
 
 
@@ -146,7 +150,8 @@ class Run:
         if not all(map(math.isfinite, values.values())):
             raise self._diverged(step, values)
         if is_first():
-            with open(self._path("metrics.jsonl"), "a", encoding="utf-8") as file:
+            path = self._path("metrics.jsonl")
+            with naming_file(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
         if self.also_log:
             self.also_log(step, values)
@@ -168,7 +173,7 @@ class Run:
             value = results["validation/reward"]
         path = self._path("best.pt")
         if os.path.exists(path):
-            best = load(path)
+            best = load(path, BEST)
             if best["value"] >= value and best["step"] != step:
                 return
         self._save(path, {"model": self.model.state_dict(), "value": value, "step": step})
@@ -177,7 +182,7 @@ class Run:
         """Gives the model the weights that --select asks for, once training is over."""
         if self.select != "last":
             wait()
-            best = load(self._path("best.pt"))
+            best = load(self._path("best.pt"), BEST)
             load_whole(self.model, best["model"])
             print(f"--select={self.select}: the model of step {best['step']}")
 
@@ -244,19 +249,16 @@ class Run:
                                  "it has to stay the same")
         if is_first():
             claim(self.dir)
-        state = load(self._path("state.pt"))
-        logged = self._metrics(state["metrics"]["bytes"])
-        if describe(logged) != state["metrics"]:
-            raise InputError(f"--resume: {self._path('metrics.jsonl')} is damaged: it does not "
-                             "begin with what the run logged; start again with --overwrite")
-        if state["constants"] != self.constants:
-            raise InputError("--resume: the reference, the data or the rewards have changed since "
-                             "the run began; start it again")
-        load_whole(self.model, state["model"], self.optimizer, state["optimizer"])
-        torch.set_rng_state(state["rng"])
+        path = self._path("state.pt")
+        state = load(path, STATE)
+        try:
+            logged = self._take(state)
+        except InputError:
+            raise
+        except Exception as error:      # what is in it may be anything
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"{of_another_version(path)} ({reason})") from error
         self.first_step = state["step"]
-        self.window = [{name: number / processes() for name, number in numbers.items()}
-                       for numbers in state["window"]]
         if state["reported"]:
             self.reported = self.first_step
         wait()
@@ -269,19 +271,50 @@ class Run:
         print(f"resumed {self.dir} at step {self.first_step}")
 
 
+    def _take(self, state):
+        """Goes on from a state: fills the model, the optimizer, the random numbers and the window.
+        Returns what of metrics.jsonl belongs to it, as bytes."""
+        logged = self._metrics(state["metrics"]["bytes"])
+        if describe(logged) != state["metrics"]:
+            raise InputError(f"--resume: {self._path('metrics.jsonl')} is damaged: it does not "
+                             "begin with what the run logged; start again with --overwrite")
+        if state["constants"] != self.constants:
+            raise InputError("--resume: the reference, the data or the rewards have changed since "
+                             "the run began; start it again")
+        load_whole(self.model, state["model"], self.optimizer, state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        self.window = [{name: number / processes() for name, number in numbers.items()}
+                       for numbers in state["window"]]
+        return logged
+
+
 def describe(content):
     """By which some bytes are known again."""
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def load(path):
-    """What torch.save wrote, on the CPU. InputError if it is damaged."""
+def load(path, layout):
+    """What torch.save wrote, on the CPU: a dictionary of {name: type}. InputError if it is damaged
+    or of another layout."""
     try:
         check_zip(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"--resume: {path} can't be read: {error.strerror}") from error
     except Exception as error:     # torch raises many kinds
         raise InputError(f"--resume: {path} is damaged ({type(error).__name__}); start again with "
                          "--overwrite") from error
+    if not isinstance(state, dict) or state.keys() != layout.keys():
+        raise InputError(of_another_version(path))
+    for name, kind in layout.items():
+        if not isinstance(state[name], kind):
+            raise InputError(of_another_version(path))
+    return state
+
+
+def of_another_version(path):
+    return (f"--resume: {path} is not what this version of nanoPref writes there; resume with the "
+            "version that wrote it, or start again with --overwrite")
 
 
 def run_flags(folder):

@@ -1,21 +1,24 @@
 """Rows of text as flat arrays of token ids, kept on disk."""
+import errno
 import hashlib
+import json
 import math
 import os
-import struct
+import zlib
 from itertools import chain, islice
 
 import numpy as np
 
 from support.cache import key
-from support.files import replacing
+from support.files import remove, remove_leftovers, replacing
 from support.flags import InputError
 from support.formats import load_rows
 from support.sources import in_a_line, name_and_split, open_hub
 from support.tokenizer import fingerprint
 
 SAID = set()    # lines that are not to be printed again
-LAYOUT = 5      # raise it when the arrays below, or what is read into them, change
+LAYOUT = 6      # raise it when the arrays below, or what is read into them, change
+not_kept = {}   # {path: arrays} of files whose tokens could not be kept on disk, in this process
 SPLITS = np.array(["validation"] * 26 + ["test"] * 26 + ["train"] * 204)    # about 10, 10 and 80%
 
 
@@ -71,26 +74,26 @@ def tokenised_file(data, tokenizer, demonstrations=False, skip_bad_rows=False):
 
     Kept in the folder NANOPREF_CACHE (default: ~/.cache/nanopref) under a hash of what is in the
     file, or in all files of a folder (of a hub data set: of what `datasets` says of it)."""
-    default = os.path.expanduser("~/.cache/nanopref")
-    folder = os.environ.get("NANOPREF_CACHE") or default
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"NANOPREF_CACHE: the folder {folder!r} can't be made: {error.strerror}"
-                         ) from error
+    folder, reason = token_cache()
+    remove_leftovers(folder)
     source, split = name_and_split(data)
     hub = None if os.path.exists(source) else open_hub(data)
     content = hash_content(source) if hub is None else hub._fingerprint
     name = key(LAYOUT, content, split, *fingerprint(tokenizer), demonstrations, bool(skip_bad_rows))
-    path = os.path.join(folder, name + ".npz")
+    path = os.path.join(folder, name)
+    if path in not_kept:
+        return not_kept[path]
     if os.path.exists(path):
         try:
             arrays, left_out = open_arrays(path)
-        except Exception as error:      # numpy and zipfile raise many kinds
+        except Exception as error:      # numpy raises many kinds
             print(f"{path}: damaged, so it is made anew ({in_a_line(error)})")
+            remove(path)
         else:
             say(data, [f"tokens from {path}", *left_out])
             return arrays
+    if reason and os.environ.get("NANOPREF_CACHE"):
+        raise InputError(f"NANOPREF_CACHE: the folder {folder!r} {reason}; name another one")
     left_out = []       # messages about rows that are
     rows = load_rows(data, demonstrations, skip_bad_rows, hub, left_out.append)
     arrays = encode(rows, tokenizer)
@@ -98,8 +101,13 @@ def tokenised_file(data, tokenizer, demonstrations=False, skip_bad_rows=False):
         raise InputError(f"--data: {data}: it changed while it was read; start again when it is "
                          "complete")
     say(data, left_out)
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays, left_out=left_out)
+    try:
+        if reason:
+            raise InputError(f"the folder {folder!r} {reason}; NANOPREF_CACHE names another one")
+        keep_arrays(path, arrays, left_out)
+    except InputError as error:     # such as a full disk, with which training can do
+        print(f"warning: {data}: its tokens are not kept for the next run: {error}")
+        not_kept[path] = arrays
     return arrays
 
 
@@ -112,6 +120,21 @@ def say(data, messages):
             print(line)
         if message.startswith(("warning: ", "reads ", "columns ")):
             SAID.add(line)
+
+
+def token_cache():
+    """Returns the folder in which token ids are kept: NANOPREF_CACHE, or ~/.cache/nanopref; and why
+    nothing can be written there, or None."""
+    folder = os.environ.get("NANOPREF_CACHE") or os.path.expanduser("~/.cache/nanopref")
+    if folder.startswith("~"):      # a user without a home: it would be a folder of that name
+        return folder, "can't be made: there is no home folder"
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:         # of which is spoken when the tokens are written
+            return folder, f"can't be made: {error.strerror}"
+    writable = os.access(folder, os.W_OK | os.X_OK) or not os.path.exists(folder)
+    return folder, None if writable else "can't be written to"
 
 
 def hash_content(path):
@@ -135,31 +158,29 @@ def hash_content(path):
     return digest.hexdigest()
 
 
+def keep_arrays(path, arrays, left_out):
+    """Writes `encode`'s arrays, and messages about rows that were left out, as a folder: an .npy
+    file for each array, and index.json, which has their checksums. InputError if it can't."""
+    with replacing(path, folder=True) as temporary:
+        for name, array in arrays.items():
+            np.save(os.path.join(temporary, f"{name}.npy"), array)
+        checksums = {name: zlib.crc32(array) for name, array in arrays.items()}
+        with open(os.path.join(temporary, "index.json"), "w", encoding="utf-8") as file:
+            json.dump({"arrays": checksums, "left_out": left_out}, file)
+
+
 def open_arrays(path):
-    """The arrays of an .npz file that `tokenised_file` wrote, and what it said. The tokens are
-    memory-mapped: processes share them, and memory holds what is in use. Raises one error or
-    another if the file is damaged."""
-    with np.load(path) as entry:
-        arrays = {name: entry[name] for name in entry.files if name != "tokens"}
-        if entry.zip.testzip():         # reads all, and compares checksums
-            raise ValueError("wrong checksum")
-        header = entry.zip.getinfo("tokens.npy").header_offset
-    with open(path, "rb") as file:
-        file.seek(header + 26)          # the lengths of a name and of what follows it, in zip
-        file.seek(header + 30 + sum(struct.unpack("<HH", file.read(4))))
-        np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        tokens = np.asarray(np.memmap(file, dtype, "r", file.tell(), shape))
-    left_out = arrays.pop("left_out").tolist()
-    lengths, scores = arrays["lengths"], arrays.get("scores")
-    N, columns = lengths.shape
-    fits = (tokens.dtype in (np.uint16, np.int32) and lengths.dtype == np.int32
-            and tokens.shape == (lengths.sum(),) and lengths.min() >= 1
-            and arrays["hash"].dtype == np.uint8 and arrays["hash"].shape == (N,)
-            and (scores is None or scores.shape[:2] == (N, columns - 1)))
-    if not fits:
-        raise ValueError("its arrays do not fit together")
-    return {"tokens": tokens, **arrays}, left_out
+    """Returns what `keep_arrays` wrote: (arrays, messages). The tokens are memory-mapped: processes
+    share them, and memory holds what is in use. Raises one error or another if it is damaged."""
+    with open(os.path.join(path, "index.json"), encoding="utf-8") as file:
+        index = json.load(file)
+    arrays = {}
+    for name, checksum in index["arrays"].items():
+        mapped = "r" if name == "tokens" else None
+        arrays[name] = np.asarray(np.load(os.path.join(path, f"{name}.npy"), mapped))
+        if zlib.crc32(arrays[name]) != checksum:
+            raise ValueError(f"{name}.npy is not what its checksum says")
+    return arrays, index["left_out"]
 
 
 # ------------------------------------------------------------------ which rows are of use

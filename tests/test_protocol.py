@@ -1,13 +1,17 @@
 """The drivers of whole experiments: which commands they run, with the scripts themselves replaced:
 runs/protocol.py, and the shell scripts."""
+import contextlib
+import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from data import get_tokenizer
 from losses import LOSSES
 from runs import protocol
 from support.flags import InputError, comparison_flags
@@ -55,6 +59,7 @@ def stages(monkeypatch, tmp_path):
         return list(commands)
 
     monkeypatch.setattr(protocol, "run", run)
+    monkeypatch.setattr(protocol, "check_data", lambda args: None)      # there is none
     return main
 
 
@@ -98,15 +103,81 @@ def test_losses_get_the_flags_that_they_use(stages, tmp_path):
 
 
 def test_other_flags_need_another_folder(stages):
+    """Once something is trained there."""
     stages()
     with pytest.raises(InputError, match="--out: .* was begun with --rho=0.2, not all"):
         stages("--rho=all")
     assert [script for script, _ in stages("--losses=dpo", "--n_prompts=5")] == ["evaluate.py"]
 
 
+def write_rows(path, n=100, **columns):
+    rows = [{"prompt": f"Post {i}", "chosen": f" yes {i}", "rejected": " no", **columns}
+            for i in range(n)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def world_of_files(monkeypatch, tmp_path, hub_cache):
+    """protocol.main in a folder with good and bad files; the first stage is refused."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NANOPREF_CACHE", str(tmp_path / "tokens"))
+    monkeypatch.setattr(protocol, "get_tokenizer", lambda name: get_tokenizer("tinytldr"))
+    write_rows(tmp_path / "pairs.jsonl")
+    write_rows(tmp_path / "three.jsonl", 3)
+    write_rows(tmp_path / "bad.jsonl", chosen="")
+    started = []
+
+    def run(script, *flags):
+        started.append(script)
+        sys.exit(2)
+
+    def main(*flags):
+        """Returns whether a stage was started."""
+        started.clear()
+        with contextlib.suppress(SystemExit):
+            protocol.main(["--init_from=scratch", "--out=out", *flags])
+        return bool(started)
+
+    monkeypatch.setattr(protocol, "run", run)
+    return main
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--data=paris.jsonl"], "--data: paris.jsonl"),
+    (["--sft_data=paris.jsonl"], "--sft_data: paris.jsonl"),
+    (["--data=bad.jsonl"], "--data: bad.jsonl: rows 1, .*: the response 'chosen' is empty"),
+    (["--sft_data=bad.jsonl"], "--sft_data: bad.jsonl: rows 1, .*: the response 'chosen' is empty"),
+    (["--data=three.jsonl"], "--data: three.jsonl, .*: no usable row"),
+    (["--family=scores"], "--family=scores: pairs.jsonl has no score_chosen"),
+    (["--max_new_tokens=512"], "--max_new_tokens: 512 leaves no room")])
+def test_bad_inputs_are_refused_before_the_work(world_of_files, flags, message):
+    """What a later stage would not take; and nothing is written that stands in the way of the
+    corrected command."""
+    with pytest.raises(InputError, match=message):
+        world_of_files("--data=pairs.jsonl", "--sft_data=pairs.jsonl", *flags)
+    assert not os.path.exists("out")
+    assert world_of_files("--data=pairs.jsonl", "--sft_data=pairs.jsonl")
+
+
+def test_flags_may_be_corrected_until_something_is_trained(world_of_files):
+    good = ["--data=pairs.jsonl", "--sft_data=pairs.jsonl"]
+    assert world_of_files(*good, "--sft_lr=1") and os.path.exists("out/protocol.json")
+    os.makedirs("out/sft")      # of a run that ended before it saved anything
+    assert world_of_files(*good, "--sft_lr=2")
+    Path("out/sft/state.pt").touch()
+    with pytest.raises(InputError, match="--out: out was begun with --sft_lr=2.0, not 3.0; name"):
+        world_of_files(*good, "--sft_lr=3")
+    assert world_of_files(*good, "--sft_lr=2")
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--rho=2"], r"--rho: invalid fraction \(or all\) value: '2'"),
     (["--bias=a,b"], "--bias: invalid list of comma-separated fractions"),
+    (["--bias=0.2,0.2"], "--bias: the members of a family differ in their bias; one is"),
+    (["--family=seeds", "--seeds=1,1"], "--seeds: one is named twice"),
+    (["--losses=dpo,dpo"], "--losses: one is named twice"),
+    (["--n_prompts=100000"], "--n_prompts: invalid int from 1 to 30000"),
+    (["--init_from=scratch", "--n_head=3"], "--n_head: 3 heads do not divide --n_embd=256"),
     (["--gamma=1,2,3"], "--gamma: invalid FIRST,LAST"),
     (["--losses=dpo,xx"], "--losses: comma-separated, of dpo, ipo"),
     (["--losses=sft"], "--losses"),
