@@ -28,6 +28,7 @@ from support.flags import (
     fraction,
     fraction_or_all,
     naming,
+    penalty_flag,
     positive_float,
     positive_int,
     resolve,
@@ -38,6 +39,7 @@ from support.flags import (
 from support.processes import end_with_parent
 
 PAPER = "dpo,ipo,d-dpo,p-dpo,dp-dpo,e-dpo"
+SAMPLING = ("max_new_tokens", "missing_eos_penalty")
 SIZES = {"n_layer": 4, "n_head": 8, "n_embd": 256, "block_size": 512}
 MAY_CHANGE = ("out", "losses", "n_prompts", "device", "dtype")      # from one call to the next
 
@@ -83,7 +85,9 @@ def parse_flags(argv):
     add("--batch_size", type=positive_int, default=16, help="of every policy")
     add("--lr", type=positive_float, default=1e-6, help="of every policy")
     add("--micro_batch_size", type=positive_int, default=16, help="rows in one pass, everywhere")
-    add("--max_new_tokens", type=positive_int, default=64, help="longest sample, in tokens")
+    add("--max_new_tokens", type=positive_int, help="longest sample, in tokens (default: what 99%% "
+        "of the responses need)")
+    penalty_flag(parser)
     add("--n_prompts", type=positive_int, default=1000, help="test prompts")
     for size, default in SIZES.items():
         add(f"--{size}", type=positive_int, help=f"with --init_from=scratch (default: {default})")
@@ -180,6 +184,8 @@ def main(argv=None):
         device.append("--skip_bad_rows")        # of every stage, as these are
     everywhere = [*device, f"--micro_batch_size={args.micro_batch_size}"]
     sizes = [f"--{size}={getattr(args, size)}" for size in SIZES]
+    sampling = [f"--{name}={getattr(args, name)}" for name in SAMPLING
+                if getattr(args, name) is not None]
 
     # The reference policy.
     train("train_policy.py", sft, "--loss=sft", f"--data={args.sft_data}",
@@ -218,13 +224,13 @@ def main(argv=None):
     for loss, folder in policies.items():
         train("train_policy.py", folder, *loss_flags(args, loss, rm, rms), *data, *pairs,
               f"--max_steps={args.steps}", f"--batch_size={args.batch_size}", f"--lr={args.lr}",
-              f"--select={oracle}", f"--max_new_tokens={args.max_new_tokens}", seed_flag)
+              f"--select={oracle}", *sampling, seed_flag)
 
     # What they reached, by the oracle.
     reward_models = [folder for folder in (rm, rms) if os.path.isdir(folder)]
     judged = [f"--rms={','.join(reward_models)}", *labels] if reward_models else []
     run("evaluate.py", f"--data={args.data}", f"--ref={sft}", f"--oracle={oracle}", *judged,
-        f"--n_prompts={args.n_prompts}", f"--max_new_tokens={args.max_new_tokens}", seed_flag,
+        f"--n_prompts={args.n_prompts}", *sampling, seed_flag,
         *device, f"--out_dir={args.out}", *policies.values())
 
 
