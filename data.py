@@ -144,6 +144,8 @@ class Dataset:
         return Dataset(take_rows(self.examples, rows), rewards, ref_logps, self.n_samples)
 
     def first(self, n):
+        """The first n rows (None: all). A random part: TinyTLDR's posts are drawn at random, and a
+        file's rows are in random order (support/tokens.py)."""
         return self.take(np.arange(len(self))[:n])
 
     def batch(self, rows, multiple=1):
@@ -260,7 +262,7 @@ def biased_subset(lengths, rho, n=None, seed=0):
 
 def d_rho(dataset, rho, n, seed):
     """Takes n training pairs with this bias (None: as many as possible), and prints what was found;
-    rho "all": the first n rows as they are."""
+    rho "all": n rows as they are."""
     if rho == "all":
         return dataset.first(n)
     subset = dataset.take(biased_subset(dataset.response_lengths(), rho, n, seed))

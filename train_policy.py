@@ -14,22 +14,21 @@ import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-import tinytldr
-from data import BatchOrder, Dataset, by_length, demonstrations, get_tokenizer
+from data import BatchOrder, by_length, demonstrations, get_tokenizer
 from losses import LOSSES, all_pairs, loss_at_reference, picks, training_loss
 from model import GPT, GPTConfig
-from reward import family_scores, load_reward_models, training_pairs
+from reward import family_scores, judge_samples, load_reward_models, training_pairs
 from support.cache import cache_folder, cached, hash_examples, hash_weights, key
 from support.checks import check_step_0, say_spread
 from support.device import setup, shape_multiple, sync
 from support.flags import InputError, run_script
 from support.optimizer import adamw, learning_rate, set_learning_rate
-from support.passes import sample, score, to_text
+from support.passes import count_cut_off, sample, score, to_text
 from support.processes import add_up_gradients, add_up_numbers, micro_batches
 from support.run_folder import Run
 from support.sharding import place
 from support.tokenizer import check_vocabulary, save_tokenizer
-from support.tokens import default_block_size
+from support.tokens import default_block_size, example_lengths, longest_sample
 from support.training_flags import policy_flags
 
 
@@ -53,6 +52,8 @@ def with_columns(dataset, split, policy, tokenizer, reward_models, args, autocas
         samples = cached(cache, f"{split}-samples", entry, sample, policy, prompts,
                          args.max_new_tokens, tokenizer.eot_token, seed=[args.seed, 3],
                          autocast=autocast, desc=f"{split} samples")
+        count_cut_off(f"{split} samples for the KL term", samples, tokenizer.eot_token,
+                      args.max_new_tokens, "their KL is that of what was drawn")
         for first in range(0, len(samples), len(dataset)):
             dataset = dataset.with_samples(samples[first:first + len(dataset)])
     entry = key(weights, hash_examples(dataset.examples), args.dtype)
@@ -113,16 +114,15 @@ def evaluate(policy, dataset, args, knobs, device, autocast):
 
 
 def reward_of_samples(policy, prompts, judges, tokenizer, args, autocast):
-    """What --select goes by: the mean reward of one sample for each prompt, by the mean of the
-    reward models {folder: model} in `judges`, or with none by TinyTLDR's oracle."""
+    """Computes what --select goes by: the mean reward of one sample for each prompt, by the reward
+    models {folder: model} in `judges`, or with none by TinyTLDR's oracle. Returns {"reward": that
+    mean, "unended": the fraction of samples that were cut off}."""
     replies = sample(policy, prompts, args.max_new_tokens, tokenizer.eot_token, [args.seed, 5],
                      autocast=autocast)
-    if not judges:
-        texts = [[to_text(ids, tokenizer) for ids in pair] for pair in zip(prompts, replies)]
-        return float(np.mean([tinytldr.oracle_reward(*pair) for pair in texts]))
-    dataset = Dataset([(prompt, [reply]) for prompt, reply in zip(prompts, replies)])
-    multiple = shape_multiple(args)
-    return float(np.mean([score(judge, dataset, autocast, multiple) for judge in judges.values()]))
+    texts = [to_text(prompt, tokenizer) for prompt in prompts]
+    rewards, cut = judge_samples("--select", judges, texts, prompts, replies, tokenizer, args,
+                                 autocast)
+    return {"reward": float(rewards.mean()), "unended": float(cut.mean())}
 
 
 def anneal(gamma, step, max_steps):
@@ -159,6 +159,9 @@ def main(argv=None):
         watched = {"validation": by_length(validation.first(args.n_eval))}
     else:
         train, validation = training_pairs(args, tokenizer, policy, device, autocast)
+        if "ref_samples" in loss.needs or judges:       # what follows samples
+            args.max_new_tokens = args.max_new_tokens or longest_sample(
+                example_lengths(train.examples), policy.config.block_size, "training")
         common = (policy, tokenizer, reward_models, args, autocast)
         train = with_columns(train, "train", *common)
         if "min_per" in knobs:
@@ -189,8 +192,8 @@ def main(argv=None):
                 results |= {f"{split}/{name}": value for name, value in means.items()}
             if judges or args.select == "oracle":
                 prompts = [prompt.tolist() for prompt, _ in watched["validation"].examples]
-                results["validation/reward"] = reward_of_samples(policy, prompts, judges, tokenizer,
-                                                                 args, autocast)
+                means = reward_of_samples(policy, prompts, judges, tokenizer, args, autocast)
+                results |= {f"validation/{name}": value for name, value in means.items()}
             run.report(step, results)
         if step == args.max_steps:      # evaluated only
             break

@@ -31,6 +31,7 @@ from support.flags import (
     fraction,
     fraction_or_all,
     naming,
+    penalty_flag,
     positive_float,
     positive_int,
     resolve,
@@ -43,6 +44,7 @@ from support.tokens import select, tokenised_file
 from support.training_flags import policy_flags, reward_flags
 
 PAPER = "dpo,ipo,d-dpo,p-dpo,dp-dpo,e-dpo"
+SAMPLING = ("max_new_tokens", "missing_eos_penalty")
 SIZES = {"n_layer": 4, "n_head": 8, "n_embd": 256, "block_size": 512}
 MAY_CHANGE = ("out", "losses", "n_prompts", "device", "dtype")      # from one call to the next
 
@@ -88,7 +90,9 @@ def parse_flags(argv):
     add("--batch_size", type=positive_int, default=16, help="of every policy")
     add("--lr", type=positive_float, default=1e-6, help="of every policy")
     add("--micro_batch_size", type=positive_int, default=16, help="rows in one pass, everywhere")
-    add("--max_new_tokens", type=positive_int, default=64, help="longest sample, in tokens")
+    add("--max_new_tokens", type=positive_int, help="longest sample, in tokens (default: what 99%% "
+        "of the responses need)")
+    penalty_flag(parser)
     add("--n_prompts", type=positive_int, default=1000, help="test prompts")
     for size, default in SIZES.items():
         add(f"--{size}", type=positive_int, help=f"with --init_from=scratch (default: {default})")
@@ -269,7 +273,7 @@ def plan(args):
         stages.append(("train_policy.py", os.path.join(args.out, loss), [
             *loss_flags(args, loss, rm, rms), *data, *pairs, f"--max_steps={args.steps}",
             f"--batch_size={args.batch_size}", f"--lr={args.lr}", f"--select={oracle}",
-            f"--max_new_tokens={args.max_new_tokens}", seed_flag]))
+            *sampling_flags(args), seed_flag]))
     return stages
 
 
@@ -290,9 +294,15 @@ def report_flags(args):
     reward_models = [folder for folder in (rm, rms) if os.path.isdir(folder)]
     judged = [f"--rms={','.join(reward_models)}", *relabelled(args)] if reward_models else []
     return [f"--data={args.data}", f"--ref={sft}", f"--oracle={oracle}", *judged,
-            f"--n_prompts={args.n_prompts}", f"--max_new_tokens={args.max_new_tokens}",
-            f"--seed={args.seed}", *device_and_rows(args), f"--out_dir={args.out}",
+            f"--n_prompts={args.n_prompts}", *sampling_flags(args), f"--seed={args.seed}",
+            *device_and_rows(args), f"--out_dir={args.out}",
             *[os.path.join(args.out, loss) for loss in args.losses]]
+
+
+def sampling_flags(args):
+    """Returns the flags of whatever samples from a policy."""
+    return [f"--{name}={getattr(args, name)}" for name in SAMPLING
+            if getattr(args, name) is not None]
 
 
 def main(argv=None):

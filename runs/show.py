@@ -14,7 +14,7 @@ import numpy as np
 from data import Dataset, get_tokenizer, longer
 from support.flags import Parser, positive_int, run_script, skip_flag, split_flag
 from support.sources import join_split
-from support.tokens import select, tokenised_file
+from support.tokens import random_order, select, tokenised_file
 
 PLAIN, *COLOURS = [f"\033[{code}m" for code in (0, 32, 31, 34, 35)]     # green, red, blue, purple
 
@@ -80,7 +80,7 @@ def main(argv=None):
     tokenizer = get_tokenizer(args.tokenizer)
     arrays = tokenised_file(args.data, tokenizer, args.sft, args.skip_bad_rows)
     dataset = Dataset(*select(arrays, args.block_size, args.data))
-    show_batch(dataset.batch(np.arange(len(dataset))[:4]), tokenizer)
+    show_batch(dataset.batch(random_order(len(dataset))[:4]), tokenizer)
     scores = ""
     if dataset.rewards is not None:
         scores = f", {dataset.rewards.shape[2]} score(s) for each response"

@@ -163,8 +163,13 @@ def held_out_split(text):
     return text
 
 
+def penalty_flag(parser):
+    parser.add_argument("--missing_eos_penalty", type=not_negative_float, help="what a sample that "
+                        "was cut off, and so has no end-of-text token, loses of its reward "
+                        "(default: nothing)")
+
+
 def sampling_flags(parser):
-    parser.add_argument("--max_new_tokens", type=positive_int, default=64, help="longest sample")
     parser.add_argument("--temperature", type=temperature, default=1.0,
                         help="of sampling, up to 100; 0 takes the most likely token")
 
@@ -188,6 +193,9 @@ def comparison_flags(argv, doc):
     add("--n_prompts", type=up_to_30000, default=1000, help="held-out prompts, at most")
     add("--show", type=not_negative_int, default=5, help="prompts whose samples are printed")
     add("--seed", type=seed, help="of the data and of sampling (default: 0)")
+    add("--max_new_tokens", type=positive_int, help="longest sample (default: 64 on tinytldr, else "
+        "what 99%% of the held-out responses need)")
+    penalty_flag(parser)
     sampling_flags(parser)
     device_flags(parser)
     args = parser.parse_intermixed_args(argv)       # policies may stand between flags
@@ -196,6 +204,8 @@ def comparison_flags(argv, doc):
         args.policies = [f"out/{name}" for name in six]
         args.rms = args.rms or ("out/rm,out/rms" if args.data == "tinytldr" else None)
     random = args.data == "tinytldr" or args.temperature > 0
+    if args.data == "tinytldr":
+        args.max_new_tokens = args.max_new_tokens or 64     # else evaluate.py looks at the rows
     resolve(args, {"relabel": (args.rms is not None, None, "--rms, whose accuracy it changes"),
                    "skip_bad_rows": (args.data != "tinytldr", None, "--data of your own"),
                    "seed": (random, 0, "--data=tinytldr, and by a --temperature above 0")})
@@ -228,6 +238,7 @@ def talk_flags(argv, doc):
     add("--compare", action="store_true", help="also ask the policy that it was trained from")
     add("--n", type=positive_int, help="samples for each prompt (default: 1)")
     add("--seed", type=seed, help="of sampling, and of the post (default: 0)")
+    add("--max_new_tokens", type=positive_int, default=64, help="longest sample")
     sampling_flags(parser)
     add("--top_k", type=positive_int, help="sample from the most likely tokens, so many of them")
     add("--top_p", type=positive_fraction, help="sample from the most likely tokens, as many as "

@@ -142,7 +142,7 @@ class Run:
             self._save_if_best(step, results)
         self.save_state(step, reported=True)
         shown = {name: value for name, value in results.items()
-                 if name.endswith(("loss", "accuracy", "chosen_change", "reward"))}
+                 if name.endswith(("loss", "accuracy", "chosen_change", "reward", "unended"))}
         self._print(step, shown)
 
     def log(self, step, values):

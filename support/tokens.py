@@ -266,6 +266,21 @@ def needed_block_size(lengths):
     return 64 * math.ceil(needed / 64)
 
 
+def longest_sample(lengths, block_size, rows):
+    """The default of --max_new_tokens: what 99% of the responses need, their end-of-text token
+    included. That may take the room of 1% of the prompts, and of more only up to half of
+    block_size. Prints it. lengths: (N, 1 + K) tokens in the prompt and the responses of each row;
+    rows: which they are."""
+    needed = math.ceil(np.percentile(lengths[:, 1:], 99))
+    room = max(block_size - math.ceil(np.percentile(lengths[:, 0], 99)), block_size // 2)
+    why = f"99% of the {rows} responses are no longer"
+    if needed > room:
+        why = (f"99% of the {rows} responses need {needed}, and prompts their room in block_size "
+               f"{block_size}")
+    print(f"--max_new_tokens={min(needed, room)}: {why}")
+    return min(needed, room)
+
+
 def default_block_size(args, tokenizer):
     """The block_size of a model from scratch, by the demonstrations of --data: what they need, from
     192 (there is room for a prompt and a sample) to GPT-2's 1024."""
@@ -275,13 +290,22 @@ def default_block_size(args, tokenizer):
     return block_size
 
 
+def random_order(n):
+    """The numbers below n in an order that depends on n alone. A file may be sorted, by kind or by
+    date; in this order its first rows are a random part, and the same one for every method and
+    every --seed. Returns (n,) int64."""
+    return np.random.default_rng([0, 8]).permutation(n)
+
+
 def select(arrays, block_size, name="data", split=None):
     """The rows of `encode` that are of use, in one split or in all; says how many were dropped and
     why, and how many prompts were cut. A prompt's split goes by its hash: it is the same in every
-    file. Returns (Examples, scores (N, K, M) or None). InputError if there is no such row."""
+    file. The rows of a split are in random order. Returns (Examples, scores (N, K, M) or None).
+    InputError if there is no such row."""
     rows = np.arange(len(arrays["hash"]))
     if split is not None:
-        rows = np.flatnonzero(SPLITS[arrays["hash"]] == split)
+        rows = random_order(len(rows))
+        rows = rows[SPLITS[arrays["hash"]][rows] == split]
     examples = fit(arrays, block_size).take(rows)
     fits, equal = examples.lengths[:, 0] > 0, equal_responses(examples)
     kept, examples = rows[fits & ~equal], examples.take(fits & ~equal)
@@ -315,10 +339,12 @@ def select_file(data, split, tokenizer, block_size, skip_bad_rows, demonstration
 
 
 def prompts_of(arrays, split):
-    """The prompts of a split, each once, as lists of token ids, in the order of their rows."""
+    """The prompts of a split, each once, as lists of token ids, in random order. (In the random
+    order of rows those with many rows would come early.)"""
     lengths = arrays["lengths"]
     ends = lengths.ravel().cumsum().reshape(lengths.shape)[:, 0]
     rows = np.flatnonzero(SPLITS[arrays["hash"]] == split)
     prompts = [tuple(arrays["tokens"][ends[row] - lengths[row, 0]:ends[row]].tolist())
                for row in rows]
-    return [list(prompt) for prompt in dict.fromkeys(prompts)]
+    distinct = list(dict.fromkeys(prompts))
+    return [list(distinct[i]) for i in random_order(len(distinct))]

@@ -14,6 +14,7 @@ from support.flags import (
     fraction,
     fraction_or_all,
     not_negative_float,
+    penalty_flag,
     positive_float,
     positive_int,
     resolve,
@@ -53,7 +54,8 @@ def policy_flags(argv, doc, losses):
     add("--kl_samples", type=positive_int, help="samples from the reference for each prompt, to "
         "estimate its KL term (default: 1)")
     add("--max_new_tokens", type=positive_int, help="longest sample for the KL term and --select "
-        "(default: 64)")
+        "(default: 64 on tinytldr, else what 99%% of the training responses need)")
+    penalty_flag(parser)
     add("--select", default="last", help="which evaluated checkpoint to keep: the last; that of "
         "the lowest validation loss; or that whose samples for validation prompts earn most, "
         "judged by the oracle (of tinytldr) or by reward models (a folder, as in --rewards)")
@@ -80,8 +82,10 @@ def policy_flags(argv, doc, losses):
     table["rewards"] = ("rewards" in loss.needs, default_rewards, "losses that distil rewards")
     table["kl_samples"] = ("ref_samples" in loss.needs, 1, "losses with a KL term")
     judged = args.select not in ("last", "loss")
-    table["max_new_tokens"] = ("ref_samples" in loss.needs or judged, 64,
+    table["max_new_tokens"] = ("ref_samples" in loss.needs or judged,
+                               64 if args.data == "tinytldr" else None,     # None: train_policy.py
                                "losses with a KL term, or a --select that samples")
+    table["missing_eos_penalty"] = (judged, None, "a --select that samples")
     for size, default in SIZES.items():
         table[size] = (args.init_from == "scratch", default, "--init_from=scratch")
     table["block_size"] = (args.init_from == "scratch", 192 if args.data == "tinytldr" else None,

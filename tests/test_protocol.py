@@ -328,7 +328,7 @@ def test_the_speedrun_refuses_other_flags(shell, flags):
 
 @pytest.mark.parametrize("script, wanted", [
     ("tldr.sh", {"data": "trl-lib/tldr-preference", "labels": "oracle", "rho": 0.2,
-                 "n_pairs": 30_000, "max_new_tokens": 64}),
+                 "n_pairs": 30_000, "max_new_tokens": None}),
     ("helpful.sh", {"data": "Anthropic/hh-rlhf/helpful-base", "labels": "human", "rho": "all",
                     "n_pairs": None, "max_new_tokens": 128})])
 def test_the_paper_s_settings(shell, script, wanted):

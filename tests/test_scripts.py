@@ -106,7 +106,7 @@ def arguments(lab, **changed):
              "rewards": None, "relabel": None, "data": "tinytldr", "pool": 30,
              "label_temperature": 0.5, "rho": 0.5, "n_pairs": 6, "max_new_tokens": 4, "seed": 7,
              "dtype": "float32", "device": "cpu", "tokenizer": "tinytldr", "micro_batch_size": 2,
-             "kl_samples": 1, "skip_bad_rows": None}
+             "kl_samples": 1, "skip_bad_rows": None, "missing_eos_penalty": None}
     return SimpleNamespace(**flags | changed)
 
 
@@ -228,8 +228,8 @@ def test_reward_of_samples_by_the_oracle(lab, monkeypatch):
     replies = sample(lab.policy, prompts, 4, TOKENIZER.eot_token, [7, 5])
     wanted = [len(to_text(prompt, TOKENIZER)) + 100 * len(to_text(reply, TOKENIZER))
               for prompt, reply in zip(prompts, replies)]
-    mean = reward_of_samples(lab.policy, prompts, {}, TOKENIZER, arguments(lab), nullcontext)
-    assert mean == pytest.approx(np.mean(wanted), rel=1e-12)
+    means = reward_of_samples(lab.policy, prompts, {}, TOKENIZER, arguments(lab), nullcontext)
+    assert means["reward"] == pytest.approx(np.mean(wanted), rel=1e-12)
 
 
 def test_reward_of_samples_by_reward_models(lab):
@@ -237,10 +237,14 @@ def test_reward_of_samples_by_reward_models(lab):
     prompts = [prompt.tolist() for prompt, _ in lab.pairs["train"].examples]
     judges = load_reward_models(f"{lab.root}/rms", "--select", lab.policy, TOKENIZER, CPU)
     replies = sample(lab.policy, prompts, 4, TOKENIZER.eot_token, [7, 5])
+    unended = [reply[-1] != TOKENIZER.eot_token for reply in replies]
+    for reply, cut in zip(replies, unended):
+        reply += [TOKENIZER.eot_token] * cut        # where a reward model is read
     dataset = Dataset([(prompt, [reply]) for prompt, reply in zip(prompts, replies)])
     wanted = [score(judge, dataset).mean() for judge in judges.values()]
-    mean = reward_of_samples(lab.policy, prompts, judges, TOKENIZER, arguments(lab), nullcontext)
-    assert mean == pytest.approx(np.mean(wanted)) and wanted[0] != wanted[1]
+    means = reward_of_samples(lab.policy, prompts, judges, TOKENIZER, arguments(lab), nullcontext)
+    assert means["unended"] == pytest.approx(np.mean(unended)) and 0 < np.mean(unended)
+    assert means["reward"] == pytest.approx(np.mean(wanted)) and wanted[0] != wanted[1]
 
 
 # ------------------------------------------------------------------ columns and their cache

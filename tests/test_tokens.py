@@ -24,6 +24,7 @@ from support.tokens import (
     example_lengths,
     fit,
     prompts_of,
+    random_order,
     reorder,
     select,
     take_rows,
@@ -219,9 +220,10 @@ def test_prompts_of_a_split_come_once_each():
     prompts = [prompts_of(arrays, split) for split in ("train", "validation", "test")]
     texts = [tokenizer().decode(prompt) for prompt in sum(prompts, [])]
     assert sorted(texts) == sorted(f"prompt {i}" for i in range(200))
-    train, _ = select(arrays, 64, split="train")
-    in_order = dict.fromkeys(tokenizer().decode(prompt.tolist()) for prompt, _ in train)
-    assert [tokenizer().decode(prompt) for prompt in prompts[0]] == list(in_order)
+    train = [f"prompt {i}" for i in range(200)
+             if SPLITS[hashlib.sha256(f"prompt {i}".encode()).digest()[0]] == "train"]
+    in_order = [train[i] for i in random_order(len(train))]
+    assert [tokenizer().decode(prompt) for prompt in prompts[0]] == in_order != train
 
 
 # ------------------------------------------------------------------ the cache on disk

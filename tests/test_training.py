@@ -6,9 +6,9 @@ tree, no cache, no micro-batches. Every loss's equation is written out as the pa
 are the annealing of gamma, clipping, the learning rate and AdamW. After a few steps,
 train_policy.py and train_rm.py must have arrived at its weights and have logged its numbers.
 
-What could as well be otherwise is taken from the repository: which rows make up a batch, which
-pairs D_rho's random choice gives, the seed of the samples for the KL term. A new loss is tested
-here once its equation stands in EQUATIONS.
+What could as well be otherwise is taken from the repository: the random order of a file's rows,
+which of them make up a batch, which pairs D_rho's random choice gives, the seed of the samples for
+the KL term. A new loss is tested here once its equation stands in EQUATIONS.
 """
 import hashlib
 import itertools
@@ -28,6 +28,7 @@ from data import BatchOrder, biased_subset
 from losses import PREFERENCE_LOSSES
 from model import GPT, GPTConfig
 from reward import RewardModel
+from support.tokens import random_order
 
 SEED = 7
 BETA, TAU, GAMMA = 0.7, 0.3, (0.3, 0.9)
@@ -106,11 +107,12 @@ def write_file(path, records):
 
 
 def read_rows(records, split, demonstrations=False):
-    """The usable rows of a split, in the order of the file. demonstrations: of their first response
-    alone."""
+    """The usable rows of a split, in the random order of a file of so many. demonstrations: of
+    their first response alone."""
     tokenizer = tinytldr.tokenizer()
     rows = []
-    for prompt, texts, scores in records:
+    for i in random_order(len(records)):
+        prompt, texts, scores = records[i]
         if demonstrations:
             texts = texts[:1]
         responses = [tokenizer.encode_ordinary(text) + [tokenizer.eot_token] for text in texts]
