@@ -157,13 +157,14 @@ class Dataset:
         """The TreeBatch of some rows, with their columns. multiple: see collate."""
         examples = [self.examples[i] for i in rows]
         batch = collate(examples, multiple)
-        n_responses = [len(responses) - self.n_samples for _, responses in examples]
+        K, S = batch.lengths.size(1), self.n_samples        # K: of these rows, not of all
+        n_responses = [len(responses) - S for _, responses in examples]
         batch.pairs, batch.pair_row, batch.pair_weight = ranked_pairs(n_responses)
-        batch.samples = torch.tensor(n_responses)[:, None] + torch.arange(self.n_samples)  # (B, S)
+        batch.samples = torch.tensor(n_responses)[:, None] + torch.arange(S)      # (B, S)
         if self.ref_logps is not None:
-            batch.ref_logps = torch.from_numpy(self.ref_logps[rows])
+            batch.ref_logps = torch.from_numpy(self.ref_logps[rows, :K])
         if self.rewards is not None:
-            batch.rewards = torch.from_numpy(self.rewards[rows])
+            batch.rewards = torch.from_numpy(self.rewards[rows, :K - S])
         return batch
 
     def with_samples(self, samples):
@@ -189,10 +190,10 @@ def ranked_pairs(n_responses):
     """
     pairs, pair_row, pair_weight = [], [], []
     for row, K in enumerate(n_responses):
-        own = list(combinations(range(K), 2))
-        pairs += own
-        pair_row += [row] * len(own)
-        pair_weight += [1 / len(own)] * len(own)
+        for pair in combinations(range(K), 2):
+            pairs.append(pair)
+            pair_row.append(row)
+            pair_weight.append(2 / (K * (K - 1)))
     return (torch.tensor(pairs, dtype=torch.int64).view(-1, 2),
             torch.tensor(pair_row, dtype=torch.int64),
             torch.tensor(pair_weight, dtype=torch.float32))
@@ -299,7 +300,7 @@ def d_rho(dataset, rho, n, seed):
 
 def relabel(dataset, rewards):
     """The same rows, each with its responses in the order of the rewards, the highest first; rows
-    with ties dropped. rewards: (N, K)."""
+    with ties dropped. rewards: (N, K), of rows with K responses each."""
     order = np.argsort(-rewards, axis=1)                                            # (N, K)
     undecided = (np.diff(np.sort(rewards, axis=1), axis=1) == 0).any(axis=1)        # (N,)
     if undecided.any():

@@ -284,7 +284,8 @@ class Bench:
         if task == "score":
             return
         if task == "reward model":
-            losses, total = bradley_terry(batch.pair_up(outputs)), len(rows)
+            losses = batch.pair_weight * bradley_terry(batch.pair_up(outputs))
+            total = len(rows)
         else:
             flags = knobs(task)
             if "gamma" in flags:

@@ -21,7 +21,7 @@ def check_step_0(losses, expected, logps, ref_logps, args):
         raise AssertionError(f"at the reference, {args.loss} is {losses[wrong][0]:.4f}, not "
                              f"{expected[wrong][0]:.4f}")
     print(f"step 0: policy == reference to {change:.0e} nats, {args.loss} loss "
-          f"{losses.mean():.4f}")
+          f"{losses.sum() / len(logps):.4f}")
 
 
 def say_spread(rewards, names):
