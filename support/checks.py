@@ -16,7 +16,7 @@ def check_step_0(losses, expected, logps, ref_logps, args):
                              f"up to {change} nats")
     scale = max(1, args.beta or 1, *(args.gamma or ()))
     slack = 2 * scale * change + 1e-4       # of beta * h (or its square), or the KL
-    wrong = (losses - expected).abs() > (1 + expected) * slack + slack**2
+    wrong = (losses - expected).abs() > (1 + expected.abs()) * slack + slack**2
     if wrong.any():
         raise AssertionError(f"at the reference, {args.loss} is {losses[wrong][0]:.4f}, not "
                              f"{expected[wrong][0]:.4f}")
