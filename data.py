@@ -8,6 +8,7 @@ about every example (the reference's log-probs, rewards) is a column of the `Dat
     python runs/show.py --data=prefs.jsonl      # one batch in colour, and what became of every row
 """
 from dataclasses import dataclass, fields
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -33,12 +34,17 @@ class TreeBatch:
     target     (R,)   int64   the response token to predict there
     slot       (R,)   int64   row * K + response: the log-prob it is part of (B * K: padding)
     last       (B, K) int64   column of each response's last token, minus the context
-    lengths    (B, K) int64   response lengths in tokens
+    lengths    (B, K) int64   response lengths in tokens, 0 where a row has fewer responses
     context    int            first columns, prompt in every row, that predict no response token
-    n_samples  int            S: the last S of these K (elsewhere: of K + S) are sampled
-                              from the reference
-    ref_logps  (B, K) float32           the reference's log-probs of the responses, if known
-    rewards    (B, K - S, M) float32    rewards by M reward models, if known
+
+    What a data set adds to it (Dataset.batch):
+
+    pairs        (P, 2) int64   which two responses of its row each pair compares, the chosen first
+    pair_row     (P,)   int64   the row of each pair
+    pair_weight  (P,) float32   1 / (pairs in its row): the weights of a row add up to 1
+    samples      (B, S) int64   which responses of each row are samples from the reference
+    ref_logps    (B, K) float32       the reference's log-probs of the responses, if known
+    rewards      (B, K - S, M) float32    rewards by M reward models, if known
     """
     tokens: torch.Tensor
     branch: torch.Tensor
@@ -49,7 +55,10 @@ class TreeBatch:
     last: torch.Tensor
     lengths: torch.Tensor
     context: int
-    n_samples: int = 0
+    pairs: torch.Tensor = None
+    pair_row: torch.Tensor = None
+    pair_weight: torch.Tensor = None
+    samples: torch.Tensor = None
     ref_logps: torch.Tensor = None
     rewards: torch.Tensor = None
 
@@ -60,23 +69,19 @@ class TreeBatch:
                 setattr(self, field.name, value.to(device))
         return self
 
-    def columns(self):
-        """What a loss may ask for beside the policy's log-probs."""
-        return {"ref_logps": self.ref_logps, "rewards": self.rewards, "lengths": self.lengths,
-                "n_samples": self.n_samples}
+    def pair_up(self, values):
+        """Takes the two responses of every pair. values: (B, K, ...). Returns (P, 2, ...)."""
+        return values[self.pair_row[:, None], self.pairs]
 
 
 def collate(examples, multiple=1):
     """(prompt ids, [response ids, ...]) examples -> TreeBatch.
 
-    All examples have the same number of responses; prompts and responses have a token or more
-    (ValueError). `multiple` rounds T and R up and the context down, so that shapes are few.
+    Prompts and responses have a token or more (ValueError); K is the largest number of responses.
+    `multiple` rounds T and R up and the context down, so that shapes are few.
     """
-    B, K = len(examples), len(examples[0][1])
+    B, K = len(examples), max(len(responses) for _, responses in examples)
     for prompt, responses in examples:
-        if len(responses) != K:
-            raise ValueError("every example of a batch needs the same number of responses: got "
-                             f"{K} and {len(responses)}")
         if min(len(ids) for ids in (prompt, *responses)) == 0:
             raise ValueError("prompts and responses need at least one token")
 
@@ -124,9 +129,11 @@ def collate(examples, multiple=1):
 class Dataset:
     """N examples, and what training takes as given about them, a column each.
 
-    examples    N (prompt ids, [K response ids, then S samples from the reference])
-    rewards     (N, K, M) float32: rewards of the K responses by M reward models, or from the file
-    ref_logps   (N, K + S) float32: the reference's log-probs of the responses
+    examples    N (prompt ids, [response ids, ...]): the best response first, and after the last one
+                S samples from the reference. Rows may have different numbers of responses: K is the
+                largest, and the columns below are padded.
+    rewards     (N, K - S, M) float32: rewards of the responses by M reward models, or from the file
+    ref_logps   (N, K) float32: the reference's log-probs of the responses
     n_samples   S, 0 where the loss has no KL term
     """
     examples: list
@@ -150,12 +157,16 @@ class Dataset:
 
     def batch(self, rows, multiple=1):
         """The TreeBatch of some rows, with their columns. multiple: see collate."""
-        batch = collate([self.examples[i] for i in rows], multiple)
-        batch.n_samples = self.n_samples
+        examples = [self.examples[i] for i in rows]
+        batch = collate(examples, multiple)
+        K, S = batch.lengths.size(1), self.n_samples        # K: of these rows, not of all
+        n_responses = [len(responses) - S for _, responses in examples]
+        batch.pairs, batch.pair_row, batch.pair_weight = ranked_pairs(n_responses)
+        batch.samples = torch.tensor(n_responses)[:, None] + torch.arange(S)      # (B, S)
         if self.ref_logps is not None:
-            batch.ref_logps = torch.from_numpy(self.ref_logps[rows])
+            batch.ref_logps = torch.from_numpy(self.ref_logps[rows, :K])
         if self.rewards is not None:
-            batch.rewards = torch.from_numpy(self.rewards[rows])
+            batch.rewards = torch.from_numpy(self.rewards[rows, :K - S])
         return batch
 
     def with_samples(self, samples):
@@ -171,6 +182,23 @@ class Dataset:
     def row_lengths(self):
         """(N,) tokens in each row of a tree batch."""
         return example_lengths(self.examples).sum(axis=1)
+
+
+def ranked_pairs(n_responses):
+    """Lists all pairs of each row's responses, which are ranked, the best first.
+
+    n_responses: of each of B rows. Returns (pairs (P, 2), pair_row (P,), pair_weight (P,)), as in a
+    TreeBatch: two responses are one pair, K are K (K - 1) / 2, one is none.
+    """
+    pairs, pair_row, pair_weight = [], [], []
+    for row, K in enumerate(n_responses):
+        for pair in combinations(range(K), 2):
+            pairs.append(pair)
+            pair_row.append(row)
+            pair_weight.append(2 / (K * (K - 1)))
+    return (torch.tensor(pairs, dtype=torch.int64).view(-1, 2),
+            torch.tensor(pair_row, dtype=torch.int64),
+            torch.tensor(pair_weight, dtype=torch.float32))
 
 
 def by_length(dataset):
@@ -274,7 +302,7 @@ def d_rho(dataset, rho, n, seed):
 
 def relabel(dataset, rewards):
     """The same rows, each with its responses in the order of the rewards, the highest first; rows
-    with ties dropped. rewards: (N, K)."""
+    with ties dropped. rewards: (N, K), of rows with K responses each."""
     order = np.argsort(-rewards, axis=1)                                            # (N, K)
     undecided = (np.diff(np.sort(rewards, axis=1), axis=1) == 0).any(axis=1)        # (N,)
     if undecided.any():

@@ -15,7 +15,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from data import BatchOrder, by_length, demonstrations, get_tokenizer
-from losses import LOSSES, all_pairs, loss_at_reference, picks, training_loss
+from losses import LOSSES, batch_loss, best_member, knobs, needs
 from model import GPT, GPTConfig
 from reward import family_scores, judge_samples, load_reward_models, training_pairs
 from support.cache import cache_folder, cached, hash_examples, hash_weights, key
@@ -35,17 +35,17 @@ from support.training_flags import policy_flags
 def with_columns(dataset, split, policy, tokenizer, reward_models, args, autocast):
     """The data set with what its loss takes as given: the reference's log-probs and, if the loss
     needs them, rewards and samples from the reference for each row. policy: still the reference."""
-    needs = LOSSES[args.loss].needs
+    needed = needs(args.loss)
     cache = cache_folder(args.init_from, args.out_dir)
     weights = hash_weights(policy)
-    if "rewards" not in needs:
+    if "rewards" not in needed:
         dataset.rewards = None
     elif args.rewards != "scores":
         dataset.rewards = family_scores(reward_models, dataset, args, autocast, split)
     elif dataset.rewards is None:
         raise InputError(f"--rewards=scores: {args.data} has no score_chosen and score_rejected, "
                          "nor scores, in all its rows")
-    if "ref_samples" in needs:
+    if "kl" in needed:
         prompts = [prompt.tolist() for prompt, _ in dataset.examples] * args.kl_samples
         entry = key(weights, prompts, args.max_new_tokens, args.seed, args.dtype, args.tokenizer,
                     tokenizer.eot_token)
@@ -63,52 +63,57 @@ def with_columns(dataset, split, policy, tokenizer, reward_models, args, autocas
     return dataset
 
 
-def statistics(logps, ref_logps, n_samples):
-    """What to watch (docs/glossary.md), per example. logps, ref_logps: (B, K + S). Returns {name:
-    (B,)}; nothing for SFT, which has no reference."""
-    if ref_logps is None:
+def statistics(logps, batch):
+    """Computes what to watch (docs/glossary.md), per pair, times the pair's weight in its row.
+    logps: (B, K). Returns {name: (P,)}, or (B,) for the KL; nothing for SFT, without a reference.
+    """
+    if batch.ref_logps is None:
         return {}
-    B = len(logps)
-    K = logps.size(1) - n_samples
-    change = logps.detach() - ref_logps                     # (B, K + S) log-ratios
-    pairs = all_pairs(change[:, :K])                        # (B * P, 2)
-    h = pairs[:, 0] - pairs[:, 1]
+    change = logps.detach() - batch.ref_logps               # (B, K) log-ratios
+    chosen, rejected = batch.pair_up(change).unbind(dim=1)  # (P,) each
+    h = chosen - rejected
     prefers_chosen = (h > 0).float() + 0.5 * (h == 0)
-    values = {"chosen_change": change[:, 0],
-              "rejected_change": change[:, 1:K].mean(dim=1),
-              "margin": h.view(B, -1).mean(dim=1),
-              "accuracy": prefers_chosen.view(B, -1).mean(dim=1)}
-    if n_samples:
-        values["forward_kl"] = -change[:, K:].mean(dim=1)
+    values = {"chosen_change": chosen, "rejected_change": rejected, "margin": h,
+              "accuracy": prefers_chosen}
+    values = {name: batch.pair_weight * value for name, value in values.items()}
+    if batch.samples.size(1):
+        values["forward_kl"] = -change.gather(1, batch.samples).mean(dim=1)
     return values
 
 
+def picked_members(logps, batch, beta):
+    """Tells which reward models e-DPO's minimum picks: {"picked_0": (P,), ...}, of each pair its
+    weight or 0."""
+    columns = [batch.pair_up(column) for column in (logps, batch.ref_logps, batch.rewards)]
+    member = best_member(*columns, beta)                    # (P,)
+    return {f"picked_{m}": batch.pair_weight * (member == m) for m in range(batch.rewards.size(2))}
+
+
 def row_terms(dataset, loss):
-    """How many terms of the mean each row's loss adds up, (N,): 1, or for SFT its tokens. A step
-    divides by the mean number of terms: in batches of rows of similar length, dividing by the
+    """Counts the terms of the mean that each row's loss adds up, (N,): 1, or for SFT its tokens. A
+    step divides by the mean number of terms: in batches of rows of similar length, dividing by the
     batch's own tokens would make short responses count more."""
-    if loss.mean_over == "tokens":
+    if loss == "sft":
         return dataset.response_lengths().sum(axis=1)
     return np.ones(len(dataset), np.int64)
 
 
 @torch.no_grad()
-def evaluate(policy, dataset, args, knobs, device, autocast):
-    """Means of the loss and the statistics over a whole data set: {name: number}."""
-    gamma = anneal(args.gamma, args.max_steps, args.max_steps)  # the last: steps are to compare
-    total = int(row_terms(dataset, LOSSES[args.loss]).sum())
+def evaluate(policy, dataset, args, flags, device, autocast):
+    """Computes means of the loss and the statistics over a whole data set: {name: number}. flags:
+    the loss's, with the gamma of the last step, so that evaluations can be compared."""
+    total = int(row_terms(dataset, args.loss).sum())
     size = 4 * args.micro_batch_size  # no gradient, less memory
     sums = {}
     for part in micro_batches(np.arange(len(dataset)), size):
         batch = dataset.batch(part, shape_multiple(args)).to(device)
         with autocast():
             logps = policy(batch)
-        losses = training_loss(args.loss, logps, **batch.columns(), gamma=gamma, **knobs)
-        stats = statistics(logps, batch.ref_logps, batch.n_samples)
-        if "min_per" in knobs:
-            stats |= picks(logps, batch.ref_logps, batch.rewards, **knobs)
-        for name, values in {"loss": losses, **stats}.items():
-            sums[name] = sums.get(name, 0) + (values / total).sum()
+        values = {"loss": batch_loss(args.loss, logps, batch, **flags), **statistics(logps, batch)}
+        if args.loss == "e-dpo":
+            values |= picked_members(logps, batch, args.beta)
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0) + (value / total).sum()
         sync(device)
     return add_up_numbers({name: value.item() for name, value in sums.items()})
 
@@ -125,17 +130,19 @@ def reward_of_samples(policy, prompts, judges, tokenizer, args, autocast):
     return {"reward": float(rewards.mean()), "unended": float(cut.mean())}
 
 
-def anneal(gamma, step, max_steps):
-    """The weight of the KL term at a step, linear from the first to the last; 0 without one."""
-    first, last = gamma or (0.0, 0.0)
-    return first + (last - first) * step / max_steps
+def loss_flags(args, step):
+    """Returns the flags of the loss at a step. gamma, the weight of the KL, goes linearly from its
+    first value to its last."""
+    flags = {knob: getattr(args, knob) for knob in knobs(args.loss)}
+    if "gamma" in flags:
+        first, last = args.gamma
+        flags["gamma"] = first + (last - first) * step / args.max_steps
+    return flags
 
 
 def main(argv=None):
     # ---- set-up
-    args = policy_flags(argv, __doc__, LOSSES)
-    loss = LOSSES[args.loss]
-    knobs = {knob: getattr(args, knob) for knob in loss.knobs if knob != "gamma"}
+    args = policy_flags(argv, __doc__, list(LOSSES), needs, knobs)
     device, autocast = setup(args)
     multiple = shape_multiple(args)
     tokenizer = get_tokenizer(args.tokenizer)
@@ -159,17 +166,17 @@ def main(argv=None):
         watched = {"validation": by_length(validation.first(args.n_eval))}
     else:
         train, validation = training_pairs(args, tokenizer, policy, device, autocast)
-        if "ref_samples" in loss.needs or judges:       # what follows samples
+        if "kl" in needs(args.loss) or judges:          # what follows samples
             args.max_new_tokens = args.max_new_tokens or longest_sample(
                 example_lengths(train.examples), policy.config.block_size, "training")
         common = (policy, tokenizer, reward_models, args, autocast)
         train = with_columns(train, "train", *common)
-        if "min_per" in knobs:
+        if args.loss == "e-dpo":
             say_spread(train.rewards, list(reward_models))
         validation = with_columns(validation.first(args.n_eval), "validation", *common)
         some = np.random.default_rng(0).permutation(len(train))[:args.n_eval]
         watched = {"validation": by_length(validation), "train": by_length(train.take(some))}
-    terms = row_terms(train, loss)
+    terms = row_terms(train, args.loss)
     order = BatchOrder(train.row_lengths(), args.batch_size, args.seed)
 
     # ---- model
@@ -184,11 +191,10 @@ def main(argv=None):
     # ---- loop
     size = args.micro_batch_size
     for step in range(run.first_step, args.max_steps + 1):
-        gamma = anneal(args.gamma, step, args.max_steps)
         if run.due(step):
-            results = {}
+            results, last = {}, loss_flags(args, args.max_steps)
             for split, dataset in watched.items():
-                means = evaluate(policy, dataset, args, knobs, device, autocast)
+                means = evaluate(policy, dataset, args, last, device, autocast)
                 results |= {f"{split}/{name}": value for name, value in means.items()}
             if judges or args.select == "oracle":
                 prompts = [prompt.tolist() for prompt, _ in watched["validation"].examples]
@@ -198,18 +204,18 @@ def main(argv=None):
         if step == args.max_steps:      # evaluated only
             break
 
-        rows = order.rows(step)                                 # (batch_size,)
+        rows, flags = order.rows(step), loss_flags(args, step)  # (batch_size,)
         total = len(rows) * terms.mean()                        # rows; for SFT, expected tokens
         for part in micro_batches(rows, size):                  # of this process
             batch = train.batch(part, multiple).to(device)      # the tree, with its columns
             with autocast():
-                logps = policy(batch)                           # (b, K + S)
-            losses = training_loss(args.loss, logps, **batch.columns(), gamma=gamma, **knobs)
-            if step == 0 and part[0] == rows[0] and loss.at_reference:      # the first part
-                expected = loss_at_reference(args.loss, **batch.columns(), **knobs)
+                logps = policy(batch)                           # (b, K)
+            losses = batch_loss(args.loss, logps, batch, **flags)       # (pairs,), for SFT (b,)
+            if step == 0 and part[0] == rows[0] and args.loss != "sft":     # the first part
+                expected = batch_loss(args.loss, batch.ref_logps, batch, **flags)
                 check_step_0(losses, expected, logps, batch.ref_logps, args)
             (losses.sum() / total).backward()                   # part of the whole batch's gradient
-            run.watch(total, loss=losses, **statistics(logps, batch.ref_logps, batch.n_samples))
+            run.watch(total, loss=losses, **statistics(logps, batch))
         add_up_gradients(policy)                                # of all processes
         grad_norm = clip_grad_norm_(policy.parameters(), args.grad_clip)
         set_learning_rate(optimizer, learning_rate(step, args.max_steps, args.lr))

@@ -1,4 +1,4 @@
-"""Trains explicit reward models by the Bradley-Terry likelihood (of rankings: Plackett-Luce).
+"""Trains explicit reward models by the Bradley-Terry likelihood of preferences.
 
     python train_rm.py --out_dir=out/my-rm                          # one, on D_rho
     python train_rm.py --bias=0.2,0.5,0.8 --out_dir=out/my-rms      # a family of three
@@ -20,7 +20,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from data import BatchOrder, biased_subset, by_length, get_tokenizer
-from losses import all_pairs, plackett_luce, reward_margin
+from losses import bradley_terry, reward_margin
 from model import GPT
 from reward import RewardModel, training_pairs
 from support.cache import hash_examples, hash_weights, key
@@ -34,25 +34,25 @@ from support.tokenizer import check_vocabulary, save_tokenizer
 from support.training_flags import reward_flags
 
 
-def statistics(rewards):
-    """What to watch (docs/glossary.md), per example. rewards: (B, K). Returns {name: (B,)}."""
-    B = len(rewards)
-    margin = reward_margin(all_pairs(rewards.detach()))  # (B * pairs,)
+def statistics(rewards, batch):
+    """Computes what to watch (docs/glossary.md), per pair, times the pair's weight in its row.
+    rewards: (P, 2) of the pairs. Returns {name: (P,)}."""
+    margin = reward_margin(rewards.detach())                # (P,)
     prefers_chosen = (margin > 0).float() + 0.5 * (margin == 0)
-    return {"margin": margin.view(B, -1).mean(dim=1),
-            "accuracy": prefers_chosen.view(B, -1).mean(dim=1)}
+    return {"margin": batch.pair_weight * margin, "accuracy": batch.pair_weight * prefers_chosen}
 
 
 @torch.no_grad()
 def evaluate(reward_model, dataset, args, device, autocast):
-    """Means of the loss and the statistics over a whole data set: {name: number}."""
+    """Computes means of the loss and the statistics over a whole data set: {name: number}."""
     size = 4 * args.micro_batch_size  # no gradient, less memory
     sums = {}
     for part in micro_batches(np.arange(len(dataset)), size):
         batch = dataset.batch(part, shape_multiple(args)).to(device)
         with autocast():
-            rewards = reward_model(batch)
-        for name, values in {"loss": plackett_luce(rewards), **statistics(rewards)}.items():
+            rewards = batch.pair_up(reward_model(batch))    # (P, 2)
+        losses = batch.pair_weight * bradley_terry(rewards)
+        for name, values in {"loss": losses, **statistics(rewards, batch)}.items():
             sums[name] = sums.get(name, 0) + (values / len(dataset)).sum()
         sync(device)
     return add_up_numbers({name: value.item() for name, value in sums.items()})
@@ -110,13 +110,12 @@ def train_one(args, policy, tokenizer, train, validation, device, autocast):
         for part in micro_batches(rows, size):                  # of this process
             batch = train.batch(part, multiple).to(device)      # the tree
             with autocast():
-                rewards = reward_model(batch)                   # (b, K)
-            losses = plackett_luce(rewards)                     # pairs: -log sigmoid(r1 - r2)
-            if step == 0:                                       # a zero head: log K! each
-                expected = torch.full_like(losses, math.lgamma(rewards.size(1) + 1))
-                torch.testing.assert_close(losses, expected)
+                rewards = batch.pair_up(reward_model(batch))    # (pairs, 2)
+            losses = batch.pair_weight * bradley_terry(rewards)
+            if step == 0:                                       # the head is zero, so are rewards
+                torch.testing.assert_close(losses, batch.pair_weight * math.log(2))
             (losses.sum() / len(rows)).backward()               # part of the whole batch's gradient
-            run.watch(len(rows), loss=losses, **statistics(rewards))
+            run.watch(len(rows), loss=losses, **statistics(rewards, batch))
         add_up_gradients(reward_model)                          # of all processes
         grad_norm = clip_grad_norm_(reward_model.parameters(), args.grad_clip)
         set_learning_rate(optimizer, learning_rate(step, args.max_steps, args.lr))

@@ -20,12 +20,11 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import figure2
 import numpy as np
-import torch
 import trials
 
 import train_policy
 from data import Dataset, get_tokenizer
-from losses import LOSSES, distill, reward_margin
+from losses import GAMMA, LOSSES, log_ratio_margin, p_dpo, reward_margin
 from model import GPT
 from reward import family_scores, load_reward_models, training_pairs
 from support.cache import key
@@ -53,15 +52,22 @@ COLUMNS = ["table", "setting", "rho", "seed", "loss", "validation", "test", "tes
            "smallest_margin", "picked", "seconds", "commit", "reference"]
 
 
-def worst_member(logps, ref_logps, rewards, beta):
-    """Distillation from the member of the family that fits worst: ensemble_distill's opposite."""
-    members = [distill(logps, ref_logps, r, beta) for r in rewards.unbind(dim=2)]
-    return torch.stack(members).max(dim=0).values
+def e_dpo_worst(logps, ref_logps, rewards, kl, beta=1.0, gamma=GAMMA):
+    """Distils the member of the family that fits worst, e-DPO's opposite. Returns (B,)."""
+    h = log_ratio_margin(logps, ref_logps)                                      # (B,)
+    targets = reward_margin(rewards)                                            # (B, M)
+    return (targets - beta * h[:, None]).square().max(dim=1).values + gamma * kl
 
 
-WORST = LOSSES["e-dpo"]._replace(
-    equation=worst_member, knobs={name: LOSSES["e-dpo"].knobs[name] for name in ("beta", "gamma")},
-    at_reference=lambda rewards, **_: (reward_margin(rewards) ** 2).max(dim=1).values)
+def e_dpo_per_batch(logps, ref_logps, rewards, kl, beta=1.0, gamma=GAMMA):
+    """Distils one member for the whole batch, the one that fits best on average: nearer to the
+    objective as the paper writes it, with the minimum outside the expectation. Returns (B,)."""
+    h = log_ratio_margin(logps, ref_logps)                                      # (B,)
+    losses = (reward_margin(rewards) - beta * h[:, None]).square()              # (B, M)
+    return losses[:, losses.mean(dim=0).argmin()] + gamma * kl
+
+
+OWN_LOSSES = {"worst": e_dpo_worst, "per-batch": e_dpo_per_batch, "redrawn": p_dpo}
 
 
 class Cell(NamedTuple):
@@ -93,7 +99,7 @@ def members(cell):
 def minimum(cell):
     family = f"--rewards={cell.family()}"
     yield "per example", "e-dpo", [family]
-    yield "per batch", "e-dpo", [family, "--min_per=batch"]
+    yield "per batch", "per-batch", [family]
     yield "mean", "dp-dpo", [family, f"--beta={cell.betas['e-dpo']}"]
     yield "maximum", "worst", [family]
 
@@ -220,13 +226,15 @@ def run(cell, loss, flags):
     """Trains one policy. Returns its folder, which is the same for the same run in two tables, and
     its seconds."""
     folder = f"{cell.folder}/policies/{key(loss, flags)}"
-    beta = cell.betas[{"worst": "e-dpo", "redrawn": "p-dpo"}.get(loss, loss)]
-    LOSSES["worst"], LOSSES["redrawn"] = WORST, LOSSES["p-dpo"]         # for this run alone
+    like = {"worst": "e-dpo", "per-batch": "e-dpo", "redrawn": "p-dpo"}
+    beta = cell.betas[like.get(loss, loss)]
+    LOSSES.update(OWN_LOSSES)                                           # for this run alone
     if loss == "redrawn":
         train_policy.with_columns = with_redrawn_samples
     seconds = trials.train("train_policy", folder, f"--loss={loss}", "--select=oracle", *cell.data,
                            f"--beta={beta}", *flags)
-    del LOSSES["worst"], LOSSES["redrawn"]
+    for name in OWN_LOSSES:
+        del LOSSES[name]
     train_policy.with_columns = WITH_COLUMNS
     return folder, seconds
 

@@ -37,7 +37,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from data import BatchOrder, Dataset, get_tokenizer
-from losses import LOSSES, PREFERENCE_LOSSES, plackett_luce, training_loss
+from losses import LOSSES, PREFERENCE_LOSSES, batch_loss, bradley_terry, knobs, needs
 from model import GPT, GPTConfig
 from reward import RewardModel
 from support.device import recompute_layers, setup, shape_multiple, sync
@@ -235,7 +235,7 @@ class Bench:
         self.datasets = {task: task_dataset(task, examples) for task in {*args.only, "dpo"}}
         # every task the rows of DPO, so that all can be compared
         self.order = BatchOrder(self.datasets["dpo"].row_lengths(), args.batch_size, args.seed)
-        self.terms = {task: row_terms(self.datasets[task], LOSSES[task])
+        self.terms = {task: row_terms(self.datasets[task], task)
                       for task in args.only if task in LOSSES}
         self.policy = GPT(self.config).to(self.device)
         self.models = {task: self.policy for task in args.only}
@@ -284,10 +284,13 @@ class Bench:
         if task == "score":
             return
         if task == "reward model":
-            losses, total = plackett_luce(outputs), len(rows)
+            losses = batch.pair_weight * bradley_terry(batch.pair_up(outputs))
+            total = len(rows)
         else:
-            knobs = {**LOSSES[task].knobs, "gamma": 0.01}
-            losses = training_loss(task, outputs, **batch.columns(), **knobs)
+            flags = knobs(task)
+            if "gamma" in flags:
+                flags["gamma"] = 0.01
+            losses = batch_loss(task, outputs, batch, **flags)
             total = int(self.terms[task][rows].sum())
         (losses.sum() / total).backward()
         clip_grad_norm_(model.parameters(), 1.0)
@@ -311,13 +314,13 @@ class Bench:
 def task_dataset(task, examples):
     """A Dataset with the responses and the columns that a task needs, as train_policy.py has them;
     their values do not matter. examples: with K + 1 responses."""
-    needs = LOSSES[task].needs if task in LOSSES else ()
-    K, S = len(examples[0][1]) - 1, int("ref_samples" in needs)
+    needed = needs(task) if task in LOSSES else ()
+    K, S = len(examples[0][1]) - 1, int("kl" in needed)
     if task == "sft":
         K = 1
     N, examples = len(examples), [(prompt, responses[:K + S]) for prompt, responses in examples]
-    rewards = np.zeros((N, K, MEMBERS), np.float32) if "rewards" in needs else None
-    ref_logps = np.zeros((N, K + S), np.float32) if "ref_logps" in needs else None
+    rewards = np.zeros((N, K, MEMBERS), np.float32) if "rewards" in needed else None
+    ref_logps = np.zeros((N, K + S), np.float32) if "ref_logps" in needed else None
     return Dataset(examples, rewards, ref_logps, n_samples=S)
 
 

@@ -35,8 +35,8 @@ class Group(NamedTuple):
 GROUPS = {
     "core": Group({
         "losses.py": [""],
-        "data.py": ["collate", "Dataset", "by_length", "batches", "BatchOrder", "longer",
-                    "biased_subset", "relabel"],
+        "data.py": ["TreeBatch", "collate", "Dataset", "ranked_pairs", "by_length", "batches",
+                    "BatchOrder", "longer", "biased_subset", "relabel"],
         "model.py": ["tree_mask", "Attention.forward", "MLP.forward", "Transformer", "GPT.logits",
                      "GPT.response_logps"],
         "reward.py": ["RewardModel.forward"],

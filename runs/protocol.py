@@ -17,7 +17,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from data import get_tokenizer
-from losses import LOSSES, PREFERENCE_LOSSES
+from losses import LOSSES, PREFERENCE_LOSSES, knobs, needs
 from support.checkpoint import read_sizes
 from support.files import read_json, write_json
 from support.flags import (
@@ -140,7 +140,7 @@ def check_flags(args, stages):
     for script, folder, flags in stages:
         flags = missing_flags(folder, flags)
         if flags is not None and script == "train_policy.py":
-            policy_flags(flags, "", LOSSES)
+            policy_flags(flags, "", list(LOSSES), needs, knobs)
         elif flags is not None:
             reward_flags(flags, "")
     comparison_flags(report_flags(args), "")
@@ -216,12 +216,12 @@ def listed(values):
 
 def loss_flags(args, loss, rm, rms):
     """The flags that train_policy.py needs for one loss: those that the loss uses."""
-    flags, needs = [f"--loss={loss}"], LOSSES[loss].needs
-    if "rewards" in needs:
+    flags = [f"--loss={loss}"]
+    if "rewards" in needs(loss):
         flags.append(f"--rewards={rms if loss == 'e-dpo' else rm}")
     given = {"beta": args.beta, "tau": args.tau, "gamma": args.gamma and listed(args.gamma)}
     for knob, value in given.items():
-        if value is not None and knob in LOSSES[loss].knobs:
+        if value is not None and knob in knobs(loss):
             flags.append(f"--{knob}={value}")
     return flags
 
@@ -254,7 +254,7 @@ def plan(args):
         pairs.append(f"--n_pairs={args.n_pairs}")
 
     # Reward models on D_rho: one, and the family.
-    distilled = [loss for loss in args.losses if "rewards" in LOSSES[loss].needs]
+    distilled = [loss for loss in args.losses if "rewards" in needs(loss)]
     rm_flags += [*pairs, f"--max_steps={args.rm_steps}"]
     if args.family == "scores":
         rm = rms = "scores"

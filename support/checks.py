@@ -3,11 +3,11 @@ import numpy as np
 
 
 def check_step_0(losses, expected, logps, ref_logps, args):
-    """Step 0 has known values: the policy is the reference, so its log-probs are the cached ones,
-    and the loss is what losses.py derives by hand. What rounding explains is let through.
+    """Checks that before step 0 the policy is the reference: its log-probs are the cached ones, and
+    the loss is that of the reference itself. What rounding explains is let through.
 
-    losses: (b,) of the first micro-batch, as it is trained on, before the first update; expected:
-    (b,) what they must be; logps, ref_logps: (b, K).
+    losses: (P,) of the first micro-batch, as it is trained on, before the first update; expected:
+    (P,) the same with the reference in the policy's place; logps, ref_logps: (b, K).
     """
     change = (logps - ref_logps).abs().max().item()
     rounding = 1e-5 if args.dtype == "float32" else 1e-2
@@ -16,12 +16,12 @@ def check_step_0(losses, expected, logps, ref_logps, args):
                              f"up to {change} nats")
     scale = max(1, args.beta or 1, *(args.gamma or ()))
     slack = 2 * scale * change + 1e-4       # of beta * h (or its square), or the KL
-    wrong = (losses - expected).abs() > (1 + expected) * slack + slack**2
+    wrong = (losses - expected).abs() > (1 + expected.abs()) * slack + slack**2
     if wrong.any():
         raise AssertionError(f"at the reference, {args.loss} is {losses[wrong][0]:.4f}, not "
-                             f"{expected[wrong][0]:.4f} as its at_reference in losses.py says")
+                             f"{expected[wrong][0]:.4f}")
     print(f"step 0: policy == reference to {change:.0e} nats, {args.loss} loss "
-          f"{losses.mean():.4f} as derived")
+          f"{losses.sum() / len(logps):.4f}")
 
 
 def say_spread(rewards, names):

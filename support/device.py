@@ -57,8 +57,6 @@ def check_shares(flags):
                          "torchrun --nproc_per_node=N")
     if flags.get("fsdp") and flags["compile"]:
         raise InputError("--compile: not with --fsdp, whose weights come and go")
-    if processes() > 1 and flags.get("min_per") == "batch":
-        raise InputError("--min_per=batch: one minimum per batch needs a single process")
 
 
 def keep_memory():

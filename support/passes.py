@@ -34,9 +34,9 @@ def score(model, dataset, autocast=contextlib.nullcontext, multiple=1, desc="sco
             same_n = multiple >= FEW_SHAPES     # repeat rows rather than have fewer
             batch = dataset.batch(np.resize(rows, n) if same_n else rows, multiple).to(device)
             with autocast():
-                values = model(batch).float().cpu().numpy()[:len(rows)]         # (rows, K)
-            if mine:
-                scores[rows] = values
+                values = model(batch).float().cpu().numpy()[:len(rows)]
+            if mine:        # as many columns as this batch has responses, at most K
+                scores[rows, :values.shape[1]] = values
             bar.update()
     return add_up(scores)
 

@@ -204,7 +204,7 @@ class Examples:
     def __getitem__(self, i):
         parts = zip(self.ends[i].tolist(), self.lengths[i].tolist())
         prompt, *responses = [self.tokens[end - length:end] for end, length in parts]
-        return prompt, responses
+        return prompt, [response for response in responses if len(response)]
 
     def take(self, rows):
         """Some rows: indices, or a mask."""
@@ -236,7 +236,11 @@ def example_lengths(examples):
     """(N, 1 + K) tokens in the prompt and responses of each row, of Examples or of a list."""
     if isinstance(examples, Examples):
         return examples.lengths
-    return np.array([[len(ids) for ids in (prompt, *responses)] for prompt, responses in examples])
+    columns = 1 + max((len(responses) for _, responses in examples), default=0)
+    lengths = np.zeros((len(examples), columns), np.int64)      # 0: there is no such response
+    for row, (prompt, responses) in zip(lengths, examples):
+        row[:1 + len(responses)] = [len(ids) for ids in (prompt, *responses)]
+    return lengths
 
 
 def fit(arrays, block_size):

@@ -33,11 +33,12 @@ SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 128}      # of a model from scratc
 SFT_LR, POLICY_LR, REWARD_LR = 4e-3, 2e-4, 5e-4         # of small models
 
 
-def policy_flags(argv, doc, losses):
-    """The flags of train_policy.py, checked. losses: the table of losses.py."""
+def policy_flags(argv, doc, losses, needs, knobs):
+    """The flags of train_policy.py, checked. losses: the names of losses.LOSSES; needs, knobs: the
+    functions of losses.py that say what a loss needs, and what its flags are."""
     parser = training_flags(doc, lr=f"{SFT_LR:g} for sft, else {POLICY_LR:g}")
     add = parser.add_argument
-    add("--loss", default="e-dpo", choices=list(losses))
+    add("--loss", default="e-dpo", choices=losses)
     add("--rewards", help="folder of a reward model or of a family, or several, comma-separated "
         "(default: out/rms for e-dpo, else out/rm); or scores: those that --data came with")
     add("--beta", type=positive_float, help="scale of the implicit reward, in reward per nat "
@@ -45,11 +46,9 @@ def policy_flags(argv, doc, losses):
     add("--tau", type=positive_float, help="the margin to reach is 1 / (2 tau)")
     add("--gamma", type=first_last, help="weight of the forward KL: FIRST,LAST, annealed linearly "
         "over training, or one number for all of it")
-    add("--min_per", choices=["example", "batch"], help="pick the best reward model for each "
-        "pair, or one for each batch")
-    knobs = {name: default for loss in losses.values() for name, default in loss.knobs.items()}
-    for knob in sorted(set(knobs) - {"beta", "tau", "gamma", "min_per"}):       # of losses added
-        number = isinstance(knobs[knob], (int, float))
+    defaults = {knob: default for loss in losses for knob, default in knobs(loss).items()}
+    for knob in sorted(set(defaults) - {"beta", "tau", "gamma"}):       # of losses added
+        number = isinstance(defaults[knob], (int, float))
         add(f"--{knob}", type=not_negative_float if number else str, help="see losses.py")
     add("--kl_samples", type=positive_int, help="samples from the reference for each prompt, to "
         "estimate its KL term (default: 1)")
@@ -67,7 +66,7 @@ def policy_flags(argv, doc, losses):
         "to 1024)")
     args = parser.parse_args(argv)
 
-    sft, loss = args.loss == "sft", losses[args.loss]
+    sft, needed, own = args.loss == "sft", needs(args.loss), knobs(args.loss)
     args.out_dir = args.out_dir or f"out/{args.loss}"
     args.init_from = args.init_from or ("scratch" if sft else "out/sft")
     if sft:
@@ -75,14 +74,14 @@ def policy_flags(argv, doc, losses):
     else:
         training_defaults(args, max_steps=320, batch_size=16, lr=POLICY_LR)
     table = preference_data_flags(args, used=not sft)       # flag: (used?, default, by what)
-    for knob in knobs:
-        users = [name for name in losses if knob in losses[name].knobs]
-        table[knob] = (knob in loss.knobs, loss.knobs.get(knob), f"--loss={', '.join(users)}")
+    for knob in defaults:
+        users = [loss for loss in losses if knob in knobs(loss)]
+        table[knob] = (knob in own, own.get(knob), f"--loss={', '.join(users)}")
     default_rewards = "out/rms" if args.loss == "e-dpo" else "out/rm"
-    table["rewards"] = ("rewards" in loss.needs, default_rewards, "losses that distil rewards")
-    table["kl_samples"] = ("ref_samples" in loss.needs, 1, "losses with a KL term")
+    table["rewards"] = ("rewards" in needed, default_rewards, "losses that distil rewards")
+    table["kl_samples"] = ("kl" in needed, 1, "losses with a KL term")
     judged = args.select not in ("last", "loss")
-    table["max_new_tokens"] = ("ref_samples" in loss.needs or judged,
+    table["max_new_tokens"] = ("kl" in needed or judged,
                                64 if args.data == "tinytldr" else None,     # None: train_policy.py
                                "losses with a KL term, or a --select that samples")
     table["missing_eos_penalty"] = (judged, None, "a --select that samples")
@@ -104,9 +103,6 @@ def policy_flags(argv, doc, losses):
         raise InputError(f"--n_head: {args.n_head} heads do not divide --n_embd={args.n_embd}")
     if args.init_from == "scratch":
         check_memory(args)
-    if args.min_per == "batch" and args.micro_batch_size < args.batch_size:
-        raise InputError("--min_per=batch: one minimum per batch needs the whole batch in one "
-                         "pass; leave --micro_batch_size out")
     join_split(args)
     check_folders_and_tokenizer(args, rewards=args.rewards,
                                 select=args.select if judged and args.select != "oracle" else None)
