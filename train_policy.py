@@ -31,6 +31,37 @@ from support.tokenizer import check_vocabulary, save_tokenizer
 from support.tokens import default_block_size, example_lengths, longest_sample
 from support.training_flags import policy_flags
 
+# ------ the numbers of a run: each is the default of the flag of its name (see --help)
+
+SFT = dict(                     # --loss=sft, which makes the reference policy
+    max_steps=1500,             # optimizer steps
+    batch_size=32,              # prompts in a step, each with its demonstrations
+    lr=4e-3,                    # peak learning rate; a hundredth of it for models as wide as GPT-2
+    n_layer=2,                  # the model from scratch: layers,
+    n_head=4,                   # attention heads,
+    n_embd=128,                 # width,
+    block_size=192,             # longest prompt + response in tokens
+    grad_clip=1.0,              # the gradient's largest norm
+    n_eval=256,                 # rows in each evaluation
+)
+PREFERENCES = dict(             # every other loss; its beta, tau and gamma are in losses.py
+    max_steps=320,
+    batch_size=16,              # prompts in a step, each with its pair
+    lr=2e-4,
+    rho=0.2,                    # TinyTLDR: in this fraction of the pairs the longer response wins
+    n_pairs=1000,               # TinyTLDR: training pairs,
+    pool=5000,                  # chosen from so many
+    kl_samples=1,               # samples from the reference for each prompt, for the KL
+    max_new_tokens=64,          # TinyTLDR: longest sample
+    grad_clip=1.0,
+    n_eval=256,
+)
+
+
+def parse_flags(argv=None):
+    """Reads the flags; InputError for one that is wrong or would be ignored."""
+    return policy_flags(argv, __doc__, (SFT, PREFERENCES), list(LOSSES), needs, knobs)
+
 
 def with_columns(dataset, split, policy, tokenizer, reward_models, args, autocast):
     """The data set with what its loss takes as given: the reference's log-probs and, if the loss
@@ -142,7 +173,7 @@ def loss_flags(args, step):
 
 def main(argv=None):
     # ---- set-up
-    args = policy_flags(argv, __doc__, list(LOSSES), needs, knobs)
+    args = parse_flags(argv)
     device, autocast = setup(args)
     multiple = shape_multiple(args)
     tokenizer = get_tokenizer(args.tokenizer)

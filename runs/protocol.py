@@ -16,8 +16,10 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+import train_policy
+import train_rm
 from data import get_tokenizer
-from losses import LOSSES, PREFERENCE_LOSSES, knobs, needs
+from losses import PREFERENCE_LOSSES, knobs, needs
 from support.checkpoint import read_sizes
 from support.files import read_json, write_json
 from support.flags import (
@@ -41,7 +43,6 @@ from support.flags import (
 )
 from support.processes import end_with_parent
 from support.tokens import select, tokenised_file
-from support.training_flags import policy_flags, reward_flags
 
 PAPER = "dpo,ipo,d-dpo,p-dpo,dp-dpo,e-dpo"
 SAMPLING = ("max_new_tokens", "missing_eos_penalty")
@@ -140,9 +141,9 @@ def check_flags(args, stages):
     for script, folder, flags in stages:
         flags = missing_flags(folder, flags)
         if flags is not None and script == "train_policy.py":
-            policy_flags(flags, "", list(LOSSES), needs, knobs)
+            train_policy.parse_flags(flags)
         elif flags is not None:
-            reward_flags(flags, "")
+            train_rm.parse_flags(flags)
     comparison_flags(report_flags(args), "")
 
 
