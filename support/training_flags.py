@@ -76,7 +76,7 @@ def policy_flags(argv, doc, numbers, losses, needs, knobs):
     own_numbers = of_sft if sft else of_preferences
     width = args.n_embd or of_sft["n_embd"]
     training_defaults(args, own_numbers, width)
-    table = preference_data_flags(args, own_numbers, used=not sft)  # flag: (used?, default, by what)
+    table = preference_data_flags(args, own_numbers, used=not sft)
     for knob in defaults:
         users = [loss for loss in losses if knob in knobs(loss)]
         table[knob] = (knob in own, own.get(knob), f"--loss={', '.join(users)}")
