@@ -23,7 +23,7 @@ from support.formats import load_rows
 from support.passes import score
 from support.run_folder import family_folders, run_flags
 from support.tokenizer import check_vocabulary
-from support.tokens import encode, fit
+from support.tokens import encode, fit, preparer
 
 
 def parse_flags(argv):
@@ -60,7 +60,7 @@ def load(folders, device):
 
 def scorable(data, tokenizer, block_size, skip_bad_rows=False):
     """Rows of text whose responses can be scored, and their examples: (rows, Dataset)."""
-    rows = list(load_rows(data, skip_bad_rows=skip_bad_rows))
+    rows = list(load_rows(data, skip_bad_rows=skip_bad_rows, prepare=preparer(tokenizer)))
     arrays = encode(rows, tokenizer)
     examples = fit(arrays, block_size)
     kept = [number for number, row in enumerate(rows) if examples.lengths[number, 0] > 0
