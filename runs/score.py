@@ -35,7 +35,7 @@ from support.passes import say_cut_off, score
 from support.run_folder import family_folders
 from support.sources import join_split
 from support.tokenizer import check_same_tokenizer, check_vocabulary, own_tokenizer
-from support.tokens import encode, fit
+from support.tokens import encode, fit, preparer
 
 
 def parse_flags(argv):
@@ -77,7 +77,7 @@ def load(folders, device):
 
 def scorable(data, tokenizer, block_size, skip_bad_rows=False):
     """Rows of text whose responses can be scored, and their examples: (rows, Dataset)."""
-    rows = list(load_rows(data, skip_bad_rows=skip_bad_rows))
+    rows = list(load_rows(data, skip_bad_rows=skip_bad_rows, prepare=preparer(tokenizer)))
     arrays = encode(rows, tokenizer)
     examples = fit(arrays, block_size)
     kept = [number for number, row in enumerate(rows) if examples.lengths[number, 0] > 0

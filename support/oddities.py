@@ -9,7 +9,7 @@ TRUE = {"true", "yes", "y", "t", "1", "1.0", "desirable", "good", "chosen", "pos
 FALSE = {"false", "no", "n", "f", "0", "0.0", "-1", "-1.0", "undesirable", "bad", "rejected",
          "negative", "disliked", "thumbs_down", "thumbs down"}
 READ = {"prompt", "chosen", "rejected", "score_chosen", "score_rejected", "responses", "ranks",
-        "scores"}
+        "scores", "pairs", "sft_target"}
 READ_AS_DEMONSTRATIONS = READ | {"completion", "messages", "label"}
 # Columns that belong to the prompt, whatever is in them
 PROMPT_COLUMNS = {"system", "system_prompt", "system_message", "instruction", "instructions",

@@ -5,6 +5,7 @@ import sys
 from support.flags import InputError
 from support.formats import chat_text
 from support.passes import to_text
+from support.tokenizer import encode_text
 from support.tokens import SPLITS, prompts_of, tokenised_file
 
 
@@ -89,21 +90,29 @@ def blocks_of(file):
 
 def prompt_tokens(turns, tokenizer, room, chat):
     """What the policy reads, as token ids, `room` at most; what does not fit loses its start, and
-    that is said.
+    that is said. InputError if the tokenizer can't read it.
 
     turns: the prompts of the person, and the replies to all but the last. Of these the policy reads
     the last; or with `chat` all of them, as a dialogue that waits for the assistant's next reply:
     where they do not fit, the oldest are taken out of the list.
     """
     if not chat:
-        return end_of(tokenizer.encode_ordinary(turns[-1]) or [tokenizer.eot_token], room)
+        return end_of(prompt_ids(turns[-1], tokenizer) or [tokenizer.eot_token], room)
     while True:
         messages = [{"role": ("user", "assistant")[i % 2], "content": turn.strip()}
                     for i, turn in enumerate(turns)]
-        ids = tokenizer.encode_ordinary(chat_text(messages) + "\n\nAssistant:")
+        ids = prompt_ids(chat_text(messages) + "\n\nAssistant:", tokenizer)
         if len(ids) <= room or len(turns) == 1:
             return end_of(ids, room)
         del turns[:2]           # what the person said, and the reply to it
+
+
+def prompt_ids(text, tokenizer):
+    """`encode_text` of a prompt. InputError if the tokenizer can't read it."""
+    try:
+        return encode_text(text, tokenizer)
+    except ValueError as error:
+        raise InputError(f"the prompt: {error}") from error
 
 
 def end_of(ids, room):

@@ -206,6 +206,31 @@ class FolderTokenizer:
         return self.tokenizer.decode(tokens, skip_special_tokens=False)
 
 
+MAX_WHITE_SPACE = 500_000       # characters in a row; tiktoken gives up at about a million
+
+
+def encode_text(text, tokenizer):
+    """Token ids of a text, in which special tokens are ordinary text. ValueError if the tokenizer
+    can't read it."""
+    if len(text) > MAX_WHITE_SPACE:
+        longest = max(map(len, re.findall(r"\s+", text)), default=0)
+        if longest > MAX_WHITE_SPACE:
+            raise ValueError(f"{longest:,} characters of white space in a row; the tokenizer reads "
+                             f"{MAX_WHITE_SPACE:,} at most")
+    try:
+        return tokenizer.encode_ordinary(text)
+    except BaseException as error:      # tiktoken's is no Exception, and has no name to import
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError("the tokenizer can't read this text; is it very long and without "
+                         "spaces?") from None
+
+
+def special_tokens(tokenizer):
+    """The texts of a tokenizer's special tokens, such as "<|endoftext|>", as a list."""
+    return sorted(tokenizer.special_tokens_set)
+
+
 END_OF_TEXT = "<|endoftext|>"
 SPLIT_INTO_WORDS = r" ?[A-Za-z']+| ?[^\sA-Za-z']+|\s"     # all characters: any text round-trips
 

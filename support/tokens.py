@@ -4,7 +4,9 @@ import hashlib
 import json
 import math
 import os
+import re
 import zlib
+from array import array
 from itertools import chain, islice
 
 import numpy as np
@@ -12,22 +14,112 @@ import numpy as np
 from support.cache import key
 from support.files import remove, remove_leftovers, replacing
 from support.flags import InputError
-from support.formats import load_rows
+from support.formats import check_is_file, load_rows
 from support.sources import in_a_line, name_and_split, open_hub
-from support.tokenizer import fingerprint
+from support.tokenizer import encode_text, fingerprint, special_tokens
 
 SAID = set()    # lines that are not to be printed again
-LAYOUT = 6      # raise it when the arrays below, or what is read into them, change
+LAYOUT = 7      # raise it when the arrays below, or what is read into them, change
 not_kept = {}   # {path: arrays} of files whose tokens could not be kept on disk, in this process
 SPLITS = np.array(["validation"] * 26 + ["test"] * 26 + ["train"] * 204)    # about 10, 10 and 80%
 
 
-def split_text(prompt):
-    """What a prompt's split goes by: itself; of a dialogue, what was said before the assistant's
-    first reply to a person, so that all turns of a dialogue are in the same split."""
+# ------------------------------------------------------------------ splits
+
+
+def turn_hashes(prompt):
+    """A list of 64-bit hashes of a prompt's beginnings: of a dialogue, what was said before each
+    reply of the assistant to a person, and so the whole at last; of other prompts the whole."""
     person = prompt.find("\n\nHuman:")
-    reply = prompt.find("\n\nAssistant:", person)
-    return prompt[:reply] if person >= 0 and reply >= 0 else prompt
+    ends = [match.start() for match in re.finditer("\n\nAssistant:", prompt)
+            if match.start() > person >= 0]
+    if not ends or prompt[ends[-1]:].strip() != "Assistant:":
+        ends.append(len(prompt))
+    digest, start, hashes = hashlib.sha256(), 0, []
+    for end in ends:
+        digest.update(prompt[start:end].encode())
+        start = end
+        hashes.append(int.from_bytes(digest.digest()[:8], "big"))
+    return hashes
+
+
+def split_hashes(turns, n_turns):
+    """(N,) uint8, a byte for each prompt by which it is split: of the hash of its first turn, so
+    that all prompts of a dialogue are in the same split.
+
+    Where many dialogues begin with the same turn, such as a greeting or worked examples, it does
+    not tell them apart, and the next turn decides. Many are 2 of them and 2% of all; or, where the
+    turn is also a prompt of its own, 10 of them and 10%. So the bytes depend only on which prompts
+    there are, not on how often or in which order.
+
+    turns: `turn_hashes` of N prompts, one after the other. n_turns: (N,) how many each has.
+    """
+    ends = np.cumsum(n_turns)
+    level = np.zeros(len(n_turns), np.int64)
+    chosen = turns[ends - n_turns]                                              # (N,)
+    whole = turns[ends - 1]                                                     # (N,)
+    # A dialogue is a whole prompt with which no other prompt begins.
+    beginnings = np.delete(turns, ends - 1)
+    is_dialogue = ~np.isin(whole, beginnings)
+    _, first_rows = np.unique(whole, return_index=True)
+    dialogues = first_rows[is_dialogue[first_rows]]
+    while True:
+        # How many dialogues begin with the turns that were chosen for them?
+        heads, counts = np.unique(chosen[dialogues], return_counts=True)
+        is_prompt = np.isin(heads, whole)
+        fewest = np.where(is_prompt, max(10, 0.1 * len(dialogues)), max(2, 0.02 * len(dialogues)))
+        many = heads[counts >= fewest]
+        deeper = np.isin(chosen, many) & (level + 1 < n_turns)
+        if not deeper.any():
+            return (chosen >> np.uint64(56)).astype(np.uint8)
+        level[deeper] += 1
+        chosen = turns[ends - n_turns + level]
+
+
+# ------------------------------------------------------------------ text that a tokenizer can read
+
+LONG = 100_000          # characters; shorter text can be read by every tokenizer
+FOREIGN_END = re.compile(r"(</s>|<eos>|<end_of_turn>|\[EOS\]|<\|\w+\|>)$")
+
+
+def preparer(tokenizer):
+    """Returns prepare(row, notes) for `load_rows`. It takes the tokenizer's special tokens off the
+    end of responses, and counts in `notes` where it did, and where else special tokens are written
+    in the text. ValueError for a row with text that the tokenizer can't read."""
+    specials = special_tokens(tokenizer)
+    either = "|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)"
+    anywhere, end = re.compile(either), re.compile(rf"((?:{either})\s*)+$")
+
+    def prepare(row, notes):
+        responses = [without_end(text) for text in row["responses"]]
+        if responses != row["responses"]:
+            notes["{} rows: a special token such as end-of-text is written at the end of a "
+                  "response; it is taken off"] += 1
+        for text, before in zip(responses, row["responses"]):
+            if text != before and not text.strip():
+                raise ValueError(f"a response is nothing but {before.strip()}")
+        row["responses"] = responses
+        texts = (row["prompt"], *responses)
+        written = {match for text in texts for match in anywhere.findall(text)}
+        if written:
+            notes["warning: special tokens of the tokenizer are written in the text of {} rows; "
+                  "there they are read as ordinary text"] += 1
+        for token in {match[0] for text in responses
+                      if (match := FOREIGN_END.search(text.rstrip()[-30:]))} - written:
+            notes[f"warning: a response ends in {token} in {{}} rows; to this tokenizer that is "
+                  "ordinary text, which the model would learn to write"] += 1
+        for text in texts:
+            if len(text) > LONG:
+                encode_text(text, tokenizer)
+
+    def without_end(text):
+        stripped = text.rstrip()
+        return end.sub("", stripped) if stripped.endswith(tuple(specials)) else text
+
+    return prepare
+
+
+# ------------------------------------------------------------------ token ids
 
 
 def encode(rows, tokenizer):
@@ -36,11 +128,12 @@ def encode(rows, tokenizer):
 
     rows: an iterable of {"prompt": str, "responses": [str, ...]}, maybe with "scores", as many in
     each. Returns {"tokens": all prompts and responses one after the other, "lengths": (N, 1 + K)
-    tokens in each row's prompt and responses, "hash": (N,) a byte of a hash of the prompt, by which
-    rows are split, and "scores": (N, K, M) if all rows have them}.
+    tokens in each row's prompt and responses, "hash": (N,) `split_hashes`, by which rows are split,
+    and "scores": (N, K, M) if all rows have them}.
     """
     dtype = np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.int32
-    tokens, lengths, hashes, scores, n_unscored = [], [], [], [], 0
+    tokens, lengths, scores, n_unscored = [], [], [], 0
+    turns, n_turns = array("Q"), array("i")
     rows = iter(rows)
     while part := list(islice(rows, 1000)):
         texts = list(chain.from_iterable((row["prompt"], *row["responses"]) for row in part))
@@ -52,15 +145,18 @@ def encode(rows, tokenizer):
                 text_ids.append(tokenizer.eot_token)
         tokens.append(np.fromiter(chain.from_iterable(ids), dtype))
         lengths.append(np.array(list(map(len, ids)), np.int32).reshape(-1, columns))
-        hashes += [hashlib.sha256(split_text(row["prompt"]).encode()).digest()[0] for row in part]
+        for row in part:
+            hashes = turn_hashes(row["prompt"])
+            turns.extend(hashes)
+            n_turns.append(len(hashes))
         scored = [row["scores"] for row in part if "scores" in row]
         scores += [np.array(scored, np.float32)] if scored else []
         n_unscored += len(part) - len(scored)
     arrays = {"tokens": np.concatenate(tokens or [np.zeros(0, dtype)]),
               "lengths": np.concatenate(lengths or [np.zeros((0, 1), np.int32)]),
-              "hash": np.array(hashes, np.uint8)}
+              "hash": split_hashes(np.array(turns, np.uint64), np.array(n_turns, np.int64))}
     if scores and n_unscored:
-        print(f"scores: left out, as {n_unscored} of {len(hashes)} rows have none")
+        print(f"scores: left out, as {n_unscored} of {len(n_turns)} rows have none")
     elif scores:
         arrays["scores"] = np.concatenate(scores)
     return arrays
@@ -77,9 +173,11 @@ def tokenised_file(data, tokenizer, demonstrations=False, skip_bad_rows=False):
     folder, reason = token_cache()
     remove_leftovers(folder)
     source, split = name_and_split(data)
+    check_is_file(source)
     hub = None if os.path.exists(source) else open_hub(data)
     content = hash_content(source) if hub is None else hub._fingerprint
-    name = key(LAYOUT, content, split, *fingerprint(tokenizer), demonstrations, bool(skip_bad_rows))
+    name = key(LAYOUT, content, split, *fingerprint(tokenizer), special_tokens(tokenizer),
+               demonstrations, bool(skip_bad_rows))
     path = os.path.join(folder, name)
     if path in not_kept:
         return not_kept[path]
@@ -94,8 +192,9 @@ def tokenised_file(data, tokenizer, demonstrations=False, skip_bad_rows=False):
             return arrays
     if reason and os.environ.get("NANOPREF_CACHE"):
         raise InputError(f"NANOPREF_CACHE: the folder {folder!r} {reason}; name another one")
-    left_out = []       # messages about rows that are
-    rows = load_rows(data, demonstrations, skip_bad_rows, hub, left_out.append)
+    left_out = []       # messages about rows that are, or were changed
+    rows = load_rows(data, demonstrations, skip_bad_rows, hub, left_out.append,
+                     preparer(tokenizer))
     arrays = encode(rows, tokenizer)
     if hub is None and hash_content(source) != content:
         raise InputError(f"--data: {data}: it changed while it was read; start again when it is "
@@ -138,23 +237,28 @@ def token_cache():
 
 
 def hash_content(path):
-    """A hash of a file, or of the files in a folder and their names, but for hidden ones."""
+    """A hash of a file, or of the files in a folder and their names, but for hidden ones.
+    InputError if one can't be read, or may have no end."""
+    def refuse(error):
+        raise InputError(f"--data: {error.filename}: {error.strerror}") from error
+
     paths = [path]
     if os.path.isdir(path):
-        paths = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path)
-                       for name in names)
+        paths = sorted(os.path.join(folder, name)
+                       for folder, _, names in os.walk(path, onerror=refuse) for name in names)
     digest = hashlib.sha256()
     for name in paths:
         below = os.path.relpath(name, path)
         if below != "." and "/." in f"/{below}":
             continue
         digest.update(below.encode() + b"\0")
+        check_is_file(name)
         try:
             with open(name, "rb") as file:
                 while part := file.read(2 ** 20):
                     digest.update(part)
         except OSError as error:
-            raise InputError(f"--data: {name}: {error.strerror}") from error
+            refuse(error)
     return digest.hexdigest()
 
 
@@ -327,8 +431,8 @@ def select(arrays, block_size, name="data", split=None):
     print(message)
     if not len(kept):
         why = "" if len(rows) or split is None else (
-            ": rows go to train, validation and test by a hash of their prompt, and none came "
-            "here; more distinct prompts are needed")
+            ": rows go to train, validation and test by a hash of their prompt (all rows of a "
+            "dialogue together), and none came here; more distinct prompts are needed")
         raise InputError(f"--data: {name}: no usable row{why}")
     if n_cut > 0.05 * len(kept):
         print(f"warning: {name}: {n_cut / len(kept):.0%} of the prompts lose their start; with "

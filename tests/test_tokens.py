@@ -17,6 +17,8 @@ from data import Dataset
 from runs import show
 from support import tokens
 from support.flags import InputError
+from support.prompts import prompt_tokens
+from support.tokenizer import encode_text
 from support.tokens import (
     SPLITS,
     default_block_size,
@@ -183,6 +185,108 @@ def test_scores_stay_with_their_rows():
         assert scores.tolist() == [[i, -i], [i + 0.5, 0]] and i % 3
 
 
+# ------------------------------------------------------------------ special tokens, long text
+
+END = "<|endoftext|>"
+
+
+def bytes_with(*specials):
+    """A tokenizer of bytes with these special tokens, numbered from 256 on."""
+    return tiktoken.Encoding("bytes", pat_str=".",
+                             mergeable_ranks={bytes([b]): b for b in range(256)},
+                             special_tokens={name: 256 + i for i, name in enumerate(specials)})
+
+
+@pytest.mark.parametrize("end", [END, END + "\n", END + END, f"{END} {END}", f"{END}[PAD][PAD]"])
+def test_an_end_of_text_in_the_text_is_the_end(tmp_path, token_cache, capsys, end):
+    """It is taken off the end of responses, so that there is one end-of-text token. It is said;
+    from the cache too."""
+    tokenizer = bytes_with(END, "[PAD]")
+    records = [{"prompt": "a", "chosen": " goat" + end, "rejected": " cow"}, PAIR]
+    path = jsonl(tmp_path / "a.jsonl", records)
+    for _ in range(2):
+        arrays = tokenised_file(path, tokenizer)
+        _, (chosen, rejected) = fit(arrays, 64)[0]
+        assert chosen.tolist() == [*b" goat", tokenizer.eot_token]
+        assert rejected.tolist() == [*b" cow", tokenizer.eot_token]
+        assert capsys.readouterr().out.endswith(
+            f"{path}: 1 row: a special token such as end-of-text is written at the end of a "
+            "response; it is taken off\n")
+    chosen, = [responses[0] for _, responses in fit(tokenised_file(path, tokenizer, True), 64)][:1]
+    assert chosen.tolist() == [*b" goat", tokenizer.eot_token]
+
+
+def test_special_tokens_elsewhere_are_text_and_said(tmp_path, token_cache, capsys):
+    tokenizer = bytes_with(END, "<|im_start|>")
+    records = [{**PAIR, "prompt": f"What is {END}?"}, {**PAIR, "chosen": f" a{END} b"}, PAIR,
+               {**PAIR, "rejected": " <|im_start|>user"}]
+    path = jsonl(tmp_path / "a.jsonl", records)
+    (prompt, _), (_, (chosen, _)), *_ = fit(tokenised_file(path, tokenizer), 64)
+    assert bytes(prompt.tolist()).decode() == f"What is {END}?"
+    assert bytes(chosen.tolist()[:-1]).decode() == f" a{END} b"
+    assert capsys.readouterr().out == (
+        f"{path}: warning: special tokens of the tokenizer are written in the text of 3 rows; "
+        "there they are read as ordinary text\n")
+
+
+@pytest.mark.parametrize("end", ["</s>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>\n"])
+def test_the_end_of_text_of_another_model_is_said(tmp_path, token_cache, capsys, end):
+    path = jsonl(tmp_path / "a.jsonl", [{**PAIR, "chosen": " goat" + end}] * 2)
+    tokenised_file(path, bytes_with(END))
+    assert capsys.readouterr().out == (
+        f"{path}: warning: a response ends in {end.strip()} in 2 rows; to this tokenizer that is "
+        "ordinary text, which the model would learn to write\n")
+
+
+def test_a_response_of_nothing_but_end_of_text_is_a_bad_row(tmp_path, token_cache):
+    path = jsonl(tmp_path / "a.jsonl", [PAIR, {**PAIR, "chosen": " " + END}])
+    with pytest.raises(InputError, match=r"row 2: a response is nothing but <\|endoftext\|>"):
+        tokenised_file(path, bytes_with(END))
+
+
+def splitting_encoding():
+    """A tokenizer of bytes that splits text as GPT-2's does, with its limits."""
+    pattern = r" ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+    return tiktoken.Encoding("split", pat_str=pattern, special_tokens={END: 256},
+                             mergeable_ranks={bytes([b]): b for b in range(256)})
+
+
+@pytest.mark.parametrize("column", ["prompt", "rejected"])
+def test_text_that_the_tokenizer_cannot_read_is_a_bad_row(tmp_path, token_cache, capfd, column):
+    """A million spaces between two words are too many for tiktoken, which would panic. Half as many
+    are not."""
+    few, many = [{**PAIR, column: "a" + " " * n + "b"} for n in (400_000, 1_000_000)]
+    path = jsonl(tmp_path / "a.jsonl", [PAIR, many, few])
+    message = ("row 2: 1,000,000 characters of white space in a row; the tokenizer reads 500,000 "
+               "at most")
+    with pytest.raises(InputError, match=f"{message}; --skip_bad_rows leaves them out$"):
+        tokenised_file(path, splitting_encoding())
+    assert len(tokenised_file(path, splitting_encoding(), skip_bad_rows=True)["hash"]) == 2
+    out, err = capfd.readouterr()
+    assert out == f"{path}: 1 bad row skipped: {message}\n" and err == ""
+
+
+def test_any_text_on_which_the_tokenizer_panics_is_a_bad_row(tmp_path, token_cache, monkeypatch):
+    """Also where nobody saw the limit coming. Ctrl-C stays Ctrl-C."""
+    monkeypatch.setattr("support.tokenizer.MAX_WHITE_SPACE", 10 ** 9)
+    path = jsonl(tmp_path / "a.jsonl", [PAIR, {**PAIR, "prompt": "a" + " " * 10 ** 6 + "b"}])
+    with pytest.raises(InputError, match="row 2: the tokenizer can't read this text"):
+        tokenised_file(path, splitting_encoding())
+
+    class Interrupted:
+        def encode_ordinary(self, text):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode_text("a", Interrupted())
+
+
+def test_a_prompt_that_the_tokenizer_cannot_read():
+    for chat in (False, True):
+        with pytest.raises(InputError, match="^the prompt: 1,000,000 characters of white space"):
+            prompt_tokens(["a" + " " * 10 ** 6 + "b"], splitting_encoding(), 64, chat)
+
+
 # ------------------------------------------------------------------ splits
 
 def test_a_prompt_has_one_split_everywhere():
@@ -212,6 +316,67 @@ def test_all_turns_of_a_dialogue_are_in_the_same_split():
     greeting = "\n\nAssistant: Hello!"         # by the assistant, who speaks first in all of these
     rows = [row(f"{greeting}\n\nHuman: {i}\n\nAssistant:", " a") for i in range(n)]
     assert len(set(encode(rows, tokenizer())["hash"])) > 100
+
+
+def dialogue(*turns):
+    """A prompt: turns of a person, of the assistant, of the person ..., waiting for a reply."""
+    names = ("Human", "Assistant")
+    text = "".join(f"\n\n{names[i % 2]}: {turn}" for i, turn in enumerate(turns))
+    return text + "\n\nAssistant:"
+
+
+def splits_of(prompts):
+    """{prompt: its split}, of a file with these prompts; whatever the order of its rows, and
+    however often a prompt comes."""
+    splits = []
+    for rows in (prompts, [*reversed(prompts), *prompts[:3]]):
+        hashes = encode([row(prompt, " a") for prompt in rows], tokenizer())["hash"]
+        splits.append(dict(zip(rows, SPLITS[hashes])))
+    assert splits[0] == splits[1]
+    return splits[0]
+
+
+@pytest.mark.parametrize("opening", [("Hello",), ("2+2?", "4", "3+3?", "6", "4+4?")])
+@pytest.mark.parametrize("n_openings", [1, 2, 10])
+@pytest.mark.parametrize("alone", [True, False])
+def test_dialogues_that_begin_alike(opening, n_openings, alone):
+    """With a greeting or with worked examples: they are split all the same, each dialogue as a
+    whole. alone: is the greeting a prompt, too?"""
+    prompts, n = [], 200
+    openings = [(f"{i % n_openings} {opening[0]}", *opening[1:]) for i in range(n)]
+    for i in range(n):
+        prompts.append(dialogue(*openings[i], "Yes", f"question {i}"))
+        prompts.append(dialogue(*openings[i], "Yes", f"question {i}", "So?", "Well"))
+    if alone:
+        prompts += sorted({dialogue(*opening) for opening in openings})
+    splits = list(splits_of(prompts).values())
+    assert splits[:2 * n:2] == splits[1:2 * n:2]
+    for split, least, most in [("train", 130, 180), ("validation", 8, 40), ("test", 8, 40)]:
+        assert least <= splits[:2 * n:2].count(split) <= most
+
+
+def test_a_dialogue_that_branches_is_in_one_split():
+    """Many openings, each a prompt with five ways to go on; and one long dialogue, every turn of
+    which is a prompt."""
+    openings = [(f"opening {i}",) for i in range(60)]
+    prompts = [dialogue(*opening, *more) for opening in openings
+               for more in [(), *[("Yes?", f"way {way}") for way in range(5)]]]
+    splits = list(splits_of(prompts).values())
+    assert all(len(set(splits[i:i + 6])) == 1 for i in range(0, len(splits), 6))
+    assert len(set(splits)) == 3
+    turns = [str(turn) for turn in range(101)]
+    assert len(set(splits_of([dialogue(*turns[:n]) for n in range(1, 101, 2)]).values())) == 1
+
+
+def test_the_first_turn_decides_as_long_as_it_tells_dialogues_apart():
+    """So a prompt is in the same split in every file, whichever of a dialogue's turns are in it."""
+    first = {f"{i}": dialogue(f"{i}") for i in range(300)}
+    later = [dialogue(f"{i}", "Yes", f"and {i}?") for i in range(300)]
+    splits = splits_of(later)
+    for i, prompt in enumerate(later):
+        digest = hashlib.sha256(f"\n\nHuman: {i}".encode()).digest()
+        assert splits[prompt] == SPLITS[digest[0]]
+    assert list(splits_of(list(first.values())).values()) == list(splits.values())
 
 
 def test_prompts_of_a_split_come_once_each():
