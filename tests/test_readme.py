@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shlex
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -181,6 +183,15 @@ def test_the_expected_output_is_the_table_of_the_results():
     assert [name for name, _ in lines] == ["dpo", "ipo", "d-dpo", "p-dpo", "dp-dpo", "e-dpo"]
     for name, advantage in lines:
         assert f"| {name} | {advantage} |" in text_of(ROOT / "docs" / "results.md")
+
+
+def test_the_post_in_the_readme_is_the_first_that_tinytldr_prints():
+    shown = re.search(r"```\n(POST: .*?)\n```", text_of(README), flags=re.S).group(1).splitlines()
+    output = subprocess.run([sys.executable, "tinytldr.py"], cwd=ROOT, capture_output=True,
+                            text=True, check=True).stdout
+    printed = output.splitlines()
+    assert printed[0].startswith(shown[0].removesuffix("..."))
+    assert printed[1:len(shown)] == shown[1:]
 
 
 # ------ commands
