@@ -187,8 +187,10 @@ def toy(tmp_path_factory, hub_cache):
 
 def compare(toy, tmp_path, monkeypatch, *flags):
     """results.json of evaluate.py on the toy file, judged by `Judge`."""
-    monkeypatch.setattr(evaluate, "load_reward_models",
-                        lambda folders, flag, *_: {folders: Judge()} if folders else {})
+    def judges(folders, flag, *_):
+        return {folders: Judge()} if folders else {}
+
+    monkeypatch.setattr(evaluate, "load_reward_models", judges)
     evaluate.main([f"--ref={toy}/ref", f"{toy}/pi", f"--data={toy}/pairs.jsonl", "--n_prompts=60",
                    f"--oracle={toy}/oracle", f"--out_dir={tmp_path}/report", "--device=cpu",
                    "--show=0", *flags])
@@ -220,9 +222,17 @@ def test_log_probs_are_of_samples_as_they_were_drawn(toy, tmp_path, monkeypatch)
     """What evaluate.py asks log-probs of has no end where the sample has none."""
     drawn, asked = [], []
     sample, score = evaluate.sample, evaluate.score
-    monkeypatch.setattr(evaluate, "sample", lambda *a: drawn.append(sample(*a)) or drawn[-1])
-    monkeypatch.setattr(evaluate, "score", lambda model, data, *a, **b: asked.append(data)
-                        or score(model, data, *a, **b))
+
+    def noted_sample(*values):
+        drawn.append(sample(*values))
+        return drawn[-1]
+
+    def noted_score(model, dataset, *values):
+        asked.append(dataset)
+        return score(model, dataset, *values)
+
+    monkeypatch.setattr(evaluate, "sample", noted_sample)
+    monkeypatch.setattr(evaluate, "score", noted_score)
     results = compare(toy, tmp_path, monkeypatch, "--max_new_tokens=4")
     of_ref, of_pi = drawn
     assert any(was_cut_off(reply, EOT) for reply in of_ref)
@@ -254,8 +264,12 @@ def test_training_selects_by_samples_with_an_end(toy, tmp_path, monkeypatch, cap
     """The default limit is that of the training responses, and is in the run's flags; the KL term's
     samples are cut there too, which is said, and stay as they were drawn."""
     seen = []
-    monkeypatch.setattr(reward, "mean_reward", lambda judges, dataset, *_: seen.extend(
-        reply for _, (reply,) in dataset.examples) or np.zeros((len(dataset), 1), np.float32))
+
+    def mean_reward(judges, dataset, *_):
+        seen.extend(reply for _, (reply,) in dataset.examples)
+        return np.zeros((len(dataset), 1), np.float32)
+
+    monkeypatch.setattr(reward, "mean_reward", mean_reward)
     flags = ["--loss=p-dpo", f"--init_from={toy}/ref", f"--data={toy}/pairs.jsonl", "--n_eval=20",
              "--max_steps=1", "--batch_size=8", f"--select={toy}/oracle", "--device=cpu",
              f"--out_dir={tmp_path}/run"]

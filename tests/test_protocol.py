@@ -102,6 +102,17 @@ def test_losses_get_the_flags_that_they_use(stages, tmp_path):
     assert of_beta == set(losses) - {"sft", *of_tau}
 
 
+def test_where_samples_are_judged_they_are_cut_and_penalised_alike(stages, tmp_path):
+    """The limit is left to the scripts, which look at the data, unless it is given."""
+    for flags, wanted in (([], {}), (["--max_new_tokens=9", "--missing_eos_penalty=1"],
+                                     {"max_new_tokens": "9", "missing_eos_penalty": "1.0"})):
+        commands = stages(*flags, "--losses=dpo", f"--out={tmp_path}/{len(flags)}")
+        judging = [values for _, values in commands if values.keys() & {"select", "oracle"}]
+        assert len(judging) == 2
+        for values in judging:
+            assert {name: values[name] for name in protocol.SAMPLING if name in values} == wanted
+
+
 def test_other_flags_need_another_folder(stages):
     """Once something is trained there."""
     stages()
@@ -330,7 +341,7 @@ def test_the_speedrun_refuses_other_flags(shell, flags):
     ("tldr.sh", {"data": "trl-lib/tldr-preference", "labels": "oracle", "rho": 0.2,
                  "n_pairs": 30_000, "max_new_tokens": None}),
     ("helpful.sh", {"data": "Anthropic/hh-rlhf/helpful-base", "labels": "human", "rho": "all",
-                    "n_pairs": None, "max_new_tokens": 128})])
+                    "n_pairs": None, "max_new_tokens": None})])
 def test_the_paper_s_settings(shell, script, wanted):
     """TL;DR: labels of the oracle and a length bias. Helpfulness: people's labels, unbiased. Flags
     of the call win."""

@@ -1,4 +1,4 @@
-"""The rules of the house: three floors, the reader's budget, plain lines. All of it is read from
+"""The rules of the house: three floors, plain lines. All of it is read from
 the source, nothing is imported."""
 import ast
 from pathlib import Path

@@ -106,12 +106,12 @@ def write_file(path, records):
             file.write(json.dumps(record) + "\n")
 
 
-def read_rows(records, split, demonstrations=False):
-    """The usable rows of a split, in the random order of a file of so many. demonstrations: of
-    their first response alone."""
+def read_rows(records, split, demonstrations=False, order=None):
+    """The usable rows of a split, in the random order of a file of so many, or in another.
+    demonstrations: of their first response alone."""
     tokenizer = tinytldr.tokenizer()
     rows = []
-    for i in random_order(len(records)):
+    for i in random_order(len(records)) if order is None else order:
         prompt, texts, scores = records[i]
         if demonstrations:
             texts = texts[:1]
@@ -602,8 +602,11 @@ def test_supervised_fine_tuning_on_several_demonstrations(lab, tmp_path, monkeyp
                 yield {"prompt": prompt, "responses": texts}
 
     monkeypatch.setattr(tinytldr, "demonstration_rows", rows_of_text)
-    check_policy(lab, tmp_path, ["--loss=sft", MICRO_BATCHES], supervised,
-                 copy_of(lab.rows[3], with_samples=False))
+    records = make_records(3)
+    in_order = range(len(records))      # as they are made, which is in no file
+    rows = {"train": read_rows(records, "train", order=in_order),
+            "validation": read_rows(records, "validation", order=in_order)[:N_EVAL]}
+    check_policy(lab, tmp_path, ["--loss=sft", MICRO_BATCHES], supervised, rows)
 
 
 def test_warm_up_and_means_of_ten_steps(lab, tmp_path):
