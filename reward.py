@@ -18,7 +18,7 @@ from support.checkpoint import load_tensors, read_checkpoint, write_checkpoint
 from support.device import shape_multiple
 from support.flags import naming
 from support.passes import score
-from support.run_folder import check_same_tokens, models_named
+from support.run import check_same_tokens, models_named
 from support.sharding import whole
 
 

@@ -42,7 +42,7 @@ from support.flags import (
     seed,
 )
 from support.passes import score
-from support.run_folder import family_folders, run_flags
+from support.run import family_folders, run_flags
 from support.training_flags import reward_flags
 from train_rm import train_one
 

@@ -21,7 +21,7 @@ from support.files import replacing
 from support.flags import InputError, Parser, check_out_dir, device_flags, run_script, skip_flag
 from support.formats import load_rows
 from support.passes import score
-from support.run_folder import family_folders, run_flags
+from support.run import family_folders, run_flags
 from support.tokenizer import check_vocabulary
 from support.tokens import encode, fit
 

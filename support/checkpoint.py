@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from support.files import replacing, write_json
 from support.flags import InputError
 from support.processes import is_first
-from support.run_folder import run_flags
+from support.run import run_flags
 from support.sharding import whole
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")

@@ -8,7 +8,7 @@ import numpy as np
 from support.figures import advantage_figure, logprob_figure, margin_figure, remove
 from support.files import remove_leftovers, replacing, write_json
 from support.processes import is_first
-from support.run_folder import run_flags, run_names
+from support.run import run_flags, run_names
 
 GLOSSARY = Path(__file__).parent.parent / "docs" / "glossary.md"
 SHOWN_FLAGS = ["loss", "beta", "tau", "gamma", "rewards", "rho", "n_pairs", "max_steps",

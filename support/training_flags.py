@@ -20,9 +20,7 @@ from support.flags import (
     seed,
     skip_flag,
 )
-from support.folders import check_free, check_unused
-from support.logs import log_package
-from support.run_folder import family_to_train, run_flags
+from support.run import check_free, check_unused, family_to_train, log_package, run_flags
 
 SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 128}      # of a model from scratch
 SFT_LR, POLICY_LR, REWARD_LR = 4e-3, 2e-4, 5e-4         # of small models

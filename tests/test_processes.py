@@ -21,9 +21,10 @@ import train_policy
 import train_rm
 from data import Dataset, collate
 from model import GPT
-from support import device, folders, processes
+from support import device, processes
 from support.flags import InputError
 from support.passes import score
+from support.run import release
 from support.sharding import full, gathered, load_whole, place, whole
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
@@ -83,7 +84,8 @@ def session(folder, name, resumed=None, *flags):
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Interrupted):
         patch.setattr(train_policy, "learning_rate", learning_rate_until_15)
         distil(folder, f"{name}/killed", *flags)
-    folders.claimed.clear()     # the killed run's folder is nobody's
+    if processes.is_first():
+        release(f"{out}/killed")        # as the end of its process would
     if resumed is not None:
         distil(folder, f"{resumed}/killed", "--resume", *flags)
     if "--fsdp" in flags:
