@@ -20,7 +20,7 @@ from support.flags import comparison_flags, naming, run_script
 from support.passes import sample, score, to_text, with_room
 from support.prompts import held_out_prompts
 from support.report import accuracy_table, write_report
-from support.run_folder import run_names
+from support.run import run_names
 from support.tokenizer import check_same_tokens, check_vocabulary, own_tokenizer
 from support.tokens import longest_sample
 

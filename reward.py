@@ -19,7 +19,7 @@ from support.checkpoint import load_tensors, read_checkpoint, write_checkpoint
 from support.device import shape_multiple
 from support.flags import naming
 from support.passes import count_cut_off, score, to_text, with_end
-from support.run_folder import models_named
+from support.run import models_named
 from support.sharding import whole
 from support.tokenizer import check_same_tokens
 

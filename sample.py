@@ -13,7 +13,7 @@ from support.device import setup
 from support.flags import InputError, naming, run_script, talk_flags
 from support.passes import prompt_room, stream
 from support.prompts import prompt_tokens, prompts_to_answer
-from support.run_folder import run_flags
+from support.run import run_flags
 from support.tokenizer import check_vocabulary, own_tokenizer
 
 

@@ -25,7 +25,7 @@ from support.flags import InputError, run_script
 from support.optimizer import adamw, learning_rate, set_learning_rate
 from support.passes import count_cut_off, sample, score, to_text
 from support.processes import add_up_gradients, add_up_numbers, micro_batches
-from support.run_folder import Run
+from support.run import Run
 from support.sharding import place
 from support.tokenizer import check_vocabulary, save_tokenizer
 from support.tokens import default_block_size, example_lengths, longest_sample

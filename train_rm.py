@@ -28,7 +28,7 @@ from support.device import setup, shape_multiple, sync
 from support.flags import run_script
 from support.optimizer import adamw, learning_rate, set_learning_rate
 from support.processes import add_up_gradients, add_up_numbers, micro_batches
-from support.run_folder import Run, family_to_train
+from support.run import Run, family_to_train
 from support.sharding import place
 from support.tokenizer import check_vocabulary, save_tokenizer
 from support.training_flags import reward_flags

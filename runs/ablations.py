@@ -41,7 +41,7 @@ from support.flags import (
     seed,
 )
 from support.passes import score
-from support.run_folder import family_folders, run_flags
+from support.run import family_folders, run_flags
 from train_rm import parse_flags, train_one
 
 FAMILIES = {1: "0.5", 2: "0.2,0.8", 3: "0.2,0.5,0.8", 5: "0.2,0.4,0.5,0.6,0.8",

@@ -151,7 +151,7 @@ def check_data(args):
     """InputError for what the stages would refuse in the files, such as bad rows or missing scores,
     and for samples that are longer than a text may be. What is read here is kept for the stages."""
     block_size = args.block_size or read_sizes(args.init_from)["block_size"]
-    if args.max_new_tokens >= block_size:
+    if (args.max_new_tokens or 0) >= block_size:
         raise InputError(f"--max_new_tokens: {args.max_new_tokens} leaves no room for a prompt in "
                          f"block_size {block_size}")
     needed = {"--sft_data": ("train", "validation"), "--data": ("train", "validation", "test")}

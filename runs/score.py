@@ -32,7 +32,7 @@ from support.flags import (
 )
 from support.formats import load_rows
 from support.passes import say_cut_off, score
-from support.run_folder import family_folders
+from support.run import family_folders
 from support.sources import join_split
 from support.tokenizer import check_same_tokenizer, check_vocabulary, own_tokenizer
 from support.tokens import encode, fit, preparer

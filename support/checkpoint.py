@@ -20,7 +20,7 @@ from support.other_kinds import (
     other_kind,
 )
 from support.processes import is_first
-from support.run_folder import run_flags
+from support.run import run_flags
 from support.sharding import whole
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")

@@ -15,7 +15,8 @@ try:
 except ImportError:     # Windows has no such locks
     fcntl = None
 
-TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp$")      # how the names that `replacing` gives end
+# Names that `replacing` gives, and those of safetensors.
+TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp$|^\.tmp\w{6}$")
 A_DAY = 24 * 60 * 60
 
 
@@ -110,14 +111,14 @@ def system_reason(error, path):
     return None
 
 
-def lock(path, shared=False):
+def lock(path):
     """Locks a file or a folder until the number that is returned is closed, or the process ends.
     Returns None where the file system has no locks. BlockingIOError if another process has it."""
     if fcntl is None:
         return None
-    number = os.open(path, os.O_RDONLY)
+    number = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
     try:
-        fcntl.flock(number, fcntl.LOCK_NB | (fcntl.LOCK_SH if shared else fcntl.LOCK_EX))
+        fcntl.flock(number, fcntl.LOCK_NB | fcntl.LOCK_EX)
     except BlockingIOError:
         os.close(number)
         raise

@@ -9,7 +9,7 @@ from support.figures import advantage_figure, logprob_figure, margin_figure, rem
 from support.files import remove_leftovers, replacing, write_json
 from support.passes import MANY_CUT_OFF
 from support.processes import is_first
-from support.run_folder import run_flags, run_names
+from support.run import run_flags, run_names
 
 GLOSSARY = Path(__file__).parent.parent / "docs" / "glossary.md"
 SHOWN_FLAGS = ["loss", "beta", "tau", "gamma", "rewards", "rho", "n_pairs", "max_steps",

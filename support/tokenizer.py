@@ -15,7 +15,7 @@ from support.checkpoint import Finder, one_line, read_sizes
 from support.files import replacing, write_json
 from support.flags import InputError
 from support.processes import is_first
-from support.run_folder import run_flags
+from support.run import run_flags
 
 MAIN_FILES = ("tokenizer.json", "vocab.json")       # a folder with one of them has a tokenizer
 OTHER_FILES = ("merges.txt", "added_tokens.json", "tokenizer_config.json",

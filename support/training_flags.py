@@ -24,9 +24,7 @@ from support.flags import (
     split_flag,
     up_to_1000,
 )
-from support.folders import check_free, check_unused
-from support.logs import log_package
-from support.run_folder import family_to_train
+from support.run import check_free, check_unused, family_to_train, log_package
 from support.sources import join_split, name_and_split
 from support.tokenizer import known_tokenizer, own_tokenizer, tokenizer_name
 

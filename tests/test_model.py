@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from model import GPT, GPTConfig
 from reward import RewardModel
 from support.flags import InputError
-from support.run_folder import family_folders
+from support.run import family_folders
 from support.sampling import draw, likely
 from support.static import generate_static
 

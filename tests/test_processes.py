@@ -22,9 +22,10 @@ import train_policy
 import train_rm
 from data import Dataset, collate
 from model import GPT
-from support import device, folders, processes
+from support import device, processes, run
 from support.flags import OTHERS_ENDED, InputError, lost_processes
 from support.passes import score
+from support.run import release
 from support.sharding import full, gathered, load_whole, place, whole
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
@@ -84,7 +85,8 @@ def session(folder, name, resumed=None, *flags):
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Interrupted):
         patch.setattr(train_policy, "learning_rate", learning_rate_until_15)
         distil(folder, f"{name}/killed", *flags)
-    folders.claimed.clear()     # the killed run's folder is nobody's
+    if processes.is_first():
+        release(f"{out}/killed")        # as the end of its process would
     if resumed is not None:
         distil(folder, f"{resumed}/killed", "--resume", *flags)
     if "--fsdp" in flags:
@@ -302,13 +304,13 @@ def test_a_rank_without_torchrun(monkeypatch, tmp_path, variable, value):
 def test_without_torchrun_nobody_leaves_the_folder_to_a_first_process(monkeypatch, tmp_path):
     """Whether another process is at work there, all look but torchrun's second one."""
     folder = str(tmp_path / "run")
-    folders.claim(folder)
-    monkeypatch.setattr(folders, "claimed", {})         # as another process sees it
+    run.claim(folder)
+    monkeypatch.setattr(run, "claimed", {})         # as another process sees it
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(InputError, match="another process is at work"):
-        folders.check_unused(folder)
+        run.check_unused(folder)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    folders.check_unused(folder)
+    run.check_unused(folder)
 
 
 def test_torchrun_where_processes_cannot_share_the_device(monkeypatch):
