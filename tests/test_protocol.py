@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from losses import LOSSES
+from losses import LOSSES, knobs, needs
 from runs import protocol
 from support.flags import InputError, comparison_flags
 from support.training_flags import policy_flags, reward_flags
@@ -19,7 +19,7 @@ PAPER = ["dpo", "ipo", "d-dpo", "p-dpo", "dp-dpo", "e-dpo"]
 def check_flags(script, flags):
     """InputError if the script would refuse its flags."""
     if script == "train_policy.py":
-        policy_flags(flags, "", LOSSES)
+        policy_flags(flags, "", list(LOSSES), needs, knobs)
     elif script == "train_rm.py":
         reward_flags(flags, "")
     else:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from losses import LOSSES
+from losses import LOSSES, knobs, needs
 from model import GPT, GPTConfig
 from reward import RewardModel
 from support.flags import InputError, comparison_flags, talk_flags
@@ -73,7 +73,7 @@ def test_commands_that_it_names_exist(page):
 def all_flags():
     """The flags of all scripts: read from the source, as those of the losses are from the table;
     and torchrun's."""
-    flags = {"help", "nproc_per_node"} | {knob for loss in LOSSES.values() for knob in loss.knobs}
+    flags = {"help", "nproc_per_node"} | {knob for loss in LOSSES for knob in knobs(loss)}
     for path in CODE:
         text = text_of(path)
         flags |= set(re.findall(r'"--(\w+)"', text))
@@ -102,7 +102,8 @@ def test_the_numbers_on_scale_are_those_of_its_snippet(capsys):
 
 def flag_parser(script):
     """The function that reads a script's flags, or None if it has no such function."""
-    root_parsers = {"train_policy": partial(policy_flags, doc="", losses=LOSSES),
+    root_parsers = {"train_policy": partial(policy_flags, doc="", losses=list(LOSSES), needs=needs,
+                                            knobs=knobs),
                     "train_rm": partial(reward_flags, doc=""),
                     "evaluate": partial(comparison_flags, doc=""),
                     "sample": partial(talk_flags, doc="")}
