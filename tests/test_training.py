@@ -21,10 +21,11 @@ import numpy as np
 import pytest
 import torch
 
+import reward
 import tinytldr
 import train_policy
 import train_rm
-from data import BatchOrder, biased_subset
+from data import BatchOrder, Dataset, biased_subset
 from losses import PREFERENCE_LOSSES
 from model import GPT, GPTConfig
 from reward import RewardModel
@@ -324,8 +325,8 @@ def supervised(policy, rows, progress, all_rows):
 
 
 def reward_modelling(reward_model, rows, progress, _):
-    """Bradley-Terry: -log of exp(r_better) / (exp(r_better) + exp(r_worse)), the mean over all pairs
-    of a row."""
+    """Bradley-Terry: -log of exp(r_better) / (exp(r_better) + exp(r_worse)), the mean over all the
+    pairs of a row."""
     losses, margins, hits = [], [], []
     for row in rows:
         rewards = [reward_of(reward_model, row.prompt, y) for y in row.responses]
@@ -508,6 +509,34 @@ def test_several_samples_for_the_kl_term(K, lab, tmp_path):
     check_policy(lab, tmp_path, flags + EQUATIONS["p-dpo"][2], Preferences("p-dpo"), splits)
 
 
+@pytest.fixture
+def ragged(lab, monkeypatch):
+    """Rows of three responses and of two in turn, which the scripts get as data sets (files have as
+    many in every row)."""
+    splits = copy_of(lab.rows[3], with_samples=True)
+    for rows in splits.values():
+        for row in rows[::2]:
+            row.responses, row.rewards = row.responses[:2], row.rewards[:2]
+            row.ref_logps = row.ref_logps[:2]
+
+    def preferences(data, split, *_):
+        rewards = np.zeros((len(splits[split]), 3, 3), np.float32)
+        for of_row, row in zip(rewards, splits[split]):
+            of_row[:len(row.rewards)] = row.rewards
+        return Dataset([(np.array(row.prompt), list(map(np.array, row.responses)))
+                        for row in splits[split]], rewards)
+
+    monkeypatch.setattr(reward, "preferences", preferences)
+    return splits
+
+
+def test_rows_with_different_numbers_of_responses(lab, ragged, tmp_path):
+    """Each row counts as much as any other, whatever number of pairs it has; the samples for the KL
+    come after a row's own responses."""
+    flags = ["--loss=e-dpo", f"--data={lab.root}/3.jsonl", MICRO_BATCHES, *EQUATIONS["e-dpo"][2]]
+    check_policy(lab, tmp_path, flags, Preferences("e-dpo"), ragged)
+
+
 @pytest.mark.parametrize("name", ["d-dpo", "e-dpo"])
 def test_a_family_of_reward_models_on_disk(name, lab, tmp_path):
     """The rewards are those of each response alone, by every member."""
@@ -621,6 +650,11 @@ def test_a_reward_model(K, lab, tmp_path):
     """On pairs, and on rankings of three."""
     train_reward_models(lab, K, tmp_path, f"--grad_clip={GRAD_CLIP}")
     check_reward_model(lab, tmp_path, copy_of(lab.rows[K], with_samples=False), GRAD_CLIP)
+
+
+def test_a_reward_model_of_rows_with_different_numbers_of_responses(lab, ragged, tmp_path):
+    train_reward_models(lab, 3, tmp_path, f"--grad_clip={GRAD_CLIP}")
+    check_reward_model(lab, tmp_path, copy_of(ragged, with_samples=False), GRAD_CLIP)
 
 
 def test_a_reward_model_that_sums(lab, tmp_path):
