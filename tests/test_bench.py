@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import collate
-from losses import LOSSES
+from losses import LOSSES, needs
 from model import GPT, GPTConfig, tree_mask
 from runs import attention, bench
 from support.flags import InputError
@@ -82,12 +82,12 @@ def test_a_task_has_the_columns_that_its_loss_needs(task, K, S):
     """Responses, samples from the reference, rewards and reference log-probs, as train_policy.py
     has them."""
     dataset = bench.task_dataset(task, [([1, 2], [[3], [4], [5], [6]])] * 2)
-    batch, needs = dataset.batch([0, 1]), LOSSES[task].needs if task in LOSSES else ()
+    batch, needed = dataset.batch([0, 1]), needs(task) if task in LOSSES else ()
     assert dataset.examples[0] == ([1, 2], [[3], [4], [5], [6]][:K + S])
-    assert batch.n_samples == S
-    assert (batch.ref_logps is None) == ("ref_logps" not in needs)
-    assert (batch.rewards is None) == ("rewards" not in needs)
-    if "rewards" in needs:
+    assert batch.samples.size(1) == S
+    assert (batch.ref_logps is None) == ("ref_logps" not in needed)
+    assert (batch.rewards is None) == ("rewards" not in needed)
+    if "rewards" in needed:
         assert batch.rewards.shape == (2, K, bench.MEMBERS)
 
 

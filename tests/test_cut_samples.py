@@ -14,7 +14,6 @@ import reward
 import tinytldr
 import train_policy
 from data import Dataset
-from losses import LOSSES
 from model import GPT, GPTConfig
 from reward import RewardModel, judge_samples
 from runs import score as score_script
@@ -23,7 +22,6 @@ from support.flags import InputError, comparison_flags
 from support.passes import count_cut_off, was_cut_off, with_end
 from support.report import cut_off_note
 from support.tokens import encode, longest_sample
-from support.training_flags import policy_flags
 from tinytldr import tokenizer
 
 EOT = tokenizer().eot_token
@@ -290,7 +288,7 @@ def test_training_selects_by_samples_with_an_end(toy, tmp_path, monkeypatch, cap
 
 def test_distillation_that_samples_nothing_needs_no_limit():
     def parsed(*flags):
-        return policy_flags(list(flags), "", LOSSES)
+        return train_policy.parse_flags(list(flags))
 
     assert parsed("--loss=e-dpo").max_new_tokens == 64                  # on tinytldr, as ever
     assert parsed("--loss=dpo", "--select=oracle").max_new_tokens == 64

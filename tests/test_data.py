@@ -2,8 +2,19 @@
 test_tokens.py, the tree batch in test_tree.py.)"""
 import numpy as np
 import pytest
+import torch
 
-from data import BatchOrder, Dataset, batches, biased_subset, by_length, d_rho, longer, relabel
+from data import (
+    BatchOrder,
+    Dataset,
+    batches,
+    biased_subset,
+    by_length,
+    d_rho,
+    longer,
+    ranked_pairs,
+    relabel,
+)
 from support.flags import InputError
 
 
@@ -81,7 +92,7 @@ def test_columns_stay_with_their_rows():
     assert by_length(dataset).examples == examples[::-1]
 
     batch = dataset.batch(np.array([3, 1]))
-    assert batch.tokens[:, 0].tolist() == [3, 1] and batch.n_samples == 0
+    assert batch.tokens[:, 0].tolist() == [3, 1] and batch.samples.shape == (2, 0)
     assert batch.rewards.tolist() == taken.rewards.tolist()
     assert batch.ref_logps.tolist() == taken.ref_logps.tolist()
 
@@ -91,8 +102,47 @@ def test_samples_are_one_more_response():
     sampled = dataset.with_samples([[7, 8, 9]])
     assert sampled.response_lengths().tolist() == [[1, 2, 3]] and sampled.n_samples == 1
     assert sampled.row_lengths().tolist() == [7] and sampled.rewards.shape == (1, 2, 3)
-    assert sampled.batch([0]).n_samples == 1
+    assert sampled.batch([0]).samples.tolist() == [[2]]
     assert dataset.n_samples == 0 and len(dataset.examples[0][1]) == 2      # left as it was
+
+
+# ------------------------------------------------------------------ the pairs of a batch
+
+def test_ranked_pairs_of_each_row():
+    """All of them, the better response first, row after row; in each row the weights add up to 1.
+    One response is no pair."""
+    pairs, pair_row, pair_weight = ranked_pairs([2, 3, 1, 4])
+    assert pairs.tolist() == [[0, 1], [0, 1], [0, 2], [1, 2],
+                              [0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]]
+    assert pair_row.tolist() == [0, 1, 1, 1, 3, 3, 3, 3, 3, 3]
+    assert pair_weight.tolist() == pytest.approx([1] + [1 / 3] * 3 + [1 / 6] * 6)
+    assert (pairs.dtype, pair_row.dtype, pair_weight.dtype) == (
+        torch.int64, torch.int64, torch.float32)
+    assert [len(array) for array in ranked_pairs([1, 1])] == [0, 0, 0]
+
+
+def test_rows_with_different_numbers_of_responses():
+    """One of three responses, one of two, and a sample after each. A batch is as wide as its own
+    rows are, in all columns."""
+    examples = [([1], [[2], [3, 3], [4], [5, 5]]), ([1], [[6], [7, 7], [8]])]
+    rewards = np.array([[1, 2, 3], [4, 5, 0]], np.float32)[:, :, None]
+    ref_logps = -np.array([[1, 2, 3, 4], [5, 6, 7, 0]], np.float32)
+    dataset = Dataset(examples, rewards, ref_logps, n_samples=1)
+    assert dataset.response_lengths().tolist() == [[1, 2, 1, 2], [1, 2, 1, 0]]
+    assert dataset.row_lengths().tolist() == [7, 5]
+
+    batch = dataset.batch(np.array([1, 0]))
+    assert batch.pairs.tolist() == [[0, 1], [0, 1], [0, 2], [1, 2]]
+    assert batch.pair_row.tolist() == [0, 1, 1, 1]
+    assert batch.samples.tolist() == [[2], [3]]
+    assert batch.lengths.tolist() == [[1, 2, 1, 0], [1, 2, 1, 2]]
+    assert batch.ref_logps.gather(1, batch.samples).tolist() == [[-7], [-4]]
+    assert batch.pair_up(batch.ref_logps).tolist() == [[-5, -6], [-1, -2], [-1, -3], [-2, -3]]
+    assert batch.pair_up(batch.rewards).tolist() == [[[4], [5]], [[1], [2]], [[1], [3]], [[2], [3]]]
+
+    narrow = dataset.batch(np.array([1]))
+    assert narrow.lengths.tolist() == [[1, 2, 1]] and narrow.ref_logps.tolist() == [[-5, -6, -7]]
+    assert narrow.rewards.tolist() == [[[4], [5]]]
 
 
 # ------------------------------------------------------------------ longer, D_rho
@@ -204,7 +254,8 @@ def test_taking_rows_takes_their_columns():
 
 def test_a_batch_has_the_columns_of_its_rows():
     batch = small_dataset().batch(np.array([1, 0]))
-    assert batch.tokens.shape == (2, 5) and batch.target.shape == (7,) and batch.n_samples == 1
+    assert batch.tokens.shape == (2, 5) and batch.target.shape == (7,)
+    assert batch.samples.tolist() == [[1], [1]]
     assert batch.ref_logps.tolist() == [[2, 3], [0, 1]] and batch.rewards.ravel().tolist() == [1, 0]
     rounded = small_dataset().batch(np.array([1, 0]), multiple=4)
     assert rounded.tokens.shape == (2, 8) and rounded.target.shape == (8,)

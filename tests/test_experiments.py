@@ -9,12 +9,15 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future
+from inspect import signature
 
 import numpy as np
 import pytest
+import torch
 
 import tinytldr
 from data import biased_subset, longer
+from losses import e_dpo
 from support.flags import InputError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -159,7 +162,7 @@ def test_a_small_ablation(world, tmp_path, monkeypatch, capsys):
     rows = figure2.read_rows(f"{tmp_path}/results/runs.csv")
     assert [(row["table"], row["setting"], row["loss"]) for row in rows] == [
         ("members", "1", "e-dpo"), ("members", "5", "e-dpo"), ("members", "8", "e-dpo"),
-        ("minimum", "per example", "e-dpo"), ("minimum", "per batch", "e-dpo"),
+        ("minimum", "per example", "e-dpo"), ("minimum", "per batch", "per-batch"),
         ("minimum", "mean", "dp-dpo"), ("minimum", "maximum", "worst")]
     assert {**rows[1], "table": "", "setting": ""} == {**rows[3], "table": "", "setting": ""}
     for row in rows:
@@ -167,11 +170,24 @@ def test_a_small_ablation(world, tmp_path, monkeypatch, capsys):
         assert len(shares) == {"1": 1, "8": 3}.get(row["setting"], 2)
         assert sum(shares) == pytest.approx(1, abs=0.02)
         assert 0 < float(row["smallest_margin"]) <= float(row["margin"])
-    assert "| per batch | e-dpo | 0.2 | 1 |" in capsys.readouterr().out
+    assert "| per batch | per-batch | 0.2 | 1 |" in capsys.readouterr().out
     figure2.append(f"{tmp_path}/results/runs.csv", [{"reference": "another"}], ablations.COLUMNS)
     with pytest.raises(InputError, match="another reference"):
         ablations.main(["--sft", f"{world}/sft", f"--results={tmp_path}/results",
                         f"--chosen={tmp_path}/chosen.json"])
+
+
+def test_what_takes_the_minimum_s_place():
+    """By hand, two pairs and two reward models: h is 1 and 2, and beta * h misses the rewards'
+    margins by 1 and 5, and by 3 and 0. The first model fits the batch better on average."""
+    logps, ref_logps = torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.zeros(2, 2)
+    rewards = torch.tensor([[[3.0, 7.0], [0.0, 0.0]], [[1.0, 4.0], [0.0, 0.0]]])    # (2, 2, 2)
+    kl = torch.tensor([10.0, 20.0])
+    worst, per_batch = [ablations.OWN_LOSSES[name](logps, ref_logps, rewards, kl, 2.0, 0.1)
+                        for name in ("worst", "per-batch")]
+    assert worst.tolist() == [26, 11] and per_batch.tolist() == [2, 11]
+    assert (signature(ablations.e_dpo_worst) == signature(ablations.e_dpo_per_batch)
+            == signature(e_dpo))
 
 
 @pytest.mark.parametrize("rho", [0.2, 0.8])
@@ -217,7 +233,7 @@ def test_samples_that_are_redrawn():
     for sample, column in ((10, 2), (20, 3), (10, 2)):
         for rows in ([2, 0], [1]):
             batch = dataset.batch(np.array(rows))
-            assert batch.n_samples == 1
+            assert batch.samples.tolist() == [[2]] * len(rows)
             assert batch.tokens[:, 3].tolist() == [sample + i for i in rows]
             assert batch.ref_logps.tolist() == ref_logps[rows][:, [0, 1, column]].tolist()
 

@@ -10,13 +10,12 @@ import evaluate
 import sample
 import train_policy
 import train_rm
-from losses import LOSSES, PREFERENCE_LOSSES
+from losses import LOSSES, PREFERENCE_LOSSES, knobs, needs
 from model import GPT, GPTConfig
 from support.flags import InputError, comparison_flags, talk_flags
-from support.training_flags import policy_flags, reward_flags
 
 IGNORED = "--{}: it would be ignored"
-KNOBS = {"beta": "1", "tau": "1", "gamma": "1", "min_per": "example"}
+KNOBS = {"beta": "1", "tau": "1", "gamma": "1"}
 SIZES = ["n_layer", "n_head", "n_embd", "block_size"]
 
 
@@ -45,15 +44,15 @@ def refuses(tmp_path):
 def unused_flags():
     """(loss, flag, value) of every loss and every flag that another loss uses and it does not. The
     losses are those of the table, also those that somebody adds."""
-    for name, loss in LOSSES.items():
-        for other in LOSSES.values():
-            for knob, default in other.knobs.items():
-                if knob not in loss.knobs:
-                    yield name, knob, KNOBS.get(knob, str(default))
-        if "rewards" not in loss.needs:
-            yield name, "rewards", "out/rm"
-        if "ref_samples" not in loss.needs:
-            yield name, "max_new_tokens", "64"
+    for loss in LOSSES:
+        for other in LOSSES:
+            for knob, default in knobs(other).items():
+                if knob not in knobs(loss):
+                    yield loss, knob, KNOBS.get(knob, str(default))
+        if "rewards" not in needs(loss):
+            yield loss, "rewards", "out/rm"
+        if "kl" not in needs(loss):
+            yield loss, "max_new_tokens", "64"
 
 
 @pytest.mark.parametrize("loss, flag, value", sorted(set(unused_flags())))
@@ -64,11 +63,11 @@ def test_flags_of_another_loss(refuses, loss, flag, value):
 def test_the_table_above_has_these():
     """What a student tries first, by hand."""
     refused = {(loss, flag) for loss, flag, _ in unused_flags()}
-    assert refused >= {("dpo", "max_new_tokens"), ("dpo", "min_per"), ("dpo", "tau"),
-                       ("dpo", "gamma"), ("dpo", "rewards"), ("ipo", "beta"), ("ipo", "gamma"),
-                       ("d-dpo", "max_new_tokens"), ("p-dpo", "rewards"), ("dp-dpo", "min_per"),
-                       ("e-dpo", "tau"), ("sft", "beta"), ("sft", "rewards")}
-    used = [(name, knob) for name, loss in LOSSES.items() for knob in loss.knobs]
+    assert refused >= {("dpo", "max_new_tokens"), ("dpo", "tau"), ("dpo", "gamma"),
+                       ("dpo", "rewards"), ("ipo", "beta"), ("ipo", "gamma"),
+                       ("d-dpo", "max_new_tokens"), ("p-dpo", "rewards"), ("e-dpo", "tau"),
+                       ("sft", "beta"), ("sft", "rewards")}
+    used = [(loss, knob) for loss in LOSSES for knob in knobs(loss)]
     assert not refused & set(used)
 
 
@@ -161,8 +160,7 @@ def test_what_chance_needs_where_there_is_none(refuses, script, flags):
     (["--seed=-1"], "--seed: invalid seed"),
     (["--seed=4294967296"], "--seed: invalid seed"),
     (["--batch_size=1.5"], "--batch_size: invalid positive int"),
-    (["--loss=sft", "--n_head=3"], "--n_head: 3 heads do not divide --n_embd=128"),
-    (["--min_per=batch", "--micro_batch_size=2"], "--min_per=batch: .* leave --micro_batch_size")])
+    (["--loss=sft", "--n_head=3"], "--n_head: 3 heads do not divide --n_embd=128")])
 def test_bad_flags_of_a_policy(refuses, flags, message):
     refuses(train_policy, flags, message)
 
@@ -215,14 +213,14 @@ def test_bad_flags_of_a_talk(refuses, flags, message):
 # ------------------------------------------------------------------ what is left out
 
 def policy_args(*flags):
-    return policy_flags(list(flags), "", LOSSES)
+    return train_policy.parse_flags(list(flags))
 
 
 def test_defaults_of_dpo():
     """Its own beta, and None for what it has no use for."""
     args = policy_args("--loss=dpo")
     assert (args.beta, args.init_from, args.out_dir) == (1.0, "out/sft", "out/dpo")
-    assert args.tau is args.gamma is args.min_per is args.rewards is args.max_new_tokens is None
+    assert args.tau is args.gamma is args.rewards is args.max_new_tokens is None
     assert args.n_embd is args.block_size is None
     assert (args.rho, args.n_pairs, args.pool, args.label_temperature) == (0.2, 1000, 5000, 0)
     assert (args.max_steps, args.batch_size, args.micro_batch_size) == (320, 16, 16)
@@ -243,7 +241,7 @@ def test_a_wide_model_gets_a_smaller_learning_rate(tmp_path):
     assert policy_args("--loss=sft", "--n_embd=512", "--n_head=8").lr == 4e-5
     assert policy_args("--loss=sft", "--n_embd=512", "--n_head=8", "--lr=0.1").lr == 0.1
     assert policy_args("--loss=dpo", "--init_from=gpt2").lr == 2e-6
-    assert reward_flags(["--init_from=gpt2"], "").lr == 5e-6
+    assert train_rm.parse_flags(["--init_from=gpt2"]).lr == 5e-6
     for width, lr in ((128, 2e-4), (768, 2e-6)):
         folder = tmp_path / str(width)
         GPT(GPTConfig(block_size=4, vocab_size=8, n_layer=1, n_head=2, n_embd=width)
@@ -260,10 +258,10 @@ def test_the_block_size_of_a_model_from_scratch_depends_on_its_rows():
 @pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
 def test_every_loss_gets_its_own_defaults(loss):
     args = policy_args(f"--loss={loss}")
-    for name in {knob for other in LOSSES.values() for knob in other.knobs}:
-        assert getattr(args, name) == LOSSES[loss].knobs.get(name)
-    assert (args.rewards is not None) == ("rewards" in LOSSES[loss].needs)
-    assert (args.max_new_tokens is not None) == ("ref_samples" in LOSSES[loss].needs)
+    for name in {knob for other in LOSSES for knob in knobs(other)}:
+        assert getattr(args, name) == knobs(loss).get(name)
+    assert (args.rewards is not None) == ("rewards" in needs(loss))
+    assert (args.max_new_tokens is not None) == ("kl" in needs(loss))
 
 
 def test_a_family_for_e_dpo_and_one_reward_model_for_the_others():
@@ -286,10 +284,10 @@ def test_defaults_of_file_data():
 
 
 def test_defaults_of_reward_models():
-    args = reward_flags([], "")
+    args = train_rm.parse_flags([])
     assert (args.out_dir, args.init_from, args.bias) == ("out/rm", "out/sft", None)
     assert (args.max_steps, args.batch_size, args.rho) == (200, 32, 0.2)
-    args = reward_flags(["--bias=0.2,0.5"], "")
+    args = train_rm.parse_flags(["--bias=0.2,0.5"])
     assert (args.out_dir, args.bias) == ("out/rms", [0.2, 0.5])
 
 
@@ -297,7 +295,7 @@ def test_defaults_of_reward_models():
 def test_a_short_run_is_evaluated_seldom_and_on_few_rows(max_steps, batch_size):
     """So that evaluating stays the smaller part; what was asked for is done all the same."""
     short = [f"--max_steps={max_steps}", f"--batch_size={batch_size}"]
-    for args in (policy_args(*short), reward_flags(short, "")):
+    for args in (policy_args(*short), train_rm.parse_flags(short)):
         assert 16 <= args.n_eval < 256 and args.eval_every >= 25
         assert args.n_eval <= max(16, max_steps * batch_size)
     args = policy_args(*short, "--n_eval=300", "--eval_every=2")

@@ -28,7 +28,6 @@ from support.tokenizer import (
     tokenizer_name,
 )
 from support.tokens import encode
-from support.training_flags import policy_flags
 
 CONFIG = GPTConfig(block_size=20, vocab_size=13, n_layer=2, n_head=2, n_embd=16)
 TOKENS = torch.arange(12)[None]
@@ -301,8 +300,7 @@ def test_nanogpt_that_is_damaged_or_none(tmp_path):
 def test_tokens_of_nanogpt(tmp_path, capsys):
     """GPT-2's vocabulary, rounded up to a multiple of 64; another one is not guessed."""
     write_nanogpt(tmp_path / "run/ckpt.pt", random_model(vocab_size=50304, n_embd=2, n_layer=1))
-    args = policy_flags([f"--init_from={tmp_path}/run", "--data=pairs.jsonl"], "",
-                        train_policy.LOSSES)
+    args = train_policy.parse_flags([f"--init_from={tmp_path}/run", "--data=pairs.jsonl"])
     assert args.tokenizer == "gpt2" and args.lr == 2e-4
     assert "taken to read the tokens of gpt2" in capsys.readouterr().out
     write_nanogpt(tmp_path / "run/ckpt.pt", random_model(vocab_size=65))
@@ -512,10 +510,10 @@ def test_training_reads_and_saves_the_tokenizer_of_the_folder(tmp_path, kind, ca
 def test_a_tokenizer_in_place_of_the_model_s_own(tmp_path, capsys):
     """--tokenizer is done as asked, and said."""
     write_tokenizer(tmp_path, "vocab.json")
-    args = policy_flags([f"--init_from={tmp_path}", "--tokenizer=gpt2"], "", train_policy.LOSSES)
+    args = train_policy.parse_flags([f"--init_from={tmp_path}", "--tokenizer=gpt2"])
     assert args.tokenizer == "gpt2"
     assert f"takes the place of the tokenizer of {tmp_path}" in capsys.readouterr().out
-    args = policy_flags([f"--init_from={tmp_path}"], "", train_policy.LOSSES)
+    args = train_policy.parse_flags([f"--init_from={tmp_path}"])
     assert args.tokenizer == f"{tmp_path}/" and capsys.readouterr().out == ""
 
 

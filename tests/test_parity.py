@@ -17,8 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 import tinytldr
 import train_policy
-from data import BatchOrder, collate, get_tokenizer, preferences
-from losses import bradley_terry, training_loss
+from data import BatchOrder, Dataset, collate, get_tokenizer, preferences
+from losses import batch_loss, bradley_terry
 from model import GPT, GPTConfig
 from reward import RewardModel
 from support.checkpoint import TRANSPOSED
@@ -299,9 +299,9 @@ def assert_gradients_are_peers(ours, theirs):
         assert_close_to_peers({name: parameter.grad}, {name: wanted})
 
 
-@pytest.mark.parametrize("loss, theirs_is, knobs", [
+@pytest.mark.parametrize("loss, theirs_is, flags", [
     ("dpo", "sigmoid", {"beta": BETA}), ("ipo-per-token", "ipo", {"tau": TAU})])
-def test_losses_gradients_and_log_probs_equal_dpo_trainers(tmp_path, peer, loss, theirs_is, knobs):
+def test_losses_gradients_and_log_probs_equal_dpo_trainers(tmp_path, peer, loss, theirs_is, flags):
     """DPO, and IPO on per-token means: TRL's loss, gradient of every parameter, and response
     log-probs, to 1e-5."""
     import datasets
@@ -314,25 +314,25 @@ def test_losses_gradients_and_log_probs_equal_dpo_trainers(tmp_path, peer, loss,
     ours = GPT.from_pretrained(str(tmp_path / "policy"))
     our_ref = GPT.from_pretrained(str(tmp_path / "ref"))
 
-    temperature, = knobs.values()
+    temperature, = flags.values()
     trl_args = peer.trl.DPOConfig(str(tmp_path / "out"), beta=temperature, loss_type=[theirs_is],
                                   **peer.SETTINGS, **peer.BEST)
     rows = peer.features(examples)
     trainer = peer.PreparedDPOTrainer(policy, ref, trl_args,
                                       train_dataset=datasets.Dataset.from_list(rows),
                                       processing_class=peer.peer_tokenizer(VOCAB))
-    inputs, batch = trainer.data_collator(rows), collate(examples)
+    inputs, batch = trainer.data_collator(rows), Dataset(examples).batch(range(6))
     with torch.no_grad():
-        ref_logps = our_ref.response_logps(batch)                                   # (6, 2)
+        batch.ref_logps = our_ref.response_logps(batch)                             # (6, 2)
         wanted = trainer.compute_ref_log_probs(ref, inputs)                         # 2 of (6,)
-    assert_close_to_peers(ref_logps, torch.stack(list(wanted), dim=1))
+    assert_close_to_peers(batch.ref_logps, torch.stack(list(wanted), dim=1))
     trl_loss = trainer.compute_loss(policy, inputs)
     trl_loss.backward()
 
     logps = ours.response_logps(batch)
-    our_loss = training_loss(loss, logps, ref_logps, lengths=batch.lengths, **knobs).mean()
+    our_loss = batch_loss(loss, logps, batch, **flags).mean()
     our_loss.backward()
-    assert (logps - ref_logps).detach().abs().max() > 0.1                      # they do differ
+    assert (logps - batch.ref_logps).detach().abs().max() > 0.1                # they do differ
     assert_close_to_peers(our_loss, trl_loss)
     assert_gradients_are_peers(ours, policy)
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+import train_policy
+import train_rm
 from data import get_tokenizer
-from losses import LOSSES
 from runs import protocol
 from support.flags import InputError, comparison_flags
-from support.training_flags import policy_flags, reward_flags
 
 ROOT = Path(__file__).parent.parent
 PAPER = ["dpo", "ipo", "d-dpo", "p-dpo", "dp-dpo", "e-dpo"]
@@ -24,9 +24,9 @@ PAPER = ["dpo", "ipo", "d-dpo", "p-dpo", "dp-dpo", "e-dpo"]
 def check_flags(script, flags):
     """InputError if the script would refuse its flags."""
     if script == "train_policy.py":
-        policy_flags(flags, "", LOSSES)
+        train_policy.parse_flags(flags)
     elif script == "train_rm.py":
-        reward_flags(flags, "")
+        train_rm.parse_flags(flags)
     else:
         assert script == "evaluate.py"
         comparison_flags(flags, "")

@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 
 import losses
+import train_policy
+import train_rm
 from data import collate
-from losses import LOSSES, knobs, needs
+from losses import LOSSES, knobs
 from model import GPT, GPTConfig
 from reward import RewardModel
 from runs import draw
 from support.flags import InputError, comparison_flags, talk_flags
-from support.training_flags import policy_flags, reward_flags
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -199,9 +200,8 @@ def test_the_post_in_the_readme_is_the_first_that_tinytldr_prints():
 
 def flag_parser(script):
     """The function that reads a script's flags, or None if it has no such function."""
-    root_parsers = {"train_policy": partial(policy_flags, doc="", losses=list(LOSSES),
-                                            needs=needs, knobs=knobs),
-                    "train_rm": partial(reward_flags, doc=""),
+    root_parsers = {"train_policy": train_policy.parse_flags,
+                    "train_rm": train_rm.parse_flags,
                     "evaluate": partial(comparison_flags, doc=""),
                     "sample": partial(talk_flags, doc="")}
     if script in root_parsers:

@@ -166,8 +166,6 @@ CASES = [       # script, flags, what the line has to say
     # what does not go together
     (POLICY, "--loss=dpo --init_from=scratch --out_dir=new", "--init_from: --loss=dpo needs a"),
     (POLICY, "--loss=sft --n_embd=10 --n_head=3 --out_dir=new", "--n_head: 3 heads do not divide"),
-    (POLICY, "--loss=e-dpo --init_from=sft --rewards=rms --min_per=batch --micro_batch_size=2 "
-     "--out_dir=new", "--min_per=batch: one minimum per batch"),
     (POLICY, "--loss=sft --select=oracle --out_dir=new", "--select: last or loss"),
     (POLICY, f"{DATA}good.jsonl --select=oracle", "--select=oracle: only tinytldr"),
     (POLICY, "--loss=d-dpo --init_from=sft --rewards=scores --out_dir=new --data=good.jsonl",

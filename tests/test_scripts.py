@@ -19,7 +19,6 @@ import tinytldr
 import train_policy
 import train_rm
 from data import Dataset, TreeBatch
-from losses import LOSSES
 from model import GPT, GPTConfig
 from reward import RewardModel, family_scores, load_reward_models, training_pairs
 from support import passes
@@ -27,7 +26,7 @@ from support.checks import say_spread
 from support.device import compiled_graphs, recompute_layers
 from support.flags import InputError
 from support.passes import sample, score, to_text, with_room
-from train_policy import anneal, reward_of_samples, row_terms, with_columns
+from train_policy import loss_flags, reward_of_samples, row_terms, with_columns
 
 CPU = torch.device("cpu")
 TOKENIZER = tinytldr.tokenizer()
@@ -126,32 +125,59 @@ def cached_names(folder):
 
 # ------------------------------------------------------------------ by hand
 
+def batch_of(n_responses, n_samples=0):
+    """Rows with these numbers of responses, and samples after them; their log-probs by the
+    reference are -2."""
+    examples = [([1], [[2]] * (n + n_samples)) for n in n_responses]
+    ref_logps = np.full((len(examples), max(n_responses) + n_samples), -2, np.float32)
+    return Dataset(examples, None, ref_logps, n_samples).batch(np.arange(len(examples)))
+
+
 def test_statistics_of_log_probs():
     """A pair with a sample; a margin of zero is half right."""
-    ref_logps = torch.full((3, 3), -2.0)
+    batch = batch_of([2, 2, 2], n_samples=1)
     change = torch.tensor([[0.5, -0.5, -0.25], [0.25, 0.25, 0.75], [-0.5, -0.25, 0.0]])
-    values = train_policy.statistics(ref_logps + change, ref_logps, n_samples=1)
+    values = train_policy.statistics(batch.ref_logps + change, batch)
     assert {name: value.tolist() for name, value in values.items()} == {
         "chosen_change": [0.5, 0.25, -0.5], "rejected_change": [-0.5, 0.25, -0.25],
         "margin": [1, 0, -0.25], "accuracy": [1, 0.5, 0], "forward_kl": [0.25, -0.75, 0]}
 
 
-def test_statistics_of_a_ranking():
-    """Its pairs' means; without a sample no KL, and without a reference nothing."""
-    change = torch.tensor([[0.5, 0.25, 0.75], [0.5, 0.5, 0.5]])
-    values = train_policy.statistics(change, torch.zeros(2, 3), n_samples=0)
-    rounded = {name: value.round(decimals=4).tolist() for name, value in values.items()}
-    assert rounded == {"chosen_change": [0.5, 0.5], "rejected_change": [0.5, 0.5],
-                       "margin": [pytest.approx(-0.1667), 0],
-                       "accuracy": [pytest.approx(0.3333), 0.5]}
-    assert train_policy.statistics(change, None, n_samples=0) == {}
+def test_statistics_of_rankings():
+    """Each of a row's three pairs counts a third, the pair of the other row whole; without a sample
+    there is no KL, and without a reference nothing."""
+    batch = batch_of([3, 2])
+    change = torch.tensor([[1.5, 0.75, 2.25], [0.5, 0.5, 0.0]])
+    values = train_policy.statistics(batch.ref_logps + change, batch)
+    assert {name: value.tolist() for name, value in values.items()} == {
+        "chosen_change": pytest.approx([0.5, 0.5, 0.25, 0.5]),
+        "rejected_change": pytest.approx([0.25, 0.75, 0.75, 0.5]),
+        "margin": pytest.approx([0.25, -0.25, -0.5, 0]),
+        "accuracy": pytest.approx([1 / 3, 0, 0, 0.5])}
+    batch.ref_logps = None
+    assert train_policy.statistics(change, batch) == {}
 
 
 def test_statistics_of_rewards():
     """A margin below 1 is right too, and one of zero is half right."""
-    values = train_rm.statistics(torch.tensor([[0.5, 0.0], [1.0, 1.0], [0.0, 1.0]]))
+    rewards = torch.tensor([[0.5, 0.0], [1.0, 1.0], [0.0, 1.0], [3.0, 0.0]])
+    values = train_rm.statistics(rewards, batch_of([2, 3]))
     assert {name: value.tolist() for name, value in values.items()} == {
-        "margin": [0.5, 0, -1], "accuracy": [1, 0.5, 0]}
+        "margin": pytest.approx([0.5, 0, -1 / 3, 1]),
+        "accuracy": pytest.approx([1, 1 / 6, 0, 1 / 3])}
+
+
+def test_members_that_the_minimum_picks():
+    """With beta 2: in the first row the implicit margins are 2, 6 and 4, in the second 0, and of
+    the rewards' margins these are the nearest."""
+    batch = batch_of([3, 2], n_samples=1)
+    batch.rewards = torch.tensor([[[1.0, 2.0, 6.0], [0.0, 0.0, 3.0], [-9.0, -4.5, 0.0]],
+                                  [[0.0, 1.0, 5.0], [0.1, 0.0, 0.0], [0.0, 0.0, 0.0]]])
+    change = torch.tensor([[3.0, 2.0, 0.0, 9.0], [5.0, 5.0, 7.0, 0.0]])
+    shares = train_policy.picked_members(batch.ref_logps + change, batch, beta=2.0)
+    assert {name: value.tolist() for name, value in shares.items()} == {
+        "picked_0": [0, 0, 0, 1], "picked_1": pytest.approx([1 / 3, 0, 1 / 3, 0]),
+        "picked_2": pytest.approx([0, 1 / 3, 0, 0])}
 
 
 def test_a_member_that_hardly_varies(capsys):
@@ -173,15 +199,18 @@ def test_a_member_that_hardly_varies(capsys):
 
 
 def test_what_a_row_weighs():
-    """Its response tokens if the loss is a mean over tokens, else 1."""
+    """1, but for SFT its response tokens."""
     dataset = Dataset([([1], [[2, 3], [4]]), ([1], [[2], [4, 5, 6]])])
-    assert row_terms(dataset, LOSSES["sft"]).tolist() == [3, 4]
-    assert row_terms(dataset, LOSSES["dpo"]).tolist() == [1, 1]
+    assert row_terms(dataset, "sft").tolist() == [3, 4]
+    assert row_terms(dataset, "dpo").tolist() == [1, 1]
 
 
 def test_gamma_is_annealed_from_the_first_to_the_last():
-    assert [anneal((1.0, 3.0), step, 4) for step in range(5)] == [1, 1.5, 2, 2.5, 3]
-    assert anneal(None, 0, 4) == anneal(None, 4, 4) == 0
+    args = SimpleNamespace(loss="p-dpo", beta=0.5, gamma=[1.0, 3.0], max_steps=4)
+    assert [loss_flags(args, step) for step in range(5)] == [
+        {"beta": 0.5, "gamma": gamma} for gamma in (1, 1.5, 2, 2.5, 3)]
+    args = SimpleNamespace(loss="ipo", tau=0.5, beta=None, gamma=None, max_steps=4)
+    assert loss_flags(args, 1) == {"tau": 0.5}
 
 
 # ------------------------------------------------------------------ evaluation
@@ -211,14 +240,31 @@ def test_evaluation_is_of_all_rows_in_parts(script):
     assert passes_made == [8, 8, 4]
 
 
-def test_losses_of_all_steps_are_evaluated_with_the_last_gamma():
-    """Or the checkpoint of --select=loss would be an early one, for its smaller KL term."""
-    dataset = Dataset([([1], [[2], [3], [4]])], None, np.zeros((1, 3), np.float32), n_samples=1)
-    args = SimpleNamespace(loss="p-dpo", micro_batch_size=2, device="cpu", dtype="float32",
-                           gamma=[0.25, 0.5], max_steps=4)
-    means = train_policy.evaluate(lambda batch: torch.tensor([[0.0, 0.0, -3.0]]), dataset, args,
-                                  {"beta": 1.0}, torch.device("cpu"), nullcontext)
-    assert means["loss"] == pytest.approx(np.log(2) + 0.5 * 3)
+def test_an_evaluation_of_rows_of_several_sizes():
+    """Means over rows, of three responses and of two, each with a sample: by hand, of a policy for
+    which all responses are as likely as for the reference, and the samples 3 and 1 nats less."""
+    dataset = Dataset([([1], [[2], [3], [4], [5]]), ([1], [[2], [3], [4]])],
+                      np.array([[[3.0], [2.0], [0.0]], [[5.0], [1.0], [0.0]]], np.float32),
+                      np.zeros((2, 4), np.float32), n_samples=1)
+    logps = torch.tensor([[0.0, 0.0, 0.0, -3.0], [0.0, 0.0, -1.0, 0.0]])
+    args = SimpleNamespace(loss="e-dpo", beta=1.0, micro_batch_size=2, device="cpu",
+                           dtype="float32")
+    means = train_policy.evaluate(lambda batch: logps, dataset, args, {"beta": 1.0, "gamma": 0.5},
+                                  torch.device("cpu"), nullcontext)
+    squares = ((1 + 9 + 4) / 3 + 16) / 2
+    assert means == pytest.approx({"loss": squares + 0.5 * 2, "forward_kl": 2, "margin": 0,
+                                   "chosen_change": 0, "rejected_change": 0, "accuracy": 0.5,
+                                   "picked_0": 1})
+
+
+def test_losses_of_all_steps_are_evaluated_with_the_last_gamma(lab):
+    """Or the checkpoint of --select=loss would be an early one, for its smaller KL term. Halfway,
+    with a weight as large as this, the loss is the KL."""
+    train(lab, train_policy, "--loss=dp-dpo", "--gamma=0,1e6", "--max_new_tokens=4", "--lr=0.1",
+          "--max_steps=2", "--eval_every=1")
+    halfway, = [line for line in metrics(lab.root / "run")
+                if line["step"] == 1 and "train/loss" in line]
+    assert halfway["train/loss"] == pytest.approx(1e6 * halfway["train/forward_kl"], rel=1e-2)
 
 
 def test_reward_of_samples_by_the_oracle(lab, monkeypatch):
@@ -619,7 +665,7 @@ def test_the_members_of_a_family_have_flags_of_their_own(lab):
         folder = lab.root / "run" / str(bias)
         flags = read_json(folder / "config.json")["nanopref"]
         assert (flags["bias"], flags["out_dir"], flags["resume"]) == (bias, str(folder), False)
-        args = train_rm.reward_flags(["--bias=0.4", f"--out_dir={lab.root}/none"], "")
+        args = train_rm.parse_flags(["--bias=0.4", f"--out_dir={lab.root}/none"])
         assert flags.keys() == vars(args).keys()
 
 

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 
 import runs.show as show
+import train_policy
+import train_rm
 from data import get_tokenizer
-from losses import LOSSES
 from support.flags import InputError, comparison_flags, talk_flags
 from support.formats import load_rows, parse_rows
 from support.sources import name_and_split, open_hub
 from support.tokens import tokenised_file
-from support.training_flags import policy_flags, reward_flags
 
 PAIR = {"prompt": "Say hello.", "chosen": " Hello!", "rejected": " Go away."}
 
@@ -214,8 +214,8 @@ def test_what_is_no_split_of_the_hub(hub_cache):
 def test_the_flag_is_put_into_data(tmp_path):
     data = fill(tmp_path / "prefs", "train_a.jsonl", "train_b.jsonl")
     out = f"--out_dir={tmp_path}/out"
-    for parse in (lambda flags: policy_flags(["--loss=sft", out, *flags], "", LOSSES),
-                  lambda flags: reward_flags([out, *flags], "")):
+    for parse in (lambda flags: train_policy.parse_flags(["--loss=sft", out, *flags]),
+                  lambda flags: train_rm.parse_flags([out, *flags])):
         args = parse([f"--data={data}", "--split=train_a"])
         assert args.data == f"{data}:train_a" and "split" not in vars(args)
         with pytest.raises(InputError, match="--split: it would be ignored"):
@@ -225,7 +225,7 @@ def test_the_flag_is_put_into_data(tmp_path):
         with pytest.raises(InputError, match="--split: --data=.* names a split already"):
             parse([f"--data={data}:train_a", "--split=train_b"])
     with pytest.raises(InputError, match="--out_dir: .* lies in --data"):
-        reward_flags([f"--data={data}", "--split=train_a", f"--out_dir={data}/out"], "")
+        train_rm.parse_flags([f"--data={data}", "--split=train_a", f"--out_dir={data}/out"])
 
 
 def test_held_out_prompts_of_a_split(tmp_path):

@@ -21,10 +21,11 @@ import numpy as np
 import pytest
 import torch
 
+import reward
 import tinytldr
 import train_policy
 import train_rm
-from data import BatchOrder, biased_subset
+from data import BatchOrder, Dataset, biased_subset
 from losses import PREFERENCE_LOSSES
 from model import GPT, GPTConfig
 from reward import RewardModel
@@ -213,9 +214,14 @@ def reward_of(reward_model, prompt, response):
 @dataclass
 class Pair:
     """Two responses of a row, the better one first."""
-    h: torch.Tensor                 # how many nats more than the reference the policy prefers it
+    changes: tuple                  # logp_pi - logp_ref of each
     h_per_token: torch.Tensor       # by mean log-probs of a token
     margins: list                   # r_m(better) - r_m(worse) of every reward model
+
+    @property
+    def h(self):
+        """How many nats more than the reference the policy prefers the better one."""
+        return self.changes[0] - self.changes[1]
 
 
 def dpo(pair):
@@ -261,25 +267,23 @@ def mean(values):
 class Preferences:
     """The objective of a preference loss over some rows, and what is watched beside it."""
 
-    def __init__(self, name, one_member_for_all=False):
+    def __init__(self, name):
         self.equation, self.has_kl, _ = EQUATIONS[name]
-        self.one_member_for_all = one_member_for_all
 
     def __call__(self, policy, rows, progress, _):
         """progress: how much of the training is over, from 0 to 1. Returns {name: mean}."""
         gamma = GAMMA[0] + (GAMMA[1] - GAMMA[0]) * progress
         changes = [self.changes(policy, row) for row in rows]
         pairs = [self.pairs(row, change) for row, change in zip(rows, changes)]
-        picked = [[best_of([pair]) for pair in row_pairs] for row_pairs in pairs]
-        if self.one_member_for_all:
-            best = keep_best_member(pairs)
-            picked = [[best for _ in row_pairs] for row_pairs in pairs]
-        loss = mean(mean(map(self.equation, row_pairs)) for row_pairs in pairs)
-        watched = {
-            "chosen_change": mean(change[0] for change in changes),
-            "rejected_change": mean(mean(change[1:]) for change in changes),
-            "margin": mean(mean(pair.h for pair in row_pairs) for row_pairs in pairs),
-            "accuracy": mean(mean(is_right(pair.h) for pair in row_pairs) for row_pairs in pairs)}
+
+        def mean_over_pairs(value):
+            return mean(mean(map(value, row_pairs)) for row_pairs in pairs)
+
+        loss = mean_over_pairs(self.equation)
+        watched = {"chosen_change": mean_over_pairs(lambda pair: pair.changes[0]),
+                   "rejected_change": mean_over_pairs(lambda pair: pair.changes[1]),
+                   "margin": mean_over_pairs(lambda pair: pair.h),
+                   "accuracy": mean_over_pairs(lambda pair: is_right(pair.h))}
         if self.has_kl:
             kl = mean(ref_logp - logp_of(policy, row.prompt, sample) for row in rows
                       for sample, ref_logp in zip(row.samples, row.ref_sample_logps))
@@ -287,8 +291,7 @@ class Preferences:
             watched["forward_kl"] = kl
         if self.equation is e_dpo:
             for m in range(len(rows[0].rewards[0])):
-                shares = [[torch.tensor(float(best == m)) for best in row] for row in picked]
-                watched[f"picked_{m}"] = mean(map(mean, shares))
+                watched[f"picked_{m}"] = mean_over_pairs(lambda pair: fits_best(pair, m))
         return {"loss": loss, **watched}
 
     def changes(self, policy, row):
@@ -301,26 +304,14 @@ class Preferences:
         for i, j in itertools.combinations(range(len(row.responses)), 2):
             n_i, n_j = len(row.responses[i]), len(row.responses[j])
             margins = [r_i - r_j for r_i, r_j in zip(row.rewards[i], row.rewards[j])]
-            pairs.append(Pair(change[i] - change[j], change[i] / n_i - change[j] / n_j, margins))
+            pairs.append(Pair((change[i], change[j]), change[i] / n_i - change[j] / n_j, margins))
         return pairs
 
 
-def best_of(pairs):
-    """The number of the reward model that fits some pairs best together."""
-    members = range(len(pairs[0].margins))
-    misfits = [sum(((pair.margins[m] - BETA * pair.h) ** 2).item() for pair in pairs)
-               for m in members]
-    return misfits.index(min(misfits))
-
-
-def keep_best_member(pairs):
-    """Leaves to all pairs the margin of one reward model: that which fits them best together.
-    Returns its number."""
-    flat = [pair for row_pairs in pairs for pair in row_pairs]
-    best = best_of(flat)
-    for pair in flat:
-        pair.margins = [pair.margins[best]]
-    return best
+def fits_best(pair, m):
+    """1 if of all reward models number m fits the pair best, else 0."""
+    misfits = [((margin - BETA * pair.h) ** 2).item() for margin in pair.margins]
+    return torch.tensor(float(misfits.index(min(misfits)) == m))
 
 
 def is_right(margin):
@@ -336,16 +327,15 @@ def supervised(policy, rows, progress, all_rows):
 
 
 def reward_modelling(reward_model, rows, progress, _):
-    """Plackett-Luce: -log of the product over k of exp(r_k) / (exp(r_k) + ... + exp(r_K)); of a
-    pair this is Bradley-Terry."""
+    """Bradley-Terry: -log of exp(r_better) / (exp(r_better) + exp(r_worse)), the mean over all the
+    pairs of a row."""
     losses, margins, hits = [], [], []
     for row in rows:
-        r = torch.stack([reward_of(reward_model, row.prompt, y) for y in row.responses])    # (K,)
-        chances = [r[k].exp() / r[k:].exp().sum() for k in range(len(r))]
-        losses.append(-torch.log(math.prod(chances)))
-        differences = [r[i] - r[j] for i, j in itertools.combinations(range(len(r)), 2)]
-        margins.append(mean(differences))
-        hits.append(mean(map(is_right, differences)))
+        rewards = [reward_of(reward_model, row.prompt, y) for y in row.responses]
+        pairs = list(itertools.combinations(rewards, 2))        # the better response first
+        losses.append(mean(-torch.log(r.exp() / (r.exp() + s.exp())) for r, s in pairs))
+        margins.append(mean(r - s for r, s in pairs))
+        hits.append(mean(is_right(r - s) for r, s in pairs))
     return {"loss": mean(losses), "margin": mean(margins), "accuracy": mean(hits)}
 
 
@@ -521,13 +511,32 @@ def test_several_samples_for_the_kl_term(K, lab, tmp_path):
     check_policy(lab, tmp_path, flags + EQUATIONS["p-dpo"][2], Preferences("p-dpo"), splits)
 
 
-@pytest.mark.parametrize("K", [2, 3])
-def test_e_dpo_with_one_member_for_each_batch(K, lab, tmp_path):
-    """--min_per=batch: the reward model with the smallest mean over all pairs of the batch."""
-    flags = ["--loss=e-dpo", f"--data={lab.root}/{K}.jsonl", "--min_per=batch"]
-    check_policy(lab, tmp_path, flags + EQUATIONS["e-dpo"][2],
-                 Preferences("e-dpo", one_member_for_all=True),
-                 copy_of(lab.rows[K], with_samples=True))
+@pytest.fixture
+def ragged(lab, monkeypatch):
+    """Rows of three responses and of two in turn, which the scripts get as data sets (files have as
+    many in every row)."""
+    splits = copy_of(lab.rows[3], with_samples=True)
+    for rows in splits.values():
+        for row in rows[::2]:
+            row.responses, row.rewards = row.responses[:2], row.rewards[:2]
+            row.ref_logps = row.ref_logps[:2]
+
+    def preferences(data, split, *_):
+        rewards = np.zeros((len(splits[split]), 3, 3), np.float32)
+        for of_row, row in zip(rewards, splits[split]):
+            of_row[:len(row.rewards)] = row.rewards
+        return Dataset([(np.array(row.prompt), list(map(np.array, row.responses)))
+                        for row in splits[split]], rewards)
+
+    monkeypatch.setattr(reward, "preferences", preferences)
+    return splits
+
+
+def test_rows_with_different_numbers_of_responses(lab, ragged, tmp_path):
+    """Each row counts as much as any other, whatever number of pairs it has; the samples for the KL
+    come after a row's own responses."""
+    flags = ["--loss=e-dpo", f"--data={lab.root}/3.jsonl", MICRO_BATCHES, *EQUATIONS["e-dpo"][2]]
+    check_policy(lab, tmp_path, flags, Preferences("e-dpo"), ragged)
 
 
 @pytest.mark.parametrize("name", ["d-dpo", "e-dpo"])
@@ -643,9 +652,14 @@ def train_reward_models(lab, K, out_dir, *flags):
 
 @pytest.mark.parametrize("K", [2, 3])
 def test_a_reward_model(K, lab, tmp_path):
-    """Bradley-Terry on pairs, Plackett-Luce on rankings."""
+    """On pairs, and on rankings of three."""
     train_reward_models(lab, K, tmp_path, f"--grad_clip={GRAD_CLIP}")
     check_reward_model(lab, tmp_path, copy_of(lab.rows[K], with_samples=False), GRAD_CLIP)
+
+
+def test_a_reward_model_of_rows_with_different_numbers_of_responses(lab, ragged, tmp_path):
+    train_reward_models(lab, 3, tmp_path, f"--grad_clip={GRAD_CLIP}")
+    check_reward_model(lab, tmp_path, copy_of(ragged, with_samples=False), GRAD_CLIP)
 
 
 def test_a_reward_model_that_sums(lab, tmp_path):

@@ -5,19 +5,14 @@ import dataclasses
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import model as model_file
-from data import collate
-from losses import (
-    LOSSES,
-    PREFERENCE_LOSSES,
-    loss_at_reference,
-    plackett_luce,
-    training_loss,
-)
+from data import Dataset, collate
+from losses import PREFERENCE_LOSSES, batch_loss, bradley_terry, knobs
 from model import GPT, GPTConfig, tree_mask
 from reward import RewardModel
 from support import head
@@ -40,7 +35,7 @@ def test_collate_layout():
     assert batch.last.tolist() == [[4, 5], [1, 3]]
     assert batch.lengths.tolist() == [[2, 1], [1, 2]]
     assert batch.context == 0
-    assert (batch.n_samples, batch.ref_logps, batch.rewards) == (0, None, None)
+    assert batch.pairs is batch.samples is batch.ref_logps is batch.rewards is None
     tensors = [value for value in vars(batch).values() if torch.is_tensor(value)]
     assert len(tensors) == 8 and {tensor.dtype for tensor in tensors} == {torch.int64}
 
@@ -67,6 +62,16 @@ def test_collate_of_three_responses():
     assert batch.lengths.tolist() == [[1, 3, 2]]
 
 
+def test_collate_of_different_numbers_of_responses():
+    """K is the largest number; a response that is not there has length 0 and no slot."""
+    batch = collate([([5], [[6]]), ([7], [[8], [9, 10]])])
+    assert batch.tokens.tolist() == [[5, 6, 0, 0], [7, 8, 9, 10]]
+    assert batch.branch.tolist() == [[0, 1, -1, -1], [0, 1, 2, 2]]
+    assert batch.slot.tolist() == [0, 2, 3, 3]
+    assert batch.lengths.tolist() == [[1, 0], [1, 2]]
+    assert batch.last.shape == (2, 2)
+
+
 def test_collate_pads_no_further_than_the_longest_row():
     batch = collate([([5, 6], [[8, 9], [10]]), ([11], [[12], [13]])])
     assert batch.tokens.shape == (2, 5) and batch.target.shape == (5,)
@@ -87,28 +92,27 @@ def test_collate_rounds_shapes_up():
     assert exact.tokens.shape == (1, 8) and exact.context == 4
 
 
-@pytest.mark.parametrize("bad, message", [
-    ([([], [[1]])], "^prompts and responses need at least one token$"),
-    ([([1], [[]])], "^prompts and responses need at least one token$"),
-    ([([1], [[1], [2]]), ([1], [[1], []])], "^prompts and responses need at least one token$"),
-    ([([1], [[1]]), ([1], [[1], [2]])],
-     "^every example of a batch needs the same number of responses: got 1 and 2$")])
-def test_collate_refuses(bad, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("bad", [
+    [([], [[1]])], [([1], [[]])], [([1], [[1], [2]]), ([1], [[1], []])]])
+def test_collate_refuses(bad):
+    with pytest.raises(ValueError, match="^prompts and responses need at least one token$"):
         collate(bad)
 
 
+def with_columns(examples, K):
+    """A batch of a data set whose rows have K responses, and samples after them."""
+    N, S = len(examples), len(examples[0][1]) - K
+    dataset = Dataset(examples, np.ones((N, K, 2), np.float32), np.zeros((N, K + S), np.float32), S)
+    return dataset.batch(np.arange(N))
+
+
 def test_a_batch_moves_to_a_device_whole():
-    """Every tensor of it, the columns too; and what a loss may ask for is among them."""
-    batch = collate([([5, 6, 7], [[8, 9], [10]])])
-    batch.n_samples, batch.ref_logps = 1, torch.zeros(1, 2)
+    """Every tensor of it, the columns too."""
+    batch = with_columns([([5, 6, 7], [[8, 9], [10], [11]])], K=2)
     assert batch.to("meta") is batch
     tensors = [value for value in vars(batch).values() if torch.is_tensor(value)]
-    assert len(tensors) == 9 and {tensor.device.type for tensor in tensors} == {"meta"}
-    assert (batch.context, batch.n_samples, batch.rewards) == (2, 1, None)
-    columns = batch.columns()
-    assert columns["ref_logps"] is batch.ref_logps and columns["lengths"] is batch.lengths
-    assert columns["rewards"] is None and columns["n_samples"] == 1
+    assert len(tensors) == len(vars(batch)) - 1 and batch.context == 2
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
 def test_everything_is_computed_where_the_model_is(monkeypatch):
@@ -117,20 +121,16 @@ def test_everything_is_computed_where_the_model_is(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     examples = [([1, 2, 3], [[4, 5], [6], [7, 8]]), ([1, 2], [[3], [4, 5, 6], [7]])]
-    batch = collate(examples).to("meta")
+    batch = with_columns(examples, K=2).to("meta")
     policy, reward_model = GPT(CONFIG).to("meta"), RewardModel(CONFIG).to("meta")
     logps = policy.response_logps(batch)                            # (2, 3)
     assert logps.device.type == "meta" and logps.shape == (2, 3)
     assert policy.response_logps(batch, fast=False).device.type == "meta"
     assert policy.logits(batch.tokens).device.type == "meta"
-    rewards = reward_model(batch)[:, :, None]                       # (2, 3, 1)
     for name in PREFERENCE_LOSSES:
-        knobs = {**LOSSES[name].knobs}
-        knobs.pop("gamma", None)
-        columns = {"rewards": rewards, "lengths": batch.lengths, **knobs}
-        assert training_loss(name, logps, logps, gamma=0.1, **columns).device.type == "meta"
-        assert loss_at_reference(name, logps, **columns).device.type == "meta"
-    plackett_luce(rewards[:, :, 0]).sum().backward()
+        flags = knobs(name) | ({"gamma": 0.1} if "gamma" in knobs(name) else {})
+        assert batch_loss(name, logps, batch, **flags).device.type == "meta"
+    bradley_terry(batch.pair_up(reward_model(batch))).sum().backward()
     assert reward_model.score.weight.grad.device.type == "meta"
 
 
@@ -294,6 +294,21 @@ def test_company_does_not_matter(kind):
     for i in range(len(examples)):
         alone = model(collate(examples[i:i + 1]))
         assert relative_error(alone, together[i:i + 1]) < 1e-9
+
+
+@pytest.mark.parametrize("kind", [GPT, RewardModel, summing])
+def test_rows_with_fewer_responses(kind):
+    """Each row gives the same numbers alone and beside rows with more; a log-prob that is not there
+    is 0."""
+    model, examples = make(kind), random_examples(3, seed=1)
+    examples = [(prompt, responses[:1 + i % 3]) for i, (prompt, responses) in enumerate(examples)]
+    together = model(collate(examples))
+    assert together.shape == (6, 3)
+    for i, example in enumerate(examples):
+        alone = model(collate([example]))
+        assert relative_error(together[i:i + 1, :alone.size(1)], alone) < 1e-9
+        if kind is GPT:
+            assert (together[i, alone.size(1):] == 0).all()
 
 
 @pytest.mark.parametrize("kind", [GPT, RewardModel, summing])
