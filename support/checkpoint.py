@@ -97,6 +97,25 @@ class NoModel(InputError):
     """There is nothing where a model was looked for."""
 
 
+unreachable = set()     # names for which the hub gave no answer; its local cache is asked instead
+
+
+def hub_file(name, filename):
+    """Downloads a file of a model on the hub. Returns (its path, None), or (None, why not). A name
+    for which there was no answer is asked for once: each time takes the hub's client half a minute.
+    """
+    try:
+        import huggingface_hub  # comes with datasets
+        huggingface_hub.logging.set_verbosity(50)   # it warns of every try; we say what came of it
+        return huggingface_hub.hf_hub_download(name, filename,
+                                               local_files_only=name in unreachable), None
+    except Exception as error:     # the hub raises a dozen kinds, from offline to misspelt
+        reason = type(error).__name__
+        if reason not in ("EntryNotFoundError", "RemoteEntryNotFoundError"):
+            unreachable.add(name)       # and not merely a model without this file
+        return None, reason
+
+
 class Finder:
     """Finds the files of a checkpoint: in a folder, or copies of them from the hub.
 
@@ -127,11 +146,8 @@ class Finder:
         if self.is_folder:
             path = os.path.join(self.name, filename) if self._in_folder(filename) else None
         elif self.nanogpt is None:
-            try:
-                from huggingface_hub import hf_hub_download  # comes with datasets
-                path = hf_hub_download(self.name, filename)
-            except Exception as error:     # the hub raises a dozen kinds, from offline to misspelt
-                self.reason = self.reason or type(error).__name__
+            path, reason = hub_file(self.name, filename)
+            self.reason = self.reason or reason
         self.last = filename if path is not None else self.last
         return path
 

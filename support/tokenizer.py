@@ -14,7 +14,7 @@ import tiktoken
 from support.checkpoint import Finder, one_line, read_sizes
 from support.files import replacing, write_json
 from support.flags import InputError
-from support.processes import is_first
+from support.processes import is_first, starts_as_first
 from support.run import run_flags
 
 MAIN_FILES = ("tokenizer.json", "vocab.json")       # a folder with one of them has a tokenizer
@@ -78,7 +78,7 @@ def own_tokenizer(model, data=None):
         raise InputError(f"{model}: it has no tokenizer (no tokenizer.json, no vocab.json), and "
                          f"its vocab_size, {vocab_size}, is not GPT-2's; copy the model's own "
                          "tokenizer files there, or train it with --tokenizer and its name")
-    if os.environ.get("RANK", "0") == "0":
+    if starts_as_first():
         print(f"{model}: no tokenizer there; it is taken to read the tokens of {name}")
     return name
 

@@ -17,7 +17,7 @@ import train_rm
 from data import get_tokenizer
 from model import GPT, MLP, GPTConfig
 from reward import RewardModel
-from support.checkpoint import read_sizes
+from support.checkpoint import hub_file, read_sizes
 from support.flags import InputError
 from support.tokenizer import (
     check_same_tokenizer,
@@ -523,3 +523,22 @@ def test_a_model_without_a_tokenizer(tmp_path, capsys):
     assert own_tokenizer(str(tmp_path)) == "gpt2"
     assert "no tokenizer there; it is taken to read the tokens of gpt2" in capsys.readouterr().out
     assert read_sizes(str(tmp_path))["vocab_size"] == 50257
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    """Each time would take half a minute; after it only the local cache is looked at. A file that
+    the model merely does not have is no reason for that."""
+    asked = []
+
+    def download(name, filename, local_files_only=False):
+        asked.append((name, filename, local_files_only))
+        if name == "owner/without":
+            raise type("RemoteEntryNotFoundError", (OSError,), {})()
+        raise type("LocalEntryNotFoundError", (OSError,), {})()
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    for name in ("owner/offline", "owner/without"):
+        for filename in ("tokenizer.json", "vocab.json", "config.json"):
+            assert hub_file(name, filename)[0] is None
+    assert [local for name, _, local in asked if name == "owner/offline"] == [False, True, True]
+    assert [local for name, _, local in asked if name == "owner/without"] == [False] * 3
