@@ -467,7 +467,7 @@ def test_help_says_what_the_script_does(script, capsys):
     with pytest.raises(SystemExit):
         script.main(["--help"])
     shown = capsys.readouterr().out
-    assert f"    python {script.__name__}.py --" in shown and "-> out/" in shown
+    assert f"    python {script.__name__}.py --" in shown and "--out_dir=out/" in shown
 
 
 @SCRIPTS
