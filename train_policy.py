@@ -19,7 +19,7 @@ from losses import LOSSES, batch_loss, best_member, knobs, needs
 from model import GPT, GPTConfig
 from reward import family_scores, judge_samples, load_reward_models, training_pairs
 from support.cache import cache_folder, cached, hash_examples, hash_weights, key
-from support.checks import check_step_0, say_spread
+from support.checks import check_rounding, check_step_0, say_spread
 from support.device import setup, shape_multiple, sync
 from support.flags import InputError, run_script
 from support.optimizer import adamw, learning_rate, set_learning_rate
@@ -91,6 +91,8 @@ def with_columns(dataset, split, policy, tokenizer, reward_models, args, autocas
     logps = cached(cache, f"{split}-logps", entry, score, policy, dataset, autocast,
                    shape_multiple(args), desc=f"{split} log-probs")
     dataset.ref_logps = np.array(logps, np.float32)  # (N, K + S)
+    if args.dtype == "bfloat16":
+        check_rounding(policy, dataset, split, args)
     return dataset
 
 

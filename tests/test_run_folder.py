@@ -5,6 +5,7 @@ import contextlib
 import errno
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -22,14 +23,17 @@ from safetensors.torch import save_file
 from torch.torch_version import TorchVersion
 
 import tinytldr
+from data import Dataset
+from model import GPT, GPTConfig
 from support import files
 from support import run as run_folder
 from support.cache import cache_folder, cached
-from support.checks import check_step_0
+from support.checks import check_rounding, check_step_0
 from support.device import setup
 from support.files import read_json, remove_leftovers, replacing, write_json
 from support.flags import InputError
 from support.optimizer import adamw, learning_rate, set_learning_rate
+from support.passes import score
 from support.run import (
     STATE,
     Run,
@@ -990,10 +994,11 @@ def check(change=0.0, error=0.0, ref_logp=-1000.0, dtype="float32", beta=None, g
 
 
 @pytest.mark.parametrize("ref_logp, dtype, largest", [
-    (0.0, "float32", 0.001), (-1000.0, "float32", 0.011), (-1000.0, "bfloat16", 10.001)])
+    (0.0, "float32", 0.001), (-1000.0, "float32", 0.011), (-1000.0, "bfloat16", 1.5),
+    (-100.0, "bfloat16", 0.6)])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_rounding_of_log_probs_is_let_through(ref_logp, dtype, largest, sign):
-    """A thousandth of a nat, and 1e-5 (bfloat16: 1e-2) of the longest text's."""
+    """A thousandth of a nat and 1e-5 of the longest text's; bfloat16: half a nat and 1e-3."""
     check(0.99 * largest * sign, ref_logp=ref_logp, dtype=dtype)
     with pytest.raises(AssertionError, match="^before step 0, "):
         check(1.01 * largest * sign, ref_logp=ref_logp, dtype=dtype)
@@ -1010,6 +1015,28 @@ def test_rounding_of_losses_is_let_through(change, beta, gamma, slack, sign):
     check(change, 0.99 * largest * sign, beta=beta, gamma=gamma)
     with pytest.raises(AssertionError, match="^at the reference, dpo is "):
         check(change, 1.01 * largest * sign, beta=beta, gamma=gamma)
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.5, 1.0, -1.0, math.nan])
+def test_bfloat16_log_probs_are_compared_with_float32(capsys, wrong):
+    """The data set's column, in some rows from the first to the last: a log-prob that is off by a
+    nat is noticed, half a nat and a few thousandths are let through."""
+    torch.manual_seed(0)
+    policy = GPT(GPTConfig(16, 31, 2, 2, 16))
+    dataset = Dataset([([1, 2], [[3, 4], [5, 6, number % 31]]) for number in range(40)])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        dataset.ref_logps = score(policy, dataset)
+    dataset.ref_logps[-1, 1] += wrong
+    args = SimpleNamespace(dtype="bfloat16", device="cpu")
+    if abs(wrong) <= 0.5:
+        check_rounding(policy, dataset, "train", args)
+        said = capsys.readouterr().out
+        assert re.fullmatch(r"train log-probs in bfloat16: within \S+ nats of float32, "
+                            r"in 16 rows\n", said)
+        assert 0 < float(said.split()[5]) < 0.6
+    else:
+        with pytest.raises(AssertionError, match="^the reference's train log-probs in bfloat16 "):
+            check_rounding(policy, dataset, "train", args)
 
 
 def test_what_the_check_says(capsys):

@@ -431,12 +431,27 @@ def computed(monkeypatch):
     (train_policy, ["--loss=e-dpo", "--rewards={}/rms", "--relabel={}/rms/1", "--select={}/rms",
                     "--max_new_tokens=4"]),
     (train_rm, []), (train_rm, ["--bias=0.4,0.6", "--relabel={}/rms/1"])])
-def test_all_is_computed_where_and_as_the_flags_say(lab, computed, script, flags):
-    """On --device, by --dtype; and in bfloat16 the batches have few different shapes."""
+def test_all_is_computed_where_and_as_the_flags_say(lab, computed, monkeypatch, script, flags):
+    """On --device, by --dtype, but for some of the reference's log-probs, which are compared with
+    float32; and in bfloat16 the batches have few different shapes."""
+    checked = []
+    monkeypatch.setattr(train_policy, "check_rounding", lambda *given: checked.append(given[2]))
     train(lab, script, "--dtype=bfloat16", *(flag.format(lab.root) for flag in flags))
     assert set(computed.devices) == {CPU}
     assert set(computed.autocast) == {True}
     assert {columns % 32 for columns in computed.columns} == {0}
+    assert checked == (["train", "validation"] if script is train_policy else [])
+
+
+def test_log_probs_in_bfloat16_are_compared_with_float32(lab, computed, capsys):
+    """Those that a loss takes as given, and only then."""
+    train(lab, train_policy, "--dtype=bfloat16")
+    assert set(computed.autocast) == {True, False}
+    said = capsys.readouterr().out
+    assert "train log-probs in bfloat16: within " in said
+    assert "validation log-probs in bfloat16: within " in said
+    train(lab, train_policy, "--overwrite")
+    assert "log-probs in bfloat16" not in capsys.readouterr().out
 
 
 def test_supervised_fine_tuning_is_computed_where_and_as_the_flags_say(lab, computed, monkeypatch):
