@@ -216,15 +216,19 @@ def test_gamma_is_annealed_from_the_first_to_the_last():
 # ------------------------------------------------------------------ evaluation
 
 @SCRIPTS
-def test_evaluation_is_of_all_rows_in_parts(script):
+def test_evaluation_is_of_all_rows_in_parts(script, monkeypatch):
     """In passes of four micro-batches, on the device of the training; the means are over rows, or
     for SFT over tokens."""
     dataset = Dataset([([1], [[2] * (1 + i % 3), [3]]) for i in range(20)])
-    device = torch.device("meta")       # no memory, no numbers: for what the model would compute
-    passes_made = []
+    device, devices, passes_made = torch.device("meta"), [], []
+
+    def to(batch, device):              # nowhere: the numbers below are on the CPU
+        devices.append(device)
+        return batch
+
+    monkeypatch.setattr(TreeBatch, "to", to)
 
     def model(batch):
-        assert batch.tokens.device == device
         passes_made.append(len(batch.tokens))
         return torch.tensor([[-1.0, -2.0]]).repeat(len(batch.tokens), 1)
 
@@ -237,7 +241,7 @@ def test_evaluation_is_of_all_rows_in_parts(script):
         means = train_rm.evaluate(model, dataset, args, device, nullcontext)
         wanted = {"loss": np.log(1 + np.exp(-1)), "margin": 1, "accuracy": 1}
         assert means == pytest.approx(wanted)
-    assert passes_made == [8, 8, 4]
+    assert passes_made == [8, 8, 4] and devices == [device] * 3
 
 
 def test_an_evaluation_of_rows_of_several_sizes():
