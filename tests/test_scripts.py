@@ -513,7 +513,7 @@ def test_help_says_what_the_script_does(script, capsys):
     with pytest.raises(SystemExit):
         script.main(["--help"])
     shown = capsys.readouterr().out
-    assert f"    python {script.__name__}.py --" in shown and "-> out/" in shown
+    assert f"    python {script.__name__}.py --" in shown and "Without --out_dir" in shown
 
 
 @SCRIPTS
