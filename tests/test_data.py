@@ -118,7 +118,7 @@ def test_ranked_pairs_of_each_row():
     assert pair_weight.tolist() == pytest.approx([1] + [1 / 3] * 3 + [1 / 6] * 6)
     assert (pairs.dtype, pair_row.dtype, pair_weight.dtype) == (
         torch.int64, torch.int64, torch.float32)
-    assert [len(array) for array in ranked_pairs([1, 1])] == [0, 0, 0]
+    assert [tuple(array.shape) for array in ranked_pairs([1, 1])] == [(0, 2), (0,), (0,)]
 
 
 def test_rows_with_different_numbers_of_responses():
