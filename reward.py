@@ -2,8 +2,9 @@
 
 A reward model is a transformer with one number for each token, read in the policy's tree batch: at
 the last token of a response (the standard head), or summed over its tokens, as the policy's
-implicit reward is a sum over tokens. On the built-in task the sum judges better (LOG.md). A reward
-is known only up to a constant per prompt: Bradley-Terry, and all that follows, sees differences.
+implicit reward is a sum over tokens. On the built-in task the sum judges better (dev/LOG.md). A
+reward is known only up to a constant per prompt: Bradley-Terry, and all that follows, sees
+differences.
 """
 from dataclasses import replace
 

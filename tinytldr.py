@@ -19,8 +19,8 @@ A summary is clauses joined by "; ". **The oracle reward** of a summary is the s
 
 so the best summary states all six facts and nothing else. Demonstrations, from which the reference
 policy learns, have habits: facts in any order, many of them chatter first, most two clauses and no
-more, some what is not in the post. Why it is this world, and which were tried before, is in LOG.md;
-python runs/world.py measures it.
+more, some what is not in the post. dev/LOG.md says why it is this world, and which were tried
+before; experiments/world.py measures it.
 
 **Labels**: of two summaries, the one with the higher reward is preferred; ties are dropped. At a
 label temperature T > 0 labels are noisy: the first is preferred with probability

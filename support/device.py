@@ -62,7 +62,7 @@ def check_shares(flags):
 def keep_memory():
     """Tells glibc to keep freed memory for the next step. Otherwise every large array is given back
     to the system when it is freed, and comes back one page at a time, each zeroed first: a fifth of
-    a step on a CPU (LOG.md)."""
+    a step on a CPU (dev/LOG.md)."""
     with contextlib.suppress(AttributeError, OSError, TypeError):   # other C libraries have no such
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2 ** 30)      # M_MMAP_THRESHOLD: take what is below 1 GiB from the heap

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import collate
+from dev import attention, bench
 from losses import LOSSES, needs
 from model import GPT, GPTConfig, tree_mask
-from runs import attention, bench
 from support.flags import InputError
 
 CONFIG = GPTConfig(block_size=64, vocab_size=50, n_layer=3, n_head=2, n_embd=16)

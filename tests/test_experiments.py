@@ -1,5 +1,4 @@
 """The drivers of experiments in runs/: their arithmetic, and one small cell from end to end."""
-import importlib
 import json
 import math
 import os
@@ -17,15 +16,12 @@ import torch
 
 import tinytldr
 from data import biased_subset, longer
+from experiments import ablations, degeneracy, figure2
+from experiments import world as world_script
 from losses import e_dpo
 from support.flags import InputError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, os.path.join(ROOT, "runs"))
-figure2 = importlib.import_module("figure2")
-ablations = importlib.import_module("ablations")
-degeneracy = importlib.import_module("degeneracy")
-world_script = importlib.import_module("world")
 
 
 # ------ the world
@@ -288,8 +284,8 @@ import signal
 import sys
 import time
 
-sys.path.insert(0, {runs!r})
-import trials
+sys.path.insert(0, {root!r})
+from experiments import trials
 from support.flags import run_script
 
 def job(number, seconds):
@@ -322,7 +318,7 @@ def test_what_ends_a_driver_ends_its_jobs(tmp_path):
     """Two of six jobs have begun, one of them in a long step: both save their state, whatever it
     is that ends the driver, and none of the others begins."""
     script = tmp_path / "driver.py"
-    script.write_text(DRIVER.format(runs=os.path.join(ROOT, "runs")), encoding="utf-8")
+    script.write_text(DRIVER.format(root=ROOT), encoding="utf-8")
     drivers = {}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):      # all at once: it takes time
         folder = tmp_path / number.name

@@ -1,5 +1,5 @@
 """Records and trees of any shape: what holds of every one of them, by examples that hypothesis
-makes up. The suite tries 100 of each, always the same ones; runs/fuzz.sh 50,000 others."""
+makes up. The suite tries 100 of each, always the same ones; dev/fuzz.sh 50,000 others."""
 import json
 import math
 import os

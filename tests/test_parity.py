@@ -1,7 +1,7 @@
 """Parity with the libraries people trust: Hugging Face transformers and TRL, on identical weights,
 batches and settings.
 
-Skipped where they are not installed; `bash runs/parity.sh` installs them into an environment of
+Skipped where they are not installed; `bash dev/parity.sh` installs them into an environment of
 their own and runs this.
 """
 import contextlib
@@ -268,9 +268,9 @@ def test_a_run_folder_in_a_pipeline(world):
 
 @pytest.fixture
 def peer():
-    """runs/peer.py, if TRL is installed."""
+    """dev/peer.py, if TRL is installed."""
     pytest.importorskip("trl")
-    from runs import peer
+    from dev import peer
     return peer
 
 

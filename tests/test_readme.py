@@ -19,16 +19,17 @@ import losses
 import train_policy
 import train_rm
 from data import collate
+from dev import draw
 from losses import LOSSES, knobs
 from model import GPT, GPTConfig
 from reward import RewardModel
-from runs import draw
 from support.flags import InputError, comparison_flags, talk_flags
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-CODE = [path for folder in (".", "support", "runs") for path in (ROOT / folder).glob("*.py")]
+FOLDERS = (".", "support", "runs", "experiments", "dev")
+CODE = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")]
 ABBREVIATIONS = {"CUDA", "POST", "README", "JSON", "JSONL", "NANOPREF_CACHE", "RLHF", "TMLR",
                  "TIKTOKEN_CACHE_DIR", "LOSSES", "LICENSE"}
 each_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
@@ -63,9 +64,8 @@ def test_files_and_images_that_it_links_to_exist(page):
 def test_source_files_that_it_names_exist(page):
     """In `code`: from the root, or by the name of a file somewhere in the house."""
     names = re.findall(r"`([\w./-]+\.(?:py|sh|toml|txt))[:`]", text_of(page))
-    folders = ("", "support", "runs", "tests")
     assert [name for name in names
-            if not any((ROOT / folder / name).is_file() for folder in folders)] == []
+            if not any((ROOT / folder / name).is_file() for folder in (*FOLDERS, "tests"))] == []
 
 
 @each_page
@@ -216,7 +216,7 @@ def commands():
     texts |= {path.name: ast.get_docstring(ast.parse(text_of(path))) or "" for path in CODE}
     for where, text in texts.items():
         text = text.replace("\\\n", " ")             # a command that goes on in the next line
-        for script, flags in re.findall(r"\bpython ((?:runs/)?\w+)\.py([^`#\n]*)", text):
+        for script, flags in re.findall(r"\bpython ((?:\w+/)?\w+)\.py([^`#\n]*)", text):
             flags = shlex.split(flags)
             if (ROOT / f"{script}.py").is_file() and "--help" not in flags:
                 yield where, script, flags
@@ -227,7 +227,6 @@ def after_the_speedrun(tmp_path, monkeypatch):
     """A folder with an out/ as the speedrun leaves it, as far as flags are checked against it:
     each run's flags in its config.json, and its weights (tiny ones)."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(ROOT / "runs")
     config = GPTConfig(block_size=8, vocab_size=300, n_layer=1, n_head=1, n_embd=8)
     runs = {"sft": GPT, "rm": RewardModel}
     runs |= {f"rms/{bias}": RewardModel for bias in (0.2, 0.4, 0.5, 0.6, 0.8)}

@@ -17,7 +17,8 @@ from model import GPT, GPTConfig
 from support.flags import run_script
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, os.path.join(ROOT, "runs"))
+for folder in ("runs", "experiments", "dev"):
+    sys.path.insert(0, os.path.join(ROOT, folder))
 
 GOOD = [{"prompt": f"POST {i}: my cat", "chosen": " is sad", "rejected": f" is no. {i}"}
         for i in range(60)]

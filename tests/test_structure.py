@@ -10,9 +10,19 @@ METHOD = ["losses", "data", "model", "reward", "tinytldr", "train_policy", "trai
           "sample"]
 PRONOUNS = {"at", "one", "same", "who", "per", "known", "found"}       # names that name nothing
 
-# {module: its file}, and those of each floor: "data", "support.flags", "runs.sweep"
+# What each floor of the house may import of the others; the root is the floor of the method.
+BELOW = {
+    "support": {"support"},
+    "root": {"support", "root"},
+    "runs": {"support", "root", "runs"},
+    "experiments": {"support", "root", "runs", "experiments"},
+    "dev": {"support", "root", "runs", "experiments", "dev"},
+}
+FLOORS = (*BELOW, "tests")
+
+# {module: its file}, and those of each floor: "data", "support.flags", "runs.show"
 SOURCES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
-for floor in ("support", "runs", "tests"):
+for floor in FLOORS:
     for path in sorted((ROOT / floor).glob("*.py")):
         SOURCES[floor if path.stem == "__init__" else f"{floor}.{path.stem}"] = path
 TEXTS = {module: path.read_text(encoding="utf-8") for module, path in SOURCES.items()}
@@ -20,9 +30,9 @@ TREES = {module: ast.parse(text) for module, text in TEXTS.items()}
 
 
 def floor_of(module):
-    """"root", "support", "runs" or "tests"."""
+    """The floor that a module is on, one of FLOORS."""
     folder = module.split(".")[0]
-    return folder if folder in ("support", "runs", "tests") else "root"
+    return folder if folder in FLOORS else "root"
 
 
 def imports(module):
@@ -35,7 +45,7 @@ def imports(module):
             assert node.level == 0, f"{module}, line {node.lineno}: a relative import"
             imported.add(node.module)
             imported |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name for name in imported if name in SOURCES or name in ("runs", "tests")}
+    return {name for name in imported if name in SOURCES or name in FLOORS}
 
 
 def functions(module, *names):
@@ -53,20 +63,18 @@ def line(module, node):
 # ------------------------------------------------------------------ three floors
 
 def test_the_root_is_the_method():
-    """Nine files, and no other: what is not the method lives in support/ or runs/."""
+    """Nine files, and no other: what is not the method lives on another floor."""
     assert {m for m in SOURCES if floor_of(m) == "root"} == set(METHOD)
 
 
 def test_imports_point_down():
-    """support/ imports nothing of the root, neither of them anything of runs/, and nobody a test:
-    not even inside a function."""
-    below = {"support": {"support"}, "root": {"support", "root"},
-             "runs": {"support", "root", "runs"}}
+    """support/ imports nothing of the root, neither of them anything of runs/, these nothing of the
+    studies, and nobody a test: not even inside a function."""
     upwards = []
     for module in SOURCES:
         if floor_of(module) != "tests":
             upwards += [f"{module} imports {other}" for other in imports(module)
-                        if floor_of(other) not in below[floor_of(module)]]
+                        if floor_of(other) not in BELOW[floor_of(module)]]
     assert upwards == []
 
 

@@ -1,7 +1,7 @@
 """Does FlexAttention pay for the tree? One layer's attention, at the shapes of training.
 
-    python runs/attention.py --device=cuda --dtype=bfloat16
-    python runs/attention.py --shape=hh --n_head=20     # on a CPU: no backward pass, not compiled
+    python dev/attention.py --device=cuda --dtype=bfloat16
+    python dev/attention.py --shape=hh --n_head=20     # on a CPU: no backward pass, not compiled
 
 mask    as in model.py: the columns that are prompt in every row causally, the others with a mask
         of numbers, which torch's kernels read and which rules out the fastest of them
@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from data import collate
+from dev import bench
 from model import tree_mask
-from runs import bench
 from support.device import setup, shape_multiple
 from support.flags import Parser, device_flags, positive_int, run_script, seed
 

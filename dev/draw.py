@@ -1,6 +1,6 @@
 """Draws the README's pictures: advantage.png, pipeline.png and tree_mask.png.
 
-    python runs/draw.py                     # seconds; writes them to assets/
+    python dev/draw.py                     # seconds; writes them to assets/
 
 advantage.png shows results/degeneracy/curves.csv. tree_mask.png shows the mask that training uses.
 """

@@ -1,7 +1,7 @@
 """Kills runs of every kind at many moments, resumes them, and compares every byte that they leave
 with what an uninterrupted run leaves.
 
-    bash runs/torture.sh        # 60 kills: about 10 minutes
+    bash dev/torture.sh        # 60 kills: about 10 minutes
 
 Two of three kills come before a file operation (opening, renaming, removing, making a folder),
 spread over all that a run of this kind makes; the others at any time. Most are by SIGKILL, after

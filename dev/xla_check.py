@@ -1,6 +1,6 @@
 """Does --device=xla compute what --device=cpu does? Both train the same runs, and are compared.
 
-    bash runs/xla_check.sh      # makes an environment with torch_xla; needs no TPU
+    bash dev/xla_check.sh      # makes an environment with torch_xla; needs no TPU
 
 Runs on torch_xla's CPU device, unless PJRT_DEVICE names another: SFT, a reward model, DPO and
 e-DPO, 20 steps each, with the pairs and samples that they need, and an evaluation. For each script:

@@ -1,10 +1,10 @@
 """Mutation testing: changes the code in many small ways, one at a time, and lists the changes that
 no test notices (LOG.md says why each is accepted).
 
-    bash runs/mutants.sh                                        # both groups: hours on 2 cores
-    bash runs/mutants.sh core                                   # the losses, data, forward passes
-    bash runs/mutants.sh training                               # the scripts, the run folder
-    bash runs/mutants.sh training "train_rm.x_main*"            # some mutants of a group, by name
+    bash dev/mutants.sh                                        # both groups: hours on 2 cores
+    bash dev/mutants.sh core                                   # the losses, data, forward passes
+    bash dev/mutants.sh training                               # the scripts, the run folder
+    bash dev/mutants.sh training "train_rm.x_main*"            # some mutants of a group, by name
 
 mutmut runs on each mutant the tests that call the changed function, until one fails. It works on
 copies of the repository in out/mutants, on WORKERS mutants at a time (an environment variable; as
@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-COPIED = [*sorted(path.name for path in ROOT.glob("*.py")), "README.md", "LOG.md", "docs", "runs",
-          "support", "tests"]
+COPIED = [*sorted(path.name for path in ROOT.glob("*.py")), "README.md", "docs", "dev",
+          "experiments", "runs", "support", "tests"]
 
 
 class Group(NamedTuple):

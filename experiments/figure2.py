@@ -1,10 +1,10 @@
 """The paper's figure 2 on the built-in task: oracle advantage over the reference, by the fraction
 rho of the training pairs in which the longer response is preferred.
 
-    python runs/figure2.py                  # all cells: hours on 2 cores; goes on where it was
-    python runs/figure2.py --rhos=0.2,all --seeds=0,1       # some of them
-    python runs/figure2.py --choose         # every method's beta or tau, on validation prompts
-    python runs/figure2.py --draw --results=results/figure2     # tables and figure of our runs
+    python experiments/figure2.py                  # all cells: hours on 2 cores; resumable
+    python experiments/figure2.py --rhos=0.2,all --seeds=0,1       # some of them
+    python experiments/figure2.py --choose         # each method's beta or tau, on validation
+    python experiments/figure2.py --draw --results=results/figure2      # our tables and figure
 
 A cell is a rho ("all": the pairs as they come) and a seed, which draws new pairs, and trains new
 reward models and policies on them; the reference is the same everywhere. Each method keeps the
@@ -26,10 +26,10 @@ from statistics import mean, stdev
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy as np
-import trials
-from world import TEMPERATURES, earned
 
 import tinytldr
+from experiments import trials
+from experiments.world import TEMPERATURES, earned
 from model import GPT
 from support.cache import hash_weights
 from support.figures import pyplot, save

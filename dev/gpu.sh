@@ -17,17 +17,17 @@ git rev-parse --short HEAD || true
 gpu="--device=cuda --dtype=bfloat16"
 for shape in tldr hh; do
     for heads in 12 20; do
-        say python runs/attention.py $gpu --shape=$shape --n_head=$heads --batch_size=32
+        say python dev/attention.py $gpu --shape=$shape --n_head=$heads --batch_size=32
     done
 done
 for model in gpt2 gpt2-medium gpt2-large; do
     for compile in --no-compile --compile; do
-        say python runs/bench.py $gpu --model=$model --batch_size=32 $compile
+        say python dev/bench.py $gpu --model=$model --batch_size=32 $compile
     done
 done
 if python -c "import trl" 2> /dev/null; then
     for settings in "bf16" "bf16 best"; do
-        say python runs/bench_trl.py --device=cuda --models=gpt2,gpt2-large \
+        say python dev/bench_trl.py --device=cuda --models=gpt2,gpt2-large \
             --only="tldr,dpo,$settings"
     done
 fi

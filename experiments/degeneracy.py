@@ -1,7 +1,7 @@
 """The paper's figure 1: what happens to log-probs and margins when training goes on and on.
 
-    python runs/degeneracy.py               # five seeds: over an hour on 2 cores; resumable
-    python runs/degeneracy.py --draw --results=results/degeneracy       # ours, as a table
+    python experiments/degeneracy.py               # five seeds: over an hour on 2 cores; resumable
+    python experiments/degeneracy.py --draw --results=results/degeneracy       # ours, as a table
 
 Ten times the usual steps of five losses at one beta, watched on training pairs, with the oracle's
 reward of samples for validation prompts. A seed draws new pairs, and trains new reward models and
@@ -14,10 +14,9 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import figure2
 import numpy as np
-import trials
 
+from experiments import figure2, trials
 from support.figures import pyplot, save
 from support.flags import (
     InputError,

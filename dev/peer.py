@@ -1,5 +1,5 @@
 """TRL's trainers on our rows of token ids: what tests/test_parity.py compares with and
-runs/bench_trl.py races against."""
+dev/bench_trl.py races against."""
 import tokenizers
 import torch
 import transformers

@@ -1,12 +1,12 @@
 """What a training step costs, and what the machine could do: seconds, tokens, memory, and the share
 of the rate of its matrix products.
 
-    python runs/bench.py                            # 6 layers, width 384, TL;DR's lengths: 3 min
-    python runs/bench.py --model=tiny --shape=hh    # 4 layers, width 128; long responses
-    python runs/bench.py --data=prefs.jsonl --model=gpt2 --device=cuda
-    python runs/bench.py --only=dpo --profile       # where the time goes, operators and parts
-    python runs/bench.py --scaling                  # against four sizes
-    bash runs/bench_trl.sh                          # side by side with TRL
+    python dev/bench.py                            # 6 layers, width 384, TL;DR's lengths: 3 min
+    python dev/bench.py --model=tiny --shape=hh    # 4 layers, width 128; long responses
+    python dev/bench.py --data=prefs.jsonl --model=gpt2 --device=cuda
+    python dev/bench.py --only=dpo --profile       # where the time goes, operators and parts
+    python dev/bench.py --scaling                  # against four sizes
+    bash dev/bench_trl.sh                          # side by side with TRL
 
 Everything is measured in turns in one process, so that a busy machine disturbs all rows alike:
 trust ratios, not seconds.

@@ -2,6 +2,6 @@
 # Installs transformers and TRL into .venv-parity and compares this repository with them.
 # Arguments go to pytest.
 set -euo pipefail
-source "$(dirname "$0")/venv.sh" .venv-parity requirements-parity.txt
+source "$(dirname "$0")/../runs/venv.sh" .venv-parity requirements-parity.txt
 "$venv/bin/python" -c "import transformers, trl"      # without them the tests would be skipped
 "$venv/bin/python" -m pytest -q tests/test_parity.py "$@"

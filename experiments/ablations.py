@@ -1,8 +1,8 @@
 """What matters in the method? One thing changed at a time, on the built-in task.
 
-    python runs/ablations.py                                # all: hours on 2 cores; resumable
-    python runs/ablations.py --tables=members,gamma --rhos=0.2 --seeds=0
-    python runs/ablations.py --draw --results=results/ablations      # the tables of our runs
+    python experiments/ablations.py                             # all: hours on 2 cores; resumable
+    python experiments/ablations.py --tables=members,gamma --rhos=0.2 --seeds=0
+    python experiments/ablations.py --draw --results=results/ablations  # the tables of our runs
 
 Betas are those of --chosen, e-DPO's for whatever varies e-DPO; every policy keeps its best
 checkpoint on validation prompts (--select=oracle) and is scored on test prompts. More pairs mean
@@ -18,12 +18,12 @@ from typing import NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import figure2
 import numpy as np
-import trials
 
 import train_policy
+import train_rm
 from data import Dataset, get_tokenizer
+from experiments import figure2, trials
 from losses import GAMMA, LOSSES, log_ratio_margin, p_dpo, reward_margin
 from model import GPT
 from reward import family_scores, load_reward_models, training_pairs
@@ -42,7 +42,7 @@ from support.flags import (
 )
 from support.passes import score
 from support.run import family_folders, run_flags
-from train_rm import parse_flags, train_one
+from train_rm import train_one
 
 FAMILIES = {1: "0.5", 2: "0.2,0.8", 3: "0.2,0.5,0.8", 5: "0.2,0.4,0.5,0.6,0.8",
             8: "0.2,0.3,0.4,0.45,0.5,0.6,0.7,0.8"}      # 2 is a part of 3, 3 of 5, 5 of 8
@@ -179,7 +179,7 @@ def seeds_family(cell):
     for number in range(5):
         member = f"{folder}/{number}"
         if not os.path.exists(f"{member}/model.safetensors"):
-            args = parse_flags([*cell.data, f"--out_dir={member}", "--overwrite"])
+            args = train_rm.parse_flags([*cell.data, f"--out_dir={member}", "--overwrite"])
             with trials.silence():
                 train_member(args, args.seed + 100 + number)
     return folder

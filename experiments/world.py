@@ -1,8 +1,8 @@
 """Is the built-in task in the paper's regime? Measures the criteria that were fixed before any two
-methods were compared on it (LOG.md, "A world in the paper's regime").
+methods were compared on it (dev/LOG.md, "A world in the paper's regime").
 
-    python runs/world.py                    # trains what it needs: about 15 minutes on 2 cores
-    python runs/world.py --out_dir=out/w    # what is there is not trained again
+    python experiments/world.py                    # trains what it needs: 15 minutes on 2 cores
+    python experiments/world.py --out_dir=out/w    # what is there is not trained again
 
 Validation prompts and pairs only. `longer`, as everywhere: at least 10% more tokens.
 """
@@ -12,10 +12,10 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy as np
-import trials
 
 import tinytldr
 from data import longer, preferences
+from experiments import trials
 from model import GPT
 from reward import RewardModel
 from support.flags import Parser, positive_int, run_script, seed

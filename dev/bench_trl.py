@@ -1,5 +1,5 @@
 """Our training step and TRL's, in turns: the same architecture, kind of rows, batch size and number
-of threads (`bash runs/bench_trl.sh`).
+of threads (`bash dev/bench_trl.sh`).
 
 TRL's side is its trainer's own loop, timed from the end of one step to the end of the next. After
 each, a second process does one of our steps while TRL waits; two processes, so that neither uses
@@ -34,7 +34,7 @@ from statistics import median
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from runs import bench
+from dev import bench
 from support.device import keep_memory
 from support.flags import Parser, positive_int, run_script
 
@@ -67,7 +67,7 @@ def race(model, shape, trainer, settings, steps, device):
     import transformers
     import trl.trainer.utils
 
-    from runs import peer
+    from dev import peer
     args = bench.parse_flags([
         f"--model={model}", f"--shape={shape}", f"--steps={steps}", f"--device={device}",
         f"--only={'reward model' if trainer == 'reward' else 'dpo'}",
