@@ -92,11 +92,6 @@ class FolderTokenizer:
     """
 
     def __init__(self, name):
-        try:
-            import tokenizers
-        except ImportError as error:
-            raise InputError(f"{name}: reading a model's own tokenizer needs the package "
-                             "tokenizers: pip install tokenizers") from error
         find = Finder(name.rstrip("/") or "/")
         self.name, self.files = name, {}
         for filename in MAIN_FILES + OTHER_FILES:
@@ -107,6 +102,11 @@ class FolderTokenizer:
         if not set(MAIN_FILES) & set(self.files):
             raise InputError(f"{name}: no tokenizer in this folder (no tokenizer.json, no "
                              "vocab.json)")
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise InputError(f"{name}: reading a model's own tokenizer needs the package "
+                             "tokenizers: pip install tokenizers") from error
         try:
             if "tokenizer.json" in self.files:
                 self.tokenizer = tokenizers.Tokenizer.from_buffer(self.files["tokenizer.json"])

@@ -877,7 +877,7 @@ def test_bad_input(tmp_path, hub_cache, monkeypatch, capsys, script, flags, mess
     """The same, without a process for each."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [script.__file__, *flags, "--out_dir=out"])
-    monkeypatch.setattr(data, "tiktoken_encoding", lambda name: tinytldr.tokenizer())
+    monkeypatch.setattr(data, "read_tokenizer", lambda name: tinytldr.tokenizer())
     with pytest.raises(SystemExit) as stop:
         run_script(script.main)
     assert stop.value.code == 2
