@@ -16,7 +16,7 @@ import torch
 import tinytldr
 from support.device import round_up
 from support.flags import InputError
-from support.tokenizer import tiktoken_encoding
+from support.tokenizer import read_tokenizer
 from support.tokens import encode, example_lengths, reorder, select, select_file, take_rows
 
 # ------ the tree batch
@@ -151,6 +151,8 @@ class Dataset:
         return Dataset(take_rows(self.examples, rows), rewards, ref_logps, self.n_samples)
 
     def first(self, n):
+        """The first n rows (None: all). A random part: TinyTLDR's posts are drawn at random, and a
+        file's rows are in random order (support/tokens.py)."""
         return self.take(np.arange(len(self))[:n])
 
     def batch(self, rows, multiple=1):
@@ -288,7 +290,7 @@ def biased_subset(lengths, rho, n=None, seed=0):
 
 def d_rho(dataset, rho, n, seed):
     """Takes n training pairs with this bias (None: as many as possible), and prints what was found;
-    rho "all": the first n rows as they are."""
+    rho "all": n rows as they are."""
     if rho == "all":
         return dataset.first(n)
     subset = dataset.take(biased_subset(dataset.response_lengths(), rho, n, seed))
@@ -316,8 +318,9 @@ def relabel(dataset, rewards):
 # ------ text to tokens to data sets
 
 def get_tokenizer(name):
-    """A tiktoken.Encoding: "tinytldr" is built here, any other name is tiktoken's ("gpt2")."""
-    return tinytldr.tokenizer() if name == "tinytldr" else tiktoken_encoding(name)
+    """A tokenizer: "tinytldr" is built here, other words are tiktoken's ("gpt2"), and a name that
+    ends in "/" is the folder of a model that has its own."""
+    return tinytldr.tokenizer() if name == "tinytldr" else read_tokenizer(name)
 
 
 def demonstrations(data, split, tokenizer, block_size, seed=0, skip_bad_rows=False):

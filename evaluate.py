@@ -13,15 +13,16 @@ import numpy as np
 import tinytldr
 from data import Dataset, get_tokenizer, longer, preferences, relabel
 from model import GPT
-from reward import load_reward_models
+from reward import judge_samples, load_reward_models, mean_reward
 from support.cache import cache_folder
 from support.device import setup, shape_multiple
 from support.flags import comparison_flags, naming, run_script
 from support.passes import sample, score, to_text, with_room
 from support.prompts import held_out_prompts
 from support.report import accuracy_table, write_report
-from support.run_folder import check_same_tokens, run_flags, run_names
-from support.tokenizer import check_vocabulary
+from support.run import run_names
+from support.tokenizer import check_same_tokens, check_vocabulary, own_tokenizer
+from support.tokens import longest_sample
 
 
 def interval(differences):
@@ -30,26 +31,17 @@ def interval(differences):
     return float(differences.mean()), float(1.96 * error)
 
 
-def mean_reward(models, dataset, args, autocast):
-    """The mean reward of some reward models {folder: model} for each response. Returns (N, K)."""
-    multiple = shape_multiple(args)
-    return np.mean([score(model, dataset, autocast, multiple, desc=folder)
-                    for folder, model in models.items()], axis=0)
-
-
-def answer(policy, texts, prompts, oracle_models, tokenizer, args, autocast):
-    """Samples a reply to every prompt. Returns (Dataset of the prompts with one reply each, the
-    replies as texts, their oracle rewards (N,), numbers for the report)."""
+def answer(name, policy, texts, prompts, oracle_models, tokenizer, args, autocast):
+    """Samples a reply to every prompt. Returns (Dataset of the prompts with one reply each, as it
+    was drawn; the replies as texts; their oracle rewards (N,); numbers for the report)."""
     ids = sample(policy, prompts, args.max_new_tokens, tokenizer.eot_token, [args.seed, 4],
                  args.temperature, autocast)
     dataset = Dataset([(prompt, [reply]) for prompt, reply in zip(prompts, ids)])
     replies = [to_text(reply, tokenizer) for reply in ids]
-    if oracle_models:
-        rewards = mean_reward(oracle_models, dataset, args, autocast)[:, 0]
-    else:
-        rewards = np.array(list(map(tinytldr.oracle_reward, texts, replies)))
-    unended = np.mean([reply[-1] != tokenizer.eot_token for reply in ids])
-    numbers = {"reward": rewards.mean(), "length": np.mean(list(map(len, ids))), "unended": unended}
+    rewards, cut = judge_samples(name, oracle_models, texts, prompts, ids, tokenizer, args,
+                                 autocast)
+    numbers = {"reward": rewards.mean(), "length": np.mean(list(map(len, ids))),
+               "unended": cut.mean()}
     return dataset, replies, rewards, {name: float(value) for name, value in numbers.items()}
 
 
@@ -73,18 +65,19 @@ def main(argv=None):
     device, autocast = setup(args)
     with naming("--ref"):
         ref = GPT.from_pretrained(args.ref).to(device)
-    args.tokenizer = run_flags(args.ref).get("tokenizer", "gpt2")
-    tokenizer = get_tokenizer(args.tokenizer)
+    tokenizer = get_tokenizer(own_tokenizer(args.ref, args.data))
     check_vocabulary(ref, tokenizer, "--ref")
     policies = {}
     for name, folder in run_names(args.policies).items():
         policies[name] = GPT.from_pretrained(folder)
-        check_same_tokens(folder, folder, policies[name].config, ref.config, args.tokenizer)
-    loading = (ref, args.tokenizer, device)
+        check_same_tokens(folder, folder, policies[name].config, ref.config, tokenizer)
+    loading = (ref, tokenizer, device)
     reward_models = load_reward_models(args.rms, "--rms", *loading)
     oracle_models = load_reward_models(args.oracle, "--oracle", *loading)
     labellers = load_reward_models(args.relabel, "--relabel", *loading)
-    texts, prompts = held_out_prompts(args, tokenizer, tinytldr.post, needed=2)
+    texts, prompts, lengths = held_out_prompts(args, tokenizer, tinytldr.post, needed=2)
+    args.max_new_tokens = args.max_new_tokens or longest_sample(lengths, ref.config.block_size,
+                                                                "held-out")
     prompts = with_room(prompts, ref, args.max_new_tokens)
 
     # ---- reward models: their accuracy on held-out pairs
@@ -101,13 +94,14 @@ def main(argv=None):
 
     # ---- policies, each beside the reference and the best of them
     answering = (texts, prompts, oracle_models, tokenizer, args, autocast)
-    of_ref, ref_replies, ref_rewards, numbers = answer(ref, *answering)
+    of_ref, ref_replies, ref_rewards, numbers = answer("reference", ref, *answering)
     of_ref.ref_logps = score(ref, of_ref, autocast, shape_multiple(args))           # (N, 1)
     results = {"reference": numbers}
     replies, rewards = {"reference": ref_replies}, {"reference": ref_rewards}
     for name, policy in policies.items():
         policy.to(device)
-        own, replies[name], rewards[name], results[name] = answer(policy, *answering)
+        own, replies[name], rewards[name], results[name] = answer(name, policy,
+                                                                  *answering)
         difference = rewards[name] - ref_rewards                                    # (N,)
         results[name] |= compare(policy, ref, own, of_ref, difference, args, autocast)
         print(f"{name:9} advantage {results[name]['advantage']:+.3f} "

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from support.checkpoint import load_tensors, read_checkpoint, write_checkpoint
 from support.device import compiles_every_shape, random_numbers
-from support.head import token_logps
+from support.head import head_weight, product_type, token_logps
 from support.sampling import draw
 from support.static import generate_static
 
@@ -32,6 +32,7 @@ class GPTConfig:
     n_embd: int = 768
     tie_word_embeddings: bool = True    # the output head shares the token embedding's weights
     reward_head: str = "last"           # of a reward model: at the last token, or "sum"
+    gelu: str = "tanh"                  # GPT-2's approximation, or "none": exact, as in nanoGPT
 
 
 class Attention(nn.Module):
@@ -75,9 +76,10 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.gelu = config.gelu
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu))
 
 
 class Block(nn.Module):
@@ -163,9 +165,12 @@ class GPT(nn.Module):
         return self
 
     def logits(self, tokens):
-        """Plain causal logits for every position. tokens: (B, T) int64 -> (B, T, vocab)."""
+        """Plain causal logits for every position, in the type of the weights. tokens: (B, T) int64
+        -> (B, T, vocab)."""
         position = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)     # (B, T)
-        return self.lm_head(self.transformer(tokens, position))
+        hidden = self.transformer(tokens, position)                     # (B, T, C)
+        with torch.autocast(hidden.device.type, enabled=False):     # not rounded to bfloat16
+            return self.lm_head(hidden.to(self.lm_head.weight.dtype))
 
     def response_logps(self, batch, fast=True):
         """Summed log-prob of every response given its prompt, in nats.
@@ -182,7 +187,11 @@ class GPT(nn.Module):
         if fast and not compiles_every_shape(hidden.device):    # XLA fuses the plain formula
             logps = token_logps(hidden, self.lm_head.weight, batch.target)  # (R,)
         else:
-            logps = F.log_softmax(self.lm_head(hidden), dim=1)              # (R, vocab)
+            dtype = product_type(hidden)
+            weight, _ = head_weight(self.lm_head.weight, dtype)
+            logits = F.linear(hidden, weight)                               # (R, vocab)
+            wide = torch.promote_types(dtype, torch.float32)
+            logps = F.log_softmax(logits, dim=1, dtype=wide)                # (R, vocab)
             logps = logps.gather(1, batch.target[:, None]).squeeze(1)       # (R,)
         slots = torch.zeros(B * K + 1, dtype=logps.dtype, device=logps.device)
         slots = slots.index_add(0, batch.slot, logps)       # each token's to its response's slot
@@ -242,9 +251,8 @@ class GPT(nn.Module):
         column = torch.arange(T + max_new_tokens, device=device)
         visible = (column < length[:, None] - 1) | (column >= T)        # (B, columns)
         visible = visible[:, None, None]                                # (B, 1, 1, columns)
-        dtype = self.lm_head.weight.dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
+        dtype = product_type(self.lm_head.weight)
+        head, _ = head_weight(self.lm_head.weight, dtype)               # (vocab, C)
         shape = (P, config.n_head, T + max_new_tokens, config.n_embd // config.n_head)
         keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
@@ -264,7 +272,7 @@ class GPT(nn.Module):
             cache = [(k, v, T + t) for k, v in zip(keys, values)]
             hidden = self.transformer(token[:, None], position[:, None],
                                       visible[..., :T + t + 1], cache)[:, 0]    # (rows, C)
-            logits = self.lm_head(hidden).float()                       # (rows, vocab)
+            logits = F.linear(hidden, head).float()                     # (rows, vocab)
             random = random_numbers(len(rows), generator, device)       # (rows, 1)
             token = draw(logits, temperature, random, top_k, top_p)     # (rows,)
             new[rows, t] = token

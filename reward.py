@@ -11,15 +11,17 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from data import d_rho, preferences, relabel
+import tinytldr
+from data import Dataset, d_rho, preferences, relabel
 from model import GPTConfig, Transformer, init_weights, tree_mask
 from support.cache import cache_folder, cached, hash_examples, hash_weights, key
 from support.checkpoint import load_tensors, read_checkpoint, write_checkpoint
 from support.device import shape_multiple
 from support.flags import naming
-from support.passes import score
-from support.run_folder import check_same_tokens, models_named
+from support.passes import count_cut_off, score, to_text, with_end
+from support.run import models_named
 from support.sharding import whole
+from support.tokenizer import check_same_tokens
 
 
 class RewardModel(nn.Module):
@@ -74,7 +76,7 @@ class RewardModel(nn.Module):
 
 def load_reward_models(folders, flag, policy, tokenizer, device):
     """{folder: RewardModel} of comma-separated folders, each a run or a family; {} for None.
-    InputError, naming the flag, if one can't read what the policy writes. tokenizer: its name."""
+    tokenizer: the policy's. InputError, naming the flag, if one can't read what that writes."""
     models = {}
     for folder in models_named(folders, flag):
         with naming(flag):
@@ -96,12 +98,46 @@ def family_scores(models, dataset, args, autocast, name):
     return np.stack(columns, axis=2)
 
 
+def mean_reward(models, dataset, args, autocast):
+    """The mean reward of some reward models {folder: model} for each response. Returns (N, K)."""
+    multiple = shape_multiple(args)
+    return np.mean([score(model, dataset, autocast, multiple, desc=folder)
+                    for folder, model in models.items()], axis=0)
+
+
+def judge_samples(name, judges, texts, prompts, samples, tokenizer, args, autocast):
+    """Rewards samples, one for each prompt: by the mean of the reward models {folder: model} in
+    `judges`, or with none by TinyTLDR's oracle, which reads their text.
+
+    Reward models were trained to be read at the end-of-text token. A sample that was cut off has
+    none, so it is judged with one appended. How many there are is printed, and each loses
+    --missing_eos_penalty. name: whose samples they are; texts: the N prompts as the oracle reads
+    them; prompts, samples: N lists of token ids. Returns (rewards (N,), which samples were cut off
+    (N,) bool).
+    """
+    end, penalty = tokenizer.eot_token, args.missing_eos_penalty or 0
+    then = "judged with one appended" if judges else "the oracle judges the text that there is"
+    then += f", minus --missing_eos_penalty={penalty:g}" if penalty else ""
+    cut = count_cut_off(name, samples, end, args.max_new_tokens, then)
+    if judges:
+        block_size = min(judge.config.block_size for judge in judges.values())
+        pairs = [with_end(*pair, end, block_size) for pair in zip(prompts, samples)]
+        dataset = Dataset([(prompt, [sample]) for prompt, sample in pairs])
+        rewards = mean_reward(judges, dataset, args, autocast)[:, 0]
+    else:
+        replies = [to_text(sample, tokenizer) for sample in samples]
+        rewards = np.array(list(map(tinytldr.oracle_reward, texts, replies)))
+    if penalty:
+        rewards = rewards - penalty * cut
+    return rewards, cut
+
+
 def training_pairs(args, tokenizer, policy, device, autocast):
     """What a reward model or a policy learns from: (D_rho of the training pairs, validation pairs
     as they come), relabelled by the reward model of --relabel, if there is one. policy: the
     reference, from which TinyTLDR's pairs are sampled."""
     cache = cache_folder(args.init_from, args.out_dir)
-    labellers = load_reward_models(args.relabel, "--relabel", policy, args.tokenizer, device)
+    labellers = load_reward_models(args.relabel, "--relabel", policy, tokenizer, device)
     pairs = []
     for split in ("train", "validation"):
         dataset = preferences(args.data, split, tokenizer, policy, cache, args.pool,

@@ -13,8 +13,8 @@ from support.device import setup
 from support.flags import InputError, naming, run_script, talk_flags
 from support.passes import prompt_room, stream
 from support.prompts import prompt_tokens, prompts_to_answer
-from support.run_folder import run_flags
-from support.tokenizer import check_vocabulary
+from support.run import run_flags
+from support.tokenizer import check_vocabulary, own_tokenizer
 
 
 def main(argv=None):
@@ -22,7 +22,7 @@ def main(argv=None):
     device, autocast = setup(args)
     flags = run_flags(args.policy)
     policy = GPT.from_pretrained(args.policy).to(device)
-    tokenizer = get_tokenizer(flags.get("tokenizer", "gpt2"))
+    tokenizer = get_tokenizer(own_tokenizer(args.policy, args.data))
     check_vocabulary(policy, tokenizer, args.policy)
     policies = {args.policy: policy}
     room = prompt_room(policy, args.max_new_tokens)

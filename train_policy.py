@@ -14,23 +14,53 @@ import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-import tinytldr
-from data import BatchOrder, Dataset, by_length, demonstrations, get_tokenizer
+from data import BatchOrder, by_length, demonstrations, get_tokenizer
 from losses import LOSSES, batch_loss, best_member, knobs, needs
 from model import GPT, GPTConfig
-from reward import family_scores, load_reward_models, training_pairs
+from reward import family_scores, judge_samples, load_reward_models, training_pairs
 from support.cache import cache_folder, cached, hash_examples, hash_weights, key
-from support.checks import check_step_0, say_spread
+from support.checks import check_rounding, check_step_0, say_spread
 from support.device import setup, shape_multiple, sync
 from support.flags import InputError, run_script
 from support.optimizer import adamw, learning_rate, set_learning_rate
-from support.passes import sample, score, to_text
+from support.passes import count_cut_off, sample, score, to_text
 from support.processes import add_up_gradients, add_up_numbers, micro_batches
-from support.run_folder import Run
+from support.run import Run
 from support.sharding import place
 from support.tokenizer import check_vocabulary, save_tokenizer
-from support.tokens import default_block_size
+from support.tokens import default_block_size, example_lengths, longest_sample
 from support.training_flags import policy_flags
+
+# ------ the numbers of a run: each is the default of the flag of its name (see --help)
+
+SFT = dict(                     # --loss=sft, which makes the reference policy
+    max_steps=1500,             # optimizer steps
+    batch_size=32,              # prompts in a step, each with its demonstrations
+    lr=4e-3,                    # peak learning rate; a hundredth of it for models as wide as GPT-2
+    n_layer=2,                  # the model from scratch: layers,
+    n_head=4,                   # attention heads,
+    n_embd=128,                 # width,
+    block_size=192,             # longest prompt + response in tokens
+    grad_clip=1.0,              # the gradient's largest norm
+    n_eval=256,                 # rows in each evaluation
+)
+PREFERENCES = dict(             # every other loss; its beta, tau and gamma are in losses.py
+    max_steps=320,
+    batch_size=16,              # prompts in a step, each with its pair
+    lr=2e-4,
+    rho=0.2,                    # TinyTLDR: in this fraction of the pairs the longer response wins
+    n_pairs=1000,               # TinyTLDR: training pairs,
+    pool=5000,                  # chosen from so many
+    kl_samples=1,               # samples from the reference for each prompt, for the KL
+    max_new_tokens=64,          # TinyTLDR: longest sample
+    grad_clip=1.0,
+    n_eval=256,
+)
+
+
+def parse_flags(argv=None):
+    """Reads the flags; InputError for one that is wrong or would be ignored."""
+    return policy_flags(argv, __doc__, (SFT, PREFERENCES), list(LOSSES), needs, knobs)
 
 
 def with_columns(dataset, split, policy, tokenizer, reward_models, args, autocast):
@@ -48,16 +78,21 @@ def with_columns(dataset, split, policy, tokenizer, reward_models, args, autocas
                          "nor scores, in all its rows")
     if "kl" in needed:
         prompts = [prompt.tolist() for prompt, _ in dataset.examples] * args.kl_samples
-        entry = key(weights, prompts, args.max_new_tokens, args.seed, args.dtype, args.tokenizer)
+        entry = key(weights, prompts, args.max_new_tokens, args.seed, args.dtype, args.tokenizer,
+                    tokenizer.eot_token)
         samples = cached(cache, f"{split}-samples", entry, sample, policy, prompts,
                          args.max_new_tokens, tokenizer.eot_token, seed=[args.seed, 3],
                          autocast=autocast, desc=f"{split} samples")
+        count_cut_off(f"{split} samples for the KL term", samples, tokenizer.eot_token,
+                      args.max_new_tokens, "their KL is that of what was drawn")
         for first in range(0, len(samples), len(dataset)):
             dataset = dataset.with_samples(samples[first:first + len(dataset)])
     entry = key(weights, hash_examples(dataset.examples), args.dtype)
     logps = cached(cache, f"{split}-logps", entry, score, policy, dataset, autocast,
                    shape_multiple(args), desc=f"{split} log-probs")
     dataset.ref_logps = np.array(logps, np.float32)  # (N, K + S)
+    if args.dtype == "bfloat16":
+        check_rounding(policy, dataset, split, args)
     return dataset
 
 
@@ -117,16 +152,15 @@ def evaluate(policy, dataset, args, flags, device, autocast):
 
 
 def reward_of_samples(policy, prompts, judges, tokenizer, args, autocast):
-    """What --select goes by: the mean reward of one sample for each prompt, by the mean of the
-    reward models {folder: model} in `judges`, or with none by TinyTLDR's oracle."""
+    """Computes what --select goes by: the mean reward of one sample for each prompt, by the reward
+    models {folder: model} in `judges`, or with none by TinyTLDR's oracle. Returns {"reward": that
+    mean, "unended": the fraction of samples that were cut off}."""
     replies = sample(policy, prompts, args.max_new_tokens, tokenizer.eot_token, [args.seed, 5],
                      autocast=autocast)
-    if not judges:
-        texts = [[to_text(ids, tokenizer) for ids in pair] for pair in zip(prompts, replies)]
-        return float(np.mean([tinytldr.oracle_reward(*pair) for pair in texts]))
-    dataset = Dataset([(prompt, [reply]) for prompt, reply in zip(prompts, replies)])
-    multiple = shape_multiple(args)
-    return float(np.mean([score(judge, dataset, autocast, multiple) for judge in judges.values()]))
+    texts = [to_text(prompt, tokenizer) for prompt in prompts]
+    rewards, cut = judge_samples("--select", judges, texts, prompts, replies, tokenizer, args,
+                                 autocast)
+    return {"reward": float(rewards.mean()), "unended": float(cut.mean())}
 
 
 def loss_flags(args, step):
@@ -141,7 +175,7 @@ def loss_flags(args, step):
 
 def main(argv=None):
     # ---- set-up
-    args = policy_flags(argv, __doc__, list(LOSSES), needs, knobs)
+    args = parse_flags(argv)
     device, autocast = setup(args)
     multiple = shape_multiple(args)
     tokenizer = get_tokenizer(args.tokenizer)
@@ -154,8 +188,8 @@ def main(argv=None):
         policy = GPT.from_pretrained(args.init_from)
     check_vocabulary(policy, tokenizer, "--tokenizer")
     place(policy, device, args)   # with --fsdp, a part of it
-    reward_models = load_reward_models(args.rewards, "--rewards", policy, args.tokenizer, device)
-    judges = load_reward_models(args.select, "--select", policy, args.tokenizer, device)
+    reward_models = load_reward_models(args.rewards, "--rewards", policy, tokenizer, device)
+    judges = load_reward_models(args.select, "--select", policy, tokenizer, device)
 
     # ---- data: rows to train on, rows to watch, and what is constant about them
     if args.loss == "sft":
@@ -165,6 +199,9 @@ def main(argv=None):
         watched = {"validation": by_length(validation.first(args.n_eval))}
     else:
         train, validation = training_pairs(args, tokenizer, policy, device, autocast)
+        if "kl" in needs(args.loss) or judges:          # what follows samples
+            args.max_new_tokens = args.max_new_tokens or longest_sample(
+                example_lengths(train.examples), policy.config.block_size, "training")
         common = (policy, tokenizer, reward_models, args, autocast)
         train = with_columns(train, "train", *common)
         if args.loss == "e-dpo":
@@ -194,8 +231,8 @@ def main(argv=None):
                 results |= {f"{split}/{name}": value for name, value in means.items()}
             if judges or args.select == "oracle":
                 prompts = [prompt.tolist() for prompt, _ in watched["validation"].examples]
-                results["validation/reward"] = reward_of_samples(policy, prompts, judges, tokenizer,
-                                                                 args, autocast)
+                means = reward_of_samples(policy, prompts, judges, tokenizer, args, autocast)
+                results |= {f"validation/{name}": value for name, value in means.items()}
             run.report(step, results)
         if step == args.max_steps:      # evaluated only
             break

@@ -28,10 +28,28 @@ from support.device import setup, shape_multiple, sync
 from support.flags import run_script
 from support.optimizer import adamw, learning_rate, set_learning_rate
 from support.processes import add_up_gradients, add_up_numbers, micro_batches
-from support.run_folder import Run, family_to_train
+from support.run import Run, family_to_train
 from support.sharding import place
 from support.tokenizer import check_vocabulary, save_tokenizer
 from support.training_flags import reward_flags
+
+# ------ the numbers of a run: each is the default of the flag of its name (see --help)
+
+NUMBERS = dict(
+    max_steps=200,              # optimizer steps
+    batch_size=32,              # prompts in a step, each with its pair
+    lr=5e-4,                    # peak learning rate; a hundredth of it for models as wide as GPT-2
+    rho=0.2,                    # TinyTLDR: in this fraction of the pairs the longer response wins
+    n_pairs=1000,               # TinyTLDR: training pairs,
+    pool=5000,                  # chosen from so many
+    grad_clip=1.0,              # the gradient's largest norm
+    n_eval=256,                 # rows in each evaluation
+)
+
+
+def parse_flags(argv=None):
+    """Reads the flags; InputError for one that is wrong or would be ignored."""
+    return reward_flags(argv, __doc__, NUMBERS)
 
 
 def statistics(rewards, batch):
@@ -60,7 +78,7 @@ def evaluate(reward_model, dataset, args, device, autocast):
 
 def main(argv=None):
     # ---- set-up
-    args = reward_flags(argv, __doc__)
+    args = parse_flags(argv)
     device, autocast = setup(args)
     policy = place(GPT.from_pretrained(args.init_from), device, args)
     tokenizer = get_tokenizer(args.tokenizer)

@@ -41,9 +41,8 @@ from support.flags import (
     seed,
 )
 from support.passes import score
-from support.run_folder import family_folders, run_flags
-from support.training_flags import reward_flags
-from train_rm import train_one
+from support.run import family_folders, run_flags
+from train_rm import parse_flags, train_one
 
 FAMILIES = {1: "0.5", 2: "0.2,0.8", 3: "0.2,0.5,0.8", 5: "0.2,0.4,0.5,0.6,0.8",
             8: "0.2,0.3,0.4,0.45,0.5,0.6,0.7,0.8"}      # 2 is a part of 3, 3 of 5, 5 of 8
@@ -180,7 +179,7 @@ def seeds_family(cell):
     for number in range(5):
         member = f"{folder}/{number}"
         if not os.path.exists(f"{member}/model.safetensors"):
-            args = reward_flags([*cell.data, f"--out_dir={member}", "--overwrite"], "")
+            args = parse_flags([*cell.data, f"--out_dir={member}", "--overwrite"])
             with trials.silence():
                 train_member(args, args.seed + 100 + number)
     return folder
@@ -264,7 +263,7 @@ def of_reward_models(folder):
     ref, policy = (GPT.from_pretrained(path).to(device) for path in (args.init_from, folder))
     tokenizer = get_tokenizer(args.tokenizer)
     train, _ = training_pairs(args, tokenizer, ref, device, autocast)
-    models = load_reward_models(args.rewards, "--rewards", ref, args.tokenizer, device)
+    models = load_reward_models(args.rewards, "--rewards", ref, tokenizer, device)
     rewards = family_scores(models, train, args, autocast, "train")                 # (N, 2, M)
     margins = rewards[:, 0] - rewards[:, 1]                                         # (N, M)
     change = score(policy, train) - score(ref, train)                               # (N, 2)

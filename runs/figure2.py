@@ -44,7 +44,7 @@ from support.flags import (
     run_script,
     seed,
 )
-from support.run_folder import run_flags
+from support.run import run_flags
 
 RHOS = [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, "all"]
 KNOB = {"dpo": "beta", "ipo": "tau", "d-dpo": "beta", "p-dpo": "beta", "dp-dpo": "beta",

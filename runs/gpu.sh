@@ -33,7 +33,7 @@ if python -c "import trl" 2> /dev/null; then
 fi
 if [ ! -e .venv ]; then     # the speedrun with the packages of this python, not those pinned
     python -m venv --system-site-packages .venv
-    cat requirements.txt requirements-dev.txt > .venv/installed.txt
+    cat requirements.txt requirements-dev.txt constraints.txt > .venv/installed.txt
     trap 'rm -rf .venv' EXIT
 fi
 time say bash runs/speedrun.sh $gpu

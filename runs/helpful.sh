@@ -7,4 +7,4 @@ set -euo pipefail
 source "$(dirname "$0")/venv.sh" .venv requirements-dev.txt
 exec "$venv/bin/python" runs/protocol.py --data=Anthropic/hh-rlhf/helpful-base \
     --sft_data=Anthropic/hh-rlhf/helpful-base --out=out/helpful --labels=human --rho=all \
-    --max_new_tokens=128 "$@"
+    "$@"

@@ -50,7 +50,7 @@ GROUPS = {
         "train_rm.py": [""],
         "reward.py": ["RewardModel.__init__", "RewardModel.from_", "RewardModel.save_",
                       "load_reward_models", "family_scores", "training_pairs"],
-        "support/run_folder.py": [""],
+        "support/run.py": [""],
         "support/optimizer.py": [""],
         "support/checks.py": [""],
     }, ("test_run_folder", "test_scripts", "test_training", "test_flags", "test_runs"), without=(

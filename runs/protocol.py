@@ -16,18 +16,24 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+import train_policy
+import train_rm
+from data import get_tokenizer
 from losses import PREFERENCE_LOSSES, knobs, needs
+from support.checkpoint import read_sizes
 from support.files import read_json, write_json
 from support.flags import (
     InputError,
     Parser,
     check_out_dir,
     comma_separated,
+    comparison_flags,
     device_flags,
     first_last,
     fraction,
     fraction_or_all,
     naming,
+    penalty_flag,
     positive_float,
     positive_int,
     resolve,
@@ -36,8 +42,10 @@ from support.flags import (
     skip_flag,
 )
 from support.processes import end_with_parent
+from support.tokens import select, tokenised_file
 
 PAPER = "dpo,ipo,d-dpo,p-dpo,dp-dpo,e-dpo"
+SAMPLING = ("max_new_tokens", "missing_eos_penalty")
 SIZES = {"n_layer": 4, "n_head": 8, "n_embd": 256, "block_size": 512}
 MAY_CHANGE = ("out", "losses", "n_prompts", "device", "dtype")      # from one call to the next
 
@@ -83,7 +91,9 @@ def parse_flags(argv):
     add("--batch_size", type=positive_int, default=16, help="of every policy")
     add("--lr", type=positive_float, default=1e-6, help="of every policy")
     add("--micro_batch_size", type=positive_int, default=16, help="rows in one pass, everywhere")
-    add("--max_new_tokens", type=positive_int, default=64, help="longest sample, in tokens")
+    add("--max_new_tokens", type=positive_int, help="longest sample, in tokens (default: what 99%% "
+        "of the responses need)")
+    penalty_flag(parser)
     add("--n_prompts", type=positive_int, default=1000, help="test prompts")
     for size, default in SIZES.items():
         add(f"--{size}", type=positive_int, help=f"with --init_from=scratch (default: {default})")
@@ -91,6 +101,9 @@ def parse_flags(argv):
     device_flags(parser)
     args = parser.parse_args(argv)
     args.losses = args.losses.split(",")
+    for flag, values in (("--losses", args.losses), ("--seeds", args.seeds or [])):
+        if len(set(values)) < len(values):
+            raise InputError(f"{flag}: one is named twice")
     if not set(args.losses) <= set(PREFERENCE_LOSSES):
         raise InputError(f"--losses: comma-separated, of {', '.join(PREFERENCE_LOSSES)}")
     table = {size: (args.init_from == "scratch", default, "--init_from=scratch")
@@ -103,19 +116,59 @@ def parse_flags(argv):
 
 
 def check_begun(args):
-    """Stages that are finished are kept, so the flags that they were run with have to be these.
-    They are in protocol.json."""
-    path = os.path.join(args.out, "protocol.json")
+    """InputError if runs were trained in --out with other flags than these, which are in its
+    protocol.json. As long as no run there has saved anything, a flag may be corrected. Returns the
+    flags to write there."""
+    path = protocol_file(args)
     flags = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
+    below = [os.path.join(parent, name) for parent, names, _ in os.walk(args.out) for name in names]
     if os.path.exists(path):
         with naming("--out"):
             before = read_json(path)
         for name, value in flags.items():
-            if before.get(name) != value:
+            if before.get(name) != value and any(begun(run) or finished(run) for run in below):
                 raise InputError(f"--out: {args.out} was begun with --{name}={before.get(name)}, "
                                  f"not {value}; name another folder")
-    os.makedirs(args.out, exist_ok=True)
-    write_json(path, flags, indent=2)
+    return flags
+
+
+def protocol_file(args):
+    return os.path.join(args.out, "protocol.json")
+
+
+def check_flags(args, stages):
+    """InputError for flags that a stage would refuse, which may be hours from now."""
+    for script, folder, flags in stages:
+        flags = missing_flags(folder, flags)
+        if flags is not None and script == "train_policy.py":
+            train_policy.parse_flags(flags)
+        elif flags is not None:
+            train_rm.parse_flags(flags)
+    comparison_flags(report_flags(args), "")
+
+
+def check_data(args):
+    """InputError for what the stages would refuse in the files, such as bad rows or missing scores,
+    and for samples that are longer than a text may be. What is read here is kept for the stages."""
+    block_size = args.block_size or read_sizes(args.init_from)["block_size"]
+    if (args.max_new_tokens or 0) >= block_size:
+        raise InputError(f"--max_new_tokens: {args.max_new_tokens} leaves no room for a prompt in "
+                         f"block_size {block_size}")
+    needed = {"--sft_data": ("train", "validation"), "--data": ("train", "validation", "test")}
+    for flag, splits in needed.items():
+        data = getattr(args, flag.strip("-"))
+        if data == "tinytldr":
+            continue
+        try:
+            arrays = tokenised_file(data, get_tokenizer("gpt2"), flag == "--sft_data",
+                                    args.skip_bad_rows)
+            for split in splits:
+                select(arrays, block_size, f"{data}, {split}", split)
+        except InputError as error:
+            raise InputError(str(error).replace("--data", flag, 1)) from error
+    if args.family == "scores" and args.data != "tinytldr" and "scores" not in arrays:
+        raise InputError(f"--family=scores: {args.data} has no score_chosen and score_rejected, "
+                         "nor scores, in all its rows")
 
 
 def run(script, *flags):
@@ -126,6 +179,12 @@ def run(script, *flags):
         sys.exit(done.returncode)      # the script has said why
 
 
+def members(folder, flags):
+    """Returns the run folders of a stage: its own, or those of a family by bias."""
+    biases = [flag.split("=")[1] for flag in flags if flag.startswith("--bias=")]
+    return [os.path.join(folder, bias) for bias in biases[0].split(",")] if biases else [folder]
+
+
 def finished(folder):
     return os.path.exists(os.path.join(folder, "model.safetensors"))
 
@@ -134,23 +193,22 @@ def begun(folder):
     return os.path.exists(os.path.join(folder, "state.pt"))
 
 
-def train(script, folder, *flags):
-    """One training run, if it is not finished."""
-    if finished(folder):
-        print(f"\n{folder}: finished before")
-        return
-    resume = ["--resume"] if begun(folder) else []
-    run(script, *flags, f"--out_dir={folder}", *resume)
+def missing_flags(folder, flags):
+    """Returns the flags that a stage needs to start or to go on; None if it is finished."""
+    runs = members(folder, flags)
+    if all(map(finished, runs)):
+        return None
+    resume = ["--resume"] if any(map(begun, runs)) else []
+    return [*flags, f"--out_dir={folder}", *resume]
 
 
-def train_family(folder, biases, *flags):
-    """A family of reward models by length bias, if one of them is not finished."""
-    members = [os.path.join(folder, str(bias)) for bias in biases]
-    if all(map(finished, members)):
+def train(script, folder, flags):
+    """Runs a stage, a training run or a family of them, if it is not finished."""
+    flags = missing_flags(folder, flags)
+    if flags is None:
         print(f"\n{folder}: finished before")
-        return
-    resume = ["--resume"] if any(map(begun, members)) else []
-    run("train_rm.py", *flags, f"--bias={listed(biases)}", f"--out_dir={folder}", *resume)
+    else:
+        run(script, *flags)
 
 
 def listed(values):
@@ -169,34 +227,30 @@ def loss_flags(args, loss, rm, rms):
     return flags
 
 
-def main(argv=None):
-    args = parse_flags(argv)
-    check_begun(args)
+def plan(args):
+    """Returns the training runs in their order: [(script, run folder, flags)]. A family by bias is
+    one of them, whose folder holds the runs."""
     sft, oracle, rm, rms = [os.path.join(args.out, name) for name in ("sft", "oracle", "rm", "rms")]
-    policies = {loss: os.path.join(args.out, loss) for loss in args.losses}
     seed_flag = f"--seed={args.seed}"
-    device = [f"--device={args.device}", f"--dtype={args.dtype}"]
-    if args.skip_bad_rows:
-        device.append("--skip_bad_rows")        # of every stage, as these are
-    everywhere = [*device, f"--micro_batch_size={args.micro_batch_size}"]
+    everywhere = [*device_and_rows(args), f"--micro_batch_size={args.micro_batch_size}"]
     sizes = [f"--{size}={getattr(args, size)}" for size in SIZES]
 
     # The reference policy.
-    train("train_policy.py", sft, "--loss=sft", f"--data={args.sft_data}",
-          f"--init_from={args.init_from}", "--tokenizer=gpt2", f"--max_steps={args.sft_steps}",
-          f"--batch_size={args.sft_batch_size}", f"--lr={args.sft_lr}", seed_flag, *everywhere,
-          *(sizes if args.init_from == "scratch" else []))
+    stages = [("train_policy.py", sft, [
+        "--loss=sft", f"--data={args.sft_data}", f"--init_from={args.init_from}",
+        "--tokenizer=gpt2", f"--max_steps={args.sft_steps}", f"--batch_size={args.sft_batch_size}",
+        f"--lr={args.sft_lr}", seed_flag, *everywhere,
+        *(sizes if args.init_from == "scratch" else [])])]
 
     # The oracle: a reward model on people's labels of all training pairs. What it thinks is the
     # truth from here on.
     data = [f"--data={args.data}", f"--init_from={sft}", *everywhere]
     rm_flags = [*data, f"--batch_size={args.rm_batch_size}", f"--lr={args.rm_lr}"]
-    train("train_rm.py", oracle, *rm_flags, "--rho=all", f"--max_steps={args.oracle_steps}",
-          seed_flag)
+    stages.append(("train_rm.py", oracle, [
+        *rm_flags, "--rho=all", f"--max_steps={args.oracle_steps}", seed_flag]))
 
     # The pairs that the others learn from: relabelled by the oracle, and of these D_rho.
-    labels = [f"--relabel={oracle}"] if args.labels == "oracle" else []
-    pairs = [*labels, f"--rho={args.rho}"]
+    pairs = [*relabelled(args), f"--rho={args.rho}"]
     if args.n_pairs:
         pairs.append(f"--n_pairs={args.n_pairs}")
 
@@ -206,26 +260,63 @@ def main(argv=None):
     if args.family == "scores":
         rm = rms = "scores"
     elif set(distilled) - {"e-dpo"}:
-        train("train_rm.py", rm, *rm_flags, seed_flag)
+        stages.append(("train_rm.py", rm, [*rm_flags, seed_flag]))
     if "e-dpo" in args.losses and args.family == "bias":
-        train_family(rms, args.bias, *rm_flags, seed_flag)
+        stages.append(("train_rm.py", rms, [*rm_flags, seed_flag, f"--bias={listed(args.bias)}"]))
     elif "e-dpo" in args.losses and args.family == "seeds":
         for member in args.seeds:
-            train("train_rm.py", os.path.join(rms, str(member)), *rm_flags, f"--seed={member}")
+            folder = os.path.join(rms, str(member))
+            stages.append(("train_rm.py", folder, [*rm_flags, f"--seed={member}"]))
 
     # The policies: of each the checkpoint whose samples for validation prompts the oracle likes
     # best, as in the paper.
-    for loss, folder in policies.items():
-        train("train_policy.py", folder, *loss_flags(args, loss, rm, rms), *data, *pairs,
-              f"--max_steps={args.steps}", f"--batch_size={args.batch_size}", f"--lr={args.lr}",
-              f"--select={oracle}", f"--max_new_tokens={args.max_new_tokens}", seed_flag)
+    for loss in args.losses:
+        stages.append(("train_policy.py", os.path.join(args.out, loss), [
+            *loss_flags(args, loss, rm, rms), *data, *pairs, f"--max_steps={args.steps}",
+            f"--batch_size={args.batch_size}", f"--lr={args.lr}", f"--select={oracle}",
+            *sampling_flags(args), seed_flag]))
+    return stages
 
-    # What they reached, by the oracle.
+
+def device_and_rows(args):
+    """Returns the flags that every script takes, evaluate.py too."""
+    skip = ["--skip_bad_rows"] if args.skip_bad_rows else []
+    return [f"--device={args.device}", f"--dtype={args.dtype}", *skip]
+
+
+def relabelled(args):
+    oracle = os.path.join(args.out, "oracle")
+    return [f"--relabel={oracle}"] if args.labels == "oracle" else []
+
+
+def report_flags(args):
+    """Returns the flags of evaluate.py: what the policies reached, by the oracle."""
+    sft, oracle, rm, rms = [os.path.join(args.out, name) for name in ("sft", "oracle", "rm", "rms")]
     reward_models = [folder for folder in (rm, rms) if os.path.isdir(folder)]
-    judged = [f"--rms={','.join(reward_models)}", *labels] if reward_models else []
-    run("evaluate.py", f"--data={args.data}", f"--ref={sft}", f"--oracle={oracle}", *judged,
-        f"--n_prompts={args.n_prompts}", f"--max_new_tokens={args.max_new_tokens}", seed_flag,
-        *device, f"--out_dir={args.out}", *policies.values())
+    judged = [f"--rms={','.join(reward_models)}", *relabelled(args)] if reward_models else []
+    return [f"--data={args.data}", f"--ref={sft}", f"--oracle={oracle}", *judged,
+            f"--n_prompts={args.n_prompts}", *sampling_flags(args), f"--seed={args.seed}",
+            *device_and_rows(args), f"--out_dir={args.out}",
+            *[os.path.join(args.out, loss) for loss in args.losses]]
+
+
+def sampling_flags(args):
+    """Returns the flags of whatever samples from a policy."""
+    return [f"--{name}={getattr(args, name)}" for name in SAMPLING
+            if getattr(args, name) is not None]
+
+
+def main(argv=None):
+    args = parse_flags(argv)
+    stages = plan(args)
+    begun_with = check_begun(args)
+    check_flags(args, stages)
+    check_data(args)
+    os.makedirs(args.out, exist_ok=True)
+    write_json(protocol_file(args), begun_with, indent=2)
+    for script, folder, flags in stages:
+        train(script, folder, flags)
+    run("evaluate.py", *report_flags(args))
 
 
 if __name__ == "__main__":

@@ -18,25 +18,44 @@ from data import Dataset, get_tokenizer
 from reward import RewardModel
 from support.device import setup, shape_multiple
 from support.files import replacing
-from support.flags import InputError, Parser, check_out_dir, device_flags, run_script, skip_flag
+from support.flags import (
+    InputError,
+    Parser,
+    check_out_dir,
+    device_flags,
+    penalty_flag,
+    positive_int,
+    resolve,
+    run_script,
+    skip_flag,
+    split_flag,
+)
 from support.formats import load_rows
-from support.passes import score
-from support.run_folder import family_folders, run_flags
-from support.tokenizer import check_vocabulary
-from support.tokens import encode, fit
+from support.passes import say_cut_off, score
+from support.run import family_folders
+from support.sources import join_split
+from support.tokenizer import check_same_tokenizer, check_vocabulary, own_tokenizer
+from support.tokens import encode, fit, preparer
 
 
 def parse_flags(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--data", required=True, help="preferences: a file or a hub name")
+    add("--data", required=True, help="preferences: a file, a folder or a hub name")
+    split_flag(parser)
     skip_flag(parser)
     add("--rewards", default="out/rms", help="reward models, or folders of families, "
         "comma-separated")
     add("--out", default="out/scored.jsonl", help="the file to write")
+    add("--max_new_tokens", type=positive_int, help="where the responses are samples, their "
+        "longest: those with so many tokens (of the reward models) were cut off, and are counted")
+    penalty_flag(parser)
     device_flags(parser)
     args = parser.parse_args(argv)
+    join_split(args)
     args.seed = 0
+    resolve(args, {"missing_eos_penalty": (args.max_new_tokens is not None, None,
+                                           "--max_new_tokens, which tells what was cut off")})
     if os.path.isdir(args.out) or not args.out.endswith(".jsonl"):
         raise InputError(f"--out: {args.out!r} is not the name of a .jsonl file")
     if os.path.realpath(args.out) == os.path.realpath(args.data):
@@ -47,11 +66,9 @@ def parse_flags(argv):
 
 def load(folders, device):
     """{folder: RewardModel}, and the tokenizer that all of them read."""
-    names = [run_flags(folder).get("tokenizer", "gpt2") for folder in folders]
-    for folder, name in zip(folders, names):
-        if name != names[0]:
-            raise InputError(f"--rewards: {folders[0]} reads {names[0]} tokens, {folder} {name}")
-    tokenizer = get_tokenizer(names[0])
+    tokenizer = get_tokenizer(own_tokenizer(folders[0]))
+    for folder in folders:
+        check_same_tokenizer(f"--rewards: {folder}", folder, tokenizer)
     models = {folder: RewardModel.from_pretrained(folder).to(device) for folder in folders}
     for folder, model in models.items():
         check_vocabulary(model, tokenizer, f"--rewards: {folder}")
@@ -60,7 +77,7 @@ def load(folders, device):
 
 def scorable(data, tokenizer, block_size, skip_bad_rows=False):
     """Rows of text whose responses can be scored, and their examples: (rows, Dataset)."""
-    rows = list(load_rows(data, skip_bad_rows=skip_bad_rows))
+    rows = list(load_rows(data, skip_bad_rows=skip_bad_rows, prepare=preparer(tokenizer)))
     arrays = encode(rows, tokenizer)
     examples = fit(arrays, block_size)
     kept = [number for number, row in enumerate(rows) if examples.lengths[number, 0] > 0
@@ -71,6 +88,18 @@ def scorable(data, tokenizer, block_size, skip_bad_rows=False):
     if not kept:
         raise InputError(f"--data: {data}: no usable row")
     return [rows[number] for number in kept], Dataset(examples.take(kept))
+
+
+def cut_off(dataset, args):
+    """Finds responses that were cut off when they were sampled: text has no end-of-text token to
+    tell, so these are the ones that fill --max_new_tokens without it. Says how many there are.
+    Returns (N, K) bool."""
+    cut = dataset.response_lengths() - 1 >= args.max_new_tokens
+    penalty = args.missing_eos_penalty or 0
+    then = "judged with one appended"
+    then += f", minus --missing_eos_penalty={penalty:g}" if penalty else ""
+    say_cut_off(args.data, cut.size, args.max_new_tokens, int(cut.sum()), 0, then)
+    return cut
 
 
 def record(row, scores):
@@ -93,13 +122,17 @@ def main(argv=None):
     rows, dataset = scorable(args.data, tokenizer, block_size, args.skip_bad_rows)
     rewards = np.stack([score(model, dataset, autocast, shape_multiple(args), folder)
                         for folder, model in models.items()], axis=2)           # (N, K, M)
+    if args.max_new_tokens:
+        cut = cut_off(dataset, args)                                            # (N, K)
+        rewards = rewards - (args.missing_eos_penalty or 0) * cut[:, :, None]
     if len(models) == 1:
         rewards = rewards[:, :, 0]                                              # (N, K)
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     with replacing(args.out) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for row, scores in zip(rows, rewards.tolist()):
             file.write(json.dumps(record(row, scores), ensure_ascii=False) + "\n")
-    print(f"{args.out}: {len(rows)} rows with the scores of {len(models)} reward models")
+    print(f"{args.out}: {len(rows)} rows with the scores of {len(models)} reward models, each "
+          "response read with the end-of-text token after it")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 
 from data import Dataset, get_tokenizer, longer
-from support.flags import Parser, positive_int, run_script, skip_flag
-from support.tokens import select, tokenised_file
+from support.flags import Parser, positive_int, run_script, skip_flag, split_flag
+from support.sources import join_split
+from support.tokens import random_order, select, tokenised_file
 
 PLAIN, *COLOURS = [f"\033[{code}m" for code in (0, 32, 31, 34, 35)]     # green, red, blue, purple
 
@@ -21,14 +22,19 @@ PLAIN, *COLOURS = [f"\033[{code}m" for code in (0, 32, 31, 34, 35)]     # green,
 def parse_flags(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--data", required=True, help="a JSONL, JSON, CSV or Parquet file, or a hub name")
+    add("--data", required=True, help="a JSONL, JSON, CSV or Parquet file, a folder of them, or a "
+        "hub name")
     add("--sft", action="store_true", help="read demonstrations (prompt, completion), as "
         "--loss=sft does")
+    split_flag(parser)
     skip_flag(parser)
-    add("--tokenizer", default="gpt2", help="tinytldr, or a name that tiktoken knows")
+    add("--tokenizer", default="gpt2", help="tinytldr, a name that tiktoken knows, or "
+        "the folder of a model with its own")
     add("--block_size", type=positive_int, default=1024, help="longest prompt + response, in "
         "tokens")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    join_split(args)
+    return args
 
 
 def show_batch(batch, tokenizer):
@@ -74,7 +80,7 @@ def main(argv=None):
     tokenizer = get_tokenizer(args.tokenizer)
     arrays = tokenised_file(args.data, tokenizer, args.sft, args.skip_bad_rows)
     dataset = Dataset(*select(arrays, args.block_size, args.data))
-    show_batch(dataset.batch(np.arange(len(dataset))[:4]), tokenizer)
+    show_batch(dataset.batch(random_order(len(dataset))[:4]), tokenizer)
     scores = ""
     if dataset.rewards is not None:
         scores = f", {dataset.rewards.shape[2]} score(s) for each response"

@@ -134,12 +134,11 @@ def new_folder(root, name, inputs):
 
 
 def contents(folder):
-    """{path: bytes, or what says as much} of all files in a folder, but for the log and what was
-    not finished in the caches of the inputs, which nobody reads."""
+    """{path: bytes, or what says as much} of all files in a folder, but for the log."""
     files = {}
     for parent, _, names in os.walk(folder):
         for name in names:
-            if name == "log.txt" or name.endswith(".tmp") and "/out" not in parent:
+            if name == "log.txt":
                 continue
             path = os.path.join(parent, name)
             with open(path, "rb") as file:

@@ -13,16 +13,15 @@
     passes.py       a model over a whole data set: scores, samples
     prompts.py      what a policy is to answer
     cache.py        what is constant is computed once and kept on disk
-    run_folder.py   the run folder: flags, metrics, state, resuming, the line on the screen
-    logs.py         its metrics in tensorboard or wandb
+    run.py          a run's folder: flags, metrics, state, resuming, the line on the screen
     checkpoint.py   weights in Hugging Face's GPT-2 layout, in and out
-    tokenizer.py    tiktoken encodings, in; Hugging Face's tokenizer.json, out
+    other_kinds.py  weights in other layouts: read, or named as what they are
+    tokenizer.py    tiktoken encodings and models' own tokenizers, in; tokenizer.json, out
     formats.py      rows of text from files and from the hub, in every layout
     tokens.py       rows of text as flat arrays of token ids, kept on disk
     report.py       tables and the evaluation report
     figures.py      its figures
-    folders.py      a run's folder: not overwritten, written to by one process at a time
-    files.py        files that are whole or not there
+    files.py        files and folders that are whole or not there
 
 It knows nothing of the files in the root: models, functions and arrays come as arguments.
 """

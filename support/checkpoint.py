@@ -1,8 +1,8 @@
 """Checkpoints in Hugging Face's GPT-2 layout, in and out: config.json and the weights.
 
-Read are model.safetensors, several safetensors files with an index, and pytorch_model.bin; written
-is model.safetensors. Models have their parameters named as Hugging Face does; only Conv1D, which
-stores (in, out) where nn.Linear has (out, in), is turned round.
+Reads model.safetensors or pytorch_model.bin, whole or in several files with an index, and a
+ckpt.pt of nanoGPT. Writes model.safetensors. Models have their parameters named as Hugging Face
+does; only Conv1D, which stores (in, out) where nn.Linear has (out, in), is turned round.
 """
 import json
 import os
@@ -12,8 +12,15 @@ from safetensors.torch import load_file, save_file
 
 from support.files import replacing, write_json
 from support.flags import InputError
+from support.other_kinds import (
+    add_zero_biases,
+    load_torch_file,
+    nanogpt_config,
+    nanogpt_file,
+    other_kind,
+)
 from support.processes import is_first
-from support.run_folder import run_flags
+from support.run import run_flags
 from support.sharding import whole
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -21,6 +28,10 @@ FIELDS = {"block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n
           "n_head": "n_head", "n_embd": "n_embd"}       # our name of a size: that in config.json
 FIXED = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
          "scale_attn_by_inverse_layer_idx": False}      # the only value that is supported
+GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}    # torch's "approximate"
+WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
 
 
 def read_checkpoint(dir_or_hub_name, head):
@@ -32,12 +43,18 @@ def read_checkpoint(dir_or_hub_name, head):
     find = Finder(dir_or_hub_name)
     sizes = read_sizes(dir_or_hub_name, find)
     try:
-        tensors = dict(our_tensors(read_tensors(find)))
+        tensors = our_tensors(read_tensors(find), of_nanogpt=find.nanogpt is not None)
     except InputError:
         raise
     except Exception as error:     # torch and safetensors raise many kinds for a damaged file
         reason = one_line(error) or type(error).__name__
-        raise InputError(f"{dir_or_hub_name}: unreadable checkpoint: {reason}") from error
+        raise InputError(f"{dir_or_hub_name}: unreadable checkpoint: {find.last} is damaged or not "
+                         f"whole: {reason}") from error
+    if find.nanogpt is not None and add_zero_biases(tensors):
+        print(f"{dir_or_hub_name}: it was trained without biases; here they start at zero, and are "
+              "trained")
+    if head == "lm_head":
+        settle_head(tensors, sizes, dir_or_hub_name)
     check_tensors(tensors, sizes, dir_or_hub_name)
     if ("score.weight" in tensors) != (head == "score"):
         kinds = ["a language model", "a reward model"]
@@ -45,118 +62,200 @@ def read_checkpoint(dir_or_hub_name, head):
             kinds.reverse()
         raise InputError(f"{dir_or_hub_name}: this is {kinds[0]}, not {kinds[1]}")
     if head == "score":
-        tensors.pop("lm_head.weight", None)
-    elif sizes["tie_word_embeddings"] and "transformer.wte.weight" in tensors:
-        tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
+        tensors.pop(HEAD, None)
     return sizes, tensors
 
 
 def read_sizes(dir_or_hub_name, find=None):
     """The sizes in a checkpoint's config.json, by our names."""
-    path = (find or Finder(dir_or_hub_name)).required("config.json")
+    find = find or Finder(dir_or_hub_name)
+    config = nanogpt_config(find.nanogpt) if find.nanogpt else read_config(find)
+    check_config(config, dir_or_hub_name)
+    sizes = {ours: config[theirs] for ours, theirs in FIELDS.items()}
+    return {**sizes, "tie_word_embeddings": config.get("tie_word_embeddings", True),
+            "reward_head": config.get("reward_head", "last"),
+            "gelu": GELU[config.get("activation_function", "gelu_new")]}
+
+
+def read_config(find):
+    """A checkpoint's config.json, a dict."""
+    path = find.required("config.json")
     try:
         with open(path, encoding="utf-8") as file:
             config = json.load(file)
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{dir_or_hub_name}: unreadable checkpoint: config.json: "
+        raise InputError(f"{find.name}: unreadable checkpoint: config.json: "
                          f"{one_line(error)}") from error
     if not isinstance(config, dict):
-        raise InputError(f"{dir_or_hub_name}: config.json is not a JSON object")
+        raise InputError(f"{find.name}: config.json is not a JSON object")
     if "nanopref" in config and "model_type" not in config:
-        raise InputError(f"{dir_or_hub_name}: this run has no model yet (is it finished?)")
-    check_config(config, dir_or_hub_name)
-    sizes = {ours: config[theirs] for ours, theirs in FIELDS.items()}
-    return {**sizes, "tie_word_embeddings": config.get("tie_word_embeddings", True),
-            "reward_head": config.get("reward_head", "last")}
+        raise InputError(f"{find.name}: this run has no model yet (is it finished?)")
+    return config
+
+
+class NoModel(InputError):
+    """There is nothing where a model was looked for."""
+
+
+unreachable = set()     # names for which the hub gave no answer; its local cache is asked instead
+
+
+def hub_file(name, filename):
+    """Downloads a file of a model on the hub. Returns (its path, None), or (None, why not). A name
+    for which there was no answer is asked for once: each time takes the hub's client half a minute.
+    """
+    try:
+        import huggingface_hub  # comes with datasets
+        huggingface_hub.logging.set_verbosity(50)   # it warns of every try; we say what came of it
+        return huggingface_hub.hf_hub_download(name, filename,
+                                               local_files_only=name in unreachable), None
+    except Exception as error:     # the hub raises a dozen kinds, from offline to misspelt
+        reason = type(error).__name__
+        if reason not in ("EntryNotFoundError", "RemoteEntryNotFoundError"):
+            unreachable.add(name)       # and not merely a model without this file
+        return None, reason
 
 
 class Finder:
-    """Finds the files of a checkpoint: in a folder, or copies of them from the hub."""
+    """Finds the files of a checkpoint: in a folder, or copies of them from the hub.
+
+    nanogpt: the path of nanoGPT's ckpt.pt, where the checkpoint is one; last: the name of the file
+    that was found last, for messages.
+    """
 
     def __init__(self, dir_or_hub_name):
-        self.name, self.reason = str(dir_or_hub_name), None
-        self.is_folder = os.path.isdir(dir_or_hub_name)
+        self.name, self.reason, self.last = str(dir_or_hub_name), None, None
+        self.nanogpt = nanogpt_file(self.name)
+        self.is_folder = os.path.isdir(self.name)
         like_a_path = self.name.startswith((".", "/", "~", "out/")) or self.name.count("/") > 1
-        if like_a_path and not self.is_folder:      # not "name" or "owner/name": don't ask the hub
-            raise InputError(f"{self.name}: no such folder")
+        if like_a_path and not os.path.exists(self.name):   # not "name" or "owner/name"
+            raise NoModel(f"{self.name}: no such folder")
+        if os.path.exists(self.name) and not self.is_folder and self.nanogpt is None:
+            kind = other_kind([os.path.basename(self.name)])
+            raise InputError(f"{self.name}: {kind or 'a file: name the folder that holds it'}")
+        kind = other_kind(name for name in ["adapter_config.json"] if self._in_folder(name))
+        if kind is not None:        # transformers would add it to the model of the same folder
+            raise InputError(f"{self.name}: {kind}")
+
+    def _in_folder(self, filename):
+        return self.is_folder and os.path.isfile(os.path.join(self.name, filename))
 
     def optional(self, filename):
         """The file's path, or None if there is no such file."""
+        path = None
         if self.is_folder:
-            path = os.path.join(self.name, filename)
-            return path if os.path.isfile(path) else None
-        try:
-            from huggingface_hub import hf_hub_download  # comes with datasets
-            return hf_hub_download(self.name, filename)
-        except Exception as error:     # the hub raises a dozen kinds, from offline to misspelt
-            self.reason = self.reason or type(error).__name__
-            return None
+            path = os.path.join(self.name, filename) if self._in_folder(filename) else None
+        elif self.nanogpt is None:
+            path, reason = hub_file(self.name, filename)
+            self.reason = self.reason or reason
+        self.last = filename if path is not None else self.last
+        return path
 
     def required(self, filename):
         path = self.optional(filename)
-        if path is None and self.is_folder:
-            raise InputError(f"{self.name}: no {filename} in this folder (is the run finished?)")
-        if path is None:
-            raise InputError(
-                f"{self.name}: no such folder, and the hub gave no {filename} ({self.reason}); "
-                "without network, copy the model's config.json and model.safetensors into a folder "
-                "and name that")
-        return path
+        if path is not None:
+            return path
+        if self.is_folder:
+            kind = other_kind(sorted(os.listdir(self.name)))
+            raise InputError(f"{self.name}: no {filename} in this folder " +
+                             (f"but {kind}" if kind else "(is the run finished?)"))
+        raise NoModel(
+            f"{self.name}: no such folder, and the hub gave no {filename} ({self.reason}); "
+            "without network, copy the model's config.json and model.safetensors into a folder "
+            "and name that")
 
 
 def read_tensors(find):
     """All tensors of a checkpoint, by their names in the files."""
-    index = None
-    path = find.optional("model.safetensors")
-    if path is None:
-        index = find.optional("model.safetensors.index.json")
-    if path is None and index is None:
-        old = find.optional("pytorch_model.bin")
-        if old is not None:
-            return torch.load(old, map_location="cpu", weights_only=True)
-        path = find.required("model.safetensors")      # says that it is not there
-    if index is None:
-        return load_file(path)
-    with open(index, encoding="utf-8") as file:
-        shards = sorted(set(json.load(file)["weight_map"].values()))
-    tensors = {}
-    for shard in shards:
-        tensors |= load_file(find.required(shard))
-    return tensors
+    if find.nanogpt is not None:
+        find.last = os.path.basename(find.nanogpt)
+        return load_torch_file(find.nanogpt)["model"]
+    readers = {"model.safetensors": load_file, "pytorch_model.bin": load_torch_file}
+    for filename, load in readers.items():
+        path = find.optional(filename)
+        if path is not None:
+            return load(path)
+        index = find.optional(f"{filename}.index.json")
+        if index is not None:
+            with open(index, encoding="utf-8") as file:
+                shards = sorted(set(json.load(file)["weight_map"].values()))
+            tensors = {}
+            for shard in shards:
+                tensors |= load(find.required(shard))
+            return tensors
+    return find.required("model.safetensors")      # says that it is not there
 
 
-def our_tensors(tensors):
-    """Yields (name, tensor) as this repository's modules have them."""
+def our_tensors(tensors, of_nanogpt=False):
+    """The tensors of a file, {name: tensor}, as this repository's modules have them: without what
+    torch.compile and wrappers put into their names, and without buffers.
+
+    of_nanogpt: it has nn.Linear's matrices, which are not turned round.
+    """
+    ours = {}
     for name, tensor in tensors.items():
-        if name.endswith((".attn.bias", ".attn.masked_bias")):      # old files have the mask
+        parts = [part for part in name.split(".") if part not in WRAPPERS]
+        if parts[0] == "model":                                 # a model inside another module
+            parts = parts[1:]
+        if parts[0] in ("wte", "wpe", "h", "ln_f"):             # saved from a bare GPT2Model
+            parts = ["transformer", *parts]
+        our_name = ".".join(parts)
+        if our_name.endswith((".attn.bias", ".attn.masked_bias")):  # old files have the mask
             continue
-        if name.split(".")[0] in ("wte", "wpe", "h", "ln_f"):       # saved from a bare GPT2Model
-            name = "transformer." + name
-        if name.endswith(TRANSPOSED):
+        if our_name.endswith(TRANSPOSED) and not of_nanogpt:
             tensor = tensor.t().contiguous()
-        yield name, tensor
+        if our_name in ours and not torch.equal(ours[our_name], tensor):
+            raise ValueError(f"it has {our_name} twice, with different numbers")
+        ours[our_name] = tensor
+    return ours
+
+
+def settle_head(tensors, sizes, where):
+    """Fills in what is saved once of an output head that shares the embedding's weights. A head of
+    its own is kept, whatever config.json says of it."""
+    embedding, head = tensors.get(EMBEDDING), tensors.get(HEAD)
+    if not sizes["tie_word_embeddings"]:
+        return
+    if embedding is None and head is not None:
+        tensors[EMBEDDING] = head
+    elif embedding is not None and head is None:
+        tensors[HEAD] = embedding
+    elif embedding is not None and not torch.equal(embedding, head):
+        print(f"{where}: {HEAD} differs from {EMBEDDING}, though config.json does not say "
+              "tie_word_embeddings: false; it is kept as a head of its own")
+        sizes["tie_word_embeddings"] = False
 
 
 def check_config(config, where):
     """InputError if a config.json (a dict) is not that of a GPT-2 as it is written here."""
+    if config.get("quantization_config") is not None:
+        raise InputError(f"{where}: config.json has a quantization_config: a quantised model can't "
+                         "be trained here; name the model that it was made from")
     for name, supported in FIXED.items():
         if config.get(name, supported if name != "model_type" else None) != supported:
             raise InputError(f"{where}: config.json says {name} {config.get(name)!r}, and only "
                              f"{supported!r} is supported")
     activation = config.get("activation_function", "gelu_new")
-    if activation not in ("gelu_new", "gelu_pytorch_tanh"):
+    if activation not in list(GELU):
         raise InputError(f"{where}: config.json says activation_function {activation!r}, and only "
-                         "'gelu_new' is supported")
+                         "'gelu_new' and 'gelu' are supported")
     if config.get("reward_head", "last") not in ("last", "sum"):
         raise InputError(f"{where}: config.json says reward_head {config['reward_head']!r}, and "
                          "only 'last' and 'sum' are supported")
+    if not isinstance(config.get("tie_word_embeddings", True), bool):
+        raise InputError(f"{where}: config.json says tie_word_embeddings "
+                         f"{config['tie_word_embeddings']!r}, which is neither true nor false")
     for name in FIELDS.values():
-        if not isinstance(config.get(name), int) or config[name] < 1:
-            raise InputError(f"{where}: config.json says {name} {config.get(name)!r}, which is not "
-                             "a positive whole number")
+        size = config.get(name)
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise InputError(f"{where}: config.json says {name} {size!r}, which is not a positive "
+                             "whole number")
     if config["n_embd"] % config["n_head"]:
         raise InputError(f"{where}: config.json says n_head {config['n_head']}, which does not "
                          f"divide n_embd {config['n_embd']}")
+    if config.get("n_inner") not in (None, 4 * config["n_embd"]):
+        raise InputError(f"{where}: config.json says n_inner {config['n_inner']!r}, and only 4 "
+                         f"n_embd, {4 * config['n_embd']}, is supported")
 
 
 def check_tensors(tensors, sizes, where):
@@ -165,14 +264,20 @@ def check_tensors(tensors, sizes, where):
     for name, tensor in tensors.items():
         if not torch.is_tensor(tensor):
             raise InputError(f"{where}: {name} is not a tensor")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.dtype not in FLOATS:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise InputError(f"{where}: the weights {name} are {dtype} numbers: a quantised model "
+                             "can't be trained here; name the model that it was made from")
+        if not torch.isfinite(tensor).all():
             raise InputError(f"{where}: the weights {name} hold numbers that are not finite")
     layers = {name.split(".")[2] for name in tensors if name.startswith("transformer.h.")}
     actual = {"n_layer": len(layers)}
     for size, name in {"vocab_size": "wte", "block_size": "wpe"}.items():
         table = tensors.get(f"transformer.{name}.weight")
-        if table is not None and table.dim() == 2:      # if not, load_tensors says so
-            actual |= {size: table.size(0), "n_embd": table.size(1)}
+        if table is None or table.dim() != 2:
+            raise InputError(f"{where}: not the model of its config.json: its weights have no "
+                             f"table transformer.{name}.weight")
+        actual |= {size: table.size(0), "n_embd": table.size(1)}
     for size, value in actual.items():
         if sizes[size] != value:
             raise InputError(f"{where}: not the model of its config.json: {FIELDS[size]} is "
@@ -201,14 +306,15 @@ def write_checkpoint(directory, model, eos_token_id, **fields):
     end = config.vocab_size - 1 if eos_token_id is None else eos_token_id
     written = {"nanopref": flags} if flags else {}
     written |= {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
-    written |= dict(FIXED, n_ctx=config.block_size, activation_function="gelu_new", resid_pdrop=0.0,
+    activation = "gelu_new" if config.gelu == "tanh" else "gelu"
+    written |= dict(FIXED, n_ctx=config.block_size, activation_function=activation, resid_pdrop=0.0,
                     embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=end, eos_token_id=end,
                     tie_word_embeddings=config.tie_word_embeddings, **fields)
     write_json(os.path.join(directory, "config.json"), written, indent=2)
 
     tensors = {}
     for name, tensor in weights.items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
+        if name == HEAD and config.tie_word_embeddings:
             continue
         tensors[name] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
     with replacing(os.path.join(directory, "model.safetensors")) as temporary:

@@ -1,6 +1,30 @@
 """What the training scripts assert and say at the start: cheap, and it catches most mistakes."""
 import numpy as np
 
+from support.device import shape_multiple
+from support.passes import score
+
+SOME = 16       # rows that are computed in float32 as well
+
+
+def check_rounding(policy, dataset, split, args):
+    """Compares the reference's log-probs in bfloat16, of some rows of a data set, with those of a
+    float32 forward pass, and prints by how much they differ. AssertionError if a response's differs
+    by more than 0.5 nats and 0.005 for each of its tokens, which is more than rounding does.
+
+    policy: still the reference. dataset: with its column ref_logps, (N, K + S). split: its name.
+    """
+    rows = np.linspace(0, len(dataset) - 1, min(SOME, len(dataset))).astype(int)
+    some = dataset.take(rows)
+    exact = score(policy, some, multiple=shape_multiple(args), desc="float32")      # (rows, K + S)
+    error = np.abs(some.ref_logps - exact)
+    if not (error <= 0.5 + 0.005 * some.response_lengths()).all():     # a nan is not
+        raise AssertionError(f"the reference's {split} log-probs in bfloat16 differ from those in "
+                             f"float32 by up to {error.max():.2g} nats; use --dtype=float32, or "
+                             "delete the cache if another version of this code has written it")
+    print(f"{split} log-probs in bfloat16: within {error.max():.1g} nats of float32, in "
+          f"{len(rows)} rows")
+
 
 def check_step_0(losses, expected, logps, ref_logps, args):
     """Checks that before step 0 the policy is the reference: its log-probs are the cached ones, and
@@ -10,8 +34,8 @@ def check_step_0(losses, expected, logps, ref_logps, args):
     (P,) the same with the reference in the policy's place; logps, ref_logps: (b, K).
     """
     change = (logps - ref_logps).abs().max().item()
-    rounding = 1e-5 if args.dtype == "float32" else 1e-2
-    if change > rounding * ref_logps.abs().max() + 1e-3:
+    least, relative = (1e-3, 1e-5) if args.dtype == "float32" else (0.5, 1e-3)
+    if change > least + relative * ref_logps.abs().max():
         raise AssertionError("before step 0, the policy's log-probs differ from the reference's by "
                              f"up to {change} nats")
     scale = max(1, args.beta or 1, *(args.gamma or ()))

@@ -24,14 +24,14 @@ def setup(args):
             raise InputError("--device=xla needs torch_xla, of torch's own version: pip install "
                              "torch==2.9.0 'torch_xla[tpu]==2.9.0' (without [tpu] it computes on "
                              "the CPU, with PJRT_DEVICE=CPU)") from None
-        device = torch_xla.device()
     elif missing.get(name):
         raise InputError(f"--device={name}: this machine has none; use --device=cpu")
     elif name == "mps" and torch.__version__ < (2, 12):
         raise InputError(f"--device=mps: torch {torch.__version__} has attention kernels that are "
                          "wrong there; install 2.12 or newer")
-    else:
-        device = join(name)
+    device = join(name)
+    if name == "xla":
+        device = torch_xla.device()
     check_shares(vars(args))
     if args.dtype == "auto":
         fast = name == "xla" or name == "cuda" and torch.cuda.get_device_capability() >= (8, 0)

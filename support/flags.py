@@ -18,7 +18,8 @@ def run_script(main):
         stream.reconfigure(errors="replace")        # a terminal may know ASCII alone
     signal.signal(signal.SIGTERM, _exit_on_signal)  # which cleans up, unlike dying of it
     try:
-        main()
+        with lost_processes():
+            main()
         sys.stdout.flush()
     except InputError as error:
         _say_and_exit(f"{name}: error: {error}", 2)
@@ -36,6 +37,26 @@ def _exit_on_signal(number, frame):
 def _say_and_exit(line, code):
     print(line, file=sys.stderr)
     sys.exit(code)
+
+
+OTHERS_ENDED = ("another of torchrun's processes was killed, was stopped or met an error (printed "
+                "above), and this one ends with it; the same command with --resume continues a "
+                "training run from its last saved state")
+CONNECTION_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",  # gloo
+                   "remote process exited")                                                 # NCCL
+
+
+@contextlib.contextmanager
+def lost_processes():
+    """Turns what torch raises when another of torchrun's processes is gone into an InputError.
+    (torch has no type of its own for it, and it may come out of a forward or a backward pass.)"""
+    try:
+        yield
+    except RuntimeError as error:
+        if any(text in str(error) for text in CONNECTION_LOST):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)       # torchrun's, which says no more
+            raise InputError(OTHERS_ENDED) from error
+        raise
 
 
 @contextlib.contextmanager
@@ -74,6 +95,7 @@ def number_type(kind, name, allowed):
 
 positive_int = number_type(int, "positive int", lambda n: n > 0)
 positive_float = number_type(float, "positive float (1e-12 to 1e12)", lambda x: 1e-12 <= x <= 1e12)
+up_to_1000 = number_type(int, "int from 1 to 1000", lambda n: 1 <= n <= 1000)
 up_to_30000 = number_type(int, "int from 1 to 30000", lambda n: 1 <= n <= 30_000)
 not_negative_int = number_type(int, "non-negative int", lambda n: n >= 0)
 not_negative_float = number_type(float, "non-negative float (to 1e12)", lambda x: 0 <= x <= 1e12)
@@ -127,8 +149,27 @@ def skip_flag(parser):
                         "rows of --data in which something is wrong, and say which")
 
 
+def split_flag(parser):
+    parser.add_argument("--split", help="of --data, if it is a folder or a hub data set with "
+                        "several, such as train_prefs (or a+b); --data=NAME:SPLIT says the same")
+
+
+def held_out_split(text):
+    """--split of the scripts that answer held-out prompts: validation or test."""
+    if text not in ("validation", "test"):
+        raise argparse.ArgumentTypeError(
+            f"invalid choice: {text!r} (choose from validation, test: what the training scripts "
+            f"hold out of --data); a split of the data set itself is --data=NAME:{text}")
+    return text
+
+
+def penalty_flag(parser):
+    parser.add_argument("--missing_eos_penalty", type=not_negative_float, help="what a sample that "
+                        "was cut off, and so has no end-of-text token, loses of its reward "
+                        "(default: nothing)")
+
+
 def sampling_flags(parser):
-    parser.add_argument("--max_new_tokens", type=positive_int, default=64, help="longest sample")
     parser.add_argument("--temperature", type=temperature, default=1.0,
                         help="of sampling, up to 100; 0 takes the most likely token")
 
@@ -146,11 +187,15 @@ def comparison_flags(argv, doc):
     add("--relabel", help="run folder of a reward model that relabels the pairs for --rms")
     add("--data", default="tinytldr", help="where the held-out prompts and pairs come from")
     skip_flag(parser)
-    add("--split", default="test", choices=["validation", "test"])
+    add("--split", default="test", type=held_out_split, metavar="{validation,test}",
+        help="which of the held-out prompts (a split of the data set itself: --data=NAME:SPLIT)")
     add("--out_dir", default="out/report", help="where report.md, results.json and figures go")
     add("--n_prompts", type=up_to_30000, default=1000, help="held-out prompts, at most")
     add("--show", type=not_negative_int, default=5, help="prompts whose samples are printed")
     add("--seed", type=seed, help="of the data and of sampling (default: 0)")
+    add("--max_new_tokens", type=positive_int, help="longest sample (default: 64 on tinytldr, else "
+        "what 99%% of the held-out responses need)")
+    penalty_flag(parser)
     sampling_flags(parser)
     device_flags(parser)
     args = parser.parse_intermixed_args(argv)       # policies may stand between flags
@@ -159,6 +204,8 @@ def comparison_flags(argv, doc):
         args.policies = [f"out/{name}" for name in six]
         args.rms = args.rms or ("out/rm,out/rms" if args.data == "tinytldr" else None)
     random = args.data == "tinytldr" or args.temperature > 0
+    if args.data == "tinytldr":
+        args.max_new_tokens = args.max_new_tokens or 64     # else evaluate.py looks at the rows
     resolve(args, {"relabel": (args.rms is not None, None, "--rms, whose accuracy it changes"),
                    "skip_bad_rows": (args.data != "tinytldr", None, "--data of your own"),
                    "seed": (random, 0, "--data=tinytldr, and by a --temperature above 0")})
@@ -183,13 +230,15 @@ def talk_flags(argv, doc):
     source.add_argument("--data", help="answer held-out prompts: of tinytldr, of a file of "
                         "preferences or demonstrations, or of a hub name")
     skip_flag(parser)
-    add("--split", choices=["validation", "test"], help="of --data (default: test)")
+    add("--split", type=held_out_split, metavar="{validation,test}", help="which of the held-out "
+        "prompts (default: test; a split of the data set itself: --data=NAME:SPLIT)")
     add("--n_prompts", type=positive_int, help="held-out prompts, at most (default: 5)")
     add("--chat", action="store_true", help="a prompt is what a person says in a dialogue, which "
         "each policy remembers as far as it has room")
     add("--compare", action="store_true", help="also ask the policy that it was trained from")
     add("--n", type=positive_int, help="samples for each prompt (default: 1)")
     add("--seed", type=seed, help="of sampling, and of the post (default: 0)")
+    add("--max_new_tokens", type=positive_int, default=64, help="longest sample")
     sampling_flags(parser)
     add("--top_k", type=positive_int, help="sample from the most likely tokens, so many of them")
     add("--top_p", type=positive_fraction, help="sample from the most likely tokens, as many as "

@@ -8,10 +8,14 @@ rewards came with it. What a record may look like, in TRL's column names where i
     chosen, rejected            whole dialogues, or posts with their TL;DR: the prompt is what they
                                 have in common
     prompt, responses           K of them, the best first; or in the order of `ranks` (1 is best);
-                                or of `scores` (as above)
+                                or of `scores` (as above); or with `pairs`, [[i, j], ...] for
+                                "response i is better than j", or with `chosen` and `rejected` (one
+                                of them each, or its index): then a pair each
     prompt, completion          a demonstration, for supervised fine-tuning; but not if `label` is
-                                false
+                                false (or 0, no, undesirable, ...)
     messages                    a dialogue: each turn of the assistant is a demonstration
+
+Other columns are ignored, but not if they look like a label of which response is better.
 
 A prompt or a response is text or a list of chat messages, [{"role": "user", "content": "Hi"}, ...]
 (roles user, assistant, system). They become text as in Anthropic's HH data: "Human: Hi" and
@@ -19,11 +23,12 @@ A prompt or a response is text or a list of chat messages, [{"role": "user", "co
 
 JSON, CSV and Parquet files are read here, a part at a time, and nothing of them is kept: what is
 trained on is what is in the file now. (`datasets` would keep a copy, named by path and time, and
-guess types: it is asked for the hub alone, and which files of a folder are to train on.)
+guess types: it is asked for the hub alone.)
 """
 import contextlib
 import csv
 import datetime
+import functools
 import gzip
 import hashlib
 import json
@@ -31,14 +36,26 @@ import math
 import os
 import re
 import zlib
+from collections import Counter
 from itertools import takewhile
 
 from support.flags import InputError
+from support.oddities import Oddities, is_false
+from support.sources import ENDINGS, folder_files, in_a_line, name_and_split, open_hub
 
-ENDINGS = ("jsonl", "json", "csv", "parquet")       # of files; all but Parquet also with .gz
 PREFERENCES = (("chosen", "rejected"), ("prompt", "responses"))     # columns needed, either or
 DEMONSTRATIONS = (("prompt", "completion"), ("messages",), *PREFERENCES)
 PART = 2 ** 20          # characters of JSON that are read in one go, or more for a longer record
+
+# The name of a column that says which response is better has a word of the first kind, and no word
+# but these: `preferred`, `better_response_id`, `isChosen`; but not `preference_strength`.
+LABEL_WORDS = frozenset(
+    "label labels preferred preference preferences winner winning loser losing better best worse "
+    "worst safer choice selected accepted liked desirable chosen rejected rank ranks ranking "
+    "rankings pairs".split())
+WORDS_BESIDE = frozenset(
+    "a b is the of response responses answer answers completion completions output outputs summary "
+    "text side id ids idx index number human gold ai gpt user annotator final overall".split())
 
 # ------------------------------------------------------------------ chat messages and prompts
 
@@ -51,12 +68,12 @@ def chat_text(messages):
     return "".join(f"\n\n{names[message['role']]}: {message['content']}" for message in messages)
 
 
-def implicit_prompt(chosen, rejected):
-    """The prompt that two whole texts share: their common prefix up to its last "Assistant:", or
+def implicit_prompt(*texts):
+    """The prompt that whole texts share: their common prefix up to its last "Assistant:", or
     "TL;DR:" at the start of a line; "" if there is none. Other texts have no implicit prompt: the
     common prefix can have the responses' first words in it, and then two pairs on the same post
     have different prompts, and one of them may train while the other is held out."""
-    common = os.path.commonprefix([chosen, rejected])
+    common = os.path.commonprefix(texts)
     ends = [match.end() for match in re.finditer(r"\n\nAssistant:|\nTL;DR:", common)]
     return common[:ends[-1]] if ends else ""
 
@@ -119,24 +136,188 @@ def assistant_turns(prompt, response):
 # ------------------------------------------------------------------ one record
 
 
-def parse_rows(record, demonstrations):
-    """The rows in one record of a file: one preference; or demonstrations, one for each turn of the
-    assistant, none if the label is false. ValueError says what is wrong."""
+def parse_rows(record, demonstrations, notes=None):
+    """The rows in one record of a file: preferences, one or one for each of its `pairs`; or
+    demonstrations, one for each turn of the assistant, none if the label is false. ValueError says
+    what is wrong. notes: a Counter of what was done to rows, each "{} rows ..." for a number."""
     if isinstance(record, ValueError):      # in place of a record that could not be read
         raise record
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
+    notes = Counter() if notes is None else notes
     layouts = DEMONSTRATIONS if demonstrations else PREFERENCES
     if not any(set(columns) <= record.keys() for columns in layouts):
         wanted = ", or ".join(" and ".join(columns) for columns in layouts)
         raise ValueError(f"needs columns {wanted}; has {', '.join(map(str, record)) or 'none'}")
+    record = {str(name): None if is_gap(value) else value for name, value in record.items()}
     if not demonstrations:
-        return [parse_row(record, False)]
-    if "completion" in record and str(record.get("label")).lower() in ("false", "0", "0.0"):
+        check_labels(record, demonstration=False)
+        return [parse_row(part, False, notes) for part in pairs_of(record, demonstrations)]
+
+    demonstration = record.get("completion") is not None or bool(record.get("messages"))
+    check_labels(record, demonstration)
+    if demonstration and is_false(record.get("label")):
         return []
-    row = parse_row(prompt_and_completion(record), True)
-    return [{"prompt": prompt, "responses": [response]}
-            for prompt, response in assistant_turns(row["prompt"], *row["responses"])]
+    parts = [record] if demonstration else pairs_of(record, demonstrations)
+    rows = []
+    for part in parts:
+        row = parse_row(prompt_and_completion(part), True, notes)
+        rows += [{"prompt": prompt, "responses": [response]}
+                 for prompt, response in assistant_turns(row["prompt"], *row["responses"])]
+    if demonstration:
+        check_not_rejected(record, rows)
+    return rows
+
+
+def is_gap(value):
+    """Is it what pandas writes where there is nothing?"""
+    return isinstance(value, float) and math.isnan(value)
+
+
+# ------------------------------------------------------------------ labels
+
+
+@functools.lru_cache(maxsize=1000)
+def looks_like_label(column):
+    """Does the name of a column say that it tells which response is better?"""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", column).lower()
+    words = set(re.findall(r"[a-z]+", name))
+    return bool(words & LABEL_WORDS) and words <= LABEL_WORDS | WORDS_BESIDE
+
+
+def check_labels(record, demonstration):
+    """ValueError if a record has a column with a label that would be ignored. demonstration: is it
+    read as one, from `completion` or `messages`?"""
+    has_pair = record.get("chosen") is not None and record.get("rejected") is not None
+    has_ranking = record.get("responses") is not None
+    read = {"label"} if demonstration else set()
+    if has_ranking:
+        read |= {"ranks", "pairs"}
+        if not demonstration:
+            read |= {"chosen", "rejected"}
+    for column, value in record.items():
+        of_a_side = has_pair and re.match("chosen|rejected", column)    # such as chosen_model
+        if value is None or column in read or of_a_side or not looks_like_label(column):
+            continue
+        if column in ("chosen", "rejected") and not demonstration and not has_ranking:
+            continue        # half a pair: what is missing is named later
+        advice = ("'label', which is false for what is not to be imitated" if demonstration
+                  else "'chosen' and 'rejected'")
+        raise ValueError(f"column {column!r} looks like a label of which response is better, and "
+                         f"would be ignored; put what it says into {advice}, or leave it out")
+    if has_ranking and not demonstration:
+        check_ranking_labels(record)
+
+
+def check_ranking_labels(record):
+    """ValueError if two columns say in which order `responses` are, or a column that is not read
+    may do so."""
+    sources = [column for column in ("ranks", "pairs") if record.get(column) is not None]
+    sources += [column for column in ("chosen", "rejected") if record.get(column) is not None][:1]
+    if len(sources) > 1:
+        raise ValueError(f"columns {sources[0]!r} and {sources[1]!r} both say which of the "
+                         "'responses' is better; keep one of them")
+    if sources or record.get("scores") is not None or not isinstance(record["responses"], list):
+        return
+    for column, value in record.items():
+        if column == "responses":
+            continue
+        if is_list_of_numbers(value, len(record["responses"])) and len(set(value)) > 1:
+            raise ValueError(f"column {column!r} has a number for each of the 'responses' and "
+                             "would be ignored; call it 'scores' (the highest is best) or 'ranks' "
+                             "(1 is best), or leave it out")
+
+
+def check_not_rejected(record, demonstrations):
+    """ValueError if what is to be imitated is a worse response of a preference beside it."""
+    if not {"chosen", "responses"} & record.keys():
+        return
+    try:
+        preferences = parse_rows({**record, "label": None}, False)
+    except ValueError:          # there is none
+        return
+    text = demonstrations[-1]["responses"][0].strip()
+    better = {row["responses"][0].strip() for row in preferences}
+    worse = {response.strip() for row in preferences for response in row["responses"][1:]}
+    if text in worse - better:
+        column = "completion" if record.get("completion") is not None else "messages"
+        raise ValueError(f"column {column!r} is what was rejected in the preference beside it")
+
+
+def pairs_of(record, demonstrations):
+    """A record whose labels of `responses` stand in `pairs`, or in `chosen` and `rejected`, as one
+    record for each pair, with columns `chosen` and `rejected`; other records as they are. For
+    demonstrations a record for each response that is never the worse one, or for `sft_target`."""
+    listed, pairs = record.get("responses"), record.get("pairs")
+    if listed is None:
+        return [record]
+    if demonstrations and record.get("sft_target") is not None:
+        return [{"prompt": record.get("prompt"), "completion": record["sft_target"]}]
+    sides = {side: record[side] for side in ("chosen", "rejected") if record.get(side) is not None}
+    if pairs is None and not sides:
+        return [record]
+    if not isinstance(listed, list) or len(listed) < 2:
+        raise ValueError("column 'responses' is not a list of two responses or more")
+    pairs = [pair_among(listed, sides)] if pairs is None else check_pairs(pairs, len(listed))
+    if demonstrations:
+        losers = {worse for _, worse in pairs}
+        first_of = {better: [better, worse] for better, worse in reversed(pairs)
+                    if better not in losers}
+        pairs = list(reversed(first_of.values()))
+        if not pairs:
+            raise ValueError("column 'pairs' goes round in a circle: no response is the best")
+    scores = record.get("scores")
+    if scores is not None:
+        scores = check_scores(scores, len(listed))
+    rest = {name: value for name, value in record.items()
+            if name not in ("responses", "pairs", "scores", "sft_target")}
+    records = []
+    for better, worse in pairs:
+        pair = {"chosen": listed[better], "rejected": listed[worse]}
+        if scores:
+            pair |= {"score_chosen": scores[better], "score_rejected": scores[worse]}
+        records.append(rest | pair)
+    return records
+
+
+def check_pairs(pairs, K):
+    """A column `pairs`: [[i, j], ...], response i being better than j. ValueError if it is not."""
+    is_pairs = isinstance(pairs, list) and len(pairs) > 0 and all(
+        isinstance(pair, list) and len(pair) == 2 and pair[0] != pair[1]
+        and all(type(k) is int and 0 <= k < K for k in pair) for pair in pairs)
+    if not is_pairs:
+        raise ValueError("column 'pairs' is not a list of [better, worse], two different numbers "
+                         f"from 0 to {K - 1} which count the 'responses'")
+    return pairs
+
+
+def pair_among(listed, sides):
+    """[index of `chosen`, index of `rejected`] among a list of responses. sides: the columns that
+    there are, one of `responses` or its index each; of two responses one is enough."""
+    texts, places = [last_text(response) for response in listed], {}
+    for side, value in sides.items():
+        if type(value) is int and 0 <= value < len(listed) and value not in listed:
+            places[side] = value
+        elif last_text(value) in texts:
+            places[side] = texts.index(last_text(value))
+        else:
+            raise ValueError(f"column {side!r} is none of the 'responses', nor the index of one")
+    if len(places) == 1 and len(listed) == 2:
+        places |= {side: 1 - place for place in places.values()
+                   for side in ("chosen", "rejected") if side not in places}
+    if len(set(places.values())) != 2:
+        raise ValueError("columns 'chosen' and 'rejected' do not name two of the 'responses'")
+    return [places["chosen"], places["rejected"]]
+
+
+def last_text(value):
+    """A response without the white space around it; of a dialogue, its last message."""
+    if isinstance(value, list) and value and isinstance(value[-1], dict):
+        value = value[-1].get("content")
+    return value.strip() if isinstance(value, str) else value
+
+
+# ------------------------------------------------------------------ a prompt and its responses
 
 
 def prompt_and_completion(record):
@@ -164,9 +345,13 @@ def is_assistant(message):
     return isinstance(message, dict) and message.get("role") == "assistant"
 
 
-def parse_row(record, demonstrations):
-    """One record of a file, in any of the layouts, as a row. ValueError says what is wrong."""
-    if demonstrations and "completion" in record:
+def parse_row(record, demonstrations, notes=None):
+    """One record of a file, in any of the layouts, as a row. ValueError says what is wrong. notes:
+    see parse_rows."""
+    notes = Counter() if notes is None else notes
+    from_preference = any(record.get(column) is not None for column in ("chosen", "responses"))
+    if demonstrations and "completion" in record and not (
+            record["completion"] is None and from_preference):
         columns = ["completion"]
     elif record.get("responses") is not None:
         columns = ["responses"]
@@ -187,7 +372,7 @@ def parse_row(record, demonstrations):
         prompt = text_of(prompt, "prompt")
 
     if ranking:
-        responses, scores = parse_ranking(record, prompt)
+        responses, scores = parse_ranking(record, prompt, notes)
         columns *= len(responses)
     else:
         responses = [text_of(text, column, prompt) for text, column in zip(texts, columns)]
@@ -205,6 +390,8 @@ def parse_row(record, demonstrations):
                              "beginning that ends in 'Assistant:' or 'TL;DR:'; what they answer "
                              "belongs into a column 'prompt'")
         responses = [response[len(prompt):] for response in responses]
+    else:
+        prompt, responses = prompt_once(prompt, responses, notes)
     for column, response in zip(columns, responses):
         # In a whole dialogue a blank turn is what the assistant said; a blank column is a mistake.
         empty = not response.strip() if "prompt" in record else not response
@@ -216,6 +403,47 @@ def parse_row(record, demonstrations):
     if scores:
         row["scores"] = scores
     return row
+
+
+def prompt_once(prompt, responses, notes):
+    """A prompt and its responses as text, which may begin with the prompt: then it is taken off
+    there. Returns (prompt, responses).
+
+    All of the responses have to begin with it, and to go on. Where only some do, they may repeat
+    the question: they stay as they are, and `notes` counts them."""
+    text = prompt.strip()
+    if not text:
+        return prompt, responses
+    if all(response.lstrip().startswith(("Human:", "System:")) for response in responses):
+        # They may be whole dialogues, in which the prompt is what the person says.
+        dialogues = ["\n\n" + response.lstrip() for response in responses]
+        spoken = f"\n\nHuman: {text}\n\nAssistant:"
+        opening = spoken if len(dialogues) == 1 else implicit_prompt(*dialogues)
+        if spoken in opening and all(dialogue.startswith(opening) for dialogue in dialogues):
+            notes["{} rows: the responses are dialogues with the prompt in them, which is taken "
+                  "off there"] += 1
+            return opening, [dialogue[len(opening):] for dialogue in dialogues]
+
+    rests = [after_prompt(prompt, response) for response in responses]
+    if all(rest and rest.strip() for rest in rests):
+        notes["{} rows: the responses begin with the prompt, which is taken off there"] += 1
+        return prompt, rests
+    if any(rest is not None for rest in rests):
+        notes["{} rows: a response begins with the prompt, but not all do or nothing comes after "
+              "it; they are left as they are"] += 1
+    return prompt, responses
+
+
+def after_prompt(prompt, response):
+    """What comes after the prompt in a response that begins with it, in the middle of no word; else
+    None. The prompt may stand there without the white space around it."""
+    for beginning in (prompt, prompt.rstrip(), prompt.strip()):
+        if response.startswith(beginning):
+            rest = response[len(beginning):]
+            if beginning[-1].isalnum() and rest[:1].isalnum():
+                return None
+            return rest.removeprefix(prompt[len(prompt.rstrip()):]) if beginning != prompt else rest
+    return None
 
 
 def scores_of(values, columns):
@@ -233,7 +461,15 @@ def scores_of(values, columns):
     return lists
 
 
-def parse_ranking(record, prompt):
+def check_scores(scores, K):
+    """A column `scores`: rewards of K responses -> K lists. ValueError if it is not."""
+    if not isinstance(scores, list) or len(scores) != K:
+        raise ValueError(f"column 'scores' is not a list of {K}, one number or list for each "
+                         "response")
+    return scores_of(scores, ["scores"] * K)
+
+
+def parse_ranking(record, prompt, notes):
     """A list of responses, the best first, or with `ranks` (1 is best) or else `scores` that say
     which is best. Returns (responses, the best first, and their scores or None)."""
     listed = record["responses"]
@@ -244,10 +480,7 @@ def parse_ranking(record, prompt):
 
     scores = record.get("scores")
     if scores is not None:
-        if not isinstance(scores, list) or len(scores) != K:
-            raise ValueError(f"column 'scores' is not a list of {K}, one number or list for each "
-                             "response")
-        scores = scores_of(scores, ["scores"] * K)
+        scores = check_scores(scores, K)
 
     order = record.get("ranks")
     if order is None:
@@ -260,56 +493,117 @@ def parse_ranking(record, prompt):
     by_rank = sorted(range(K), key=lambda k: (order[k], ties[k]))
     if scores:
         scores = [scores[k] for k in by_rank]
+        if sum(scores[0]) < max(map(sum, scores)):
+            notes["{} rows: 'ranks' and 'scores' have another response as the best; the ranks "
+                  "decide"] += 1
     return [responses[k] for k in by_rank], scores
 
 
 def is_list_of_numbers(values, n):
     return (isinstance(values, list) and len(values) == n
-            and all(isinstance(x, (int, float)) and math.isfinite(x) for x in values))
+            and all(isinstance(x, (int, float)) and abs(x) < 1e12 for x in values))
 
 
 # ------------------------------------------------------------------ files and the hub
 
 
-def load_rows(data, demonstrations=False, skip_bad_rows=False, hub=None, say=print):
-    """Yields the rows of a file, folder or hub data set; for demonstrations, preferences serve too
-    (their chosen responses). Other columns are ignored. InputError names the file and its bad rows;
-    with skip_bad_rows these are left out. hub: what `open_hub` gave, if it has been called. say: is
-    called with what was left out."""
-    bad, sizes, n_rows, unwanted = [], {}, 0, 0
-    for number, record in read_records(data, hub):
+def load_rows(data, demonstrations=False, skip_bad_rows=False, hub=None, say=print, prepare=None):
+    """Yields the rows of a file, folder or hub data set, "name" or "name:split"; for
+    demonstrations, preferences serve too (their chosen responses). InputError names the file and
+    its bad rows; with skip_bad_rows these are left out. hub: what `open_hub` gave, if it has been
+    called. say: is called with what is read, what was left out or changed, and what looks like a
+    mistake. prepare: is called with each row and a Counter of notes (see parse_rows) and may change
+    the row; a ValueError from it makes the row a bad one."""
+    source, _ = name_and_split(data)
+    check_is_file(source)
+    if hub is None and not os.path.exists(source):
+        hub = open_hub(data)
+    bad, n_rows, unwanted, notes = [], 0, 0, Counter()
+    oddities = Oddities(demonstrations)
+    sizes = {} if demonstrations else usual_sizes(data, hub)
+    for number, record in read_records(data, hub, say):
+        notes_of_record = Counter()
         try:
-            rows = parse_rows(record, demonstrations)
+            rows = parse_rows(record, demonstrations, notes_of_record)
             for row in rows:
                 check_sizes(row, sizes)
-        except ValueError as error:
+                if prepare is not None:
+                    prepare(row, notes_of_record)
+        except (ValueError, OverflowError, RecursionError) as error:
             bad.append((number, in_a_line(error)))
             continue
+        if notes_of_record:
+            notes.update(notes_of_record)
         unwanted += not rows
         n_rows += len(rows)
+        oddities.count(record, rows)
         if skip_bad_rows or not bad:
             yield from rows
     if bad and not (skip_bad_rows and n_rows):
         advice = "; --skip_bad_rows leaves them out" if n_rows else ""
+        if not n_rows and bad[0][1].startswith("needs columns"):
+            advice = "; docs/layouts.md converts the layouts of well-known data sets"
         raise InputError(f"--data: {data}: {describe(bad)}{advice}")
     if bad:
         say(f"{len(bad)} bad row{'s' if len(bad) > 1 else ''} skipped: {describe(bad)}")
+    for note, count in notes.items():
+        message = note.format(count)
+        say(message.replace("1 rows", "1 row", 1) if count == 1 else message)
     if unwanted:
         say(f"{unwanted} demonstrations left out, as their label is false")
+    for message in oddities.messages():
+        say(message)
     if not n_rows:
         raise InputError(f"--data: {data}: the file has no rows")
 
 
+def usual_sizes(data, hub=None):
+    """How many responses, and scores for each, most records of preferences have: {name: number}."""
+    sizes = Counter()
+    for _, record in read_records(data, hub, say=lambda line: None):
+        if isinstance(record, dict):
+            sizes[sizes_of_record(record)] += 1
+    if not sizes:
+        return {}
+    responses = Counter()
+    for (K, _), count in sizes.items():
+        responses[K] += count
+    usual = {"responses": responses.most_common(1)[0][0]}
+    scores = Counter({M: count for (K, M), count in sizes.items()
+                      if K == usual["responses"] and M})
+    if scores:
+        usual["scores for each response"] = scores.most_common(1)[0][0]
+    return usual
+
+
+def sizes_of_record(record):
+    """(responses in each row, scores for each response or 0) of a record that need not be right."""
+    labels = [record.get(column) for column in ("pairs", "chosen", "rejected")]
+    listed, scores = record.get("responses"), record.get("scores")
+    is_ranking = isinstance(listed, list) and all(label is None for label in labels)
+    if not isinstance(listed, list):
+        scores = [record.get("score_chosen")]
+    score = scores[0] if isinstance(scores, list) and scores else None
+    M = len(score) if isinstance(score, list) else int(score is not None and not is_gap(score))
+    return len(listed) if is_ranking else 2, M
+
+
 def check_sizes(row, sizes):
-    """ValueError if a row has not as many responses, or scores for each, as rows had before, which
-    are noted in `sizes`."""
+    """ValueError if a row has not as many responses, or scores for each, as most rows have."""
     own = {"responses": len(row["responses"])}
     if "scores" in row:
         own["scores for each response"] = len(row["scores"][0])
     for name, size in own.items():
-        if sizes.setdefault(name, size) != size:
-            raise ValueError(f"{size} {name}, the first row has {sizes[name]}; they must be as "
-                             "many")
+        if sizes.get(name, size) != size:
+            raise ValueError(f"{size} {name}, most rows have {sizes[name]}; they must be as many")
+
+
+def check_is_file(path):
+    """InputError if there is something with this name that is neither a file nor a folder: a pipe
+    or a device may have no end."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise InputError(f"--data: {path}: a pipe, socket or device, not a file; save what comes "
+                         "out of it in a file first")
 
 
 def describe(bad, most=5):
@@ -329,19 +623,26 @@ def describe(bad, most=5):
     return "; ".join(parts)
 
 
-def read_records(data, hub=None):
+def read_records(data, hub=None, say=print):
     """Yields (row number, record) of a JSONL, JSON, CSV or Parquet file (text also gzipped), of the
-    files of a folder that are to train on, or of a hub data set. In place of a record that can't be
-    read stands the ValueError that says why. InputError if the rest can't be read either."""
+    files of one split of a folder, or of a hub data set; say: is called with the files or the split
+    that are read. In place of a record that can't be read stands the ValueError that says why.
+    InputError if the rest can't be read either."""
     try:
-        if os.path.isfile(data):
-            yield from read_file(data)
-        elif os.path.isdir(data):
-            for path in training_files(data):
-                for number, record in read_file(path):
-                    yield f"{number} of {os.path.basename(path)}", record
+        source, split = name_and_split(data)
+        if os.path.isfile(source):
+            yield from read_file(source)
+        elif os.path.isdir(source):
+            for file in folder_files(source, split, say):
+                for number, record in read_file(os.path.join(source, file)):
+                    yield f"{number} of {file}", record
         else:
-            batches = (hub or open_hub(data)).iter(1000)        # {name: list of values}
+            hub = hub or open_hub(data)
+            if hub.split:
+                others = [name for name in hub.info.splits or () if name != str(hub.split)]
+                not_read = f"; not read: {', '.join(others)}" if others else ""
+                say(f"reads the split {hub.split}{not_read}")
+            batches = hub.iter(1000)        # {name: list of values}
             records = (dict(zip(batch, values)) for batch in batches
                        for values in zip(*batch.values()))
             yield from enumerate(records, 1)
@@ -353,16 +654,13 @@ def read_records(data, hub=None):
         raise InputError(f"--data: {data}: {in_a_line(error)}") from error
 
 
-def in_a_line(error):
-    return " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__
-
-
 def read_file(path):
     """`read_records` of one file."""
     suffix = path.removesuffix(".gz").rsplit(".", 1)[-1]
     if suffix not in ENDINGS:
         raise InputError(f"--data: {path}: files end in {', '.join(ENDINGS)}, or one of these and "
                          ".gz")
+    check_is_file(path)
     if os.path.getsize(path) == 0:
         raise InputError(f"--data: {path}: the file is empty")
     if suffix == "parquet":
@@ -438,34 +736,3 @@ def parquet_records(path):
     import pyarrow.parquet  # comes with datasets
     for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
         yield from batch.to_pylist()
-
-
-def quiet_datasets():
-    import datasets  # here, so that the rest runs where it is not installed
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL + 1)   # we report its troubles
-    return datasets
-
-
-def training_files(folder):
-    """The files of the `train` split of a folder: a copy of what is on the hub, or one like it."""
-    builder = quiet_datasets().load_dataset_builder(folder)
-    files = (builder.config.data_files or {}).get("train")
-    if not files:
-        raise InputError(f"--data: {folder}: no files of a train split")
-    return files
-
-
-def open_hub(data):
-    """A datasets.Dataset of the `train` split of a data set on the hub: owner/name, or
-    owner/name/folder for the files in one folder of it. InputError says what is wrong."""
-    suffix = data.removesuffix(".gz").rsplit(".", 1)[-1]
-    if suffix in ENDINGS or data.startswith((".", "/", "~")) or data.count("/") > 2 or not data:
-        raise InputError(f"--data: {data}: no such file")
-    owner_name, folder = "/".join(data.split("/")[:2]), data.split("/")[2:]
-    try:
-        return quiet_datasets().load_dataset(owner_name, data_dir=folder[0] if folder else None,
-                                             split="train")
-    except Exception as error:     # it raises whatever its readers do
-        raise InputError(f"--data: {data}: no such file or folder; and as a data set of the hub: "
-                         f"{in_a_line(error)}") from error

@@ -1,26 +1,50 @@
-"""The fast way to the log-probs of given tokens: log_softmax and gather, without their arrays.
+"""The head, which turns hidden states into logits: its weight where products are rounded, and the
+fast way to the log-probs of given tokens, log_softmax and gather without their arrays.
 
 Over a vocabulary of 50,000 the logits are the largest array there is, and passes over memory are
-what they cost. Autograd would keep one array for each operation; this writes exp(logits) over the
-logits, and the gradient, one-hot(target) - softmax, over that. tests/test_tree.py shows that values
-and gradients are those of log_softmax.
+what they cost. Autograd would keep one array for each operation; `token_logps` writes exp(logits)
+over the logits, and the gradient, one-hot(target) - softmax, over that. tests/test_tree.py shows
+that values and gradients are those of log_softmax.
 """
 import torch
+import torch.nn.functional as F
 
 ROWS = 1024      # tokens at a time: with GPT-2's vocabulary an array of 200 MB
 
 
+def product_type(tensor):
+    """Returns the type in which matrix products with a tensor are computed: autocast's if it is
+    on, otherwise the tensor's own."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
+def head_weight(weight, dtype):
+    """Returns the weight of a head, (vocab, C), ready for products in `dtype`, and the mean row,
+    (C,), that was subtracted from it: for bfloat16 the weight is centred before it is rounded.
+
+    The mean row adds the same number to all logits of a position, which no probability depends on.
+    In GPT-2 that number is near -110, where bfloat16 numbers are 0.5 apart, so it costs the others
+    their digits. Without it the logits are near 0. float32 and float64 are left as they are, with
+    None for the mean. The gradient with respect to the weight needs no change either: over the
+    vocabulary it adds up to 0.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    if dtype == wide:
+        return weight.to(dtype), None
+    mean = weight.mean(dim=0, dtype=wide)
+    return torch.cat([(rows - mean).to(dtype) for rows in weight.split(ROWS)]), mean
+
+
 @torch.compiler.disable      # it would make new arrays for what is done in place
 def token_logps(hidden, weight, target):
-    """log softmax(hidden @ weight.T)[target] for R tokens.
+    """Returns log softmax(hidden @ weight.T)[target] for R tokens, (R,).
 
     hidden: (R, C); weight: (vocab, C); target: (R,) int64. Products are in autocast's type, if it
-    is on; everything that is added up is float32 (float64 for float64 inputs). Returns (R,).
+    is on. The targets' own logits and everything that is added up are float32 (float64 for float64
+    inputs).
     """
-    device, dtype = hidden.device.type, hidden.dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    return TokenLogps.apply(hidden, weight, target, dtype, torch.is_grad_enabled())
+    return TokenLogps.apply(hidden, weight, target, product_type(hidden), torch.is_grad_enabled())
 
 
 class TokenLogps(torch.autograd.Function):
@@ -31,20 +55,26 @@ class TokenLogps(torch.autograd.Function):
         wide = torch.promote_types(dtype, torch.float32)
         ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
         ctx.kept, logps = [], []
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        ctx.weight, mean = head_weight(weight, dtype)
         few = 32 if hidden.device.type == "cpu" else ROWS
         for h, t in zip(hidden.split(ROWS), target.split(ROWS)):
-            logits = h @ weight.t()                                     # (rows, vocab)
+            if dtype != wide:       # one product for each target: no need to round it
+                own = ((weight[t] - mean) * h).sum(dim=1, keepdim=True, dtype=wide)     # (rows, 1)
+            h = h.to(dtype)
+            logits = h @ ctx.weight.t()                                 # (rows, vocab)
             top = logits.amax(dim=1, keepdim=True)                      # (rows, 1)
             wanted = logits.gather(1, t[:, None])                       # (rows, 1)
             exp = logits.sub_(top).exp_()                               # (rows, vocab), in place
             # A float32 sum of bfloat16 copies it: a few rows at a time, it stays in a CPU's cache.
             sums = [part.sum(dim=1, keepdim=True, dtype=wide) for part in exp.split(few)]
             total = torch.cat(sums)                                     # (rows, 1)
-            logps.append((wanted.to(wide) - top.to(wide) - total.log()).squeeze(1))
+            if dtype == wide:
+                logps.append((wanted - top - total.log()).squeeze(1))
+            else:       # from the log-odds of the target, with its own logit
+                others = (total - exp.gather(1, t[:, None])).clamp(min=0)           # (rows, 1)
+                logps.append(F.logsigmoid(own - top - others.log()).squeeze(1))
             if keep:
                 ctx.kept.append((h, t, exp, total))
-        ctx.weight = weight
         return torch.cat(logps)
 
     @staticmethod

@@ -1,9 +1,10 @@
 """A model over a whole data set, once: scores and samples."""
-import codecs
 import contextlib
+import sys
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from support.device import FEW_SHAPES, new_generator, round_up
 from support.flags import InputError
@@ -11,6 +12,7 @@ from support.processes import add_up, in_shares, progress_bar, share_in_step
 from support.sharding import gathered
 
 TOKENS_PER_BATCH, PROMPTS_PER_STREAM = 16_384, 1024
+MANY_CUT_OFF = 0.05         # a larger share of samples without an end is worth a warning
 
 
 @torch.no_grad()
@@ -76,17 +78,20 @@ def stream(policy, name, tokenizer, ids, args):
 
 def stream_reply(policy, tokenizer, ids, args, generator):
     """Prints one reply, each token as it is drawn. Returns its tokens."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")   # a letter may be two tokens
+    drawn, printed = [], ""
 
     def on_token(tokens):
-        if tokens[0] != tokenizer.eot_token and tokens[0] < tokenizer.n_vocab:
-            word = tokenizer.decode_single_token_bytes(tokens[0])
-            print(decoder.decode(word), end="", flush=True)
+        nonlocal printed
+        drawn.append(tokens[0])
+        text = to_text(drawn, tokenizer)
+        if not text.endswith("\ufffd"):     # a letter may be several tokens: wait for all of it
+            print(text[len(printed):], end="", flush=True)
+            printed = text
 
     reply, = policy.generate([ids], args.max_new_tokens, args.temperature, tokenizer.eot_token,
                              generator, on_token=on_token, top_k=args.top_k, top_p=args.top_p)
     ending = "" if reply[-1] == tokenizer.eot_token else " ..."
-    print(decoder.decode(b"", final=True) + ending + "\n")
+    print(to_text(reply, tokenizer)[len(printed):] + ending + "\n")
     return reply
 
 
@@ -108,6 +113,47 @@ def with_room(prompts, model, max_new_tokens):
         print(f"{n_cut} of {len(prompts)} prompts lose their start: {max_new_tokens} new tokens in "
               f"block_size {model.config.block_size} leave room for {room}")
     return [prompt[-room:] for prompt in prompts]
+
+
+def with_end(prompt, sample, end, block_size):
+    """Returns a prompt and a sample (token ids) as a reward model was trained to read them: the
+    sample ends in the end-of-text token `end`. One that was cut off gets it. Where block_size has
+    no room for it, the prompt loses its start; if the prompt is down to one token, the sample loses
+    its last ones."""
+    if was_cut_off(sample, end):
+        sample = [*sample[:block_size - 2], end]
+    return prompt[-(block_size - len(sample)):], sample
+
+
+def was_cut_off(sample, end):
+    """Tells whether a sample stopped at max_new_tokens or at block_size, not in end-of-text."""
+    return len(sample) == 0 or sample[-1] != end
+
+
+def count_cut_off(name, samples, end, max_new_tokens, then):
+    """Prints how many samples were cut off, as a warning if they are more than 5%. name: whose
+    samples; end: the end-of-text token; then: what becomes of them. Returns (N,) bool."""
+    cut = np.array([was_cut_off(sample, end) for sample in samples])
+    at_limit = cut & np.array([len(sample) >= max_new_tokens for sample in samples])
+    say_cut_off(name, len(cut), max_new_tokens, int(at_limit.sum()), int((cut & ~at_limit).sum()),
+                then)
+    return cut
+
+
+def say_cut_off(name, n, max_new_tokens, n_at_limit, n_at_block_size, then):
+    """Prints how many of n samples were cut off, if any were, at max_new_tokens and at
+    block_size."""
+    n_cut = n_at_limit + n_at_block_size
+    if not n_cut:
+        return
+    places = {f"--max_new_tokens={max_new_tokens}": n_at_limit, "block_size": n_at_block_size}
+    where = " and ".join(f"{number} at {place}" for place, number in places.items() if number)
+    line = (f"{name}: {n_cut} of {n} samples ({n_cut / n:.1%}) were cut off before their "
+            f"end-of-text token, {where}: {then}")
+    if n_cut > MANY_CUT_OFF * n:
+        line = f"warning: {line}"
+        line += "; a higher --max_new_tokens cuts off fewer" if n_at_limit else ""
+    tqdm.write(line, file=sys.stdout)           # there may be a progress bar
 
 
 def to_text(response, tokenizer):

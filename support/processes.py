@@ -4,7 +4,10 @@ All go through the same script and draw the same batches. Each computes its shar
 gradients and logged sums are added up, so that a run does not depend on how many they are; the
 first one writes. Without torchrun there is one process, and nothing here does anything. Each has
 the whole model; with --fsdp (sharding.py) a part of it.
+
+A process that ends takes the others with it: they say so (flags.lost_processes) and end as well.
 """
+import atexit
 import contextlib
 import ctypes
 import os
@@ -17,24 +20,57 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from support.flags import InputError
+from support.flags import OTHERS_ENDED, InputError
 
 
 def join(name):
     """Joins the processes that torchrun has started, if it has. name: the device's, "cpu" or
-    "cuda". Returns the device of this process."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    "cuda". Returns the device of this process. InputError if another program than torchrun has set
+    a process's number: it may have started several, which would not know of each other."""
+    if not by_torchrun():
+        for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            if variable in os.environ:
+                raise InputError(f"{variable} is set, but torchrun did not start this process; use "
+                                 "torchrun --nproc_per_node=N for several processes, or unset "
+                                 f"{variable} for a single one")
         return torch.device(name)
-    if name == "mps":
-        raise InputError("--device=mps: torchrun's processes can't share one; use --device=cpu")
+    if name in ("mps", "xla"):
+        raise InputError(f"--device={name}: torchrun's processes can't share one; use "
+                         "--device=cpu")
     if not dist.is_initialized():
         dist.init_process_group("nccl" if name == "cuda" else "gloo")
+        atexit.register(leave)
+        signal.signal(signal.SIGTERM, exit_with_the_others)
     if not is_first():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     if name == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device(name)
+
+
+def by_torchrun():
+    """Has torchrun started this process?"""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def starts_as_first():
+    """Is this process the only one or torchrun's first? Known before it has joined the others."""
+    return not by_torchrun() or os.environ["RANK"] == "0"
+
+
+def leave():
+    """Ends the threads that talk to other processes, before Python ends: one that is left would
+    sometimes abort the process after its work is done."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def exit_with_the_others(number, frame):
+    """Handles torchrun's SIGTERM while there is nothing to save: it is told to stop, or another
+    process has ended."""
+    print(f"{os.path.basename(sys.argv[0])}: error: {OTHERS_ENDED}", file=sys.stderr)
+    sys.exit(128 + number)
 
 
 def processes():

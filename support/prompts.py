@@ -5,12 +5,16 @@ import sys
 from support.flags import InputError
 from support.formats import chat_text
 from support.passes import to_text
-from support.tokens import prompts_of, tokenised_file
+from support.tokenizer import encode_text
+from support.tokens import SPLITS, prompts_of, tokenised_file
 
 
 def held_out_prompts(args, tokenizer, post, needed=1):
-    """The first --n_prompts prompts of --split of --data, each once; says so if there are fewer.
-    post: tinytldr.post. Returns (texts, lists of token ids). InputError if fewer than needed."""
+    """Takes --n_prompts prompts of --split of --data, each once, a random part of those that there
+    are; says so if there are fewer. post: tinytldr.post. Returns (texts, lists of token ids, and
+    how long the rows of the split are: (N, 1 + K), or None for tinytldr). InputError if fewer
+    prompts than needed."""
+    lengths = None
     if args.data == "tinytldr":
         texts = [post(args.seed, args.split, i) for i in range(args.n_prompts)]
         prompts = [tokenizer.encode_ordinary(text) for text in texts]
@@ -19,6 +23,7 @@ def held_out_prompts(args, tokenizer, post, needed=1):
         demonstrations = flags.get("rms") is None       # will do; reward models need pairs
         arrays = tokenised_file(args.data, tokenizer, demonstrations, flags.get("skip_bad_rows"))
         there = prompts_of(arrays, args.split)
+        lengths = arrays["lengths"][SPLITS[arrays["hash"]] == args.split]
         prompts = there[:args.n_prompts]
         texts = [to_text(prompt, tokenizer) for prompt in prompts]
         if len(there) < args.n_prompts:
@@ -27,7 +32,7 @@ def held_out_prompts(args, tokenizer, post, needed=1):
     if len(prompts) < needed:
         raise InputError(f"--data, --n_prompts: {len(prompts)} in the {args.split} split of "
                          f"{args.data}; at least {needed} are needed")
-    return texts, prompts
+    return texts, prompts, lengths
 
 
 def prompts_to_answer(args, tokenizer, post):
@@ -42,7 +47,7 @@ def prompts_to_answer(args, tokenizer, post):
         if args.chat:
             raise InputError("--chat: it would be ignored: a model of TinyTLDR answers posts")
         if args.data is not None:
-            texts, _ = held_out_prompts(args, tokenizer, post)
+            texts, _, _ = held_out_prompts(args, tokenizer, post)
         else:
             texts = [post(0, "test", args.seed % 1000)]
         for text in texts:
@@ -85,21 +90,29 @@ def blocks_of(file):
 
 def prompt_tokens(turns, tokenizer, room, chat):
     """What the policy reads, as token ids, `room` at most; what does not fit loses its start, and
-    that is said.
+    that is said. InputError if the tokenizer can't read it.
 
     turns: the prompts of the person, and the replies to all but the last. Of these the policy reads
     the last; or with `chat` all of them, as a dialogue that waits for the assistant's next reply:
     where they do not fit, the oldest are taken out of the list.
     """
     if not chat:
-        return end_of(tokenizer.encode_ordinary(turns[-1]) or [tokenizer.eot_token], room)
+        return end_of(prompt_ids(turns[-1], tokenizer) or [tokenizer.eot_token], room)
     while True:
         messages = [{"role": ("user", "assistant")[i % 2], "content": turn.strip()}
                     for i, turn in enumerate(turns)]
-        ids = tokenizer.encode_ordinary(chat_text(messages) + "\n\nAssistant:")
+        ids = prompt_ids(chat_text(messages) + "\n\nAssistant:", tokenizer)
         if len(ids) <= room or len(turns) == 1:
             return end_of(ids, room)
         del turns[:2]           # what the person said, and the reply to it
+
+
+def prompt_ids(text, tokenizer):
+    """`encode_text` of a prompt. InputError if the tokenizer can't read it."""
+    try:
+        return encode_text(text, tokenizer)
+    except ValueError as error:
+        raise InputError(f"the prompt: {error}") from error
 
 
 def end_of(ids, room):

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from support.figures import advantage_figure, logprob_figure, margin_figure, remove
-from support.files import replacing, write_json
-from support.folders import remove_leftovers
+from support.files import remove_leftovers, replacing, write_json
+from support.passes import MANY_CUT_OFF
 from support.processes import is_first
-from support.run_folder import run_flags, run_names
+from support.run import run_flags, run_names
 
 GLOSSARY = Path(__file__).parent.parent / "docs" / "glossary.md"
 SHOWN_FLAGS = ["loss", "beta", "tau", "gamma", "rewards", "rho", "n_pairs", "max_steps",
@@ -40,6 +40,7 @@ def write_report(args, prompts, results, replies, rewards, accuracy):
              f"Prompts: {len(prompts)} of the {args.split} split of {args.data}, one sample each "
              f"at temperature {args.temperature:g}. Reference: {args.ref}.",
              f"## Policies\n\n{verdict(results)}\n\n{policy_table(results)}",
+             cut_off_note(results, args),
              image(advantage_figure(policies, args.out_dir)),
              image(logprob_figure(curves, args.out_dir)),
              "How they were trained (empty: not used):\n\n"
@@ -160,6 +161,25 @@ def verdict(results):
     if change < 0:
         text += (" The chosen responses lost most log-probability under "
                  f"**{lowest}** ({change:+.1f} nats).")
+    return text
+
+
+def cut_off_note(results, args):
+    """What was done with samples that were cut off, if there are any; a warning if they are more
+    than 5% of somebody's. results: {name: numbers}."""
+    if not any(numbers["unended"] for numbers in results.values()):
+        return ""
+    text = f"Samples were cut off at --max_new_tokens={args.max_new_tokens}, or at block_size."
+    if args.oracle:
+        text += (" Those that were (the column unended) are judged as if they ended there, with an "
+                 "end-of-text token appended: that is where a reward model is read.")
+    if args.missing_eos_penalty:
+        text += f" Each loses --missing_eos_penalty={args.missing_eos_penalty:g}."
+    many = [name for name, numbers in results.items() if numbers["unended"] > MANY_CUT_OFF]
+    if many:
+        text += (f" **Warning: more than {MANY_CUT_OFF:.0%} of the samples of {', '.join(many)} "
+                 "were cut off**, so their rewards are those of beginnings. A higher "
+                 "--max_new_tokens cuts off fewer.")
     return text
 
 

@@ -6,8 +6,10 @@ how far the generation has come: the cache's last column is always the newest to
 """
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from support.device import FEW_SHAPES, random_numbers, round_up, sync
+from support.head import head_weight, product_type
 from support.sampling import draw
 
 
@@ -30,9 +32,8 @@ def generate_static(gpt, prompts, max_new_tokens, temperature, stop, generator, 
     tokens, length, visible = (torch.from_numpy(array).to(device)
                                for array in (tokens, length, visible))
 
-    dtype = gpt.lm_head.weight.dtype
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
+    dtype = product_type(gpt.lm_head.weight)
+    head, _ = head_weight(gpt.lm_head.weight, dtype)                    # (vocab, C)
     shape = (B, config.n_head, T + max_new_tokens, config.n_embd // config.n_head)
     keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
     values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
@@ -47,7 +48,7 @@ def generate_static(gpt, prompts, max_new_tokens, temperature, stop, generator, 
     for _ in range(steps):
         random = torch.zeros(B, 1, dtype=torch.float64)
         random[going] = random_numbers(len(going), generator, torch.device("cpu"))
-        logits = gpt.lm_head(hidden).float()                            # (B, vocab)
+        logits = F.linear(hidden, head).float()                         # (B, vocab)
         token = draw(logits, temperature, random.to(device), top_k, top_p)      # (B,)
         for array in (*keys, *values):                  # one column to the left
             array[:, :, T:last] = array[:, :, T + 1:].clone()

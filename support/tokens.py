@@ -1,27 +1,125 @@
 """Rows of text as flat arrays of token ids, kept on disk."""
+import errno
 import hashlib
+import json
 import math
 import os
-import struct
+import re
+import zlib
+from array import array
 from itertools import chain, islice
 
 import numpy as np
 
 from support.cache import key
-from support.files import replacing
+from support.files import remove, remove_leftovers, replacing
 from support.flags import InputError
-from support.formats import in_a_line, load_rows, open_hub
+from support.formats import check_is_file, load_rows
+from support.sources import in_a_line, name_and_split, open_hub
+from support.tokenizer import encode_text, fingerprint, special_tokens
 
-LAYOUT = 4      # raise it when the arrays below, or what is read into them, change
+SAID = set()    # lines that are not to be printed again
+LAYOUT = 7      # raise it when the arrays below, or what is read into them, change
+not_kept = {}   # {path: arrays} of files whose tokens could not be kept on disk, in this process
 SPLITS = np.array(["validation"] * 26 + ["test"] * 26 + ["train"] * 204)    # about 10, 10 and 80%
 
 
-def split_text(prompt):
-    """What a prompt's split goes by: itself; of a dialogue, what was said before the assistant's
-    first reply to a person, so that all turns of a dialogue are in the same split."""
+# ------------------------------------------------------------------ splits
+
+
+def turn_hashes(prompt):
+    """A list of 64-bit hashes of a prompt's beginnings: of a dialogue, what was said before each
+    reply of the assistant to a person, and so the whole at last; of other prompts the whole."""
     person = prompt.find("\n\nHuman:")
-    reply = prompt.find("\n\nAssistant:", person)
-    return prompt[:reply] if person >= 0 and reply >= 0 else prompt
+    ends = [match.start() for match in re.finditer("\n\nAssistant:", prompt)
+            if match.start() > person >= 0]
+    if not ends or prompt[ends[-1]:].strip() != "Assistant:":
+        ends.append(len(prompt))
+    digest, start, hashes = hashlib.sha256(), 0, []
+    for end in ends:
+        digest.update(prompt[start:end].encode())
+        start = end
+        hashes.append(int.from_bytes(digest.digest()[:8], "big"))
+    return hashes
+
+
+def split_hashes(turns, n_turns):
+    """(N,) uint8, a byte for each prompt by which it is split: of the hash of its first turn, so
+    that all prompts of a dialogue are in the same split.
+
+    Where many dialogues begin with the same turn, such as a greeting or worked examples, it does
+    not tell them apart, and the next turn decides. Many are 2 of them and 2% of all; or, where the
+    turn is also a prompt of its own, 10 of them and 10%. So the bytes depend only on which prompts
+    there are, not on how often or in which order.
+
+    turns: `turn_hashes` of N prompts, one after the other. n_turns: (N,) how many each has.
+    """
+    ends = np.cumsum(n_turns)
+    level = np.zeros(len(n_turns), np.int64)
+    chosen = turns[ends - n_turns]                                              # (N,)
+    whole = turns[ends - 1]                                                     # (N,)
+    # A dialogue is a whole prompt with which no other prompt begins.
+    beginnings = np.delete(turns, ends - 1)
+    is_dialogue = ~np.isin(whole, beginnings)
+    _, first_rows = np.unique(whole, return_index=True)
+    dialogues = first_rows[is_dialogue[first_rows]]
+    while True:
+        # How many dialogues begin with the turns that were chosen for them?
+        heads, counts = np.unique(chosen[dialogues], return_counts=True)
+        is_prompt = np.isin(heads, whole)
+        fewest = np.where(is_prompt, max(10, 0.1 * len(dialogues)), max(2, 0.02 * len(dialogues)))
+        many = heads[counts >= fewest]
+        deeper = np.isin(chosen, many) & (level + 1 < n_turns)
+        if not deeper.any():
+            return (chosen >> np.uint64(56)).astype(np.uint8)
+        level[deeper] += 1
+        chosen = turns[ends - n_turns + level]
+
+
+# ------------------------------------------------------------------ text that a tokenizer can read
+
+LONG = 100_000          # characters; shorter text can be read by every tokenizer
+FOREIGN_END = re.compile(r"(</s>|<eos>|<end_of_turn>|\[EOS\]|<\|\w+\|>)$")
+
+
+def preparer(tokenizer):
+    """Returns prepare(row, notes) for `load_rows`. It takes the tokenizer's special tokens off the
+    end of responses, and counts in `notes` where it did, and where else special tokens are written
+    in the text. ValueError for a row with text that the tokenizer can't read."""
+    specials = special_tokens(tokenizer)
+    either = "|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)"
+    anywhere, end = re.compile(either), re.compile(rf"((?:{either})\s*)+$")
+
+    def prepare(row, notes):
+        responses = [without_end(text) for text in row["responses"]]
+        if responses != row["responses"]:
+            notes["{} rows: a special token such as end-of-text is written at the end of a "
+                  "response; it is taken off"] += 1
+        for text, before in zip(responses, row["responses"]):
+            if text != before and not text.strip():
+                raise ValueError(f"a response is nothing but {before.strip()}")
+        row["responses"] = responses
+        texts = (row["prompt"], *responses)
+        written = {match for text in texts for match in anywhere.findall(text)}
+        if written:
+            notes["warning: special tokens of the tokenizer are written in the text of {} rows; "
+                  "there they are read as ordinary text"] += 1
+        for token in {match[0] for text in responses
+                      if (match := FOREIGN_END.search(text.rstrip()[-30:]))} - written:
+            notes[f"warning: a response ends in {token} in {{}} rows; to this tokenizer that is "
+                  "ordinary text, which the model would learn to write"] += 1
+        for text in texts:
+            if len(text) > LONG:
+                encode_text(text, tokenizer)
+
+    def without_end(text):
+        stripped = text.rstrip()
+        return end.sub("", stripped) if stripped.endswith(tuple(specials)) else text
+
+    return prepare
+
+
+# ------------------------------------------------------------------ token ids
 
 
 def encode(rows, tokenizer):
@@ -30,11 +128,12 @@ def encode(rows, tokenizer):
 
     rows: an iterable of {"prompt": str, "responses": [str, ...]}, maybe with "scores", as many in
     each. Returns {"tokens": all prompts and responses one after the other, "lengths": (N, 1 + K)
-    tokens in each row's prompt and responses, "hash": (N,) a byte of a hash of the prompt, by which
-    rows are split, and "scores": (N, K, M) if all rows have them}.
+    tokens in each row's prompt and responses, "hash": (N,) `split_hashes`, by which rows are split,
+    and "scores": (N, K, M) if all rows have them}.
     """
     dtype = np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.int32
-    tokens, lengths, hashes, scores, n_unscored = [], [], [], [], 0
+    tokens, lengths, scores, n_unscored = [], [], [], 0
+    turns, n_turns = array("Q"), array("i")
     rows = iter(rows)
     while part := list(islice(rows, 1000)):
         texts = list(chain.from_iterable((row["prompt"], *row["responses"]) for row in part))
@@ -46,15 +145,18 @@ def encode(rows, tokenizer):
                 text_ids.append(tokenizer.eot_token)
         tokens.append(np.fromiter(chain.from_iterable(ids), dtype))
         lengths.append(np.array(list(map(len, ids)), np.int32).reshape(-1, columns))
-        hashes += [hashlib.sha256(split_text(row["prompt"]).encode()).digest()[0] for row in part]
+        for row in part:
+            hashes = turn_hashes(row["prompt"])
+            turns.extend(hashes)
+            n_turns.append(len(hashes))
         scored = [row["scores"] for row in part if "scores" in row]
         scores += [np.array(scored, np.float32)] if scored else []
         n_unscored += len(part) - len(scored)
     arrays = {"tokens": np.concatenate(tokens or [np.zeros(0, dtype)]),
               "lengths": np.concatenate(lengths or [np.zeros((0, 1), np.int32)]),
-              "hash": np.array(hashes, np.uint8)}
+              "hash": split_hashes(np.array(turns, np.uint64), np.array(n_turns, np.int64))}
     if scores and n_unscored:
-        print(f"scores: left out, as {n_unscored} of {len(hashes)} rows have none")
+        print(f"scores: left out, as {n_unscored} of {len(n_turns)} rows have none")
     elif scores:
         arrays["scores"] = np.concatenate(scores)
     return arrays
@@ -68,87 +170,121 @@ def tokenised_file(data, tokenizer, demonstrations=False, skip_bad_rows=False):
 
     Kept in the folder NANOPREF_CACHE (default: ~/.cache/nanopref) under a hash of what is in the
     file, or in all files of a folder (of a hub data set: of what `datasets` says of it)."""
-    default = os.path.expanduser("~/.cache/nanopref")
-    folder = os.environ.get("NANOPREF_CACHE") or default
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"NANOPREF_CACHE: the folder {folder!r} can't be made: {error.strerror}"
-                         ) from error
-    hub = None if os.path.exists(data) else open_hub(data)
-    content = hash_content(data) if hub is None else hub._fingerprint
-    words = b"\0".join(tokenizer.token_byte_values())
-    name = key(LAYOUT, content, tokenizer.name, tokenizer.n_vocab, tokenizer._pat_str, words,
+    folder, reason = token_cache()
+    remove_leftovers(folder)
+    source, split = name_and_split(data)
+    check_is_file(source)
+    hub = None if os.path.exists(source) else open_hub(data)
+    content = hash_content(source) if hub is None else hub._fingerprint
+    name = key(LAYOUT, content, split, *fingerprint(tokenizer), special_tokens(tokenizer),
                demonstrations, bool(skip_bad_rows))
-    path = os.path.join(folder, name + ".npz")
+    path = os.path.join(folder, name)
+    if path in not_kept:
+        return not_kept[path]
     if os.path.exists(path):
         try:
             arrays, left_out = open_arrays(path)
-        except Exception as error:      # numpy and zipfile raise many kinds
+        except Exception as error:      # numpy raises many kinds
             print(f"{path}: damaged, so it is made anew ({in_a_line(error)})")
+            remove(path)
         else:
-            for message in (f"tokens from {path}", *left_out):
-                print(f"{data}: {message}")
+            say(data, [f"tokens from {path}", *left_out])
             return arrays
-    left_out = []       # messages about rows that are
-    rows = load_rows(data, demonstrations, skip_bad_rows, hub, left_out.append)
+    if reason and os.environ.get("NANOPREF_CACHE"):
+        raise InputError(f"NANOPREF_CACHE: the folder {folder!r} {reason}; name another one")
+    left_out = []       # messages about rows that are, or were changed
+    rows = load_rows(data, demonstrations, skip_bad_rows, hub, left_out.append,
+                     preparer(tokenizer))
     arrays = encode(rows, tokenizer)
-    if hub is None and hash_content(data) != content:
+    if hub is None and hash_content(source) != content:
         raise InputError(f"--data: {data}: it changed while it was read; start again when it is "
                          "complete")
-    for message in left_out:
-        print(f"{data}: {message}")
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays, left_out=left_out)
+    say(data, left_out)
+    try:
+        if reason:
+            raise InputError(f"the folder {folder!r} {reason}; NANOPREF_CACHE names another one")
+        keep_arrays(path, arrays, left_out)
+    except InputError as error:     # such as a full disk, with which training can do
+        print(f"warning: {data}: its tokens are not kept for the next run: {error}")
+        not_kept[path] = arrays
     return arrays
 
 
+def say(data, messages):
+    """Prints messages about a data set; warnings, and what is read of it, once, although a run
+    reads it again for each of its parts."""
+    for message in messages:
+        line = f"{data}: {message}"
+        if line not in SAID:
+            print(line)
+        if message.startswith(("warning: ", "reads ", "columns ")):
+            SAID.add(line)
+
+
+def token_cache():
+    """Returns the folder in which token ids are kept: NANOPREF_CACHE, or ~/.cache/nanopref; and why
+    nothing can be written there, or None."""
+    folder = os.environ.get("NANOPREF_CACHE") or os.path.expanduser("~/.cache/nanopref")
+    if folder.startswith("~"):      # a user without a home: it would be a folder of that name
+        return folder, "can't be made: there is no home folder"
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:         # of which is spoken when the tokens are written
+            return folder, f"can't be made: {error.strerror}"
+    writable = os.access(folder, os.W_OK | os.X_OK) or not os.path.exists(folder)
+    return folder, None if writable else "can't be written to"
+
+
 def hash_content(path):
-    """A hash of a file, or of the files in a folder and their names, but for hidden ones."""
+    """A hash of a file, or of the files in a folder and their names, but for hidden ones.
+    InputError if one can't be read, or may have no end."""
+    def refuse(error):
+        raise InputError(f"--data: {error.filename}: {error.strerror}") from error
+
     paths = [path]
     if os.path.isdir(path):
-        paths = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path)
-                       for name in names)
+        paths = sorted(os.path.join(folder, name)
+                       for folder, _, names in os.walk(path, onerror=refuse) for name in names)
     digest = hashlib.sha256()
     for name in paths:
         below = os.path.relpath(name, path)
         if below != "." and "/." in f"/{below}":
             continue
         digest.update(below.encode() + b"\0")
+        check_is_file(name)
         try:
             with open(name, "rb") as file:
                 while part := file.read(2 ** 20):
                     digest.update(part)
         except OSError as error:
-            raise InputError(f"--data: {name}: {error.strerror}") from error
+            refuse(error)
     return digest.hexdigest()
 
 
+def keep_arrays(path, arrays, left_out):
+    """Writes `encode`'s arrays, and messages about rows that were left out, as a folder: an .npy
+    file for each array, and index.json, which has their checksums. InputError if it can't."""
+    with replacing(path, folder=True) as temporary:
+        for name, array in arrays.items():
+            np.save(os.path.join(temporary, f"{name}.npy"), array)
+        checksums = {name: zlib.crc32(array) for name, array in arrays.items()}
+        with open(os.path.join(temporary, "index.json"), "w", encoding="utf-8") as file:
+            json.dump({"arrays": checksums, "left_out": left_out}, file)
+
+
 def open_arrays(path):
-    """The arrays of an .npz file that `tokenised_file` wrote, and what it said. The tokens are
-    memory-mapped: processes share them, and memory holds what is in use. Raises one error or
-    another if the file is damaged."""
-    with np.load(path) as entry:
-        arrays = {name: entry[name] for name in entry.files if name != "tokens"}
-        if entry.zip.testzip():         # reads all, and compares checksums
-            raise ValueError("wrong checksum")
-        header = entry.zip.getinfo("tokens.npy").header_offset
-    with open(path, "rb") as file:
-        file.seek(header + 26)          # the lengths of a name and of what follows it, in zip
-        file.seek(header + 30 + sum(struct.unpack("<HH", file.read(4))))
-        np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        tokens = np.asarray(np.memmap(file, dtype, "r", file.tell(), shape))
-    left_out = arrays.pop("left_out").tolist()
-    lengths, scores = arrays["lengths"], arrays.get("scores")
-    N, columns = lengths.shape
-    fits = (tokens.dtype in (np.uint16, np.int32) and lengths.dtype == np.int32
-            and tokens.shape == (lengths.sum(),) and lengths.min() >= 1
-            and arrays["hash"].dtype == np.uint8 and arrays["hash"].shape == (N,)
-            and (scores is None or scores.shape[:2] == (N, columns - 1)))
-    if not fits:
-        raise ValueError("its arrays do not fit together")
-    return {"tokens": tokens, **arrays}, left_out
+    """Returns what `keep_arrays` wrote: (arrays, messages). The tokens are memory-mapped: processes
+    share them, and memory holds what is in use. Raises one error or another if it is damaged."""
+    with open(os.path.join(path, "index.json"), encoding="utf-8") as file:
+        index = json.load(file)
+    arrays = {}
+    for name, checksum in index["arrays"].items():
+        mapped = "r" if name == "tokens" else None
+        arrays[name] = np.asarray(np.load(os.path.join(path, f"{name}.npy"), mapped))
+        if zlib.crc32(arrays[name]) != checksum:
+            raise ValueError(f"{name}.npy is not what its checksum says")
+    return arrays, index["left_out"]
 
 
 # ------------------------------------------------------------------ which rows are of use
@@ -238,6 +374,21 @@ def needed_block_size(lengths):
     return 64 * math.ceil(needed / 64)
 
 
+def longest_sample(lengths, block_size, rows):
+    """The default of --max_new_tokens: what 99% of the responses need, their end-of-text token
+    included. That may take the room of 1% of the prompts, and of more only up to half of
+    block_size. Prints it. lengths: (N, 1 + K) tokens in the prompt and the responses of each row;
+    rows: which they are."""
+    needed = math.ceil(np.percentile(lengths[:, 1:], 99))
+    room = max(block_size - math.ceil(np.percentile(lengths[:, 0], 99)), block_size // 2)
+    why = f"99% of the {rows} responses are no longer"
+    if needed > room:
+        why = (f"99% of the {rows} responses need {needed}, and prompts their room in block_size "
+               f"{block_size}")
+    print(f"--max_new_tokens={min(needed, room)}: {why}")
+    return min(needed, room)
+
+
 def default_block_size(args, tokenizer):
     """The block_size of a model from scratch, by the demonstrations of --data: what they need, from
     192 (there is room for a prompt and a sample) to GPT-2's 1024."""
@@ -247,13 +398,22 @@ def default_block_size(args, tokenizer):
     return block_size
 
 
+def random_order(n):
+    """The numbers below n in an order that depends on n alone. A file may be sorted, by kind or by
+    date; in this order its first rows are a random part, and the same one for every method and
+    every --seed. Returns (n,) int64."""
+    return np.random.default_rng([0, 8]).permutation(n)
+
+
 def select(arrays, block_size, name="data", split=None):
     """The rows of `encode` that are of use, in one split or in all; says how many were dropped and
     why, and how many prompts were cut. A prompt's split goes by its hash: it is the same in every
-    file. Returns (Examples, scores (N, K, M) or None). InputError if there is no such row."""
+    file. The rows of a split are in random order. Returns (Examples, scores (N, K, M) or None).
+    InputError if there is no such row."""
     rows = np.arange(len(arrays["hash"]))
     if split is not None:
-        rows = np.flatnonzero(SPLITS[arrays["hash"]] == split)
+        rows = random_order(len(rows))
+        rows = rows[SPLITS[arrays["hash"]][rows] == split]
     examples = fit(arrays, block_size).take(rows)
     fits, equal = examples.lengths[:, 0] > 0, equal_responses(examples)
     kept, examples = rows[fits & ~equal], examples.take(fits & ~equal)
@@ -271,8 +431,8 @@ def select(arrays, block_size, name="data", split=None):
     print(message)
     if not len(kept):
         why = "" if len(rows) or split is None else (
-            ": rows go to train, validation and test by a hash of their prompt, and none came "
-            "here; more distinct prompts are needed")
+            ": rows go to train, validation and test by a hash of their prompt (all rows of a "
+            "dialogue together), and none came here; more distinct prompts are needed")
         raise InputError(f"--data: {name}: no usable row{why}")
     if n_cut > 0.05 * len(kept):
         print(f"warning: {name}: {n_cut / len(kept):.0%} of the prompts lose their start; with "
@@ -287,10 +447,12 @@ def select_file(data, split, tokenizer, block_size, skip_bad_rows, demonstration
 
 
 def prompts_of(arrays, split):
-    """The prompts of a split, each once, as lists of token ids, in the order of their rows."""
+    """The prompts of a split, each once, as lists of token ids, in random order. (In the random
+    order of rows those with many rows would come early.)"""
     lengths = arrays["lengths"]
     ends = lengths.ravel().cumsum().reshape(lengths.shape)[:, 0]
     rows = np.flatnonzero(SPLITS[arrays["hash"]] == split)
     prompts = [tuple(arrays["tokens"][ends[row] - lengths[row, 0]:ends[row]].tolist())
                for row in rows]
-    return [list(prompt) for prompt in dict.fromkeys(prompts)]
+    distinct = list(dict.fromkeys(prompts))
+    return [list(distinct[i]) for i in random_order(len(distinct))]

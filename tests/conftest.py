@@ -10,6 +10,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")      # tiny models run faster so
 os.environ["CUDA_VISIBLE_DEVICES"] = ""             # the bars are for float32 on a CPU
 os.environ.setdefault("HF_HUB_OFFLINE", "1")        # no test may reach the network
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")     # nor a copy of what tiktoken once downloaded
+os.environ.pop("NO_PROXY", None)
+os.environ.pop("no_proxy", None)
+for scheme in ("HTTP", "HTTPS", "ALL"):             # nobody listens there
+    os.environ[f"{scheme}_PROXY"] = os.environ[f"{scheme.lower()}_proxy"] = "http://127.0.0.1:9"
+for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+    os.environ.pop(name, None)                      # the tests start torchrun themselves
 
 
 @pytest.fixture(autouse=True)

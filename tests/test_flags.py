@@ -13,7 +13,6 @@ import train_rm
 from losses import LOSSES, PREFERENCE_LOSSES, knobs, needs
 from model import GPT, GPTConfig
 from support.flags import InputError, comparison_flags, talk_flags
-from support.training_flags import policy_flags, reward_flags
 
 IGNORED = "--{}: it would be ignored"
 KNOBS = {"beta": "1", "tau": "1", "gamma": "1"}
@@ -214,7 +213,7 @@ def test_bad_flags_of_a_talk(refuses, flags, message):
 # ------------------------------------------------------------------ what is left out
 
 def policy_args(*flags):
-    return policy_flags(list(flags), "", list(LOSSES), needs, knobs)
+    return train_policy.parse_flags(list(flags))
 
 
 def test_defaults_of_dpo():
@@ -242,7 +241,7 @@ def test_a_wide_model_gets_a_smaller_learning_rate(tmp_path):
     assert policy_args("--loss=sft", "--n_embd=512", "--n_head=8").lr == 4e-5
     assert policy_args("--loss=sft", "--n_embd=512", "--n_head=8", "--lr=0.1").lr == 0.1
     assert policy_args("--loss=dpo", "--init_from=gpt2").lr == 2e-6
-    assert reward_flags(["--init_from=gpt2"], "").lr == 5e-6
+    assert train_rm.parse_flags(["--init_from=gpt2"]).lr == 5e-6
     for width, lr in ((128, 2e-4), (768, 2e-6)):
         folder = tmp_path / str(width)
         GPT(GPTConfig(block_size=4, vocab_size=8, n_layer=1, n_head=2, n_embd=width)
@@ -285,10 +284,10 @@ def test_defaults_of_file_data():
 
 
 def test_defaults_of_reward_models():
-    args = reward_flags([], "")
+    args = train_rm.parse_flags([])
     assert (args.out_dir, args.init_from, args.bias) == ("out/rm", "out/sft", None)
     assert (args.max_steps, args.batch_size, args.rho) == (200, 32, 0.2)
-    args = reward_flags(["--bias=0.2,0.5"], "")
+    args = train_rm.parse_flags(["--bias=0.2,0.5"])
     assert (args.out_dir, args.bias) == ("out/rms", [0.2, 0.5])
 
 
@@ -296,7 +295,7 @@ def test_defaults_of_reward_models():
 def test_a_short_run_is_evaluated_seldom_and_on_few_rows(max_steps, batch_size):
     """So that evaluating stays the smaller part; what was asked for is done all the same."""
     short = [f"--max_steps={max_steps}", f"--batch_size={batch_size}"]
-    for args in (policy_args(*short), reward_flags(short, "")):
+    for args in (policy_args(*short), train_rm.parse_flags(short)):
         assert 16 <= args.n_eval < 256 and args.eval_every >= 25
         assert args.n_eval <= max(16, max_steps * batch_size)
     args = policy_args(*short, "--n_eval=300", "--eval_every=2")

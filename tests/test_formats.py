@@ -1,12 +1,15 @@
 """Reading rows: every layout, every format, and what is said of a bad one."""
 import gzip
 import json
+import os
+from collections import Counter
 
 import pytest
 
 from support import formats
 from support.flags import InputError
 from support.formats import describe, implicit_prompt, load_rows, parse_row, parse_rows
+from support.tokens import hash_content
 
 PAIR = {"prompt": "Say hello.", "chosen": " Hello!", "rejected": " Go away."}
 SIDES = ("chosen", "rejected")
@@ -202,6 +205,215 @@ def test_bad_scores_and_rankings(record, message):
         parse_row(record, False)
 
 
+# ------------------------------------------------------------------ labels
+
+TWO = {"prompt": "Say hello.", "responses": [" a", " b"]}
+THREE = {**RANKING, "responses": [" a", " b", " c"]}
+
+
+@pytest.mark.parametrize("more, wanted, best", [
+    ({"pairs": [[1, 0]], "sft_target": " b"}, [" b a"], [" b"]),
+    ({"pairs": [[2, 0], [0, 1]]}, [" c a", " a b"], [" c"]),
+    ({"pairs": [[2, 0], [1, 0]]}, [" c a", " b a"], [" c", " b"]),
+    ({"pairs": [[2, 1], [2, 0]]}, [" c b", " c a"], [" c"]),
+    ({"chosen": " c", "rejected": " b"}, [" c b"], [" c"]),
+    ({"chosen": "c", "rejected": "a ", "chosen_model": "big"}, [" c a"], [" c"]),
+    ({"chosen": 2, "rejected": 1}, [" c b"], [" c"])])
+def test_labels_beside_responses(more, wanted, best):
+    """They decide, not the order of the responses: a pair each in preferences; SFT imitates the
+    responses that are never the worse one."""
+    record = {**THREE, **more}
+    assert ["".join(row["responses"]) for row in parse_rows(record, False)] == wanted
+    assert [row["responses"] for row in parse_rows(record, True)] == [[text] for text in best]
+
+
+def test_of_two_responses_one_label_is_enough():
+    for more in ({"chosen": " b"}, {"chosen": 1}, {"rejected": " a"}, {"rejected": 0}):
+        row, = parse_rows({**TWO, **more}, False)
+        assert row["responses"] == [" b", " a"]
+
+
+def test_scores_stay_with_the_responses_of_pairs():
+    record = {**THREE, "pairs": [[1, 0], [2, 1]], "scores": [0, [5], 7]}
+    assert [row["scores"] for row in parse_rows(record, False)] == [[[5], [0]], [[7], [5]]]
+
+
+def test_labels_beside_chat_messages():
+    hi = [says("user", "Hi")]
+    record = {"prompt": hi, "pairs": [[1, 0]],
+              "responses": [[says("assistant", text)] for text in "ab"]}
+    row = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "responses": [" b", " a"]}
+    assert parse_rows(record, False) == [row]
+    whole = [hi + response for response in record["responses"]]
+    by_text = {"prompt": hi, "responses": record["responses"], "chosen": whole[1],
+               "rejected": whole[0]}
+    assert parse_rows(by_text, False) == [row]
+
+
+@pytest.mark.parametrize("record, message", [
+    ({**TWO, "pairs": []}, "^column 'pairs' is not a list of .better, worse., two different "
+                           "numbers from 0 to 1 which count the 'responses'$"),
+    ({**TWO, "pairs": [[0, 2]]}, "column 'pairs' is not a list of"),
+    ({**TWO, "pairs": [[1, 1]]}, "column 'pairs' is not a list of"),
+    ({**TWO, "pairs": [[True, False]]}, "column 'pairs' is not a list of"),
+    ({**TWO, "pairs": [0, 1]}, "column 'pairs' is not a list of"),
+    ({**TWO, "pairs": [[1, 0]], "ranks": [1, 2]}, "columns 'ranks' and 'pairs' both say which"),
+    ({**TWO, "chosen": " b", "rejected": " a", "ranks": [1, 2]}, "'ranks' and 'chosen' both say"),
+    ({**TWO, "chosen": " x", "rejected": " a"}, "column 'chosen' is none of the 'responses'"),
+    ({**TWO, "chosen": 2, "rejected": 0}, "column 'chosen' is none of the 'responses'"),
+    ({**TWO, "chosen": " a", "rejected": "a"}, "do not name two of the 'responses'"),
+    ({**THREE, "chosen": " a"}, "do not name two of the 'responses'"),
+    ({**TWO, "ratings": [1, 5]}, "^column 'ratings' has a number for each of the 'responses' and "
+     "would be ignored; call it 'scores' .* or 'ranks' "),
+    ({**TWO, "ranks": [1, 10 ** 400]}, "column 'ranks' is not a list of 2 numbers"),
+    ({**TWO, "scores": [1, 10 ** 400]}, "column 'scores' is neither a number below 1e12")])
+@pytest.mark.parametrize("demonstrations", [False, True])
+def test_labels_that_do_not_agree(record, message, demonstrations):
+    with pytest.raises(ValueError, match=message):
+        parse_rows(record, demonstrations)
+
+
+def test_pairs_in_a_circle_have_no_best_response():
+    record = {**THREE, "pairs": [[0, 1], [1, 2], [2, 0]]}
+    assert len(parse_rows(record, False)) == 3
+    with pytest.raises(ValueError, match="column 'pairs' goes round in a circle"):
+        parse_rows(record, True)
+
+
+@pytest.mark.parametrize("column", [
+    "label", "labels", "preferred", "preference", "winner", "better_response_id", "choice", "rank",
+    "safer_response_id", "best", "isPreferred", "Label", "overall_preference", "preferred-response",
+    "human_label", "response_0_is_better"])
+@pytest.mark.parametrize("layout", [PAIR, TWO])
+def test_a_label_that_nobody_reads_is_refused(column, layout):
+    """It may contradict what is read. Without a value it says nothing."""
+    for value in (0, 1, False, "a", [2, 1]):
+        for demonstrations in (False, True):
+            with pytest.raises(ValueError, match=f"^column '{column}' looks like a label of which "
+                                                 "response is better, and would be ignored; "):
+                parse_rows({**layout, column: value}, demonstrations)
+    assert parse_rows({**layout, column: None}, False) == parse_rows(layout, False)
+    assert parse_rows({**layout, column: float("nan")}, False) == parse_rows(layout, False)
+
+
+@pytest.mark.parametrize("column", [
+    "preferred", "chosen", "rank", "is_chosen", "better", "pairs", "ranks"])
+@pytest.mark.parametrize("layout", [{"prompt": "a", "completion": " b"},
+                                    {"messages": [says("user", "a"), says("assistant", "b")]}])
+def test_a_demonstration_whose_label_nobody_reads(column, layout):
+    with pytest.raises(ValueError, match=f"^column '{column}' looks like a label .*'label', which "
+                                         "is false for what is not to be imitated"):
+        parse_rows({**layout, column: False}, True)
+
+
+@pytest.mark.parametrize("column", [
+    "chosen_model", "rejected-rating", "chosen_id", "preference_strength", "annotator", "source",
+    "prompt_id", "labeler", "margin", "response", "label_source"])
+def test_columns_about_something_else_are_ignored(column):
+    assert parse_rows({**PAIR, column: "1"}, False) == parse_rows(PAIR, False)
+
+
+def test_a_dialogue_whose_label_is_false_is_not_imitated():
+    record = {"messages": [says("user", "Hi"), says("assistant", "Go away.")]}
+    assert parse_rows({**record, "label": False}, True) == []
+    assert len(parse_rows({**record, "label": True}, True)) == 1
+
+
+def test_a_demonstration_that_was_rejected():
+    """By the preference in the same record. What it prefers, or does not know, is imitated."""
+    with pytest.raises(ValueError, match="^column 'completion' is what was rejected in the prefer"):
+        parse_rows({**PAIR, "completion": PAIR["rejected"]}, True)
+    with pytest.raises(ValueError, match="^column 'completion' is what was rejected in the prefer"):
+        parse_rows({**THREE, "ranks": [2, 1, 3], "completion": " a"}, True)
+    hi = [says("user", "Hi")]
+    sides = {"chosen": hi + [says("assistant", "Yes")], "rejected": hi + [says("assistant", "No")]}
+    with pytest.raises(ValueError, match="^column 'messages' is what was rejected in the prefer"):
+        parse_rows({**sides, "messages": sides["rejected"]}, True)
+    row, = parse_rows({**sides, "messages": sides["chosen"]}, True)
+    assert row["responses"] == [" Yes"]
+    for text in (PAIR["chosen"], " Good day!"):
+        row, = parse_rows({**PAIR, "completion": text}, True)
+        assert row["responses"] == [text]
+    row, = parse_rows({**PAIR, "completion": None}, True)       # a gap beside a preference
+    assert row["responses"] == [PAIR["chosen"]]
+
+
+def test_ranks_and_scores_that_disagree_are_counted(tmp_path, hub_cache, capsys):
+    rows = [{**TWO, "ranks": [1, 2], "scores": [i, 1]} for i in range(4)]
+    assert all(row["responses"] == [" a", " b"] for row in load_rows(write(tmp_path / "a.jsonl",
+                                                                           rows)))
+    assert capsys.readouterr().out == ("1 row: 'ranks' and 'scores' have another response as the "
+                                       "best; the ranks decide\n")
+
+
+# ------------------------------------------------------------------ the prompt, once
+
+POST = "POST: My boss\n\nTL;DR:"
+
+
+@pytest.mark.parametrize("prompt, texts, rests", [
+    (POST, [POST + " Broke.", POST + " Out."], [" Broke.", " Out."]),
+    (POST, [POST + " Broke."], [" Broke."]),
+    (POST, [POST + " a", POST + " b", POST + "\nc"], [" a", " b", "\nc"]),
+    ("Hi?", ["Hi?\n\nYes", "Hi? No"], ["\n\nYes", " No"]),
+    ("Hi?\n", ["Hi?\nYes", "Hi?\n\nNo"], ["Yes", "\nNo"]),
+    (" Hi? ", ["Hi? Yes", "Hi? No"], ["Yes", "No"]),
+    ("你好。", ["你好。我", "你好。他"], ["我", "他"])])
+def test_responses_that_begin_with_the_prompt(prompt, texts, rests):
+    """It is taken off, in pairs, rankings and demonstrations, and counted. Prompt and rest have the
+    white space of the file between them once."""
+    columns = {1: "completion", 2: ("chosen", "rejected")}.get(len(texts), "responses")
+    if len(texts) == 2:
+        record = dict(zip(columns, texts))
+    else:
+        record = {columns: texts[0] if len(texts) == 1 else texts}
+    notes = Counter()
+    row, = parse_rows({"prompt": prompt, **record}, len(texts) == 1, notes)
+    assert row == {"prompt": prompt, "responses": rests}
+    assert notes == {"{} rows: the responses begin with the prompt, which is taken off there": 1}
+
+
+@pytest.mark.parametrize("prompt, texts, counted", [
+    ("I", ["It is", "Is it"], 0),               # other words
+    ("I", ["Is it", "In it"], 0),
+    ("Why?", ["Why? So.", "So."], 1),           # one repeats the question
+    ("Hello", ["Hello", "Hello you"], 1),       # an answer may be the same as the prompt
+    ("", [" a", " b"], 0), (" ", [" a", " b"], 0)])
+def test_responses_that_begin_like_the_prompt_stay(prompt, texts, counted):
+    notes = Counter()
+    row, = parse_rows({"prompt": prompt, "chosen": texts[0], "rejected": texts[1]}, False, notes)
+    assert row == {"prompt": prompt, "responses": texts} and notes.total() == counted
+
+
+@pytest.mark.parametrize("prompt", ["Hi", "\n\nHuman: Hi\n\nAssistant:", "Well?"])
+def test_a_text_prompt_beside_dialogues_in_text(prompt):
+    """It is what the person says, at first or at last; or all that comes before the reply."""
+    before = "\n\nHuman: Hi\n\nAssistant:"
+    if prompt == "Well?":
+        before += " Yes.\n\nHuman: Well?\n\nAssistant:"
+    for start in ("\n\n", ""):
+        sides = {side: start + before.strip() + text for side, text in zip(SIDES, (" a", " b"))}
+        wanted = {"prompt": before, "responses": [" a", " b"]}
+        if prompt.startswith("\n\nHuman"):
+            wanted["prompt"] = prompt
+        assert parse_row({"prompt": prompt, **sides}, False) == wanted
+    if prompt == "Hi":
+        completion = before + " a\n\nHuman: So?\n\nAssistant: b"
+        assert [row["responses"] for row in parse_rows({"prompt": prompt, "completion": completion},
+                                                       True)] == [[" a"], [" b"]]
+
+
+def test_the_rows_with_the_prompt_twice_are_said(tmp_path, hub_cache, capsys):
+    twice = {"prompt": POST, "chosen": POST + " a", "rejected": POST + " b"}
+    mixed = {**twice, "rejected": " b"}
+    rows = list(load_rows(write(tmp_path / "a.jsonl", [twice, twice, PAIR, mixed])))
+    assert [row["responses"][0] for row in rows] == [" a", " a", " Hello!", POST + " a"]
+    assert capsys.readouterr().out == (
+        "2 rows: the responses begin with the prompt, which is taken off there\n"
+        "1 row: a response begins with the prompt, but not all do or nothing comes after it; they "
+        "are left as they are\n")
+
+
 # ------------------------------------------------------------------ files
 
 def write(path, rows):
@@ -384,15 +596,15 @@ def test_of_many_kinds_of_error_five_are_listed():
 
 
 def test_bad_rows_are_skipped(tmp_path, hub_cache, capsys):
-    """If asked for: also lines that are not JSON, and rows unlike the first; they are said."""
+    """If asked for: also lines that are not JSON, and rows unlike most; they are said."""
     good = {"prompt": "Say hello.", "responses": [" Hello!", " Go away."]}
     path = tmp_path / "a.jsonl"
     lines = [json.dumps(record) for record in (PAIR, {**PAIR, "chosen": ""}, PAIR, RANKING)]
     path.write_text("\n".join([*lines, "{oops", lines[0], "3"]))
     assert list(load_rows(str(path), skip_bad_rows=True)) == [good] * 3
     assert capsys.readouterr().out == (
-        "4 bad rows skipped: row 2: the response 'chosen' is empty; row 4: 3 responses, the first "
-        "row has 2; they must be as many; row 5: not JSON: Expecting property name enclosed in "
+        "4 bad rows skipped: row 2: the response 'chosen' is empty; row 4: 3 responses, most rows "
+        "have 2; they must be as many; row 5: not JSON: Expecting property name enclosed in "
         "double quotes: line 1 column 2 (char 1); row 7: not a JSON object\n")
     path.write_text(lines[1])
     with pytest.raises(InputError, match="row 1: the response 'chosen' is empty$"):
@@ -401,13 +613,50 @@ def test_bad_rows_are_skipped(tmp_path, hub_cache, capsys):
 
 @pytest.mark.parametrize("other, message", [
     ({"prompt": "a", "responses": ["b", "c", "d"]},
-     "row 2: 3 responses, the first row has 2; they must be as many"),
+     "row 2: 3 responses, most rows have 2; they must be as many"),
     ({**PAIR, "score_chosen": [1, 2], "score_rejected": [2, 1]},
-     "row 2: 2 scores for each response, the first row has 1; they must be as many")])
+     "row 2: 2 scores for each response, most rows have 1; they must be as many")])
 def test_rows_that_are_not_alike(tmp_path, hub_cache, other, message):
     scored = {**PAIR, "score_chosen": 1, "score_rejected": 2}
     with pytest.raises(InputError, match=f"{message}; --skip_bad_rows leaves them out$"):
         list(load_rows(write(tmp_path / "a.jsonl", [scored, other])))
+
+
+@pytest.mark.parametrize("odd", [0, 1, 5])
+def test_the_odd_rows_are_bad_and_not_the_others(tmp_path, hub_cache, odd):
+    """Most rows decide how many responses and scores there are, wherever the odd ones stand."""
+    scored = {**PAIR, "score_chosen": 1, "score_rejected": 2}
+    rows = [scored] * 5
+    rows[odd:odd] = [{**RANKING}, {**PAIR, "score_chosen": [1, 2], "score_rejected": [2, 1]}]
+    path = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(InputError, match=f": row {odd + 1}: 3 responses, most rows have 2; they "
+                       f"must be as many; row {odd + 2}: 2 scores for each response, most rows "
+                       "have 1; they must be as many; --skip_bad_rows leaves them out$"):
+        list(load_rows(path))
+    assert len(list(load_rows(path, skip_bad_rows=True))) == 5
+    rankings = [PAIR, *[RANKING] * 3]
+    path = write(tmp_path / "b.jsonl", rankings)
+    assert len(list(load_rows(path, skip_bad_rows=True))) == 3
+    assert len(list(load_rows(path, demonstrations=True))) == 4         # these have one each
+
+
+def test_a_rank_of_400_digits_is_a_bad_row(tmp_path, hub_cache):
+    path = write(tmp_path / "a.jsonl", [TWO, {**TWO, "ranks": [1, 10 ** 400]}])
+    with pytest.raises(InputError, match="row 2: column 'ranks' is not a list of 2 numbers, one"):
+        list(load_rows(path))
+
+
+def test_what_is_no_file_is_refused(tmp_path, hub_cache):
+    """Reading a pipe or a device would wait or go on for ever."""
+    pipe = tmp_path / "a.jsonl"
+    os.mkfifo(pipe)
+    for path in (str(pipe), "/dev/zero"):
+        for read in (load_rows, hash_content):
+            with pytest.raises(InputError, match=f"^--data: {path}: a pipe, socket or device, not "
+                                                 "a file; save what comes out of it in a file"):
+                list(read(path))
+    with pytest.raises(InputError, match="a.jsonl: a pipe, socket or device"):
+        hash_content(str(tmp_path))
 
 
 # ------------------------------------------------------------------ demonstrations

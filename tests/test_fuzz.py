@@ -30,7 +30,8 @@ messages = st.lists(st.fixed_dictionaries(
 values = st.recursive(st.none() | texts | numbers | messages, st.lists, max_leaves=4)
 records = st.dictionaries(st.sampled_from([
     "prompt", "chosen", "rejected", "score_chosen", "score_rejected", "completion", "label",
-    "messages", "responses", "ranks", "scores", "other"]), values, max_size=6)
+    "messages", "responses", "ranks", "scores", "pairs", "sft_target", "preferred",
+    "other"]), values, max_size=6)
 good_pairs = st.fixed_dictionaries(
     {"prompt": texts, "chosen": texts, "rejected": texts},
     optional={"score_chosen": numbers, "score_rejected": numbers, "label": values})
@@ -57,7 +58,7 @@ def test_a_record_is_rows_or_a_message_in_one_line(record, demonstrations):
     except ValueError as error:
         assert str(error) and "\n" not in str(error)
         return
-    assert demonstrations or len(rows) == 1
+    assert demonstrations or len(rows) == 1 or len(rows) == len(record["pairs"])
     for row in rows:
         check_row(row, demonstrations)
 

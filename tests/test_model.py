@@ -7,10 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import model as model_file
 from model import GPT, GPTConfig
 from reward import RewardModel
+from support import static as static_file
 from support.flags import InputError
-from support.run_folder import family_folders
+from support.run import family_folders
 from support.sampling import draw, likely
 from support.static import generate_static
 
@@ -161,6 +163,40 @@ def test_generation_in_shapes_that_never_change(n_prompts, temperature, limits):
             got = generate_static(model, [prompts[i] for i in order], 12, temperature, stop,
                                   generator, batch_size=64, **limits)
         assert got == [wanted[i] for i in order]
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_an_offset_of_all_logits_does_not_move_samples_in_bfloat16(monkeypatch, static):
+    """Total variation between what is drawn from under autocast and the model's own distribution,
+    the mean over 40 prompts, is as small with logits lower by 100 as without. Power: the product
+    with the head as it is gives more than four times as much."""
+    def total_variation(offset, centred=True):
+        torch.manual_seed(0)
+        config = GPTConfig(8, 499, 2, 2, 16, tie_word_embeddings=False)
+        policy, seen = GPT(config), []
+        for parameter in policy.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        with torch.no_grad():
+            policy.transformer.ln_f.weight[0], policy.transformer.ln_f.bias[0] = 0, 10
+            policy.lm_head.weight[:, 0] = offset / 10 + 0.1 * policy.lm_head.weight[:, 0]
+            exact = policy.logits(torch.tensor(prompts))[:, -1].softmax(dim=1)
+        file = static_file if static else model_file
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(file, "draw", lambda logits, *_: seen.append(logits) or logits.argmax(1))
+            if not centred:
+                patch.setattr(file, "head_weight", lambda weight, dtype: (weight.to(dtype), None))
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                if static:
+                    generate_static(policy, prompts, 1, 1.0, None, None, batch_size=len(prompts))
+                else:
+                    policy.generate(prompts, 1)
+        assert seen[0].dtype == torch.float32
+        return (seen[0].softmax(dim=1) - exact).abs().sum(dim=1).mean().item() / 2
+
+    prompts = torch.randint(0, 499, (40, 4), generator=torch.Generator().manual_seed(1)).tolist()
+    without, with_it = total_variation(0), total_variation(-100)
+    assert with_it < 1.1 * without < 0.01
+    assert total_variation(-100, centred=False) > 4 * with_it
 
 
 def test_equal_prompts_run_once(model):

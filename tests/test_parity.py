@@ -12,6 +12,7 @@ import random
 import pytest
 import tiktoken
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 
 import tinytldr
@@ -21,10 +22,12 @@ from losses import batch_loss, bradley_terry
 from model import GPT, GPTConfig
 from reward import RewardModel
 from support.checkpoint import TRANSPOSED
+from support.flags import InputError
 from support.optimizer import learning_rate
 from support.tokenizer import save_tokenizer
 
 transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")        # theirs
@@ -57,6 +60,58 @@ TOKENS = torch.randint(0, VOCAB, (4, 40), generator=torch.Generator().manual_see
 
 
 # ---------------- transformers: weights in and out
+
+
+@pytest.mark.parametrize("activation", ["gelu_pytorch_tanh", "gelu"])
+def test_both_gelus(tmp_path, activation):
+    """GPT-2's approximation and the exact one, in and out. (The initial weights are too small to
+    tell them apart.)"""
+    config = gpt2_config(activation_function=activation)
+    theirs = random_weights(transformers.GPT2LMHeadModel(config), seed=1)
+    for layer in theirs.transformer.h:
+        layer.mlp.c_fc.weight.data *= 10
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = GPT.from_pretrained(str(tmp_path / "theirs"))
+    ours.save_pretrained(tmp_path / "ours")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    with torch.no_grad():
+        logits = ours.double().logits(TOKENS)
+        for model in (theirs, again):
+            torch.testing.assert_close(logits, model.double()(TOKENS).logits, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("head", ["own", "alone"])
+def test_heads_that_transformers_keeps(tmp_path, head):
+    """A head that differs from the embedding under a config.json that says nothing of it, which
+    transformers 5 keeps too; and a tied model whose file has the head alone."""
+    theirs = random_weights(transformers.GPT2LMHeadModel(gpt2_config(head == "alone")), seed=1)
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if head == "alone":
+        tensors = load_file(path)
+        tensors["lm_head.weight"] = tensors.pop("transformer.wte.weight")
+        save_file(tensors, path, metadata={"format": "pt"})
+    with torch.no_grad():
+        logits = GPT.from_pretrained(str(tmp_path)).double().logits(TOKENS)
+        torch.testing.assert_close(logits, theirs.double()(TOKENS).logits, rtol=0, atol=1e-10)
+
+
+def test_an_adapter_of_peft_is_named(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(transformers.GPT2LMHeadModel(gpt2_config()), peft.LoraConfig(
+        target_modules=["c_attn"], fan_in_fan_out=True))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="adapter_config.json, a LoRA adapter, not a whole model"):
+        GPT.from_pretrained(str(tmp_path))
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        logits = GPT.from_pretrained(str(tmp_path / "merged")).double().logits(TOKENS)
+        wanted = merged.double().eval()(TOKENS).logits
+        torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -160,6 +215,30 @@ def test_tokenizer_out(tmp_path, encoding):
         ids = ours.encode(text, allowed_special="all")
         assert theirs.encode(text) == ids
         assert theirs.decode(ids) == text
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.json", "vocab.json"])
+def test_tokenizer_in(tmp_path, kind):
+    """A model's own tokenizer, as AutoTokenizer reads it, and as it reads the copy next to what is
+    trained: the same tokens for all kinds of text, but that a special token in it is text here."""
+    trained = tokenizers.ByteLevelBPETokenizer()
+    trained.train_from_iterator(all_kinds_of_text(), 700, special_tokens=["<pad>", "<|endoftext|>"])
+    if kind == "vocab.json":
+        trained.save_model(str(tmp_path))
+    else:
+        trained.save(str(tmp_path / kind))
+    settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours = get_tokenizer(str(tmp_path))
+    save_tokenizer(tmp_path / "copy", ours, 4096)
+    for folder in (tmp_path, tmp_path / "copy"):
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        assert theirs.eos_token_id == ours.eot_token == 1
+        for text in all_kinds_of_text():
+            ids = ours.encode_ordinary(text)
+            assert ours.decode(ids) == text and 1 not in ids
+            if "<|endoftext|>" not in text:
+                assert theirs.encode(text) == ids
 
 
 def test_a_run_folder_in_a_pipeline(world):

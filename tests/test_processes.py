@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,9 +22,10 @@ import train_policy
 import train_rm
 from data import Dataset, collate
 from model import GPT
-from support import device, folders, processes
-from support.flags import InputError
+from support import device, processes, run
+from support.flags import OTHERS_ENDED, InputError, lost_processes
 from support.passes import score
+from support.run import release
 from support.sharding import full, gathered, load_whole, place, whole
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
@@ -83,7 +85,8 @@ def session(folder, name, resumed=None, *flags):
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Interrupted):
         patch.setattr(train_policy, "learning_rate", learning_rate_until_15)
         distil(folder, f"{name}/killed", *flags)
-    folders.claimed.clear()     # the killed run's folder is nobody's
+    if processes.is_first():
+        release(f"{out}/killed")        # as the end of its process would
     if resumed is not None:
         distil(folder, f"{resumed}/killed", "--resume", *flags)
     if "--fsdp" in flags:
@@ -140,17 +143,16 @@ def check_bfloat16(start):
         torch.testing.assert_close(full(parameter.grad), expected.grad)
 
 
-def torchrun(folder):
-    """The sessions of two processes. Returns what they print."""
+def torchrun(folder, code, *flags):
+    """Starts two processes of a script with this code. Returns the Popen of torchrun; their output
+    is in its stdout and stderr."""
     script = folder / "session.py"
-    script.write_text(SCRIPT.format(root=ROOT, tests=TESTS, folder=str(folder)))
+    script.write_text(code)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(script)]
+               str(script), *flags]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "datasets")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Warning" not in done.stderr
-    return done.stdout
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +162,11 @@ def sessions(tmp_path_factory, hub_cache):
     folder = tmp_path_factory.mktemp("sessions")
     write_pairs(folder / "pairs.jsonl")
     session(str(folder), "alone")
-    printed = torchrun(folder)
+    code = SCRIPT.format(root=ROOT, tests=TESTS, folder=str(folder))
+    with torchrun(folder, code) as process:
+        printed, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
+    assert "Warning" not in errors
     distil(str(folder), "two/killed", "--resume")
     return folder, printed
 
@@ -207,6 +213,112 @@ def test_two_processes_write_the_report_of_one(sessions):
         assert numbers["evaluation"].pop("out_dir")
     assert two == alone
     assert printed.count("report.md") == 1
+
+
+KILLED = """
+import os, signal, sys, time
+sys.path.insert(0, {root!r})
+import train_rm
+from support.flags import run_script
+from support.processes import rank
+
+class Run(train_rm.Run):
+    def end_step(self, step, *args, **values):
+        super().end_step(step, *args, **values)
+        if step == 15 and rank() == {killed}:
+            print("killed at", time.time(), file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+train_rm.Run = Run
+run_script(train_rm.main)
+"""
+
+
+@pytest.mark.parametrize("killed, flags", [(0, []), (1, ["--fsdp"])])
+def test_when_a_process_is_killed_the_other_says_so_and_ends(sessions, killed, flags):
+    """In one line that names --resume, and with exit code 2; torchrun then says what it saw. The
+    run goes on from its last saved state."""
+    folder, _ = sessions
+    flags = [*training_flags(folder), f"--init_from={folder}/alone/sft", *flags,
+             f"--out_dir={folder}/killed{killed}"]
+    with torchrun(folder, KILLED.format(root=ROOT, killed=killed), *flags) as process:
+        _, errors = process.communicate()
+    assert process.returncode == 1
+    assert time.time() - float(errors.partition("killed at ")[2].split()[0]) < 60
+    said = [line for line in errors.splitlines() if line.startswith("session.py: error: ")]
+    assert said == [f"session.py: error: {OTHERS_ENDED}"] and "--resume" in said[0]
+    assert "exitcode  : 2 " in errors and "exitcode  : -9 " in errors
+    assert "session.py\", line" not in errors           # no traceback
+    train_rm.main([flag for flag in flags if flag != "--fsdp"] + ["--resume"])
+    assert_same_run(folder / "alone/rm", folder / f"killed{killed}")
+
+
+@pytest.mark.parametrize("message, lost", [
+    ("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:17131.", True),
+    ("[/gloo/transport/tcp/pair.cc:526] Read error [127.0.0.1]:3: Connection reset by peer", True),
+    ("NCCL error: ncclRemoteError: A call failed possibly due to a network error or a remote "
+     "process exited prematurely.", True),
+    ("mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)", False)])
+def test_a_lost_process_is_told_from_a_bug(message, lost):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(RuntimeError if not lost else InputError) as error, lost_processes():
+        raise RuntimeError(message)
+    assert str(error.value) == (OTHERS_ENDED if lost else message)
+    assert signal.getsignal(signal.SIGTERM) == (signal.SIG_IGN if lost else before)
+
+
+def test_joining_and_leaving_the_others(monkeypatch, capsys):
+    """Whatever ends a process that has joined, its group is left before Python ends. torchrun's
+    SIGTERM, where there is nothing to save, is told in the same line."""
+    group = []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr(processes.dist, "is_initialized", lambda: bool(group))
+    monkeypatch.setattr(processes.dist, "init_process_group", group.append)
+    monkeypatch.setattr(processes.dist, "destroy_process_group", group.clear)
+    monkeypatch.setattr(processes, "rank", lambda: 0)
+    at_exit = []
+    monkeypatch.setattr(processes.atexit, "register", at_exit.append)
+    for _ in range(2):                  # a script that trains several models joins once
+        assert processes.join("cpu") == torch.device("cpu")
+        assert group == ["gloo"]
+    monkeypatch.setattr(sys, "argv", ["some/train_rm.py"])
+    with pytest.raises(SystemExit) as exit:
+        signal.raise_signal(signal.SIGTERM)
+    assert exit.value.code == 143
+    assert capsys.readouterr().err == f"train_rm.py: error: {OTHERS_ENDED}\n"
+    (leave,) = at_exit
+    leave()
+    assert not group
+    leave()                             # nobody is left
+
+
+@pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK", "WORLD_SIZE"])
+@pytest.mark.parametrize("value", ["0", "1"])
+def test_a_rank_without_torchrun(monkeypatch, tmp_path, variable, value):
+    """Several processes that do not know of each other would each train the whole model."""
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(InputError, match=f"^{variable} is set, but torchrun did not start this"):
+        train_policy.main(["--loss=sft", f"--out_dir={tmp_path}/run"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_torchrun_nobody_leaves_the_folder_to_a_first_process(monkeypatch, tmp_path):
+    """Whether another process is at work there, all look but torchrun's second one."""
+    folder = str(tmp_path / "run")
+    run.claim(folder)
+    monkeypatch.setattr(run, "claimed", {})         # as another process sees it
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(InputError, match="another process is at work"):
+        run.check_unused(folder)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    run.check_unused(folder)
+
+
+def test_torchrun_where_processes_cannot_share_the_device(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    for name in ("mps", "xla"):
+        with pytest.raises(InputError, match=f"^--device={name}: torchrun's processes can't"):
+            processes.join(name)
 
 
 def test_without_torchrun_there_is_a_single_process():

@@ -1,16 +1,21 @@
 """The drivers of whole experiments: which commands they run, with the scripts themselves replaced:
 runs/protocol.py, and the shell scripts."""
+import contextlib
+import json
 import os
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from losses import LOSSES, knobs, needs
+import train_policy
+import train_rm
+from data import get_tokenizer
 from runs import protocol
 from support.flags import InputError, comparison_flags
-from support.training_flags import policy_flags, reward_flags
 
 ROOT = Path(__file__).parent.parent
 PAPER = ["dpo", "ipo", "d-dpo", "p-dpo", "dp-dpo", "e-dpo"]
@@ -19,9 +24,9 @@ PAPER = ["dpo", "ipo", "d-dpo", "p-dpo", "dp-dpo", "e-dpo"]
 def check_flags(script, flags):
     """InputError if the script would refuse its flags."""
     if script == "train_policy.py":
-        policy_flags(flags, "", list(LOSSES), needs, knobs)
+        train_policy.parse_flags(flags)
     elif script == "train_rm.py":
-        reward_flags(flags, "")
+        train_rm.parse_flags(flags)
     else:
         assert script == "evaluate.py"
         comparison_flags(flags, "")
@@ -54,6 +59,7 @@ def stages(monkeypatch, tmp_path):
         return list(commands)
 
     monkeypatch.setattr(protocol, "run", run)
+    monkeypatch.setattr(protocol, "check_data", lambda args: None)      # there is none
     return main
 
 
@@ -96,16 +102,93 @@ def test_losses_get_the_flags_that_they_use(stages, tmp_path):
     assert of_beta == set(losses) - {"sft", *of_tau}
 
 
+def test_where_samples_are_judged_they_are_cut_and_penalised_alike(stages, tmp_path):
+    """The limit is left to the scripts, which look at the data, unless it is given."""
+    for flags, wanted in (([], {}), (["--max_new_tokens=9", "--missing_eos_penalty=1"],
+                                     {"max_new_tokens": "9", "missing_eos_penalty": "1.0"})):
+        commands = stages(*flags, "--losses=dpo", f"--out={tmp_path}/{len(flags)}")
+        judging = [values for _, values in commands if values.keys() & {"select", "oracle"}]
+        assert len(judging) == 2
+        for values in judging:
+            assert {name: values[name] for name in protocol.SAMPLING if name in values} == wanted
+
+
 def test_other_flags_need_another_folder(stages):
+    """Once something is trained there."""
     stages()
     with pytest.raises(InputError, match="--out: .* was begun with --rho=0.2, not all"):
         stages("--rho=all")
     assert [script for script, _ in stages("--losses=dpo", "--n_prompts=5")] == ["evaluate.py"]
 
 
+def write_rows(path, n=100, **columns):
+    rows = [{"prompt": f"Post {i}", "chosen": f" yes {i}", "rejected": " no", **columns}
+            for i in range(n)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def world_of_files(monkeypatch, tmp_path, hub_cache):
+    """protocol.main in a folder with good and bad files; the first stage is refused."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NANOPREF_CACHE", str(tmp_path / "tokens"))
+    monkeypatch.setattr(protocol, "get_tokenizer", lambda name: get_tokenizer("tinytldr"))
+    write_rows(tmp_path / "pairs.jsonl")
+    write_rows(tmp_path / "three.jsonl", 3)
+    write_rows(tmp_path / "bad.jsonl", chosen="")
+    started = []
+
+    def run(script, *flags):
+        started.append(script)
+        sys.exit(2)
+
+    def main(*flags):
+        """Returns whether a stage was started."""
+        started.clear()
+        with contextlib.suppress(SystemExit):
+            protocol.main(["--init_from=scratch", "--out=out", *flags])
+        return bool(started)
+
+    monkeypatch.setattr(protocol, "run", run)
+    return main
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--data=paris.jsonl"], "--data: paris.jsonl"),
+    (["--sft_data=paris.jsonl"], "--sft_data: paris.jsonl"),
+    (["--data=bad.jsonl"], "--data: bad.jsonl: rows 1, .*: the response 'chosen' is empty"),
+    (["--sft_data=bad.jsonl"], "--sft_data: bad.jsonl: rows 1, .*: the response 'chosen' is empty"),
+    (["--data=three.jsonl"], "--data: three.jsonl, .*: no usable row"),
+    (["--family=scores"], "--family=scores: pairs.jsonl has no score_chosen"),
+    (["--max_new_tokens=512"], "--max_new_tokens: 512 leaves no room")])
+def test_bad_inputs_are_refused_before_the_work(world_of_files, flags, message):
+    """What a later stage would not take; and nothing is written that stands in the way of the
+    corrected command."""
+    with pytest.raises(InputError, match=message):
+        world_of_files("--data=pairs.jsonl", "--sft_data=pairs.jsonl", *flags)
+    assert not os.path.exists("out")
+    assert world_of_files("--data=pairs.jsonl", "--sft_data=pairs.jsonl")
+
+
+def test_flags_may_be_corrected_until_something_is_trained(world_of_files):
+    good = ["--data=pairs.jsonl", "--sft_data=pairs.jsonl"]
+    assert world_of_files(*good, "--sft_lr=1") and os.path.exists("out/protocol.json")
+    os.makedirs("out/sft")      # of a run that ended before it saved anything
+    assert world_of_files(*good, "--sft_lr=2")
+    Path("out/sft/state.pt").touch()
+    with pytest.raises(InputError, match="--out: out was begun with --sft_lr=2.0, not 3.0; name"):
+        world_of_files(*good, "--sft_lr=3")
+    assert world_of_files(*good, "--sft_lr=2")
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--rho=2"], r"--rho: invalid fraction \(or all\) value: '2'"),
     (["--bias=a,b"], "--bias: invalid list of comma-separated fractions"),
+    (["--bias=0.2,0.2"], "--bias: the members of a family differ in their bias; one is"),
+    (["--family=seeds", "--seeds=1,1"], "--seeds: one is named twice"),
+    (["--losses=dpo,dpo"], "--losses: one is named twice"),
+    (["--n_prompts=100000"], "--n_prompts: invalid int from 1 to 30000"),
+    (["--init_from=scratch", "--n_head=3"], "--n_head: 3 heads do not divide --n_embd=256"),
     (["--gamma=1,2,3"], "--gamma: invalid FIRST,LAST"),
     (["--losses=dpo,xx"], "--losses: comma-separated, of dpo, ipo"),
     (["--losses=sft"], "--losses"),
@@ -189,7 +272,7 @@ def shell(tmp_path):
     python.write_text('#!/bin/sh\nprintf "%s\\t" "$@" >> "$LOG"; echo >> "$LOG"\n')
     python.chmod(0o755)
     installed = ""
-    for name in ("requirements.txt", "requirements-dev.txt"):
+    for name in ("requirements.txt", "requirements-dev.txt", "constraints.txt"):
         shutil.copy(ROOT / name, repository)
         installed += (ROOT / name).read_text()
     (repository / ".venv" / "installed.txt").write_text(installed)
@@ -256,9 +339,9 @@ def test_the_speedrun_refuses_other_flags(shell, flags):
 
 @pytest.mark.parametrize("script, wanted", [
     ("tldr.sh", {"data": "trl-lib/tldr-preference", "labels": "oracle", "rho": 0.2,
-                 "n_pairs": 30_000, "max_new_tokens": 64}),
+                 "n_pairs": 30_000, "max_new_tokens": None}),
     ("helpful.sh", {"data": "Anthropic/hh-rlhf/helpful-base", "labels": "human", "rho": "all",
-                    "n_pairs": None, "max_new_tokens": 128})])
+                    "n_pairs": None, "max_new_tokens": None})])
 def test_the_paper_s_settings(shell, script, wanted):
     """TL;DR: labels of the oracle and a length bias. Helpfulness: people's labels, unbiased. Flags
     of the call win."""
@@ -270,6 +353,63 @@ def test_the_paper_s_settings(shell, script, wanted):
         wanted = {**wanted, **given}
         assert {name: args[name] for name in wanted} == wanted
         assert args["losses"] == PAPER and args["steps"] == 10_000
+
+
+def test_an_environment_is_made_once_for_the_same_requirements(tmp_path):
+    """With the tested versions; again when any of its files changes, and after a failure."""
+    repository, log, python = tmp_path / "a copy", tmp_path / "log", tmp_path / "python"
+    (repository / "runs").mkdir(parents=True)
+    shutil.copy(ROOT / "runs/venv.sh", repository / "runs")
+    files = ["requirements.txt", "requirements-dev.txt", "constraints.txt", "own.txt"]
+    for name in files:
+        (repository / name).write_text(f"{name}\n")
+    python.write_text(f"""#!/bin/sh
+if [ "$2" = venv ]; then mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; fi
+if [ "$2" = pip ]; then echo "$@" >> '{log}'; exit $FAIL; fi
+""")
+    python.chmod(0o755)
+
+    def installed(*names, fail=0):
+        """What pip is called with, or None."""
+        log.write_text("")
+        variables = {**os.environ, "PYTHON": str(python), "FAIL": str(fail)}
+        done = subprocess.run(["bash", "-euc", 'source runs/venv.sh "$@"', "test.sh", *names],
+                              cwd=repository, env=variables)
+        assert done.returncode == fail
+        return log.read_text().split()[5:] or None
+
+    names, wanted = (".venv", "requirements-dev.txt"), ["-r", "requirements-dev.txt", "-c"]
+    assert installed(*names, fail=1) == [*wanted, "constraints.txt"]
+    assert installed(*names) == [*wanted, "constraints.txt"]
+    assert installed(*names) is None
+    for name in files[:3]:
+        (repository / name).write_text("changed\n")
+        assert installed(*names) == [*wanted, "constraints.txt"]
+        assert installed(*names) is None
+    assert installed(".venv-xla", "requirements-dev.txt", "own.txt") == [*wanted, "own.txt"]
+
+
+def test_requirements_leave_alone_what_is_there():
+    """Lower bounds alone, without pytest and linters; each has a tested version, as have the tools
+    of the other files."""
+    bounds = {}
+    for name in ("requirements.txt", "requirements-dev.txt", "requirements-parity.txt"):
+        for line in (ROOT / name).read_text().splitlines():
+            requirement = line.partition("#")[0].strip()
+            if requirement and not requirement.startswith("-r "):
+                package, bound = re.fullmatch(r"([\w-]+)(?:>=([\d.]+))?", requirement).groups()
+                bounds[package] = bound or "0"
+        if name == "requirements.txt":
+            assert bounds["torch"] == "2.6" and "pytest" not in bounds
+    pins = (ROOT / "constraints.txt").read_text()
+    tested = dict(re.findall(r"^([\w-]+)==([\d.]+)", pins, re.M))
+    assert set(tested) == set(bounds)
+    for package, bound in bounds.items():
+        assert numbers(tested[package]) >= numbers(bound)
+
+
+def numbers(version):
+    return [int(part) for part in version.split(".")]
 
 
 def test_pytest_gets_the_flags_of_test_sh(shell):

@@ -1,27 +1,36 @@
 """What the README and the pages of docs/ promise: they are short, and what they name is there."""
 import ast
+import csv
 import importlib
+import inspect
 import json
 import os
 import re
 import shlex
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from losses import LOSSES, knobs, needs
+import losses
+import train_policy
+import train_rm
+from data import collate
+from losses import LOSSES, knobs
 from model import GPT, GPTConfig
 from reward import RewardModel
+from runs import draw
 from support.flags import InputError, comparison_flags, talk_flags
-from support.training_flags import policy_flags, reward_flags
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 CODE = [path for folder in (".", "support", "runs") for path in (ROOT / folder).glob("*.py")]
 ABBREVIATIONS = {"CUDA", "POST", "README", "JSON", "JSONL", "NANOPREF_CACHE", "RLHF", "TMLR",
-                 "TIKTOKEN_CACHE_DIR", "LOSSES"}
+                 "TIKTOKEN_CACHE_DIR", "LOSSES", "LICENSE"}
 each_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 
 
@@ -100,11 +109,99 @@ def test_the_numbers_on_scale_are_those_of_its_snippet(capsys):
     assert len(printed) == 1 + len(tables) - 2
 
 
+# ------ what the README shows of the code and of the results
+
+
+def test_the_readme_quotes_e_dpo_as_it_stands():
+    source = inspect.getsource(losses.e_dpo)
+    definition, docstring, body = source.split('"""')
+    assert f"```python\n{definition.rstrip()}\n{body.strip(chr(10))}\n```\n" in text_of(README)
+
+
+def test_the_tree_in_the_readme_is_what_collate_makes():
+    """Its three lines: the tokens of a row, their branches and their positions."""
+    rows = {}
+    for name in ("tokens", "branch", "position"):
+        line = re.search(rf"^{name} +(.*)$", text_of(README), flags=re.M).group(1)
+        rows[name] = [part.split() for part in line.split("|")]
+    assert rows["tokens"] == draw.TREE
+
+    prompt, *responses = [list(range(len(part))) for part in rows["tokens"]]
+    batch = collate([(prompt, responses)])
+    assert [int(x) for part in rows["branch"] for x in part] == batch.branch[0].tolist()
+    assert [int(x) for part in rows["position"] for x in part] == batch.position[0].tolist()
+
+
+def test_the_pictures_are_drawn(tmp_path):
+    draw.main([f"--out_dir={tmp_path}"])
+    drawn = sorted(path.name for path in tmp_path.iterdir())
+    assert drawn == ["advantage.png", "pipeline.png", "tree_mask.png"]
+    for name in drawn:
+        assert f"](assets/{name})" in text_of(README)
+
+
+def means(path, **wanted):
+    """The mean test advantage over seeds, of the rows of a runs.csv with these values."""
+    with open(ROOT / "results" / path / "runs.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    values = [float(row["test"]) for row in rows
+              if all(row[column] == value for column, value in wanted.items())]
+    assert len(values) > 1
+    return np.mean(values)
+
+
+def test_the_findings_are_those_of_the_results():
+    """Every number of "What we found", and of the caption of the first picture, from the CSVs."""
+    text = " ".join(text_of(README).split())
+    lead = means("figure2", method="e-dpo", rho="0.2") - means("figure2", method="dpo", rho="0.2")
+    assert f"It earns {lead:.2f} more than DPO" in text
+
+    d_dpo_leads = [means("figure2", method="d-dpo", rho=rho)
+                   - means("figure2", method="e-dpo", rho=rho)
+                   for rho in ("0.4", "0.5", "0.6", "0.7", "0.8", "all")]
+    assert f"ahead of it, by {min(d_dpo_leads):.1f} to {max(d_dpo_leads):.1f}." in text
+
+    mean_leads = [means("figure2-fresh", method="dp-dpo, family's mean", rho=rho)
+                  - means("figure2-fresh", method="e-dpo", rho=rho)
+                  for rho in ("0.2", "0.5", "0.8")]
+    assert f"by {np.mean(mean_leads):.2f}, averaged over rho 0.2, 0.5 and 0.8" in text
+
+    balanced = means("ablations", table="balance", rho="0.2", setting="balanced pairs")
+    minimum = means("ablations", table="balance", rho="0.2", setting="family's minimum")
+    assert f"equally often earns {balanced:+.2f}. e-DPO on all 1,000 pairs earns {minimum:+.2f}." \
+        in text
+
+    curves = draw.advantages(ROOT / "results" / "degeneracy" / "curves.csv")
+    ends = {loss: values[:, -1].mean() for loss, (_, values) in curves.items()}
+    assert f"DPO ends {-ends['dpo']:.0f} points below" in text
+    assert f"falls too, to {ends['d-dpo']:.0f}." in text
+    assert ends["e-dpo"] > 0 and ends["ipo"] > 0
+
+
+def test_the_expected_output_is_the_table_of_the_results():
+    """The lines that the speedrun prints last, in the README, are those of docs/results.md."""
+    lines = re.findall(r"^(\S+) +advantage (\S+ ± \S+)$", text_of(README), flags=re.M)
+    assert [name for name, _ in lines] == ["dpo", "ipo", "d-dpo", "p-dpo", "dp-dpo", "e-dpo"]
+    for name, advantage in lines:
+        assert f"| {name} | {advantage} |" in text_of(ROOT / "docs" / "results.md")
+
+
+def test_the_post_in_the_readme_is_the_first_that_tinytldr_prints():
+    shown = re.search(r"```\n(POST: .*?)\n```", text_of(README), flags=re.S).group(1).splitlines()
+    output = subprocess.run([sys.executable, "tinytldr.py"], cwd=ROOT, capture_output=True,
+                            text=True, check=True).stdout
+    printed = output.splitlines()
+    assert printed[0].startswith(shown[0].removesuffix("..."))
+    assert printed[1:len(shown)] == shown[1:]
+
+
+# ------ commands
+
+
 def flag_parser(script):
     """The function that reads a script's flags, or None if it has no such function."""
-    root_parsers = {"train_policy": partial(policy_flags, doc="", losses=list(LOSSES), needs=needs,
-                                            knobs=knobs),
-                    "train_rm": partial(reward_flags, doc=""),
+    root_parsers = {"train_policy": train_policy.parse_flags,
+                    "train_rm": train_rm.parse_flags,
                     "evaluate": partial(comparison_flags, doc=""),
                     "sample": partial(talk_flags, doc="")}
     if script in root_parsers:

@@ -1,5 +1,5 @@
 """Real files, where there are some: NANOPREF_DATA names a folder with TL;DR and HH comparisons (and
-tiktoken's cache)."""
+tiktoken's cache, unless TIKTOKEN_CACHE_DIR names another)."""
 import json
 import os
 import re
@@ -12,14 +12,17 @@ from support.formats import load_rows
 from support.tokens import SPLITS, encode, select, tokenised_file
 
 FOLDER = os.environ.get("NANOPREF_DATA", "")
-pytestmark = pytest.mark.skipif(not os.path.isdir(FOLDER),
-                                reason="NANOPREF_DATA names no folder with real data")
+pytestmark = [pytest.mark.real_data,
+              pytest.mark.skipif(not os.path.isdir(FOLDER),
+                                 reason="NANOPREF_DATA names no folder with real data")]
 
 
 @pytest.fixture(scope="module")
 def gpt2():
-    os.environ.setdefault("TIKTOKEN_CACHE_DIR", os.path.join(FOLDER, "tiktoken_cache"))
-    return get_tokenizer("gpt2")
+    with pytest.MonkeyPatch.context() as patch:
+        if not os.environ["TIKTOKEN_CACHE_DIR"]:
+            patch.setenv("TIKTOKEN_CACHE_DIR", os.path.join(FOLDER, "tiktoken_cache"))
+        return get_tokenizer("gpt2")
 
 
 @pytest.mark.parametrize("name, demonstrations, n", [("tldr_preference", False, 759),
@@ -87,3 +90,15 @@ def test_biased_subset_of_real_pairs(hub_cache, gpt2):
     lengths = Dataset(*select(arrays, 1024)).response_lengths()
     subset = biased_subset(lengths, 0.2)
     assert np.mean(longer(lengths[subset]) == 1) == pytest.approx(0.2, abs=0.01)
+
+
+@pytest.mark.parametrize("name, demonstrations", [("tldr_preference", False), ("tldr_sft", True),
+                                                  ("hh_helpful-base", False)])
+def test_nothing_looks_odd_in_good_data(name, demonstrations):
+    """The only thing said is the column of TL;DR that is not read."""
+    said = []
+    path = os.path.join(FOLDER, f"{name}.jsonl.gz")
+    for _ in load_rows(path, demonstrations, say=said.append):
+        pass
+    unread = ["columns that are not read: 'confidence'"] if name == "tldr_preference" else []
+    assert said == unread

@@ -61,6 +61,9 @@ def workshop(world, tmp_path_factory):
     (root / "latin.jsonl").write_bytes(json.dumps(GOOD[0]).encode() + b'\n{"prompt": "\xe9"}\n')
     (root / "cut.jsonl.gz").write_bytes(gzip.compress(b"x" * 1000)[:-8])
     (root / "folder").mkdir()
+    (root / "adapter").mkdir()
+    (root / "adapter/adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (root / "adapter/adapter_model.safetensors").write_bytes(b"")
     (root / "link").symlink_to("sft")
 
     def copy(name, config=None, **weights):
@@ -92,6 +95,9 @@ def workshop(world, tmp_path_factory):
     torch.save({"a": Path("code")}, root / "pickled/pytorch_model.bin")
     small = GPT(GPTConfig(block_size=64, vocab_size=256, n_layer=1, n_head=1, n_embd=8))
     small.save_pretrained(root / "small")
+    config = json.loads((root / "small/config.json").read_text())
+    config["nanopref"] = {"tokenizer": "tinytldr"}      # else GPT-2's, which would be downloaded
+    (root / "small/config.json").write_text(json.dumps(config))
     return root
 
 
@@ -204,7 +210,16 @@ CASES = [       # script, flags, what the line has to say
     (REWARD, "--init_from=scratch --out_dir=new", "--init_from: a reward model starts from"),
     (REPORT, "--ref=nan sft --out_dir=new", "nan: the weights transformer.ln_f.bias"),
     (REPORT, "--ref=small small --out_dir=new", "--ref: the model knows 256 tokens"),
-    (TALK, "small --prompt=a", "small: the model knows 256 tokens"),
+    (TALK, "small --prompt=a", "small: it has no tokenizer"),
+    (POLICY, "--loss=sft --data=good.jsonl --init_from=small --out_dir=new",
+     "small: it has no tokenizer (no tokenizer.json, no vocab.json), and its vocab_size, 256, is "
+     "not GPT-2's"),
+    (POLICY, "--loss=sft --init_from=adapter --out_dir=new", "adapter: adapter_config.json, a "),
+    (POLICY, "--loss=sft --n_layer=1000000000 --out_dir=new", "--n_layer: invalid int from 1 to"),
+    (POLICY, "--loss=sft --block_size=1e12 --out_dir=new", "--block_size: invalid positive int"),
+    (POLICY, "--loss=sft --block_size=1000000000000 --out_dir=new", "--block_size=1000000000000: "),
+    (POLICY, "--loss=sft --n_embd=4000000000 --out_dir=new", "--n_embd=4000000000 "),
+    (POLICY, "--loss=sft --tokenizer=folder --out_dir=new", "folder/: no tokenizer in this folder"),
     (REPORT, "--ref=sft nowhere --out_dir=new", "nowhere: no such folder"),
     (REPORT, f"{EVAL} --oracle=nowhere", "--oracle: no reward model in 'nowhere'"),
     (TALK, "nan", "nan: the weights transformer.ln_f.bias"),
@@ -233,7 +248,7 @@ CASES = [       # script, flags, what the line has to say
     (POLICY, f"{DATA}scores.jsonl", "row 1: column 'score_chosen' is neither a number below"),
     (POLICY, f"{DATA}one_score.jsonl", "row 1: column 'score_rejected' is missing"),
     (POLICY, f"{DATA}some_scores.jsonl", "and 25 more: 2 scores for each response"),
-    (POLICY, f"{DATA}responses.jsonl", "row 2: 3 responses, the first row has 2"),
+    (POLICY, f"{DATA}responses.jsonl", "row 2: 3 responses, most rows have 2"),
     (POLICY, f"{DATA}long.jsonl", "--data: long.jsonl"),
     (POLICY, "--loss=d-dpo --init_from=sft --rewards=scores --out_dir=new --max_steps=2 "
      "--data=large_scores.jsonl", "score_chosen' is neither a number below 1e12"),

@@ -1,8 +1,11 @@
 """The run folder, the optimizer and the check before step 0, each without a training script. (Whole
 runs, interrupted and resumed, are in test_runs.py.)"""
 import builtins
+import contextlib
+import errno
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -10,23 +13,33 @@ import signal
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.torch_version import TorchVersion
 
-from support import run_folder
+import tinytldr
+from data import Dataset
+from model import GPT, GPTConfig
+from support import files
+from support import run as run_folder
 from support.cache import cache_folder, cached
-from support.checks import check_step_0
+from support.checks import check_rounding, check_step_0
 from support.device import setup
+from support.files import read_json, remove_leftovers, replacing, write_json
 from support.flags import InputError
-from support.folders import check_free, check_unused, claim
 from support.optimizer import adamw, learning_rate, set_learning_rate
-from support.run_folder import (
+from support.passes import score
+from support.run import (
+    STATE,
     Run,
-    check_same_tokens,
+    check_free,
+    check_unused,
+    claim,
     family_folders,
     family_to_train,
     load,
@@ -34,6 +47,8 @@ from support.run_folder import (
     run_flags,
     run_names,
 )
+from support.tokenizer import check_same_tokens
+from support.tokens import keep_arrays
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -90,7 +105,7 @@ def test_a_new_run_writes_its_flags(tmp_path):
 def test_a_new_run_removes_what_a_run_left_that_was_killed_before_its_first_evaluation(tmp_path):
     """Nothing else."""
     start(tmp_path)
-    for name in ("best.pt", "metrics.jsonl", "notes.txt", "my.tmp", "state.pt.123.tmp"):
+    for name in ("best.pt", "metrics.jsonl", "notes.txt", "my.tmp", "state.pt.0123abcd.tmp"):
         (tmp_path / name).write_text("old")
     start(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".lock", "config.json", "my.tmp", "notes.txt"]
@@ -116,7 +131,7 @@ def test_nobodys_work_is_overwritten(tmp_path, there, what):
 
 def test_a_folder_is_written_to_by_one_process(tmp_path):
     """Another one refuses at once, to resume too; when the first has ended, however, it may."""
-    code = (f"import sys, time; sys.path.insert(0, {ROOT!r}); from support.folders import claim; "
+    code = (f"import sys, time; sys.path.insert(0, {ROOT!r}); from support.run import claim; "
             f"claim({str(tmp_path)!r}); print('mine', flush=True); time.sleep(60)")
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
         other.stdout.readline()
@@ -390,7 +405,7 @@ def test_a_state_that_is_damaged(tmp_path):
     start(tmp_path).report(3, {"loss": 0.5})
     good = path.read_bytes()
     message = f"--resume: {path} is damaged ({{}}); start again with --overwrite"
-    weight = good.index(load(path)["model"]["weight"].numpy().tobytes())
+    weight = good.index(load(path, STATE)["model"]["weight"].numpy().tobytes())
     flipped = good[:weight] + bytes([good[weight] ^ 1]) + good[weight + 1:]
     for content in (flipped, good[:-1], good[:100], b"", b"not a zip file"):
         path.write_bytes(content)
@@ -399,47 +414,274 @@ def test_a_state_that_is_damaged(tmp_path):
     assert refusal(start, tmp_path, resume=True) == message.format("UnpicklingError")
 
 
+def without(state, name):
+    return {key: value for key, value in state.items() if key != name}
+
+
+@pytest.mark.parametrize("change", [
+    lambda state: without(state, "rng"), lambda state: without(state, "metrics"),
+    lambda state: {**state, "scheduler": {}}, lambda state: {**state, "step": "3"},
+    lambda state: {**state, "model": None}, lambda state: {**state, "metrics": {}},
+    lambda state: {**state, "model": without(state["model"], "bias")},
+    lambda state: {**state, "model": {**state["model"], "bias": torch.zeros(7)}},
+    lambda state: {**state, "model": {**state["model"], "bias": 1.0}},
+    lambda state: {**state, "optimizer": {}}, lambda state: {**state, "rng": torch.zeros(3)},
+    lambda state: {**state, "optimizer": {"state": {9: {}}, "param_groups": []}},
+    lambda state: {**state, "window": [1]}, lambda state: state["model"], lambda state: [state],
+    lambda state: state["rng"], lambda state: 7])
+def test_a_state_of_another_version(tmp_path, change):
+    """Older or newer, or not a state at all: one line, which says what to do."""
+    path = tmp_path / "state.pt"
+    start(tmp_path).report(3, {"loss": 0.5})
+    torch.save(change(load(path, STATE)), path)
+    assert refusal(start, tmp_path, resume=True).startswith(
+        f"--resume: {path} is not what this version of nanoPref writes there; resume with the "
+        "version that wrote it, or start again with --overwrite")
+
+
+def test_a_best_model_of_another_version(tmp_path):
+    run = start(tmp_path, select="loss", max_steps=1, eval_every=1)
+    torch.save({"model": run.model.state_dict()}, tmp_path / "best.pt")
+    assert f"{tmp_path}/best.pt is not what this version" in refusal(run.restore_selected)
+
+
 @pytest.mark.parametrize("content", [None, "", '{"step": 3, "loss": 0.4}\n'])
 def test_metrics_that_are_damaged(tmp_path, content):
-    """Missing, cut off, or with another number in them."""
+    """Missing, cut off, or with another number in them: the state has them too."""
     path = tmp_path / "metrics.jsonl"
     start(tmp_path).report(3, {"loss": 0.5})
+    before = path.read_text()
     path.unlink()
     if content is not None:
         path.write_text(content)
-    assert refusal(start, tmp_path, resume=True) == (
-        f"--resume: {path} is damaged: it does not begin with what the run logged; start again "
-        "with --overwrite")
+    start(tmp_path, resume=True)
+    assert path.read_text() == before
+
+
+# ------------------------------------------------------------------ disks that are full
+
+@contextlib.contextmanager
+def full_disk(size=1000):
+    """No file may become larger, which torch, numpy and safetensors meet as they do a full disk."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def save_zeros(save):
+    """A function that writes a megabyte to a temporary file with one library or another."""
+    def write(path):
+        with replacing(path) as temporary:
+            save(temporary)
+    return write
+
+
+ZEROS = np.zeros(125_000)
+
+
+def save_with_torch(path):
+    with open(path, "wb") as file:
+        torch.save(torch.from_numpy(ZEROS), file)
+
+
+def save_with_numpy(path):
+    with open(path, "wb") as file:
+        np.save(file, ZEROS)
+
+
+WRITERS = {
+    "json": lambda path: write_json(path, ZEROS.tolist()), "torch": save_zeros(save_with_torch),
+    "numpy": save_zeros(save_with_numpy),
+    "safetensors": save_zeros(partial(save_file, {"zeros": torch.from_numpy(ZEROS)})),
+    "folder": lambda path: keep_arrays(path, {"zeros": ZEROS}, [])}
+
+
+@pytest.mark.parametrize("size", [0, 100, 100_000])
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_is_named_with_the_file(tmp_path, name, size):
+    """Whoever writes; and nothing half-written is left."""
+    path = str(tmp_path / "file")
+    with full_disk(size):
+        assert refusal(WRITERS[name], path) == f"{path}: can't be written: File too large"
+    assert os.listdir(tmp_path) == []
+    WRITERS[name](path)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("error", [
+    OSError(errno.ENOSPC, "No space left on device"),
+    RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")])
+def test_no_space_left_on_device(tmp_path, error):
+    def fail():
+        with replacing(f"{tmp_path}/a"):
+            raise error
+    assert refusal(fail) == f"{tmp_path}/a: can't be written: No space left on device"
+
+
+def test_a_bug_stays_a_bug(tmp_path):
+    """An error that is not the system's comes out as it is."""
+    for error in (ValueError("NaN"), KeyError("a"), RuntimeError("shapes")):
+        with pytest.raises(type(error)), replacing(f"{tmp_path}/a"):
+            raise error
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_run_on_a_full_disk(tmp_path):
+    """It names the file, metrics.jsonl too; the last saved state is still good."""
+    run = start(tmp_path)
+    run.report(3, {"loss": 0.5})
+    with full_disk(1000):
+        assert refusal(run.save_state, 4) == (
+            f"{tmp_path}/state.pt: can't be written: File too large")
+    with full_disk(10):
+        assert refusal(run.log, 5, {"loss": 0.5}) == (
+            f"{tmp_path}/metrics.jsonl: can't be written: File too large")
+    assert start(tmp_path, resume=True).first_step == 3
+
+
+def test_a_file_of_somebody_else(tmp_path, monkeypatch):
+    """What the system does not let this user write is named, in one line."""
+    run = start(tmp_path / "run")
+    os.remove(tmp_path / "run/config.json")
+    (tmp_path / "run/metrics.jsonl").mkdir()
+    assert refusal(run.log, 0, {"loss": 0.5}) == (
+        f"{tmp_path}/run/metrics.jsonl: can't be written: Is a directory")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/.lock").mkdir()
+    assert refusal(start, tmp_path / "other") == (
+        f"{tmp_path}/other: can't be written: Is a directory")
+    (tmp_path / "file").touch()
+    assert refusal(start, tmp_path / "file/run") == (
+        f"{tmp_path}/file/run: can't be written: Not a directory")
+
+
+# ------------------------------------------------------------------ temporary names
+
+def test_processes_with_the_same_number_do_not_meet(tmp_path):
+    """Such as those of two containers that share a cache: each has a temporary name of its own."""
+    path = f"{tmp_path}/a.json"
+    with replacing(path) as first, replacing(path) as second:
+        for name, text in ((first, "1"), (second, "2")):
+            with open(name, "w", encoding="utf-8") as file:
+                file.write(text)
+    assert os.listdir(tmp_path) == ["a.json"] and read_json(path, int) == 1
+
+
+WRITE_FOR_EVER = """
+import sys, time
+sys.path.insert(0, {root!r})
+from support.files import replacing
+with replacing({path!r}, folder={folder}) as temporary:
+    print(temporary, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_a_kill_leaves_goes_and_what_lives_stays(tmp_path, folder):
+    code = WRITE_FOR_EVER.format(root=ROOT, path=f"{tmp_path}/a", folder=folder)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
+        temporary = other.stdout.readline().decode().strip()
+        if folder:
+            (tmp_path / temporary / "tokens.npy").touch()
+        remove_leftovers(str(tmp_path))
+        assert os.path.exists(temporary)
+        other.kill()
+    (tmp_path / "mine.tmp").touch()
+    remove_leftovers(str(tmp_path))
+    assert os.listdir(tmp_path) == ["mine.tmp"]
+
+
+def test_leftovers_where_there_are_no_locks(tmp_path, monkeypatch):
+    """Those that nobody has written to for a day."""
+    monkeypatch.setattr(files, "fcntl", None)
+    for name in ("old.0123abcd.tmp", "new.0123abcd.tmp"):
+        (tmp_path / name).touch()
+    os.utime(tmp_path / "old.0123abcd.tmp", (10 ** 9, 10 ** 9))
+    remove_leftovers(str(tmp_path))
+    assert os.listdir(tmp_path) == ["new.0123abcd.tmp"]
+
+
+def test_a_folder_that_two_processes_write(tmp_path):
+    """The first that is whole is kept."""
+    path = str(tmp_path / "tokens")
+    with replacing(path, folder=True) as slow:
+        (tmp_path / slow / "number").write_text("1")
+        with replacing(path, folder=True) as fast:
+            (tmp_path / fast / "number").write_text("2")
+    assert os.listdir(tmp_path) == ["tokens"]
+    assert (tmp_path / "tokens/number").read_text() == "2"
 
 
 # ------------------------------------------------------------------ what is cached
 
+VALUES = {
+    "array": np.array([[1.5, 0.5], [0.1, 2.5], [3.0, 4.0]], np.float32),
+    "samples": [[1, 2, 3], [], [4]], "rows": [{"prompt": "café", "scores": [[0.5], [1.0]]}]}
+
+
+@pytest.mark.parametrize("kind", VALUES)
 @pytest.mark.parametrize("damage", [
-    lambda text: text.replace("2.5", "2.25"), lambda text: text[:-9], lambda text: "",
-    lambda text: "null", lambda text: "[[1.5]]", lambda text: text.replace("[0.1, 2.5], ", "")])
-def test_a_damaged_cache_is_computed_anew(tmp_path, capsys, damage):
-    """Changed, cut off, empty, of another type, with a row missing: it is named, and mended."""
-    values = np.array([[1.5, 0.5], [0.1, 2.5], [3.0, 4.0]])
-    path = tmp_path / "cache/scores-abc.json"
-    for _ in range(2):
-        assert cached(str(tmp_path / "cache"), "scores", "abc", lambda: values) == values.tolist()
-    assert capsys.readouterr().out == f"scores: from {path}\n"
-    path.write_text(damage(path.read_text()))
-    for said in (f"{path}: damaged, computed anew\n", f"scores: from {path}\n"):
-        assert cached(str(tmp_path / "cache"), "scores", "abc", lambda: values) == values.tolist()
-        assert capsys.readouterr().out == said
+    lambda content: content[:200] + bytes([content[200] ^ 1]) + content[201:],
+    lambda content: content[:-9], lambda content: b"", lambda content: b"null",
+    lambda content: content[:100]])
+def test_a_damaged_cache_is_computed_anew(tmp_path, capsys, kind, damage):
+    """One bit changed, cut off, empty, another file: it is named, and mended."""
+    value, folder = VALUES[kind], str(tmp_path / "cache")
+    path = tmp_path / "cache/scores-abc.npz"
+
+    def check(said):
+        again = cached(folder, "scores", "abc", lambda: value)
+        assert capsys.readouterr().out == said and type(again) is type(value)
+        assert np.array_equal(again, value) if kind == "array" else again == value
+
+    check("")
+    check(f"scores: from {path}\n")
+    path.write_bytes(damage(path.read_bytes()))
+    check(f"{path}: damaged, computed anew\n")
+    check(f"scores: from {path}\n")
 
 
-def test_numbers_that_are_not_finite_are_not_cached(tmp_path):
+@pytest.mark.parametrize("value", [[1.0, float("nan")], np.array([1.0, np.inf])])
+def test_numbers_that_are_not_finite_are_not_cached(tmp_path, value):
     with pytest.raises(InputError, match="^scores: the model gives numbers that are not finite$"):
-        cached(str(tmp_path / "cache"), "scores", "abc", lambda: [1.0, float("nan")])
+        cached(str(tmp_path / "cache"), "scores", "abc", lambda: value)
     assert os.listdir(tmp_path) == []
 
 
+def test_a_cache_that_cannot_be_written_does_not_stop_a_run(tmp_path, capsys):
+    """On a full disk, or where there is a file in the place of the folder."""
+    (tmp_path / "file").touch()
+    with full_disk(10):
+        assert cached(str(tmp_path / "cache"), "scores", "abc", lambda: [1.0]) == [1.0]
+    assert cached(str(tmp_path / "file"), "scores", "abc", lambda: [1.0]) == [1.0]
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first == (f"warning: not kept for the next run: {tmp_path}/cache/scores-abc.npz: can't "
+                     "be written: File too large")
+    assert rest[-1].startswith("warning: not kept for the next run: ")
+    assert os.listdir(tmp_path / "cache") == []
+
+
+def test_the_cache_loses_what_a_killed_run_left(tmp_path):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    (folder / "scores-abc.npz.0123abcd.tmp").touch()
+    cached(str(folder), "scores", "abc", lambda: [1.0])
+    assert os.listdir(folder) == ["scores-abc.npz"]
+
+
 def test_a_reference_that_cannot_be_written_to(tmp_path, monkeypatch):
-    """Its cache goes to the run's folder. (An administrator may write anywhere: so os.access.)"""
+    """Its cache goes to the run's folder; also where a file is in its place.
+    (An administrator may write anywhere: so os.access.)"""
     (tmp_path / "ref").mkdir()
     assert cache_folder(str(tmp_path / "ref"), "run") == str(tmp_path / "ref/cache")
+    (tmp_path / "ref/cache").touch()
+    assert cache_folder(str(tmp_path / "ref"), "run") == "run/cache"
+    (tmp_path / "ref/cache").unlink()
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert cache_folder(str(tmp_path / "ref"), "run") == "run/cache"
     assert cache_folder("gpt2", "run") == "run/cache"
@@ -570,6 +812,9 @@ def test_a_config_that_is_none(tmp_path, text, message):
     assert refusal(run_flags, tmp_path) == f"{tmp_path}/config.json: {message}"
 
 
+TINY = tinytldr.tokenizer()
+
+
 def sizes(vocab_size, block_size):
     return SimpleNamespace(vocab_size=vocab_size, block_size=block_size)
 
@@ -578,8 +823,8 @@ def test_a_model_that_reads_what_the_policy_writes(tmp_path):
     """Its tokens, or a model's of which nothing is known; as many and as long texts, or more."""
     for config in ({"nanopref": {"tokenizer": "tinytldr"}}, {}):
         (tmp_path / "config.json").write_text(json.dumps(config))
-        check_same_tokens("--rms: rm", tmp_path, sizes(50, 8), sizes(50, 8), "tinytldr")
-        check_same_tokens("--rms: rm", tmp_path, sizes(51, 9), sizes(50, 8), "tinytldr")
+        check_same_tokens("--rms: rm", tmp_path, sizes(50, 8), sizes(50, 8), TINY)
+        check_same_tokens("--rms: rm", tmp_path, sizes(51, 9), sizes(50, 8), TINY)
 
 
 @pytest.mark.parametrize("tokenizer, config, message", [
@@ -589,7 +834,7 @@ def test_a_model_that_reads_what_the_policy_writes(tmp_path):
 def test_a_model_that_does_not(tmp_path, tokenizer, config, message):
     (tmp_path / "config.json").write_text(json.dumps({"nanopref": {"tokenizer": tokenizer}}))
     assert refusal(check_same_tokens, "--rms: rm", tmp_path, config, sizes(50, 8),
-                   "tinytldr") == f"--rms: rm {message}"
+                   TINY) == f"--rms: rm {message}"
 
 
 def make_models(root, *folders, files=("config.json",)):
@@ -749,10 +994,11 @@ def check(change=0.0, error=0.0, ref_logp=-1000.0, dtype="float32", beta=None, g
 
 
 @pytest.mark.parametrize("ref_logp, dtype, largest", [
-    (0.0, "float32", 0.001), (-1000.0, "float32", 0.011), (-1000.0, "bfloat16", 10.001)])
+    (0.0, "float32", 0.001), (-1000.0, "float32", 0.011), (-1000.0, "bfloat16", 1.5),
+    (-100.0, "bfloat16", 0.6)])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_rounding_of_log_probs_is_let_through(ref_logp, dtype, largest, sign):
-    """A thousandth of a nat, and 1e-5 (bfloat16: 1e-2) of the longest text's."""
+    """A thousandth of a nat and 1e-5 of the longest text's; bfloat16: half a nat and 1e-3."""
     check(0.99 * largest * sign, ref_logp=ref_logp, dtype=dtype)
     with pytest.raises(AssertionError, match="^before step 0, "):
         check(1.01 * largest * sign, ref_logp=ref_logp, dtype=dtype)
@@ -769,6 +1015,28 @@ def test_rounding_of_losses_is_let_through(change, beta, gamma, slack, sign):
     check(change, 0.99 * largest * sign, beta=beta, gamma=gamma)
     with pytest.raises(AssertionError, match="^at the reference, dpo is "):
         check(change, 1.01 * largest * sign, beta=beta, gamma=gamma)
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.5, 1.0, -1.0, math.nan])
+def test_bfloat16_log_probs_are_compared_with_float32(capsys, wrong):
+    """The data set's column, in some rows from the first to the last: a log-prob that is off by a
+    nat is noticed, half a nat and a few thousandths are let through."""
+    torch.manual_seed(0)
+    policy = GPT(GPTConfig(16, 31, 2, 2, 16))
+    dataset = Dataset([([1, 2], [[3, 4], [5, 6, number % 31]]) for number in range(40)])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        dataset.ref_logps = score(policy, dataset)
+    dataset.ref_logps[-1, 1] += wrong
+    args = SimpleNamespace(dtype="bfloat16", device="cpu")
+    if abs(wrong) <= 0.5:
+        check_rounding(policy, dataset, "train", args)
+        said = capsys.readouterr().out
+        assert re.fullmatch(r"train log-probs in bfloat16: within \S+ nats of float32, "
+                            r"in 16 rows\n", said)
+        assert 0 < float(said.split()[5]) < 0.6
+    else:
+        with pytest.raises(AssertionError, match="^the reference's train log-probs in bfloat16 "):
+            check_rounding(policy, dataset, "train", args)
 
 
 def test_what_the_check_says(capsys):

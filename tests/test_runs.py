@@ -25,7 +25,7 @@ import train_rm
 from losses import LOSSES, PREFERENCE_LOSSES, log_ratio_margin, needs
 from model import GPT, GPTConfig
 from runs import score
-from support import run_folder, tokens
+from support import run, tokens
 from support.flags import InputError, run_script, talk_flags
 from support.formats import load_rows
 from support.optimizer import adamw, learning_rate
@@ -307,7 +307,7 @@ def test_progress_without_a_terminal(world, tmp_path, monkeypatch, capsys):
     """Every ten steps, if half a minute has passed, a line with the loss, the learning rate and the
     time left."""
     clock = iter(range(0, 100_000, 31))
-    monkeypatch.setattr(run_folder, "time", SimpleNamespace(time=clock.__next__))
+    monkeypatch.setattr(run, "time", SimpleNamespace(time=clock.__next__))
     train_policy.main(policy_flags(world, tmp_path, "dpo", max_steps=20, eval_every=100, lr=1e-3))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     line, = [line for line in lines if line.split()[1] == "10"]
@@ -319,7 +319,7 @@ def test_progress_without_a_terminal(world, tmp_path, monkeypatch, capsys):
 
 def test_no_line_of_progress_in_between(world, tmp_path, monkeypatch, capsys):
     """If less than half a minute has passed since the last line."""
-    monkeypatch.setattr(run_folder, "time", SimpleNamespace(time=iter(range(1000)).__next__))
+    monkeypatch.setattr(run, "time", SimpleNamespace(time=iter(range(1000)).__next__))
     train_policy.main(policy_flags(world, tmp_path, "dpo", max_steps=20, eval_every=100))
     numbers = re.findall(r"^step +(\d+) ", capsys.readouterr().out, flags=re.M)
     assert numbers == ["0", "20"]
@@ -778,8 +778,9 @@ def test_held_out_prompts_to_answer(tmp_path, hub_cache, capsys):
         assert f"--n_prompts=50: the {split} split of" in out
         assert f"has {len(held_out[split])}, which are taken" in out
     for split, wanted in (("validation", range(0, 26)), ("test", range(26, 52))):
-        assert held_out[split] == [prompt for prompt in prompts if
-                                   hashlib.sha256(prompt.encode()).digest()[0] in wanted]
+        there = [prompt for prompt in prompts
+                 if hashlib.sha256(prompt.encode()).digest()[0] in wanted]
+        assert held_out[split] == [there[i] for i in tokens.random_order(len(there))]
         assert len(held_out[split]) > 1
     args = talk_flags(["policy", *flags[:1], "--n_prompts=1"], "")
     assert list(prompts_to_answer(args, tokenizer, None)) == held_out["test"][:1]

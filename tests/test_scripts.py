@@ -105,7 +105,7 @@ def arguments(lab, **changed):
              "rewards": None, "relabel": None, "data": "tinytldr", "pool": 30,
              "label_temperature": 0.5, "rho": 0.5, "n_pairs": 6, "max_new_tokens": 4, "seed": 7,
              "dtype": "float32", "device": "cpu", "tokenizer": "tinytldr", "micro_batch_size": 2,
-             "kl_samples": 1, "skip_bad_rows": None}
+             "kl_samples": 1, "skip_bad_rows": None, "missing_eos_penalty": None}
     return SimpleNamespace(**flags | changed)
 
 
@@ -220,13 +220,9 @@ def test_evaluation_is_of_all_rows_in_parts(script, monkeypatch):
     """In passes of four micro-batches, on the device of the training; the means are over rows, or
     for SFT over tokens."""
     dataset = Dataset([([1], [[2] * (1 + i % 3), [3]]) for i in range(20)])
-    device, devices, passes_made = torch.device("meta"), [], []
-
-    def to(batch, device):              # nowhere: the numbers below are on the CPU
-        devices.append(device)
-        return batch
-
-    monkeypatch.setattr(TreeBatch, "to", to)
+    device = torch.device("cpu")
+    passes_made, moved = [], []
+    monkeypatch.setattr(TreeBatch, "to", lambda batch, where: moved.append(where) or batch)
 
     def model(batch):
         passes_made.append(len(batch.tokens))
@@ -241,7 +237,7 @@ def test_evaluation_is_of_all_rows_in_parts(script, monkeypatch):
         means = train_rm.evaluate(model, dataset, args, device, nullcontext)
         wanted = {"loss": np.log(1 + np.exp(-1)), "margin": 1, "accuracy": 1}
         assert means == pytest.approx(wanted)
-    assert passes_made == [8, 8, 4] and devices == [device] * 3
+    assert passes_made == [8, 8, 4] and moved == [device] * 3
 
 
 def test_an_evaluation_of_rows_of_several_sizes():
@@ -278,19 +274,23 @@ def test_reward_of_samples_by_the_oracle(lab, monkeypatch):
     replies = sample(lab.policy, prompts, 4, TOKENIZER.eot_token, [7, 5])
     wanted = [len(to_text(prompt, TOKENIZER)) + 100 * len(to_text(reply, TOKENIZER))
               for prompt, reply in zip(prompts, replies)]
-    mean = reward_of_samples(lab.policy, prompts, {}, TOKENIZER, arguments(lab), nullcontext)
-    assert mean == pytest.approx(np.mean(wanted), rel=1e-12)
+    means = reward_of_samples(lab.policy, prompts, {}, TOKENIZER, arguments(lab), nullcontext)
+    assert means["reward"] == pytest.approx(np.mean(wanted), rel=1e-12)
 
 
 def test_reward_of_samples_by_reward_models(lab):
     """The mean of their rewards."""
     prompts = [prompt.tolist() for prompt, _ in lab.pairs["train"].examples]
-    judges = load_reward_models(f"{lab.root}/rms", "--select", lab.policy, "tinytldr", CPU)
+    judges = load_reward_models(f"{lab.root}/rms", "--select", lab.policy, TOKENIZER, CPU)
     replies = sample(lab.policy, prompts, 4, TOKENIZER.eot_token, [7, 5])
+    unended = [reply[-1] != TOKENIZER.eot_token for reply in replies]
+    for reply, cut in zip(replies, unended):
+        reply += [TOKENIZER.eot_token] * cut        # where a reward model is read
     dataset = Dataset([(prompt, [reply]) for prompt, reply in zip(prompts, replies)])
     wanted = [score(judge, dataset).mean() for judge in judges.values()]
-    mean = reward_of_samples(lab.policy, prompts, judges, TOKENIZER, arguments(lab), nullcontext)
-    assert mean == pytest.approx(np.mean(wanted)) and wanted[0] != wanted[1]
+    means = reward_of_samples(lab.policy, prompts, judges, TOKENIZER, arguments(lab), nullcontext)
+    assert means["unended"] == pytest.approx(np.mean(unended)) and 0 < np.mean(unended)
+    assert means["reward"] == pytest.approx(np.mean(wanted)) and wanted[0] != wanted[1]
 
 
 # ------------------------------------------------------------------ columns and their cache
@@ -431,12 +431,27 @@ def computed(monkeypatch):
     (train_policy, ["--loss=e-dpo", "--rewards={}/rms", "--relabel={}/rms/1", "--select={}/rms",
                     "--max_new_tokens=4"]),
     (train_rm, []), (train_rm, ["--bias=0.4,0.6", "--relabel={}/rms/1"])])
-def test_all_is_computed_where_and_as_the_flags_say(lab, computed, script, flags):
-    """On --device, by --dtype; and in bfloat16 the batches have few different shapes."""
+def test_all_is_computed_where_and_as_the_flags_say(lab, computed, monkeypatch, script, flags):
+    """On --device, by --dtype, but for some of the reference's log-probs, which are compared with
+    float32; and in bfloat16 the batches have few different shapes."""
+    checked = []
+    monkeypatch.setattr(train_policy, "check_rounding", lambda *given: checked.append(given[2]))
     train(lab, script, "--dtype=bfloat16", *(flag.format(lab.root) for flag in flags))
     assert set(computed.devices) == {CPU}
     assert set(computed.autocast) == {True}
     assert {columns % 32 for columns in computed.columns} == {0}
+    assert checked == (["train", "validation"] if script is train_policy else [])
+
+
+def test_log_probs_in_bfloat16_are_compared_with_float32(lab, computed, capsys):
+    """Those that a loss takes as given, and only then."""
+    train(lab, train_policy, "--dtype=bfloat16")
+    assert set(computed.autocast) == {True, False}
+    said = capsys.readouterr().out
+    assert "train log-probs in bfloat16: within " in said
+    assert "validation log-probs in bfloat16: within " in said
+    train(lab, train_policy, "--overwrite")
+    assert "log-probs in bfloat16" not in capsys.readouterr().out
 
 
 def test_supervised_fine_tuning_is_computed_where_and_as_the_flags_say(lab, computed, monkeypatch):
@@ -513,7 +528,7 @@ def test_help_says_what_the_script_does(script, capsys):
     with pytest.raises(SystemExit):
         script.main(["--help"])
     shown = capsys.readouterr().out
-    assert f"    python {script.__name__}.py --" in shown and "Without --out_dir" in shown
+    assert f"    python {script.__name__}.py --" in shown and "out/" in shown
 
 
 @SCRIPTS
@@ -604,11 +619,11 @@ def test_a_reward_model_that_is_not_that_of_its_config(lab):
 
 
 def test_reward_models_are_loaded_onto_the_device(lab):
-    models = load_reward_models(f"{lab.root}/rms", "--rewards", lab.policy, "tinytldr",
+    models = load_reward_models(f"{lab.root}/rms", "--rewards", lab.policy, TOKENIZER,
                                 torch.device("meta"))
     assert list(models) == [f"{lab.root}/rms/{number}" for number in (1, 2)]
     assert {model.score.weight.device.type for model in models.values()} == {"meta"}
-    assert load_reward_models(None, "--rewards", lab.policy, "tinytldr", CPU) == {}
+    assert load_reward_models(None, "--rewards", lab.policy, TOKENIZER, CPU) == {}
 
 
 @pytest.mark.parametrize("script, flag", [(train_policy, "--rewards"), (train_policy, "--select"),
@@ -665,7 +680,7 @@ def test_the_members_of_a_family_have_flags_of_their_own(lab):
         folder = lab.root / "run" / str(bias)
         flags = read_json(folder / "config.json")["nanopref"]
         assert (flags["bias"], flags["out_dir"], flags["resume"]) == (bias, str(folder), False)
-        args = train_rm.reward_flags(["--bias=0.4", f"--out_dir={lab.root}/none"], "")
+        args = train_rm.parse_flags(["--bias=0.4", f"--out_dir={lab.root}/none"])
         assert flags.keys() == vars(args).keys()
 
 

@@ -1,5 +1,5 @@
-"""The rules of the house: three floors, the reader's budget, plain lines. All of it is read from
-the source, nothing is imported."""
+"""The rules of the house: three floors, the step in plain sight, plain lines. All of it is read
+from the source, nothing is imported."""
 import ast
 from pathlib import Path
 

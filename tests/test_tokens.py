@@ -3,6 +3,8 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +17,8 @@ from data import Dataset
 from runs import show
 from support import tokens
 from support.flags import InputError
+from support.prompts import prompt_tokens
+from support.tokenizer import encode_text
 from support.tokens import (
     SPLITS,
     default_block_size,
@@ -22,6 +26,7 @@ from support.tokens import (
     example_lengths,
     fit,
     prompts_of,
+    random_order,
     reorder,
     select,
     take_rows,
@@ -180,6 +185,108 @@ def test_scores_stay_with_their_rows():
         assert scores.tolist() == [[i, -i], [i + 0.5, 0]] and i % 3
 
 
+# ------------------------------------------------------------------ special tokens, long text
+
+END = "<|endoftext|>"
+
+
+def bytes_with(*specials):
+    """A tokenizer of bytes with these special tokens, numbered from 256 on."""
+    return tiktoken.Encoding("bytes", pat_str=".",
+                             mergeable_ranks={bytes([b]): b for b in range(256)},
+                             special_tokens={name: 256 + i for i, name in enumerate(specials)})
+
+
+@pytest.mark.parametrize("end", [END, END + "\n", END + END, f"{END} {END}", f"{END}[PAD][PAD]"])
+def test_an_end_of_text_in_the_text_is_the_end(tmp_path, token_cache, capsys, end):
+    """It is taken off the end of responses, so that there is one end-of-text token. It is said;
+    from the cache too."""
+    tokenizer = bytes_with(END, "[PAD]")
+    records = [{"prompt": "a", "chosen": " goat" + end, "rejected": " cow"}, PAIR]
+    path = jsonl(tmp_path / "a.jsonl", records)
+    for _ in range(2):
+        arrays = tokenised_file(path, tokenizer)
+        _, (chosen, rejected) = fit(arrays, 64)[0]
+        assert chosen.tolist() == [*b" goat", tokenizer.eot_token]
+        assert rejected.tolist() == [*b" cow", tokenizer.eot_token]
+        assert capsys.readouterr().out.endswith(
+            f"{path}: 1 row: a special token such as end-of-text is written at the end of a "
+            "response; it is taken off\n")
+    chosen, = [responses[0] for _, responses in fit(tokenised_file(path, tokenizer, True), 64)][:1]
+    assert chosen.tolist() == [*b" goat", tokenizer.eot_token]
+
+
+def test_special_tokens_elsewhere_are_text_and_said(tmp_path, token_cache, capsys):
+    tokenizer = bytes_with(END, "<|im_start|>")
+    records = [{**PAIR, "prompt": f"What is {END}?"}, {**PAIR, "chosen": f" a{END} b"}, PAIR,
+               {**PAIR, "rejected": " <|im_start|>user"}]
+    path = jsonl(tmp_path / "a.jsonl", records)
+    (prompt, _), (_, (chosen, _)), *_ = fit(tokenised_file(path, tokenizer), 64)
+    assert bytes(prompt.tolist()).decode() == f"What is {END}?"
+    assert bytes(chosen.tolist()[:-1]).decode() == f" a{END} b"
+    assert capsys.readouterr().out == (
+        f"{path}: warning: special tokens of the tokenizer are written in the text of 3 rows; "
+        "there they are read as ordinary text\n")
+
+
+@pytest.mark.parametrize("end", ["</s>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>\n"])
+def test_the_end_of_text_of_another_model_is_said(tmp_path, token_cache, capsys, end):
+    path = jsonl(tmp_path / "a.jsonl", [{**PAIR, "chosen": " goat" + end}] * 2)
+    tokenised_file(path, bytes_with(END))
+    assert capsys.readouterr().out == (
+        f"{path}: warning: a response ends in {end.strip()} in 2 rows; to this tokenizer that is "
+        "ordinary text, which the model would learn to write\n")
+
+
+def test_a_response_of_nothing_but_end_of_text_is_a_bad_row(tmp_path, token_cache):
+    path = jsonl(tmp_path / "a.jsonl", [PAIR, {**PAIR, "chosen": " " + END}])
+    with pytest.raises(InputError, match=r"row 2: a response is nothing but <\|endoftext\|>"):
+        tokenised_file(path, bytes_with(END))
+
+
+def splitting_encoding():
+    """A tokenizer of bytes that splits text as GPT-2's does, with its limits."""
+    pattern = r" ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+    return tiktoken.Encoding("split", pat_str=pattern, special_tokens={END: 256},
+                             mergeable_ranks={bytes([b]): b for b in range(256)})
+
+
+@pytest.mark.parametrize("column", ["prompt", "rejected"])
+def test_text_that_the_tokenizer_cannot_read_is_a_bad_row(tmp_path, token_cache, capfd, column):
+    """A million spaces between two words are too many for tiktoken, which would panic. Half as many
+    are not."""
+    few, many = [{**PAIR, column: "a" + " " * n + "b"} for n in (400_000, 1_000_000)]
+    path = jsonl(tmp_path / "a.jsonl", [PAIR, many, few])
+    message = ("row 2: 1,000,000 characters of white space in a row; the tokenizer reads 500,000 "
+               "at most")
+    with pytest.raises(InputError, match=f"{message}; --skip_bad_rows leaves them out$"):
+        tokenised_file(path, splitting_encoding())
+    assert len(tokenised_file(path, splitting_encoding(), skip_bad_rows=True)["hash"]) == 2
+    out, err = capfd.readouterr()
+    assert out == f"{path}: 1 bad row skipped: {message}\n" and err == ""
+
+
+def test_any_text_on_which_the_tokenizer_panics_is_a_bad_row(tmp_path, token_cache, monkeypatch):
+    """Also where nobody saw the limit coming. Ctrl-C stays Ctrl-C."""
+    monkeypatch.setattr("support.tokenizer.MAX_WHITE_SPACE", 10 ** 9)
+    path = jsonl(tmp_path / "a.jsonl", [PAIR, {**PAIR, "prompt": "a" + " " * 10 ** 6 + "b"}])
+    with pytest.raises(InputError, match="row 2: the tokenizer can't read this text"):
+        tokenised_file(path, splitting_encoding())
+
+    class Interrupted:
+        def encode_ordinary(self, text):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode_text("a", Interrupted())
+
+
+def test_a_prompt_that_the_tokenizer_cannot_read():
+    for chat in (False, True):
+        with pytest.raises(InputError, match="^the prompt: 1,000,000 characters of white space"):
+            prompt_tokens(["a" + " " * 10 ** 6 + "b"], splitting_encoding(), 64, chat)
+
+
 # ------------------------------------------------------------------ splits
 
 def test_a_prompt_has_one_split_everywhere():
@@ -191,7 +298,8 @@ def test_a_prompt_has_one_split_everywhere():
         arrays = encode(rows, tokenizer())
         for split in ("validation", "test", "train"):
             examples, _ = select(arrays, 64, split=split)
-            wanted = [prompts[i] for i in numbers if splits[i] == split]
+            wanted = [prompts[numbers[i]] for i in random_order(len(numbers))
+                      if splits[numbers[i]] == split]
             assert [tokenizer().decode(ids.tolist()) for ids, _ in examples] == wanted
     assert 1450 < splits.count("train") < 1750 and 130 < splits.count("test") < 280
 
@@ -211,15 +319,77 @@ def test_all_turns_of_a_dialogue_are_in_the_same_split():
     assert len(set(encode(rows, tokenizer())["hash"])) > 100
 
 
+def dialogue(*turns):
+    """A prompt: turns of a person, of the assistant, of the person ..., waiting for a reply."""
+    names = ("Human", "Assistant")
+    text = "".join(f"\n\n{names[i % 2]}: {turn}" for i, turn in enumerate(turns))
+    return text + "\n\nAssistant:"
+
+
+def splits_of(prompts):
+    """{prompt: its split}, of a file with these prompts; whatever the order of its rows, and
+    however often a prompt comes."""
+    splits = []
+    for rows in (prompts, [*reversed(prompts), *prompts[:3]]):
+        hashes = encode([row(prompt, " a") for prompt in rows], tokenizer())["hash"]
+        splits.append(dict(zip(rows, SPLITS[hashes])))
+    assert splits[0] == splits[1]
+    return splits[0]
+
+
+@pytest.mark.parametrize("opening", [("Hello",), ("2+2?", "4", "3+3?", "6", "4+4?")])
+@pytest.mark.parametrize("n_openings", [1, 2, 10])
+@pytest.mark.parametrize("alone", [True, False])
+def test_dialogues_that_begin_alike(opening, n_openings, alone):
+    """With a greeting or with worked examples: they are split all the same, each dialogue as a
+    whole. alone: is the greeting a prompt, too?"""
+    prompts, n = [], 200
+    openings = [(f"{i % n_openings} {opening[0]}", *opening[1:]) for i in range(n)]
+    for i in range(n):
+        prompts.append(dialogue(*openings[i], "Yes", f"question {i}"))
+        prompts.append(dialogue(*openings[i], "Yes", f"question {i}", "So?", "Well"))
+    if alone:
+        prompts += sorted({dialogue(*opening) for opening in openings})
+    splits = list(splits_of(prompts).values())
+    assert splits[:2 * n:2] == splits[1:2 * n:2]
+    for split, least, most in [("train", 130, 180), ("validation", 8, 40), ("test", 8, 40)]:
+        assert least <= splits[:2 * n:2].count(split) <= most
+
+
+def test_a_dialogue_that_branches_is_in_one_split():
+    """Many openings, each a prompt with five ways to go on; and one long dialogue, every turn of
+    which is a prompt."""
+    openings = [(f"opening {i}",) for i in range(60)]
+    prompts = [dialogue(*opening, *more) for opening in openings
+               for more in [(), *[("Yes?", f"way {way}") for way in range(5)]]]
+    splits = list(splits_of(prompts).values())
+    assert all(len(set(splits[i:i + 6])) == 1 for i in range(0, len(splits), 6))
+    assert len(set(splits)) == 3
+    turns = [str(turn) for turn in range(101)]
+    assert len(set(splits_of([dialogue(*turns[:n]) for n in range(1, 101, 2)]).values())) == 1
+
+
+def test_the_first_turn_decides_as_long_as_it_tells_dialogues_apart():
+    """So a prompt is in the same split in every file, whichever of a dialogue's turns are in it."""
+    first = {f"{i}": dialogue(f"{i}") for i in range(300)}
+    later = [dialogue(f"{i}", "Yes", f"and {i}?") for i in range(300)]
+    splits = splits_of(later)
+    for i, prompt in enumerate(later):
+        digest = hashlib.sha256(f"\n\nHuman: {i}".encode()).digest()
+        assert splits[prompt] == SPLITS[digest[0]]
+    assert list(splits_of(list(first.values())).values()) == list(splits.values())
+
+
 def test_prompts_of_a_split_come_once_each():
     rows = [row(f"prompt {i % 200}", f" {i}") for i in range(400)]
     arrays = encode(rows, tokenizer())
     prompts = [prompts_of(arrays, split) for split in ("train", "validation", "test")]
     texts = [tokenizer().decode(prompt) for prompt in sum(prompts, [])]
     assert sorted(texts) == sorted(f"prompt {i}" for i in range(200))
-    train, _ = select(arrays, 64, split="train")
-    in_order = dict.fromkeys(tokenizer().decode(prompt.tolist()) for prompt, _ in train)
-    assert [tokenizer().decode(prompt) for prompt in prompts[0]] == list(in_order)
+    train = [f"prompt {i}" for i in range(200)
+             if SPLITS[hashlib.sha256(f"prompt {i}".encode()).digest()[0]] == "train"]
+    in_order = [train[i] for i in random_order(len(train))]
+    assert [tokenizer().decode(prompt) for prompt in prompts[0]] == in_order != train
 
 
 # ------------------------------------------------------------------ the cache on disk
@@ -319,33 +489,42 @@ def test_a_file_that_changes_while_it_is_read(tmp_path, token_cache):
 
 
 def cut_short(entry, arrays):
-    entry.write_bytes(entry.read_bytes()[:100])
+    path = entry / "tokens.npy"
+    path.write_bytes(path.read_bytes()[:130])
 
 
 def change_a_byte(entry, arrays):
-    content = bytearray(entry.read_bytes())
-    content[content.index(arrays["tokens"].tobytes())] ^= 1
-    entry.write_bytes(content)
+    path = entry / "tokens.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
 
 
 def lose_a_token(entry, arrays):
-    np.savez(entry, **{**arrays, "tokens": arrays["tokens"][1:]}, left_out=[])
+    np.save(entry / "tokens.npy", arrays["tokens"][1:])
 
 
 def have_another_type(entry, arrays):
-    np.savez(entry, **{**arrays, "tokens": arrays["tokens"] / 2}, left_out=[])
+    np.save(entry / "tokens.npy", arrays["tokens"] / 2)
 
 
 def lose_a_row(entry, arrays):
-    np.savez(entry, **{**arrays, "hash": arrays["hash"][1:]}, left_out=[])
+    np.save(entry / "hash.npy", arrays["hash"][1:])
 
 
 def lose_an_array(entry, arrays):
-    np.savez(entry, tokens=arrays["tokens"], lengths=arrays["lengths"], left_out=[])
+    (entry / "hash.npy").unlink()
+
+
+def lose_the_index(entry, arrays):
+    (entry / "index.json").write_text('{"arrays": {')
+
+
+def be_a_file(entry, arrays):
+    shutil.rmtree(entry)
+    entry.touch()
 
 
 @pytest.mark.parametrize("damage", [cut_short, change_a_byte, lose_a_token, have_another_type,
-                                    lose_a_row, lose_an_array])
+                                    lose_a_row, lose_an_array, lose_the_index, be_a_file])
 def test_a_damaged_entry_is_written_anew(tmp_path, token_cache, capsys, damage):
     path = jsonl(tmp_path / "a.jsonl", [PAIR])
     first = tokenised_file(path, tokenizer())
@@ -364,6 +543,30 @@ def test_cached_tokens_are_mapped_into_memory(tmp_path, token_cache):
     path = jsonl(tmp_path / "a.jsonl", [PAIR])
     tokens = [tokenised_file(path, tokenizer())["tokens"] for _ in range(2)]
     assert isinstance(tokens[1].base, np.memmap) and np.array_equal(*tokens)
+
+
+def test_the_cache_loses_what_a_killed_process_left(tmp_path, token_cache):
+    (token_cache / "0123.0123abcd.tmp").mkdir(parents=True)
+    (token_cache / "0123.0123abcd.tmp/tokens.npy").touch()
+    tokenised_file(jsonl(tmp_path / "a.jsonl", [PAIR]), tokenizer())
+    entry, = token_cache.iterdir()
+    assert not entry.name.endswith(".tmp")
+
+
+def test_a_full_cache_does_not_stop_a_run(tmp_path, token_cache, capsys):
+    """The tokens are used as they are, also by who asks again, and it is said once."""
+    path = jsonl(tmp_path / "a.jsonl", [{**PAIR, "prompt": "not kept"}] * 100)
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))      # as on a full disk
+    try:
+        first, again = [tokenised_file(path, tokenizer()) for _ in range(2)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert first is again and len(first["hash"]) == 100
+    assert list(token_cache.iterdir()) == []
+    assert re.fullmatch(f"warning: {path}: its tokens are not kept for the next run: .*: can't be "
+                        "written: File too large\n", capsys.readouterr().out)
 
 
 def test_skipped_rows_are_said_again(tmp_path, token_cache, capsys):
@@ -403,8 +606,36 @@ def as_lists(examples):
 def test_a_cache_folder_that_cannot_be_made(tmp_path, hub_cache, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("NANOPREF_CACHE", str(tmp_path / "file"))
-    with pytest.raises(InputError, match="^NANOPREF_CACHE: the folder .* can't be made"):
+    with pytest.raises(InputError, match="^NANOPREF_CACHE: the folder .* can't be made: File exi"):
         tokenised_file(jsonl(tmp_path / "a.jsonl", [PAIR]), tokenizer())
+
+
+def test_a_cache_folder_of_somebody_else(tmp_path, token_cache, monkeypatch, capsys):
+    """It is refused if it is named by NANOPREF_CACHE, before anything is read; what is there
+    already is of use. (An administrator may write anywhere: so os.access.)"""
+    path = jsonl(tmp_path / "a.jsonl", [PAIR])
+    tokenised_file(path, tokenizer())
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    tokenised_file(path, tokenizer())
+    assert "tokens from" in capsys.readouterr().out
+    with pytest.raises(InputError, match="^NANOPREF_CACHE: the folder .* can't be written to; nam"):
+        tokenised_file(path, tokenizer(), demonstrations=True)
+
+
+@pytest.mark.parametrize("home, reason", [("file", "can't be made: Not a directory"),
+                                          (None, "can't be made: there is no home folder")])
+def test_a_home_that_cannot_be_written_to_does_not_stop_a_run(tmp_path, hub_cache, monkeypatch,
+                                                              capsys, home, reason):
+    """The user did nothing wrong: it is said where the tokens could be kept."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("NANOPREF_CACHE")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path.replace("~", home or "~"))
+    path = jsonl(tmp_path / "a.jsonl", [{**PAIR, "prompt": f"of {home}"}])
+    assert len(tokenised_file(path, tokenizer())["hash"]) == 1
+    out = capsys.readouterr().out
+    assert reason in out and "NANOPREF_CACHE names another one" in out and out.count("\n") == 1
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "file"]
 
 
 # ------------------------------------------------------------------ what became of every row

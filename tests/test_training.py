@@ -6,9 +6,9 @@ tree, no cache, no micro-batches. Every loss's equation is written out as the pa
 are the annealing of gamma, clipping, the learning rate and AdamW. After a few steps,
 train_policy.py and train_rm.py must have arrived at its weights and have logged its numbers.
 
-What could as well be otherwise is taken from the repository: which rows make up a batch, which
-pairs D_rho's random choice gives, the seed of the samples for the KL term. A new loss is tested
-here once its equation stands in EQUATIONS.
+What could as well be otherwise is taken from the repository: the random order of a file's rows,
+which of them make up a batch, which pairs D_rho's random choice gives, the seed of the samples for
+the KL term. A new loss is tested here once its equation stands in EQUATIONS.
 """
 import hashlib
 import itertools
@@ -29,6 +29,7 @@ from data import BatchOrder, Dataset, biased_subset
 from losses import PREFERENCE_LOSSES
 from model import GPT, GPTConfig
 from reward import RewardModel
+from support.tokens import random_order
 
 SEED = 7
 BETA, TAU, GAMMA = 0.7, 0.3, (0.3, 0.9)
@@ -106,12 +107,13 @@ def write_file(path, records):
             file.write(json.dumps(record) + "\n")
 
 
-def read_rows(records, split, demonstrations=False):
-    """The usable rows of a split, in the order of the file. demonstrations: of their first response
-    alone."""
+def read_rows(records, split, demonstrations=False, order=None):
+    """The usable rows of a split, in the random order of a file of so many, or in another.
+    demonstrations: of their first response alone."""
     tokenizer = tinytldr.tokenizer()
     rows = []
-    for prompt, texts, scores in records:
+    for i in random_order(len(records)) if order is None else order:
+        prompt, texts, scores = records[i]
         if demonstrations:
             texts = texts[:1]
         responses = [tokenizer.encode_ordinary(text) + [tokenizer.eot_token] for text in texts]
@@ -609,8 +611,11 @@ def test_supervised_fine_tuning_on_several_demonstrations(lab, tmp_path, monkeyp
                 yield {"prompt": prompt, "responses": texts}
 
     monkeypatch.setattr(tinytldr, "demonstration_rows", rows_of_text)
-    check_policy(lab, tmp_path, ["--loss=sft", MICRO_BATCHES], supervised,
-                 copy_of(lab.rows[3], with_samples=False))
+    records = make_records(3)
+    in_order = range(len(records))      # as they are made, which is in no file
+    rows = {"train": read_rows(records, "train", order=in_order),
+            "validation": read_rows(records, "validation", order=in_order)[:N_EVAL]}
+    check_policy(lab, tmp_path, ["--loss=sft", MICRO_BATCHES], supervised, rows)
 
 
 def test_warm_up_and_means_of_ten_steps(lab, tmp_path):

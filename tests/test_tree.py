@@ -333,6 +333,13 @@ def test_values_have_the_type_of_the_weights(dtype):
     assert reward_model(batch).dtype == dtype
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_log_probs_of_bfloat16_weights_are_added_up_in_float32(fast):
+    """Which is also what autocast leaves to do on a TPU, where log_softmax would stay bfloat16."""
+    logps = make(GPT).bfloat16().response_logps(collate(random_examples(2)), fast=fast)
+    assert logps.dtype == torch.float32 and not torch.equal(logps, logps.bfloat16().float())
+
+
 def test_rewards_keep_float32_under_autocast():
     """Products below the head may be bfloat16, rewards are not, or many would tie: they are float32
     products of what the transformer gives, which differ from what bfloat16 can hold."""
@@ -357,6 +364,91 @@ def test_log_probs_under_autocast():
         rounded = model(batch)
     assert rounded.dtype == torch.float32
     assert 0 < (rounded - exact).abs().max() < 0.02 * exact.abs().max()
+
+
+def with_offset(offset):
+    """A policy in float32 whose logits are all higher by `offset`, which no probability depends on:
+    one of the hidden numbers is 10 everywhere, and its weight in the head offset / 10."""
+    config = dataclasses.replace(CONFIG, vocab_size=499, tie_word_embeddings=False)
+    policy = make(GPT, config=config).float()
+    with torch.no_grad():
+        policy.transformer.ln_f.weight[0], policy.transformer.ln_f.bias[0] = 0, 10
+        policy.lm_head.weight[:, 0] = offset / 10 + 0.1 * policy.lm_head.weight[:, 0]
+    return policy
+
+
+def bfloat16_errors(offset, fast):
+    """Root mean squares of the errors that autocast makes, against float32: of log-probs, of
+    log-ratio margins, and of the gradients of all parameters, relative to their size."""
+    policy, batch = with_offset(offset), collate(random_examples(2, rows=64))
+    results = []
+    for rounded in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=rounded):
+            logps = policy.response_logps(batch, fast=fast or not rounded)
+        of_weights = gradients(policy, logps)
+        results.append((logps.detach(), torch.cat([g.flatten() for g in of_weights.values()])))
+    (exact, exact_gradient), (logps, gradient) = results
+    assert logps.dtype == torch.float32
+    error = logps - exact
+    h_error = error[:, 0] - error[:, 1]
+    return [error.square().mean().sqrt().item(), h_error.square().mean().sqrt().item(),
+            relative_error(gradient, exact_gradient)]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("offset", [-100, 300])
+def test_an_offset_of_all_logits_costs_no_digits_under_autocast(offset, fast):
+    """As GPT-2 has one, near -110: errors of log-probs, margins and gradients are those without it
+    (at most a tenth larger). Power: products with the weight as it is are off by more than five
+    times as much."""
+    without, with_it = bfloat16_errors(0, fast), bfloat16_errors(offset, fast)
+    assert max(without) < 0.2
+    for large, small in zip(with_it, without):
+        assert large < 1.1 * small
+    policy, batch = with_offset(offset), collate(random_examples(2, rows=64))
+    exact = policy(batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_file, "head_weight", lambda weight, dtype: (weight.to(dtype), None))
+        error = policy.response_logps(batch, fast=False) - exact
+    assert error.square().mean().sqrt() > 5 * with_it[0]
+
+
+def test_the_heads_weight_is_centred_where_it_is_rounded():
+    """In bfloat16 every column has the mean 0, but for rounding; otherwise it is the tensor itself.
+    A piece at a time, the last one shorter."""
+    weight = torch.randn(2500, 3) + torch.tensor([-100.0, 0.0, 5.0])
+    for dtype in (torch.float32, torch.float64):
+        as_it_is, mean = head.head_weight(weight.to(dtype), dtype)
+        assert torch.equal(as_it_is, weight.to(dtype)) and mean is None
+    assert head.head_weight(weight, torch.float32)[0] is weight
+    rounded, mean = head.head_weight(weight, torch.bfloat16)
+    assert rounded.dtype == torch.bfloat16 and mean.dtype == torch.float32
+    torch.testing.assert_close(mean, weight.double().mean(dim=0).float())
+    assert torch.equal(rounded, (weight - mean).bfloat16())
+
+
+def test_logits_are_not_rounded_under_autocast():
+    """GPT.logits keeps the head's product in float32, offset and all."""
+    policy, tokens = with_offset(-100), torch.arange(8)[None]
+    exact = policy.logits(tokens)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = policy.logits(tokens)
+    assert logits.dtype == torch.float32 and exact.mean() < -90
+    assert 0 < (logits - exact).abs().max() < 0.1
+
+
+def test_a_targets_own_logit_is_not_rounded():
+    """Under autocast the logits 1 + 1/512 and 1 round to the same number, but the log-probs of
+    these targets differ by 1/512. A certain target and an impossible one have finite log-probs."""
+    weight = torch.tensor([[1 + 1 / 512], [1.0], [-2 - 1 / 512]])
+    hidden = torch.ones(2, 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logps = head.token_logps(hidden, weight, torch.tensor([0, 1]))
+        far = head.token_logps(1000 * hidden, weight, torch.tensor([0, 2]))
+        alone = head.token_logps(hidden, torch.ones(1, 1), torch.tensor([0, 0]))
+    assert (logps[0] - logps[1]).item() == pytest.approx(1 / 512, rel=0.5)
+    assert torch.isfinite(far).all() and far[1].item() == pytest.approx(-3000, rel=0.01)
+    assert alone.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("kind", [RewardModel, summing])
@@ -440,10 +532,11 @@ def test_token_logps_of_logits_beyond_what_exp_can_hold():
 
 def test_what_is_added_up_is_float32_under_autocast():
     """The sum over the vocabulary (5,001 equal tokens, which bfloat16 would round to 4,992), and
-    the difference of two logits (which it would round to a multiple of 0.5)."""
+    the difference of two logits (which it would round to a multiple of 0.5). The logits of the
+    second add up to 0, so that centring them rounds nothing."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         equal = head.token_logps(torch.ones(40, 2), torch.zeros(5001, 2), torch.arange(40))
-        weight = torch.tensor([[100.0], [1.0078125], [-50.0]])
+        weight = torch.tensor([[100.0], [1.0078125], [-101.0078125]])
         apart = head.token_logps(torch.ones(1, 1), weight, torch.tensor([1]))
     assert equal.dtype == apart.dtype == torch.float32
     torch.testing.assert_close(equal, torch.full((40,), -math.log(5001)), rtol=1e-6, atol=0)

@@ -1,7 +1,6 @@
-"""The run folder of a training script: what it was started with, what was measured, and what
-resuming needs. Also the line on the screen."""
+"""The folder of a training run: its flags, metrics and state, resuming, the line on the screen; and
+what other scripts look up in such folders."""
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -13,40 +12,63 @@ import torch
 from tqdm import tqdm
 
 from support.device import compiled_graphs, sync
-from support.files import check_zip, replacing, write_json
+from support.files import (
+    check_zip,
+    lock,
+    naming_file,
+    remove_leftovers,
+    replacing,
+    write_json,
+)
 from support.flags import InputError
-from support.folders import check_free, claim, release, remove_leftovers, set_aside
-from support.logs import open_log
-from support.processes import add_up_numbers, any_of, is_first, processes, progress_bar, wait
+from support.processes import (
+    add_up_numbers,
+    any_of,
+    is_first,
+    processes,
+    progress_bar,
+    starts_as_first,
+    wait,
+)
 from support.sharding import full, load_whole, whole
 
-# flags that may differ on --resume
+# Flags that may differ on --resume
 MAY_CHANGE = ("out_dir", "resume", "overwrite", "device", "compile", "fsdp", "log",
               "gradient_checkpointing")
 LOG_EVERY = 10                                              # steps
+SHOWN = ("loss", "accuracy", "chosen_change", "reward", "unended")      # ends of printed names
+# What is in state.pt and in best.pt
+STATE = {"model": dict, "optimizer": dict, "step": int, "reported": bool, "window": list,
+         "constants": str, "rng": torch.Tensor, "metrics": str}
+BEST = {"model": dict, "value": float, "step": int}
+LOCK = ".lock"          # an empty file, locked by the process that writes to its folder
+MODELS = {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"}
+claimed = {}            # {real path of a folder: its lock}, of this process
 
 
 class Run:
-    """config.json (the flags, under "nanopref"), metrics.jsonl, and state.pt for resuming.
+    """A training run in its folder: config.json has its flags (under "nanopref"), metrics.jsonl its
+    numbers, state.pt what resuming needs.
 
     constants: a hash of what training takes as given (reference, data, rewards), which has to be
     the same on --resume. `first_step` is 0, or where a resumed run goes on.
     """
 
     def __init__(self, args, model, optimizer, constants):
+        flags = vars(args)
         self.dir, self.constants = args.out_dir, constants
         self.model, self.optimizer = model, optimizer
         self.max_steps, self.eval_every, self.first_step = args.max_steps, args.eval_every, 0
-        self.select = vars(args).get("select", "last")
-        self.compile = vars(args).get("compile", False)
+        self.select = flags.get("select", "last")
+        self.compile = flags.get("compile", False)
         self.device = next(model.parameters()).device
         self.sums, self.window = {}, []     # of this step; of the steps since the last line
         self.reported = None                # the step whose evaluation is in the resumed state
-        if args.resume:
-            self._resume(vars(args))
-        self.also_log = open_log(vars(args).get("log"), self.dir, vars(args), self.first_step)
-        if is_first() and not args.resume:
-            self._begin(vars(args))
+        logged = self._load_state(flags) if args.resume else ""
+        # wandb may refuse, so it is opened before anything is written
+        self.also_log = open_log(flags.get("log"), self.dir, flags, self.first_step)
+        if is_first():
+            self._prepare_folder(flags, logged)
         wait()
         self.stop_signal, self.handlers = None, {}
         with contextlib.suppress(ValueError):       # only the main thread can have handlers
@@ -58,12 +80,18 @@ class Run:
     def _path(self, name):
         return os.path.join(self.dir, name)
 
-    def _begin(self, flags):
-        check_free(self.dir, overwrite=flags.get("overwrite", False))
+    def _prepare_folder(self, flags, logged):
+        """Makes the folder ready to write to. logged: the text of metrics.jsonl up to a resumed
+        state; what came later will be logged again."""
+        if not flags["resume"]:
+            check_free(self.dir, overwrite=flags.get("overwrite", False))
         claim(self.dir)
+        remove_leftovers(self.dir)
+        if flags["resume"]:
+            self._write_metrics(logged)
+            return
         if flags.get("overwrite"):
             set_aside(self.dir)
-        remove_leftovers(self.dir)
         for name in ("best.pt", "metrics.jsonl"):   # of a run that never came to a state.pt
             with contextlib.suppress(FileNotFoundError):
                 os.remove(self._path(name))
@@ -72,7 +100,7 @@ class Run:
     # ---- in the loop
 
     def due(self, step):
-        """Is there an evaluation before this step? Also before the first and after the last."""
+        """Says whether to evaluate before this step; also before the first and after the last."""
         return step != self.reported and (step % self.eval_every == 0 or step == self.max_steps)
 
     def watch(self, total, **values):
@@ -83,9 +111,10 @@ class Run:
             self.sums[name] = self.sums.get(name, 0) + mean
 
     def end_step(self, step, rows, **values):
-        """After the optimizer's step, on these rows of the training set. Every ten steps, and
-        before an evaluation, a line of metrics.jsonl with the means since the last one: until then
-        nothing waits for the device. Then, too, it is seen whether all numbers are finite."""
+        """Ends an optimizer step on these rows of the training set. values: {name: number}, to log
+        as well. Every ten steps, and before an evaluation, a line of metrics.jsonl gets the means
+        since the last line, and all numbers are checked: in between nothing waits for the device.
+        """
         shares = {}         # of values that are the same in all processes
         for name, value in values.items():
             shares[name] = full(value) / processes()
@@ -108,8 +137,8 @@ class Run:
                 self._stop(step + 1)
 
     def _numbers_of_window(self):
-        """What was watched in each step since the last line of metrics.jsonl: [{name: number}].
-        InputError for the first step in which one is not finite."""
+        """Returns what was watched in each step since the last line of metrics.jsonl, [{name:
+        number}]. InputError for the first step in which a number is not finite."""
         steps = []
         for watched in self.window:
             numbers = {name: float(value) for name, value in watched.items()
@@ -120,7 +149,7 @@ class Run:
         return steps
 
     def _diverged(self, step, numbers, rows=()):
-        """The InputError for numbers that are not finite."""
+        """Returns the InputError for numbers that are not finite."""
         where = f"at step {step} "
         if len(rows):
             where += f"(training rows {' '.join(map(str, sorted(rows)))}) "
@@ -132,21 +161,20 @@ class Run:
                           f"{self._path('state.pt')} is the last good state")
 
     def report(self, step, results):
-        """Logs and prints what an evaluation measured, and saves the state."""
+        """Logs and prints what an evaluation measured, {name: number}, and saves the state."""
         self.log(step, results)
         if self.select != "last" and step > 0:
             self._save_if_best(step, results)
         self.save_state(step, reported=True)
-        shown = {name: value for name, value in results.items()
-                 if name.endswith(("loss", "accuracy", "chosen_change", "reward"))}
-        self._print(step, shown)
+        self._print(step, {name: value for name, value in results.items() if name.endswith(SHOWN)})
 
     def log(self, step, values):
-        """One line of metrics.jsonl. No times in it: the same seed gives the same bytes."""
+        """Adds a line to metrics.jsonl. It has no times: the same seed gives the same bytes."""
         if not all(map(math.isfinite, values.values())):
             raise self._diverged(step, values)
         if is_first():
-            with open(self._path("metrics.jsonl"), "a", encoding="utf-8") as file:
+            path = self._path("metrics.jsonl")
+            with naming_file(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
         if self.also_log:
             self.also_log(step, values)
@@ -162,13 +190,13 @@ class Run:
         self.printed = time.time()
 
     def _save_if_best(self, step, results):
-        """--select: best.pt is the best model so far, by validation loss or by its judges."""
+        """Keeps the best model so far for --select, by validation loss or by the judges' reward."""
         value = -results["validation/loss"]
         if self.select != "loss":
             value = results["validation/reward"]
         path = self._path("best.pt")
         if os.path.exists(path):
-            best = load(path)
+            best = load(path, BEST)
             if best["value"] >= value and best["step"] != step:
                 return
         self._save(path, {"model": self.model.state_dict(), "value": value, "step": step})
@@ -177,12 +205,13 @@ class Run:
         """Gives the model the weights that --select asks for, once training is over."""
         if self.select != "last":
             wait()
-            best = load(self._path("best.pt"))
+            best = load(self._path("best.pt"), BEST)
             load_whole(self.model, best["model"])
             print(f"--select={self.select}: the model of step {best['step']}")
 
     def finish(self):
-        wait()          # the model is written
+        """Ends the run, after its model was written; others may use the folder from now on."""
+        wait()
         self.bar.close()
         self._restore_handlers()
         if is_first():
@@ -194,7 +223,7 @@ class Run:
     # ---- stopping and resuming
 
     def _on_signal(self, number, frame):
-        """Ctrl-C or SIGTERM: the step is finished first. A second one acts as always."""
+        """Notes Ctrl-C or SIGTERM: the step is finished first. A second one acts as always."""
         self.stop_signal = number
         self._restore_handlers()
 
@@ -210,23 +239,27 @@ class Run:
         sys.exit(128 + (self.stop_signal or signal.SIGTERM))
 
     def save_state(self, step, reported=False):
-        """In one file, so that weights and optimizer always belong together. reported: is the
-        evaluation before this step in it?"""
+        """Saves all that resuming needs in one file, so that its parts always belong together.
+        reported: whether the evaluation before this step is logged already."""
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                  "step": step, "reported": reported,
                  "window": [add_up_numbers(numbers) for numbers in self._numbers_of_window()],
                  "constants": self.constants, "rng": torch.get_rng_state()}
         if is_first():
-            state["metrics"] = describe(self._metrics())
+            state["metrics"] = self._read_metrics()
         self._save(self._path("state.pt"), state)
 
-    def _metrics(self, size=None):
-        """What is in metrics.jsonl, or its first bytes."""
+    def _read_metrics(self):
         path = self._path("metrics.jsonl")
         if not os.path.exists(path):
-            return b""
-        with open(path, "rb") as file:
-            return file.read(size)
+            return ""
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+
+    def _write_metrics(self, text):
+        path = self._path("metrics.jsonl")
+        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
 
     def _save(self, path, state):
         state = whole(state, keep=is_first())
@@ -235,7 +268,8 @@ class Run:
         with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save(state, file)     # which, given a name, would write it into the file
 
-    def _resume(self, flags):
+    def _load_state(self, flags):
+        """Goes on from state.pt. Returns the text of metrics.jsonl up to there."""
         check_free(self.dir, resume=True)
         before = run_flags(self.dir)
         for name, value in flags.items():
@@ -244,48 +278,128 @@ class Run:
                                  "it has to stay the same")
         if is_first():
             claim(self.dir)
-        state = load(self._path("state.pt"))
-        logged = self._metrics(state["metrics"]["bytes"])
-        if describe(logged) != state["metrics"]:
-            raise InputError(f"--resume: {self._path('metrics.jsonl')} is damaged: it does not "
-                             "begin with what the run logged; start again with --overwrite")
+        path = self._path("state.pt")
+        state = load(path, STATE)
         if state["constants"] != self.constants:
             raise InputError("--resume: the reference, the data or the rewards have changed since "
                              "the run began; start it again")
-        load_whole(self.model, state["model"], self.optimizer, state["optimizer"])
-        torch.set_rng_state(state["rng"])
+        try:
+            load_whole(self.model, state["model"], self.optimizer, state["optimizer"])
+            torch.set_rng_state(state["rng"])
+            self.window = [{name: number / processes() for name, number in numbers.items()}
+                           for numbers in state["window"]]
+        except Exception as error:      # these parts may hold anything
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"{of_another_version(path)} ({reason})") from error
         self.first_step = state["step"]
-        self.window = [{name: number / processes() for name, number in numbers.items()}
-                       for numbers in state["window"]]
         if state["reported"]:
             self.reported = self.first_step
-        wait()
-        if is_first():
-            remove_leftovers(self.dir)
-            # What was logged after the saved state will be logged again.
-            path = self._path("metrics.jsonl")
-            with replacing(path) as temporary, open(temporary, "wb") as file:
-                file.write(logged)
         print(f"resumed {self.dir} at step {self.first_step}")
+        return state["metrics"]
 
 
-def describe(content):
-    """By which some bytes are known again."""
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def load(path):
-    """What torch.save wrote, on the CPU. InputError if it is damaged."""
+def load(path, layout):
+    """Reads a file of torch.save's onto the CPU. layout: {name: type} of what has to be in it.
+    InputError if it is damaged or something else."""
     try:
         check_zip(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"--resume: {path} can't be read: {error.strerror}") from error
     except Exception as error:     # torch raises many kinds
         raise InputError(f"--resume: {path} is damaged ({type(error).__name__}); start again with "
                          "--overwrite") from error
+    if not isinstance(state, dict) or state.keys() != layout.keys():
+        raise InputError(of_another_version(path))
+    for name, kind in layout.items():
+        if not isinstance(state[name], kind):
+            raise InputError(of_another_version(path))
+    return state
+
+
+def of_another_version(path):
+    return (f"--resume: {path} is not what this version of nanoPref writes there; resume with the "
+            "version that wrote it, or start again with --overwrite")
+
+
+# ------------------------------------------------------------------ whose folder it is
+
+
+def check_free(folder, resume=False, overwrite=False):
+    """InputError if a new run in this folder would overwrite something, if there is none to resume,
+    or if another process is at work there. A run that never came to its first evaluation may be
+    overwritten."""
+    check_unused(folder)
+    there = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    if resume and "state.pt" not in there:
+        raise InputError(f"--resume: there is no state.pt in {folder!r}; leave --resume out to "
+                         "start from the beginning")
+    not_ours = "config.json" in there and LOCK not in there
+    if resume or overwrite or not ("state.pt" in there or MODELS & there or not_ours):
+        return
+    what = "a model" if MODELS & there or not_ours else "an unfinished run (go on with --resume)"
+    raise InputError(f"--out_dir: {folder!r} holds {what}; name another folder, or --overwrite, "
+                     "which sets the old one aside")
+
+
+def check_unused(folder):
+    """InputError if another process writes to this folder. (Of several that torchrun has started,
+    the first one writes, so that only it looks.)"""
+    path, first = os.path.join(folder, LOCK), starts_as_first()
+    if first and os.path.realpath(folder) not in claimed and os.path.exists(path):
+        held = lock_folder(folder)
+        if held is not None:
+            os.close(held)
+
+
+def claim(folder):
+    """Makes a folder, for this process alone to write to, until it releases it or ends."""
+    if os.path.realpath(folder) not in claimed:
+        with naming_file(folder):
+            os.makedirs(folder, exist_ok=True)
+            open(os.path.join(folder, LOCK), "ab").close()
+        claimed[os.path.realpath(folder)] = lock_folder(folder)
+
+
+def lock_folder(folder):
+    """Locks a run folder. Returns what `lock` does. InputError if another process has it."""
+    try:
+        return lock(os.path.join(folder, LOCK))
+    except BlockingIOError:
+        raise InputError(f"--out_dir: another process is at work in {folder!r}; wait for it, or "
+                         "name another folder") from None
+    except OSError as error:
+        raise InputError(f"--out_dir: {folder!r} can't be used: {error.strerror}") from error
+
+
+def release(folder):
+    held = claimed.pop(os.path.realpath(folder))
+    if held is not None:
+        os.close(held)
+
+
+def set_aside(folder):
+    """Moves the files of an earlier run into a folder old-1 (-2, ...) inside its own."""
+    names = [name for name in sorted(os.listdir(folder))
+             if name != LOCK and os.path.isfile(os.path.join(folder, name))]
+    if not names:
+        return
+    number = 1
+    while os.path.exists(os.path.join(folder, f"old-{number}")):
+        number += 1
+    aside = os.path.join(folder, f"old-{number}")
+    os.mkdir(aside)
+    for name in names:
+        os.rename(os.path.join(folder, name), os.path.join(aside, name))
+    print(f"--overwrite: the files of {folder} are in {aside} now")
+
+
+# ------------------------------------------------------------------ what is in a folder
 
 
 def run_flags(folder):
-    """The flags that a run was started with, from its config.json; {} if it is no run of ours."""
+    """Returns the flags that a run was started with, from its config.json; {} if it is no run of
+    ours."""
     path = os.path.join(folder, "config.json")
     if not os.path.exists(path):
         return {}
@@ -299,22 +413,9 @@ def run_flags(folder):
     return flags
 
 
-def check_same_tokens(what, folder, config, policy_config, tokenizer):
-    """InputError if the model in a run folder can't read what the policy writes: another tokenizer,
-    a smaller vocabulary, shorter texts. what: the beginning of the message; config,
-    policy_config: a GPTConfig each; tokenizer: the name of the policy's."""
-    trained_with = run_flags(folder).get("tokenizer", tokenizer)
-    if trained_with != tokenizer:
-        raise InputError(f"{what} reads {trained_with} tokens, the policy {tokenizer} tokens")
-    for name in ("vocab_size", "block_size"):
-        size, needed = getattr(config, name), getattr(policy_config, name)
-        if size < needed:
-            raise InputError(f"{what} has {name} {size}, the policy {needed}")
-
-
 def family_folders(folders, flag="--rewards"):
-    """The reward models that `--rewards=A,B` means: each folder is one (it holds a config.json) or
-    has one in each of its subfolders. Returns their folders, sorted by name within a family."""
+    """Returns the folders of the reward models that `--rewards=A,B` means: each of these is one (it
+    holds a config.json), or has one in each of its subfolders, which are sorted by name."""
     models = []
     for folder in folders.split(","):
         inside = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
@@ -330,14 +431,14 @@ def family_folders(folders, flag="--rewards"):
 
 
 def models_named(folders, flag):
-    """family_folders; none for None, and for a word that the flag takes in their place."""
+    """Returns `family_folders`; [] for None, and for a word that the flag takes instead."""
     words = {"--rewards": ["scores"], "--select": ["last", "loss", "oracle"]}
     return [] if folders in (None, *words.get(flag, [])) else family_folders(folders, flag)
 
 
 def family_to_train(args):
-    """The run folders of the members of train_rm.py's family: [(bias, folder, resume?)]. InputError
-    if there is nothing to resume, or if another reward model would join this family."""
+    """Returns the members of train_rm.py's family, [(bias, run folder, resume?)]. InputError if
+    there is nothing to resume, or if another reward model would join this family."""
     folders = {bias: os.path.join(args.out_dir, str(bias)) for bias in args.bias}
     begun = [folder for folder in folders.values()
              if os.path.exists(os.path.join(folder, "state.pt"))]
@@ -356,10 +457,56 @@ def family_to_train(args):
 
 
 def run_names(folders):
-    """{name: folder}: a run is called as its folder; where two are called alike, by their paths."""
+    """Returns {name: folder}: a run is called as its folder; if that name is taken, by its path."""
     names = {}
     for folder in folders:
         name = os.path.basename(os.path.normpath(folder))
         taken = name in names or name == "reference"
         names[folder if taken else name] = folder
     return names
+
+
+# ------------------------------------------------------------------ --log
+
+
+def log_package(name):
+    """Imports what --log needs, an optional package. InputError says how to get it."""
+    try:
+        if name == "tensorboard":
+            from torch.utils import tensorboard
+            return tensorboard
+        import wandb
+        return wandb
+    except ImportError as error:
+        raise InputError(f"--log={name} needs {name}: pip install {name}") from error
+
+
+def open_log(name, folder, flags, first_step):
+    """Returns a function of (step, {name: number}) that shows a run's metrics in tensorboard or
+    wandb; None without --log, and in all processes but the first.
+
+    tensorboard reads them from the run folder. Where a run goes on or begins again, what was there
+    from first_step on is no longer shown. At wandb every start is a run of its own, in one group.
+    """
+    if name is None or not is_first():
+        return None
+    package = log_package(name)
+    os.makedirs(folder, exist_ok=True)
+    if name == "tensorboard":
+        writer = package.SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=first_step)
+
+        def show(step, values):
+            for key, value in values.items():
+                writer.add_scalar(key, value, step)
+            writer.flush()      # an interrupted run has what it logged
+        return show
+    try:
+        run = package.init(project="nanopref", name=folder, group=folder, dir=folder, config=flags,
+                           reinit="finish_previous")    # the members of a family
+    except package.Error as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"--log=wandb: {reason} (WANDB_MODE=offline needs no account)") from error
+
+    def log(step, values):
+        run.log(values, step=step)
+    return log
