@@ -29,13 +29,11 @@ class TreeBatch:
     tokens     (B, T) int64   prompt, response 1, ..., response K, padding
     branch     (B, T) int64   0 in the prompt, k in response k, -1 in padding
     position   (B, T) int64   counts up; every response starts again at the prompt's length
-    predictor  (R,)   int64   where each response token is predicted: a row of the transformer's
-                              output, (B * (T - context), C)
+    predictor  (R,)   int64   where each response token is predicted: row * T + column
     target     (R,)   int64   the response token to predict there
     slot       (R,)   int64   row * K + response: the log-prob it is part of (B * K: padding)
-    last       (B, K) int64   column of each response's last token, minus the context
+    last       (B, K) int64   column of each response's last token
     lengths    (B, K) int64   response lengths in tokens, 0 where a row has fewer responses
-    context    int            first columns, prompt in every row, that predict no response token
 
     What a data set adds to it (Dataset.batch):
 
@@ -54,7 +52,6 @@ class TreeBatch:
     slot: torch.Tensor
     last: torch.Tensor
     lengths: torch.Tensor
-    context: int
     pairs: torch.Tensor = None
     pair_row: torch.Tensor = None
     pair_weight: torch.Tensor = None
@@ -78,7 +75,7 @@ def collate(examples, multiple=1):
     """(prompt ids, [response ids, ...]) examples -> TreeBatch.
 
     Prompts and responses have a token or more (ValueError); K is the largest number of responses.
-    `multiple` rounds T and R up and the context down, so that shapes are few.
+    `multiple` rounds T and R up, so that shapes are few.
     """
     B, K = len(examples), max(len(responses) for _, responses in examples)
     for prompt, responses in examples:
@@ -88,8 +85,6 @@ def collate(examples, multiple=1):
     T = max(len(prompt) + sum(map(len, responses)) for prompt, responses in examples)
     R = sum(len(response) for _, responses in examples for response in responses)
     T, R = round_up(T, multiple), round_up(R, multiple)
-    context = min(len(prompt) for prompt, _ in examples) - 1
-    context = context // multiple * multiple
 
     tokens = np.zeros((B, T), np.int64)
     branch = np.full((B, T), -1, np.int64)
@@ -111,15 +106,15 @@ def collate(examples, multiple=1):
                 predicted_from = np.arange(start, end) - 1  # the token before;
                 predicted_from[0] = len(prompt) - 1         # for the first one, the prompt's last
                 part = slice(r, r + len(ids))
-                predictor[part] = b * (T - context) + predicted_from - context
+                predictor[part] = b * T + predicted_from
                 target[part] = ids
                 slot[part] = b * K + k
-                last[b, k] = end - 1 - context
+                last[b, k] = end - 1
                 lengths[b, k] = len(ids)
                 r += len(ids)
             start = end
     arrays = (tokens, branch, position, predictor, target, slot, last, lengths)
-    return TreeBatch(*map(torch.from_numpy, arrays), context)
+    return TreeBatch(*map(torch.from_numpy, arrays))
 
 
 # ------ data sets
