@@ -29,10 +29,11 @@ class TreeBatch:
     tokens     (B, T) int64   prompt, response 1, ..., response K, padding
     branch     (B, T) int64   0 in the prompt, k in response k, -1 in padding
     position   (B, T) int64   counts up; every response starts again at the prompt's length
-    predictor  (R,)   int64   where each response token is predicted: row * T + column
-    target     (R,)   int64   the response token to predict there
+    own        (R,)   int64   where each response token is: row * T + column
+    predictor  (R,)   int64   where it is predicted: row * T + column
+    target     (R,)   int64   the token itself
     slot       (R,)   int64   row * K + response: the log-prob it is part of (B * K: padding)
-    last       (B, K) int64   column of each response's last token
+    last       (B, K) int64   where each response's last token is: row * T + column
     lengths    (B, K) int64   response lengths in tokens, 0 where a row has fewer responses
 
     What a data set adds to it (Dataset.batch):
@@ -47,6 +48,7 @@ class TreeBatch:
     tokens: torch.Tensor
     branch: torch.Tensor
     position: torch.Tensor
+    own: torch.Tensor
     predictor: torch.Tensor
     target: torch.Tensor
     slot: torch.Tensor
@@ -70,6 +72,13 @@ class TreeBatch:
         """Takes the two responses of every pair. values: (B, K, ...). Returns (P, 2, ...)."""
         return values[self.pair_row[:, None], self.pairs]
 
+    def sum_tokens(self, values):
+        """Adds up the values of each response's tokens. values: (R,). Returns (B, K)."""
+        B, K = self.last.size()
+        sums = torch.zeros(B * K + 1, dtype=values.dtype, device=values.device)
+        sums = sums.index_add(0, self.slot, values)
+        return sums[:-1].view(B, K)                     # the last slot collects padding
+
 
 def collate(examples, multiple=1):
     """(prompt ids, [response ids, ...]) examples -> TreeBatch.
@@ -89,7 +98,7 @@ def collate(examples, multiple=1):
     tokens = np.zeros((B, T), np.int64)
     branch = np.full((B, T), -1, np.int64)
     position = np.zeros((B, T), np.int64)
-    predictor, target = np.zeros(R, np.int64), np.zeros(R, np.int64)
+    own, predictor, target = np.zeros((3, R), np.int64)
     slot = np.full(R, B * K, np.int64)
     last, lengths = np.zeros((B, K), np.int64), np.zeros((B, K), np.int64)
     r = 0                                                   # response tokens so far
@@ -103,17 +112,17 @@ def collate(examples, multiple=1):
             position[b, start:end] = first_position + np.arange(len(ids))
             if role > 0:
                 k = role - 1
-                predicted_from = np.arange(start, end) - 1  # the token before;
-                predicted_from[0] = len(prompt) - 1         # for the first one, the prompt's last
                 part = slice(r, r + len(ids))
-                predictor[part] = b * T + predicted_from
+                own[part] = b * T + np.arange(start, end)
+                predictor[part] = own[part] - 1             # the token before;
+                predictor[r] = b * T + len(prompt) - 1      # for the first one, the prompt's last
                 target[part] = ids
                 slot[part] = b * K + k
-                last[b, k] = end - 1
+                last[b, k] = b * T + end - 1
                 lengths[b, k] = len(ids)
                 r += len(ids)
             start = end
-    arrays = (tokens, branch, position, predictor, target, slot, last, lengths)
+    arrays = (tokens, branch, position, own, predictor, target, slot, last, lengths)
     return TreeBatch(*map(torch.from_numpy, arrays))
 
 

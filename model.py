@@ -40,23 +40,22 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)   # queries, keys, values at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, position, mask=None, cache=None):
-        """Computes self-attention over x: (B, T, C). The other arguments are as in Transformer;
-        cache is this layer's. Returns (B, T, C)."""
+    def forward(self, x, mask=None, cache=None):
+        """Computes self-attention over x: (B, T, C). mask: see Transformer.forward. cache: this
+        layer's part of it. Returns (B, T, C)."""
         B, T, C = x.size()                                              # rows, columns, width
+        heads = (B, T, self.n_head, C // self.n_head)
         q, k, v = self.c_attn(x).split(C, dim=2)                        # (B, T, C) each
-        q = q.view(B, T, self.n_head, C // self.n_head)                 # (B, T, heads, C/heads)
-        k = k.view(B, T, self.n_head, C // self.n_head)                 # (B, T, heads, C/heads)
-        v = v.view(B, T, self.n_head, C // self.n_head)                 # (B, T, heads, C/heads)
-        if cache is not None:       # store these tokens, attend to all that are stored
-            keys, values = cache                                        # (B, columns, heads, ...)
-            row = torch.arange(B, device=x.device)[:, None]             # (B, 1)
-            keys[row, position] = k
-            values[row, position] = v
-            k, v = keys, values
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # heads before columns
+        q = q.view(heads).transpose(1, 2)                               # (B, heads, T, C/heads)
+        k = k.view(heads).transpose(1, 2)                               # (B, heads, T, C/heads)
+        v = v.view(heads).transpose(1, 2)                               # (B, heads, T, C/heads)
+        if cache is not None:       # store these T columns, attend to all that are stored
+            keys, values, columns = cache
+            keys[:, :, columns] = k
+            values[:, :, columns] = v
+            k, v = keys, values                                         # (B, heads, keys, C/heads)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        y = y.transpose(1, 2).reshape(B, T, C)                          # the heads side by side
+        y = y.transpose(1, 2).reshape(B, T, C)                          # heads side by side
         return self.c_proj(y)
 
 
@@ -80,8 +79,14 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
 
-    def forward(self, x, position, mask=None, cache=None):
-        x = x + self.attn(self.ln_1(x), position, mask, cache)
+    def forward(self, x, mask=None, cache=None, read=None):
+        """Computes a layer. x: (B, T, C); the others as in Transformer.forward. Returns (B, T, C),
+        or (R, C) with `read`."""
+        x = x + self.attn(self.ln_1(x), mask, cache)
+        if read is not None:
+            # x.flatten(0, 1)[read], whose gradient is added up in a fixed order: runs repeat to
+            # the byte
+            x = F.embedding(read, x.flatten(0, 1))                      # (R, C)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -112,17 +117,20 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
 
-    def forward(self, tokens, position, mask=None, cache=None):
-        """Computes the hidden states of tokens, for a head to read.
+    def forward(self, tokens, position, mask=None, cache=None, read=None):
+        """Computes hidden states, for a head to read.
 
         tokens, position: (B, T). mask: (B, 1, T, keys), added to the attention scores, or true
-        where a token sees a key; without one attention is causal. cache: for each layer a tensor
-        (2, B, columns, heads, C/heads) of keys and values, in which column p holds the token at
-        position p; this call fills in its own. Returns (B, T, C).
+        where a token sees a key; without one, attention is causal. cache: for each layer (keys,
+        values, columns): two (B, heads, keys, C/heads) tensors to attend to, and the columns (a
+        slice or indices) in which this call stores its own. read: (R,) int64, row * T + column of
+        the only tokens that a head will read; the last layer's MLP skips the others.
+        Returns (B, T, C), or (R, C) with `read`.
         """
         x = self.wte(tokens) + self.wpe(position)                       # (B, T, C)
         for i, block in enumerate(self.h):
-            x = block(x, position, mask, cache[i] if cache is not None else None)
+            layer_cache = None if cache is None else cache[i]
+            x = block(x, mask, layer_cache, read if i == len(self.h) - 1 else None)
         return self.ln_f(x)
 
 
@@ -169,12 +177,8 @@ class GPT(nn.Module):
         TreeBatch -> (B, K) float32 (float64 for a float64 model). fast=False: the same numbers by
         the plain formula.
         """
-        B, K = batch.last.size()
-        mask = tree_mask(batch.branch, self.lm_head.weight.dtype)
-        hidden = self.transformer(batch.tokens, batch.position, mask)       # (B, T, C)
-        # Where each response token is predicted. hidden[predictor] would do, but its gradient is
-        # added up in no fixed order: runs would not repeat to the byte.
-        hidden = F.embedding(batch.predictor, hidden.flatten(0, 1))         # (R, C)
+        mask = tree_mask(batch.branch, self.lm_head.weight.dtype)           # (B, 1, T, T)
+        hidden = self.transformer(batch.tokens, batch.position, mask, read=batch.predictor)
         if fast and not compiles_every_shape(hidden.device):    # XLA fuses the plain formula
             logps = token_logps(hidden, self.lm_head.weight, batch.target)  # (R,)
         else:
@@ -184,9 +188,7 @@ class GPT(nn.Module):
             wide = torch.promote_types(dtype, torch.float32)
             logps = F.log_softmax(logits, dim=1, dtype=wide)                # (R, vocab)
             logps = logps.gather(1, batch.target[:, None]).squeeze(1)       # (R,)
-        slots = torch.zeros(B * K + 1, dtype=logps.dtype, device=logps.device)
-        slots = slots.index_add(0, batch.slot, logps)       # each token's to its response's slot
-        return slots[:-1].view(B, K)                        # the last slot collects padding
+        return batch.sum_tokens(logps)                                      # (B, K)
 
     forward = response_logps      # policy(batch), which torch.compile wraps
 
@@ -235,64 +237,70 @@ class GPT(nn.Module):
     def _generate_batch(self, prompts, max_new_tokens, temperature, stop, generator, batch_size,
                         on_token, top_k, top_p):
         config, device = self.config, self.lm_head.weight.device
-        lengths = [len(prompt) for prompt in prompts]
+        n, longest = len(prompts), max(map(len, prompts))
+        steps = min(max_new_tokens, config.block_size - min(map(len, prompts)))
+        max_new_tokens = min(max_new_tokens, config.block_size - 1)
         prompts = [tuple(prompt) for prompt in prompts]
-        distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-        P, B, T = len(distinct), len(prompts), max(lengths)     # equal prompts are run once
         few_shapes = compiles_every_shape(device)
-        if few_shapes:      # rows and columns of padding, up to sizes that come again
-            P = B = 8 if B <= 8 else batch_size
-            T = min(round_up(T, FEW_SHAPES // 2), config.block_size)
+        if few_shapes:      # few sizes: rows of padding, which repeat a prompt, and columns
+            prompts += [prompts[0]] * ((8 if n <= 8 else batch_size) - n)
+            longest = 1 + round_up(longest - 1, FEW_SHAPES // 2)
+        distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        B, T = len(prompts), max(1, longest - 1)
+        P = B if few_shapes else len(distinct)
+
+        # The cache of a layer holds keys and values. Columns 0 to T - 1 are the prompts without
+        # their last tokens, padded on the right; equal prompts run through the model once. Column
+        # T + t is the token that step t reads: first the prompt's last one, then the new ones.
         tokens = torch.zeros(P, T, dtype=torch.long)
         for prompt, i in distinct.items():
-            tokens[i, :len(prompt)] = torch.as_tensor(prompt)
-        padding = [0] * (B - len(prompts))
-        prompt_of = torch.tensor([distinct[prompt] for prompt in prompts] + padding, device=device)
-        length = torch.tensor(lengths + padding, device=device)         # (B,)
-
-        # The prompts run through the model, which stores their keys and values. The padding on
-        # their right is stored too: new tokens take its place, and nobody sees what is after them.
-        columns = min(T + max_new_tokens, config.block_size)
-        shape = (2, P, columns, config.n_head, config.n_embd // config.n_head)
+            tokens[i, :len(prompt) - 1] = torch.tensor(prompt[:-1], dtype=torch.long)
         dtype = product_type(self.lm_head.weight)
-        cache = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        position = torch.arange(T, device=device).expand(P, T)
-        start = [layer[:, :, :T] for layer in cache]
-        hidden = self.transformer(tokens.to(device), position, cache=start)         # (P, T, C)
-        hidden = hidden[prompt_of, length - 1]                          # (B, C)
-        if P < B:
-            cache = [layer[:, prompt_of] for layer in cache]
+        shape = (2, P, config.n_head, T + max_new_tokens, config.n_embd // config.n_head)
+        layers = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        cache = [(*layer[..., :T, :], slice(0, T)) for layer in layers]
+        position = torch.arange(T, device=device).clamp(max=config.block_size - 1).expand(P, T)
+        nothing = torch.zeros(0, dtype=torch.long, device=device)
+        self.transformer(tokens.to(device), position, cache=cache, read=nothing)
+        if len(distinct) < B:       # from here on each response has a row of its own
+            prompt_of = torch.tensor([distinct[prompt] for prompt in prompts], device=device)
+            layers = [layer[:, prompt_of] for layer in layers]
 
+        token = torch.tensor([prompt[-1] for prompt in prompts], device=device)             # (B,)
+        position = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)     # (B,)
+        column = torch.arange(T + max_new_tokens, device=device)
+        in_prompt = column < position[:, None]                          # (B, columns)
+        newest = torch.tensor([T], device=device)                       # the column of `token`
         head, _ = head_weight(self.lm_head.weight, dtype)               # (vocab, C)
-        steps = min(max_new_tokens, config.block_size - min(lengths))
-        new = torch.zeros(len(prompts), steps, dtype=torch.long)
-        rows = torch.arange(len(prompts))           # the prompt that each row of the batch answers
-        going = torch.arange(len(prompts))          # rows of the batch, which draw a token
-        ended = torch.zeros(len(prompts), dtype=torch.bool)             # of those
+        new = torch.zeros(n, steps, dtype=torch.long)
+        going = torch.arange(n)                     # rows of the batch that still draw tokens
+        prompt_number = torch.arange(n)             # and the prompts that they answer
+        ended = torch.zeros(n, dtype=torch.bool)    # those of them that have ended since
         for t in range(steps):
+            visible = in_prompt | (column >= T) & (column <= newest)    # (B, columns)
+            seen = len(column) if few_shapes else T + t + 1
+            cache = [(*layer[..., :seen, :], newest) for layer in layers]
+            hidden = self.transformer(token[:, None], position[:, None],
+                                      visible[:, None, None, :seen], cache)[:, 0]   # (B, C)
             logits = F.linear(hidden, head).float()                     # (B, vocab)
             random = random_numbers(going, len(logits), generator, device)          # (B, 1)
             token = draw(logits, temperature, random, top_k, top_p)     # (B,)
+            position = (position + 1).clamp(max=config.block_size - 1)  # the rest is cut off
+            newest = newest + 1
             sync(device)
             drawn = token.cpu()[going]
-            new[rows[going], t] = drawn
+            new[prompt_number, t] = drawn
             if on_token is not None:
                 on_token(drawn.tolist())
             ended |= drawn == stop
-            n_going = len(going) - int(ended.sum())
-            if n_going == 0 or t == steps - 1:
+            if ended.all():
                 break
-            if n_going <= len(going) // 2:          # half have ended: go on with the others alone
-                going, ended = going[~ended], ended[~ended]
-                if not few_shapes:
-                    rows, token, length = rows[going], token[going], length[going]
-                    cache = [layer[:, going] for layer in cache]
+            if ended.sum() >= len(ended) / 2:       # half have ended: go on with the others alone
+                going, prompt_number, ended = going[~ended], prompt_number[~ended], ended[~ended]
+                if not few_shapes:                  # in a smaller batch
+                    token, position, in_prompt = token[going], position[going], in_prompt[going]
+                    layers = [layer[:, going] for layer in layers]
                     going = torch.arange(len(going))
-            position = (length + t).clamp(max=columns - 1)[:, None]     # (B, 1)
-            seen = columns if few_shapes else min(T + t + 1, columns)   # no row has got further
-            visible = torch.arange(seen, device=device) <= position     # (B, seen)
-            part = [layer[:, :, :seen] for layer in cache]
-            hidden = self.transformer(token[:, None], position, visible[:, None, None], part)[:, 0]
 
         responses = []
         for prompt, response in zip(prompts, new.tolist()):
