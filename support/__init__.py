@@ -8,8 +8,6 @@
     processes.py    several processes, one for each accelerator
     sharding.py     --fsdp: each of them keeps a part of every weight
     head.py         the log-probs of tokens, fast
-    static.py       generation in shapes that never change, for torch_xla
-    sampling.py     drawing a token, from all or from the likely ones
     passes.py       a model over a whole data set: scores, samples
     prompts.py      what a policy is to answer
     cache.py        what is constant is computed once and kept on disk
