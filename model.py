@@ -267,7 +267,7 @@ class GPT(nn.Module):
         position = torch.arange(T, device=device).clamp(max=config.block_size - 1).expand(P, T)
         nothing = torch.zeros(0, dtype=torch.long, device=device)
         self.transformer(tokens.to(device), position, cache=cache, read=nothing)
-        if len(distinct) < B:       # a row for each response
+        if P < B or few_shapes:     # a row for each response
             prompt_of = torch.tensor([distinct[prompt] for prompt in prompts], device=device)
             layers = [layer[:, prompt_of] for layer in layers]
 
