@@ -18,16 +18,23 @@ from data import BatchOrder, by_length, demonstrations, get_tokenizer
 from losses import LOSSES, batch_loss, best_member, knobs, needs
 from model import GPT, GPTConfig
 from reward import family_scores, judge_samples, load_reward_models, training_pairs
-from support.cache import cache_folder, cached, hash_examples, hash_weights, key
 from support.checks import check_rounding, check_step_0, say_spread
-from support.device import setup, shape_multiple, sync
+from support.columns import (
+    cache_folder,
+    cached,
+    count_cut_off,
+    hash_examples,
+    hash_weights,
+    key,
+    sample,
+    score,
+)
+from support.device import place, setup, shape_multiple, sync
 from support.flags import InputError, run_script
 from support.optimizer import adamw, learning_rate, set_learning_rate
-from support.passes import count_cut_off, sample, score, to_text
 from support.processes import add_up_gradients, add_up_numbers, micro_batches
 from support.run import Run
-from support.sharding import place
-from support.tokenizer import check_vocabulary, save_tokenizer
+from support.tokenizer import check_vocabulary, save_tokenizer, to_text
 from support.tokens import default_block_size, example_lengths, longest_sample
 from support.training_flags import policy_flags
 

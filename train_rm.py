@@ -23,13 +23,12 @@ from data import BatchOrder, biased_subset, by_length, get_tokenizer
 from losses import bradley_terry, reward_margin
 from model import GPT
 from reward import RewardModel, training_pairs
-from support.cache import hash_examples, hash_weights, key
-from support.device import setup, shape_multiple, sync
+from support.columns import hash_examples, hash_weights, key
+from support.device import place, setup, shape_multiple, sync
 from support.flags import run_script
 from support.optimizer import adamw, learning_rate, set_learning_rate
 from support.processes import add_up_gradients, add_up_numbers, micro_batches
 from support.run import Run, family_to_train
-from support.sharding import place
 from support.tokenizer import check_vocabulary, save_tokenizer
 from support.training_flags import reward_flags
 

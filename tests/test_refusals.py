@@ -192,7 +192,7 @@ CASES = [       # script, flags, what the line has to say
     (POLICY, "--loss=dpo --init_from=./nowhere --out_dir=new", "./nowhere: no such folder"),
     (POLICY, "--loss=dpo --init_from=folder --out_dir=new", "folder: no config.json"),
     (POLICY, "--loss=dpo --init_from=absurd --out_dir=new", "n_positions is 1000000000000 there"),
-    (POLICY, "--loss=dpo --init_from=deep --out_dir=new", "deep/config.json: not a JSON object"),
+    (POLICY, "--loss=dpo --init_from=deep --out_dir=new", "deep/config.json: not JSON: "),
     (POLICY, "--loss=dpo --init_from=list --out_dir=new", "list/config.json: not a JSON object"),
     (POLICY, "--loss=dpo --init_from=llama --out_dir=new", "only 'gpt2' is supported"),
     (POLICY, "--loss=dpo --init_from=zero --out_dir=new", "n_layer 0, which is not a positive"),

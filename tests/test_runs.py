@@ -27,11 +27,11 @@ from model import GPT, GPTConfig
 from runs import score
 from support import run, tokens
 from support.flags import InputError, run_script, talk_flags
-from support.formats import load_rows
 from support.optimizer import adamw, learning_rate
-from support.passes import stream_reply, to_text
-from support.prompts import prompt_tokens, prompts_to_answer
+from support.prompts import prompt_tokens, prompts_to_answer, stream_reply
 from support.report import accuracy_table, policy_table, training_curve, verdict
+from support.rows import load_rows
+from support.tokenizer import to_text
 
 ROOT = Path(__file__).parent.parent
 REWARDED = [name for name in PREFERENCE_LOSSES if "rewards" in needs(name)]
