@@ -157,8 +157,8 @@ class Finder:
             return path
         if self.is_folder:
             kind = other_kind(sorted(os.listdir(self.name)))
-            raise InputError(f"{self.name}: no {filename} in this folder " +
-                             (f"but {kind}" if kind else "(is the run finished?)"))
+            raise NoModel(f"{self.name}: no {filename} in this folder " +
+                          (f"but {kind}" if kind else "(is the run finished?)"))
         raise NoModel(
             f"{self.name}: no such folder, and the hub gave no {filename} ({self.reason}); "
             "without network, copy the model's config.json and model.safetensors into a folder "
