@@ -81,8 +81,9 @@ def read_sizes(dir_or_hub_name, find=None):
 
 def read_config(find):
     """Returns the content of a checkpoint's config.json, a dict."""
+    path = find.required("config.json")
     with naming(f"{find.name}: unreadable checkpoint"):
-        config = read_json(find.required("config.json"))
+        config = read_json(path)
     if "nanopref" in config and "model_type" not in config:
         raise InputError(f"{find.name}: this run has no model yet (is it finished?)")
     return config
@@ -153,8 +154,8 @@ class Finder:
             return path
         if self.is_folder:
             kind = other_kind(sorted(os.listdir(self.name)))
-            raise InputError(f"{self.name}: no {filename} in this folder " +
-                             (f"but {kind}" if kind else "(is the run finished?)"))
+            raise NoModel(f"{self.name}: no {filename} in this folder " +
+                          (f"but {kind}" if kind else "(is the run finished?)"))
         raise NoModel(
             f"{self.name}: no such folder, and the hub gave no {filename} ({self.reason}); "
             "without network, copy the model's config.json and model.safetensors into a folder "

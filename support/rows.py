@@ -798,7 +798,7 @@ class Oddities:
                 self.n += 1
                 self.spaces += prompt[-1] in " \t"
                 self.joined += any(joins(prompt[-1], response[0]) for response in responses)
-            if "scores" in row:
+            if "scores" in row and "ranks" not in record:     # ranks decide, and say so
                 self.scored += 1
                 self.reversed += sum(row["scores"][0]) < sum(row["scores"][-1])
 

@@ -51,6 +51,8 @@ def stages(monkeypatch, tmp_path):
             folder = os.path.join(values["out_dir"], member)
             os.makedirs(folder, exist_ok=True)
             open(os.path.join(folder, "model.safetensors"), "w").close()
+            with open(os.path.join(folder, "config.json"), "w") as file:
+                json.dump({"nanopref": {"tokenizer": "gpt2"}}, file)
         commands.append((script, values))
 
     def main(*flags):

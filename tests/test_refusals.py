@@ -97,8 +97,9 @@ def workshop(world, tmp_path_factory):
     small = GPT(GPTConfig(block_size=64, vocab_size=256, n_layer=1, n_head=1, n_embd=8))
     small.save_pretrained(root / "small")
     config = json.loads((root / "small/config.json").read_text())
-    config["nanopref"] = {"tokenizer": "tinytldr"}      # else GPT-2's, which would be downloaded
+    config["nanopref"] = {"tokenizer": "tinytldr"}
     (root / "small/config.json").write_text(json.dumps(config))
+    small.save_pretrained(root / "unknown")             # of which nothing says what tokens it reads
     return root
 
 
@@ -211,9 +212,9 @@ CASES = [       # script, flags, what the line has to say
     (REWARD, "--init_from=scratch --out_dir=new", "--init_from: a reward model starts from"),
     (REPORT, "--ref=nan sft --out_dir=new", "nan: the weights transformer.ln_f.bias"),
     (REPORT, "--ref=small small --out_dir=new", "--ref: the model knows 256 tokens"),
-    (TALK, "small --prompt=a", "small: it has no tokenizer"),
-    (POLICY, "--loss=sft --data=good.jsonl --init_from=small --out_dir=new",
-     "small: it has no tokenizer (no tokenizer.json, no vocab.json), and its vocab_size, 256, is "
+    (TALK, "unknown --prompt=a", "unknown: it has no tokenizer"),
+    (POLICY, "--loss=sft --data=good.jsonl --init_from=unknown --out_dir=new",
+     "unknown: it has no tokenizer (no tokenizer.json, no vocab.json), and its vocab_size, 256, is "
      "not GPT-2's"),
     (POLICY, "--loss=sft --init_from=adapter --out_dir=new", "adapter: adapter_config.json, a "),
     (POLICY, "--loss=sft --n_layer=1000000000 --out_dir=new", "--n_layer: invalid int from 1 to"),
