@@ -4,7 +4,6 @@
     training_flags.py   those of the training scripts
     checks.py       what these assert and say before their first step
     device.py       where to compute, in what precision, memory settings
-    optimizer.py    AdamW and the learning-rate schedule
     processes.py    several processes, one for each accelerator
     sharding.py     --fsdp: each of them keeps a part of every weight
     head.py         the log-probs of tokens, fast
