@@ -5,7 +5,6 @@
     checks.py           what a training script checks before its first step
     device.py           where to compute, in what precision, memory settings
     processes.py        several processes, one for each accelerator; --fsdp
-    optimizer.py        AdamW and the learning-rate schedule
     logprobs.py         the log-probs of tokens, fast
     static.py           generation in shapes that never change, for torch_xla
     sampling.py         draws a token, from all or from the likely ones

@@ -122,7 +122,7 @@ CASES = [       # script, flags, what the line has to say
     (POLICY, f"{DPO} --beta=", "--beta: invalid positive float"),
     (POLICY, f"{DPO} --lr=0", "--lr: invalid positive float"),
     (POLICY, f"{DPO} --lr=fast", "--lr: invalid positive float"),
-    (POLICY, f"{DPO} --weight_decay=-1", "--weight_decay: invalid non-negative float"),
+    (POLICY, f"{DPO} --weight_decay=0.1", "unrecognized arguments: --weight_decay=0.1"),
     (POLICY, f"{DPO} --max_steps=0", "--max_steps: invalid positive int"),
     (POLICY, f"{DPO} --max_steps=1e3", "--max_steps: invalid positive int"),
     (POLICY, f"{DPO} --batch_size=-4", "--batch_size: invalid positive int"),
