@@ -8,7 +8,7 @@ declares others, as on the hub. Where it is not clear what to train on, nothing 
 import os
 import re
 
-from support.flags import InputError
+from support.flags import InputError, in_a_line
 
 ENDINGS = ("jsonl", "json", "csv", "parquet")       # of files; all but Parquet also with .gz
 # JSON files that describe a data set
@@ -199,7 +199,7 @@ def open_hub(data):
             chosen = "+".join(choose_splits(names, split, source))
             return open_hub(f"{source}:{chosen}")
         raise InputError(f"--data: {data}: no such file or folder; and as a data set of the hub: "
-                         f"{in_a_line(error)}") from error
+                         f"{in_a_line(error.__cause__ or error)}") from error
 
 
 def hub_splits(owner_name, where):
@@ -210,7 +210,3 @@ def hub_splits(owner_name, where):
         return list(map(str, builder.info.splits or builder.config.data_files or ()))
     except Exception:       # the error of reading says what is wrong
         return []
-
-
-def in_a_line(error):
-    return " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__

@@ -11,11 +11,11 @@ from itertools import chain, islice
 
 import numpy as np
 
-from support.cache import key
+from support.columns import key
 from support.files import remove, remove_leftovers, replacing
-from support.flags import InputError
-from support.formats import check_is_file, load_rows
-from support.sources import in_a_line, name_and_split, open_hub
+from support.flags import InputError, in_a_line
+from support.rows import check_is_file, load_rows
+from support.sources import name_and_split, open_hub
 from support.tokenizer import encode_text, fingerprint, special_tokens
 
 SAID = set()    # lines that are not to be printed again
@@ -185,7 +185,7 @@ def tokenised_file(data, tokenizer, demonstrations=False, skip_bad_rows=False):
         try:
             arrays, left_out = open_arrays(path)
         except Exception as error:      # numpy raises many kinds
-            print(f"{path}: damaged, so it is made anew ({in_a_line(error)})")
+            print(f"{path}: damaged, so it is made again ({in_a_line(error)})")
             remove(path)
         else:
             say(data, [f"tokens from {path}", *left_out])

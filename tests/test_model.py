@@ -441,10 +441,10 @@ def test_hub_names(tmp_path, model, monkeypatch):
     model.save_pretrained(tmp_path)
     import huggingface_hub
     monkeypatch.setattr(huggingface_hub, "hf_hub_download",
-                        lambda name, filename: str(tmp_path / filename))
+                        lambda name, filename, **options: str(tmp_path / filename))
     assert torch.equal(GPT.from_pretrained("gpt2-medium").logits(TOKENS), model.logits(TOKENS))
 
-    def offline(name, filename):
+    def offline(name, filename, **options):
         raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)

@@ -51,6 +51,8 @@ def stages(monkeypatch, tmp_path):
             folder = os.path.join(values["out_dir"], member)
             os.makedirs(folder, exist_ok=True)
             open(os.path.join(folder, "model.safetensors"), "w").close()
+            with open(os.path.join(folder, "config.json"), "w") as file:
+                json.dump({"nanopref": {"tokenizer": "gpt2"}}, file)
         commands.append((script, values))
 
     def main(*flags):
@@ -223,7 +225,8 @@ def test_scores_need_no_reward_models(stages):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("{", "--out: .*protocol.json: damaged: Expecting"), ("[]", "damaged: a list, not a dict"),
+    ("{", "--out: .*protocol.json: not JSON: Expecting"),
+    ("[]", "--out: .*protocol.json: not a JSON object"),
     (None, "--out: .* is not a folder")])
 def test_a_folder_that_is_none_of_its_own(stages, tmp_path, text, message):
     """A protocol.json that can't be read, and a file in the place of the folder."""
