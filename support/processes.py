@@ -108,6 +108,8 @@ def micro_batches(rows, size):
     """Splits this process's share of some rows into parts of at most `size`. Every process has as
     many parts, and none is empty: a model sharded by --fsdp computes in all processes at once.
     (Where size is 1 and one process has a row more than another, that row is in a part of two.)"""
+    if processes() == 1:
+        return np.split(rows, range(size, len(rows), size))
     fewest, most = len(rows) // processes(), -(-len(rows) // processes())
     if fewest == 0:
         raise InputError(f"--data: {len(rows)} rows are too few for {processes()} processes")
