@@ -19,7 +19,13 @@ from torch.nn.utils import clip_grad_norm_
 from data import BatchOrder, by_length, demonstrations, get_tokenizer
 from losses import LOSSES, batch_loss, best_member, knobs, needs
 from model import GPT, GPTConfig
-from reward import family_scores, judge_samples, load_reward_models, training_pairs
+from reward import (
+    family_scores,
+    judge_samples,
+    load_reward_models,
+    reward_samples,
+    training_pairs,
+)
 from support.checks import check_rounding, check_step_0, say_spread
 from support.columns import (
     cache_folder,
@@ -34,7 +40,7 @@ from support.columns import (
 from support.device import place, setup, shape_multiple, sync
 from support.flags import InputError, run_script
 from support.processes import add_up_gradients, add_up_numbers, micro_batches
-from support.run import Run
+from support.run import Run, print_prompt, print_reply
 from support.tokenizer import check_vocabulary, save_tokenizer, to_text
 from support.tokens import default_block_size, example_lengths, longest_sample
 from support.training_flags import policy_flags
@@ -64,6 +70,7 @@ PREFERENCES = dict(             # every other loss; its beta, tau and gamma are 
     grad_clip=1.0,
     n_eval=256,
 )
+SAMPLE_TOKENS = 64              # longest reply of those that are printed while it trains
 
 
 def parse_flags(argv=None):
@@ -171,6 +178,22 @@ def reward_of_samples(policy, prompts, judges, tokenizer, args, autocast):
     return {"reward": float(rewards.mean()), "unended": float(cut.mean())}
 
 
+def show_samples(policy, prompts, judges, tokenizer, args, autocast):
+    """Prints the policy's reply to each of a few prompts (lists of token ids), and its reward: the
+    oracle's on TinyTLDR, elsewhere the mean of the reward models {folder: model} in `judges`. The
+    random numbers are the same each time, from a generator of their own."""
+    replies = sample(policy, prompts, SAMPLE_TOKENS, tokenizer.eot_token, [args.seed, 6],
+                     autocast=autocast)
+    judges = {} if args.data == "tinytldr" else judges
+    rewards = [None] * len(prompts)
+    if judges or args.data == "tinytldr":
+        texts = [to_text(prompt, tokenizer) for prompt in prompts]
+        rewards = reward_samples(judges, texts, prompts, replies, tokenizer, args, autocast)
+    for number, (reply, reward) in enumerate(zip(replies, rewards), 1):
+        ending = "" if tokenizer.eot_token in reply else " ..."
+        print_reply(number, reward, to_text(reply, tokenizer) + ending)
+
+
 def adamw(model, lr):
     """Makes the optimizer: AdamW without weight decay, fused where the device has that."""
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
@@ -244,6 +267,10 @@ def main(argv=None):
         policy.compile(dynamic=True)
     print(f"{args.loss}: {sum(p.numel() for p in policy.parameters()):,} parameters, {len(train)} "
           f"training rows, {args.max_steps} steps of {args.batch_size}, on {device}")
+    # With --fsdp nothing is shown: sampling needs the whole model on one device.
+    shown = [] if args.fsdp else [row[0].tolist() for row in validation.first(2).examples]
+    for number, prompt in enumerate(shown, 1):
+        print_prompt(number, to_text(prompt, tokenizer))
 
     # ---- loop
     size = args.micro_batch_size
@@ -258,6 +285,8 @@ def main(argv=None):
                 means = reward_of_samples(policy, prompts, judges, tokenizer, args, autocast)
                 results |= {f"validation/{name}": value for name, value in means.items()}
             run.report(step, results)
+            if shown:
+                show_samples(policy, shown, judges or reward_models, tokenizer, args, autocast)
         if step == args.max_steps:      # evaluated only
             break
 

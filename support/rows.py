@@ -40,6 +40,7 @@ from collections import Counter
 from itertools import takewhile
 
 from support.flags import InputError, in_a_line
+from support.oddities import Oddities, is_false
 from support.sources import ENDINGS, folder_files, name_and_split, open_hub
 
 PREFERENCES = (("chosen", "rejected"), ("prompt", "responses"))     # columns needed, either or
