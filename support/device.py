@@ -47,7 +47,8 @@ def setup(args):
 
 
 def check_shares(flags):
-    """InputError if several processes can't share the rows of a batch, or one has to share."""
+    """Raises InputError if several processes can't share the rows of a batch, or one has to
+    share."""
     for name in ("batch_size", "n_eval"):
         if flags.get(name, processes()) < processes():
             raise InputError(f"--{name}: {flags[name]} rows are too few for {processes()} "
