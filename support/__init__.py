@@ -15,6 +15,7 @@
     checkpoint.py       reads and writes weights in Hugging Face's GPT-2 layout
     tokenizer.py        reads tiktoken's and models' own tokenizers, writes tokenizer.json
     sources.py          finds the rows: a file, a folder, a data set on the hub, their splits
+    oddities.py         counts what looks like a mistake in rows that can be read all the same
     rows.py             reads rows of text in every layout of preferences and demonstrations
     tokens.py           turns rows of text into arrays of token ids, kept on disk
     report.py           the evaluation report: tables and figures
