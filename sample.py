@@ -1,5 +1,4 @@
-"""Lets you talk to a policy, and prints its replies as they are drawn. --compare asks its reference
-too.
+"""Talks to a policy: prints its replies as they are drawn. --compare asks its reference as well.
 
     python sample.py out/e-dpo --compare                     # a post of TinyTLDR
     python sample.py out/e-dpo --data=tinytldr --n_prompts=3 # held-out prompts

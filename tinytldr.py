@@ -271,8 +271,8 @@ def pair_rows(split, n, policy, encoding, cache, label_temperature=0, seed=0):
 
 
 def sample_pairs(split, n, policy, encoding, label_temperature, seed):
-    """Samples and labels n pairs as `pair_rows` does, but without a cache. Prints how many pairs are
-    dropped because their rewards are equal or a summary is empty."""
+    """Samples and labels n pairs as `pair_rows` does, but without a cache. Prints how many pairs it
+    drops because their rewards are equal or a summary is empty."""
     prompts = [post(seed, split, PAIRS_FROM[split] + i) for i in range(n)]
     room = max(1, policy.config.block_size - 64)            # the summary must fit
     ids = [encoding.encode_ordinary(prompt)[-room:] for prompt in prompts for _ in range(2)]
