@@ -14,14 +14,13 @@ import tinytldr
 from data import Dataset, get_tokenizer, longer, preferences, relabel
 from model import GPT
 from reward import judge_samples, load_reward_models, mean_reward
-from support.cache import cache_folder
+from support.columns import cache_folder, sample, score
 from support.device import setup, shape_multiple
 from support.flags import comparison_flags, naming, run_script
-from support.passes import sample, score, to_text, with_room
-from support.prompts import held_out_prompts
+from support.prompts import held_out_prompts, with_room
 from support.report import accuracy_table, write_report
 from support.run import run_names
-from support.tokenizer import check_same_tokens, check_vocabulary, own_tokenizer
+from support.tokenizer import check_same_tokens, check_vocabulary, own_tokenizer, to_text
 from support.tokens import longest_sample
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from support.checkpoint import load_tensors, read_checkpoint, write_checkpoint
 from support.device import compiles_every_shape, random_numbers
-from support.head import head_weight, product_type, token_logps
+from support.logprobs import head_weight, product_type, token_logps
 from support.sampling import draw
 from support.static import generate_static
 

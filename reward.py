@@ -15,14 +15,22 @@ import torch.nn as nn
 import tinytldr
 from data import Dataset, d_rho, preferences, relabel
 from model import GPTConfig, Transformer, init_weights, tree_mask
-from support.cache import cache_folder, cached, hash_examples, hash_weights, key
 from support.checkpoint import load_tensors, read_checkpoint, write_checkpoint
+from support.columns import (
+    cache_folder,
+    cached,
+    count_cut_off,
+    hash_examples,
+    hash_weights,
+    key,
+    score,
+    with_end,
+)
 from support.device import shape_multiple
 from support.flags import naming
-from support.passes import count_cut_off, score, to_text, with_end
+from support.processes import whole
 from support.run import models_named
-from support.sharding import whole
-from support.tokenizer import check_same_tokens
+from support.tokenizer import check_same_tokens, to_text
 
 
 class RewardModel(nn.Module):

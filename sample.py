@@ -11,8 +11,7 @@ from data import get_tokenizer
 from model import GPT
 from support.device import setup
 from support.flags import InputError, naming, run_script, talk_flags
-from support.passes import prompt_room, stream
-from support.prompts import prompt_tokens, prompts_to_answer
+from support.prompts import prompt_room, prompt_tokens, prompts_to_answer, stream
 from support.run import run_flags
 from support.tokenizer import check_vocabulary, own_tokenizer
 

@@ -36,9 +36,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from support.cache import cached, hash_weights, key
-from support.passes import sample, to_text
-from support.tokenizer import word_encoding
+from support.columns import cached, hash_weights, key, sample
+from support.tokenizer import to_text, word_encoding
 
 
 def table(text):

@@ -10,6 +10,8 @@ samples for the KL term and the reward models' scores are columns of the data se
 before training and cached: a step is one forward and one backward pass of the policy. Flags and
 their defaults: --help, and support/training_flags.py.
 """
+import math
+
 import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -18,16 +20,22 @@ from data import BatchOrder, by_length, demonstrations, get_tokenizer
 from losses import LOSSES, batch_loss, best_member, knobs, needs
 from model import GPT, GPTConfig
 from reward import family_scores, judge_samples, load_reward_models, training_pairs
-from support.cache import cache_folder, cached, hash_examples, hash_weights, key
 from support.checks import check_rounding, check_step_0, say_spread
-from support.device import setup, shape_multiple, sync
+from support.columns import (
+    cache_folder,
+    cached,
+    count_cut_off,
+    hash_examples,
+    hash_weights,
+    key,
+    sample,
+    score,
+)
+from support.device import place, setup, shape_multiple, sync
 from support.flags import InputError, run_script
-from support.optimizer import adamw, learning_rate, set_learning_rate
-from support.passes import count_cut_off, sample, score, to_text
 from support.processes import add_up_gradients, add_up_numbers, micro_batches
 from support.run import Run
-from support.sharding import place
-from support.tokenizer import check_vocabulary, save_tokenizer
+from support.tokenizer import check_vocabulary, save_tokenizer, to_text
 from support.tokens import default_block_size, example_lengths, longest_sample
 from support.training_flags import policy_flags
 
@@ -163,6 +171,22 @@ def reward_of_samples(policy, prompts, judges, tokenizer, args, autocast):
     return {"reward": float(rewards.mean()), "unended": float(cut.mean())}
 
 
+def adamw(model, lr):
+    """Makes the optimizer: AdamW without weight decay, fused where the device has that."""
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(model.parameters(), lr, (0.9, 0.95), weight_decay=0.0, fused=fused)
+
+
+def learning_rate(step, max_steps, peak):
+    """Returns the learning rate of a step: linear warm-up over the first 5% of the steps, then a
+    cosine from the peak down to zero."""
+    warmup = max(1, max_steps // 20)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, max_steps - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
 def loss_flags(args, step):
     """Returns the flags of the loss at a step. gamma, the weight of the KL, goes linearly from its
     first value to its last."""
@@ -214,7 +238,7 @@ def main(argv=None):
 
     # ---- model
     constants = key(hash_weights(policy), hash_examples(train.examples), train.rewards)
-    optimizer = adamw(policy, args)
+    optimizer = adamw(policy, args.lr)
     run = Run(args, policy, optimizer, constants)
     if args.compile:
         policy.compile(dynamic=True)
@@ -251,7 +275,8 @@ def main(argv=None):
             run.watch(total, loss=losses, **statistics(logps, batch))
         add_up_gradients(policy)                                # of all processes
         grad_norm = clip_grad_norm_(policy.parameters(), args.grad_clip)
-        set_learning_rate(optimizer, learning_rate(step, args.max_steps, args.lr))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.max_steps, args.lr)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         run.end_step(step, rows, grad_norm=grad_norm)

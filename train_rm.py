@@ -23,15 +23,14 @@ from data import BatchOrder, biased_subset, by_length, get_tokenizer
 from losses import bradley_terry, reward_margin
 from model import GPT
 from reward import RewardModel, training_pairs
-from support.cache import hash_examples, hash_weights, key
-from support.device import setup, shape_multiple, sync
+from support.columns import hash_examples, hash_weights, key
+from support.device import place, setup, shape_multiple, sync
 from support.flags import run_script
-from support.optimizer import adamw, learning_rate, set_learning_rate
 from support.processes import add_up_gradients, add_up_numbers, micro_batches
 from support.run import Run, family_to_train
-from support.sharding import place
 from support.tokenizer import check_vocabulary, save_tokenizer
 from support.training_flags import reward_flags
+from train_policy import adamw, learning_rate
 
 # ------ the numbers of a run: each is the default of the flag of its name (see --help)
 
@@ -108,7 +107,7 @@ def train_one(args, policy, tokenizer, train, validation, device, autocast):
     # ---- model
     constants = key(hash_weights(policy), hash_examples(train.examples))
     reward_model = place(RewardModel.from_policy(policy, args.head), device, args)
-    optimizer = adamw(reward_model, args)
+    optimizer = adamw(reward_model, args.lr)
     run = Run(args, reward_model, optimizer, constants)
     if args.compile:
         reward_model.compile(dynamic=True)
@@ -136,7 +135,8 @@ def train_one(args, policy, tokenizer, train, validation, device, autocast):
             run.watch(len(rows), loss=losses, **statistics(rewards, batch))
         add_up_gradients(reward_model)                          # of all processes
         grad_norm = clip_grad_norm_(reward_model.parameters(), args.grad_clip)
-        set_learning_rate(optimizer, learning_rate(step, args.max_steps, args.lr))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.max_steps, args.lr)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         run.end_step(step, rows, grad_norm=grad_norm)

@@ -40,9 +40,9 @@ GROUPS = {
         "model.py": ["tree_mask", "Attention.forward", "MLP.forward", "Transformer", "GPT.logits",
                      "GPT.response_logps"],
         "reward.py": ["RewardModel.forward"],
-        "support/head.py": [""],
+        "support/logprobs.py": [""],
         "support/tokens.py": ["encode", "fit", "equal_responses", "select"],
-        "support/formats.py": ["parse", "scores_of", "text_of"],
+        "support/rows.py": ["parse", "scores_of", "text_of"],
     }, ("test_losses", "test_theory", "test_tree", "test_estimators", "test_data", "test_tokens",
         "test_formats", "test_model")),
     "training": Group({
@@ -51,7 +51,6 @@ GROUPS = {
         "reward.py": ["RewardModel.__init__", "RewardModel.from_", "RewardModel.save_",
                       "load_reward_models", "family_scores", "training_pairs"],
         "support/run.py": [""],
-        "support/optimizer.py": [""],
         "support/checks.py": [""],
     }, ("test_run_folder", "test_scripts", "test_training", "test_flags", "test_runs"), without=(
         "every_loss_trains", "every_loss_trains_on_rankings", "same_seed_same_bytes",

@@ -17,7 +17,6 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 
 from experiments import figure2, trials
-from support.figures import pyplot, save
 from support.flags import (
     InputError,
     Parser,
@@ -27,6 +26,7 @@ from support.flags import (
     run_script,
     seed,
 )
+from support.report import pyplot, save
 
 RHO = 0.2
 LOSSES = ("dpo", "ipo", "d-dpo", "p-dpo", "e-dpo")

@@ -31,8 +31,7 @@ import tinytldr
 from experiments import trials
 from experiments.world import TEMPERATURES, earned
 from model import GPT
-from support.cache import hash_weights
-from support.figures import pyplot, save
+from support.columns import hash_weights
 from support.files import read_json, replacing, write_json
 from support.flags import (
     InputError,
@@ -44,6 +43,7 @@ from support.flags import (
     run_script,
     seed,
 )
+from support.report import pyplot, save
 from support.run import run_flags
 
 RHOS = [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, "all"]

@@ -16,6 +16,7 @@ import numpy as np
 
 from data import Dataset, get_tokenizer
 from reward import RewardModel
+from support.columns import say_cut_off, score
 from support.device import setup, shape_multiple
 from support.files import replacing
 from support.flags import (
@@ -30,8 +31,7 @@ from support.flags import (
     skip_flag,
     split_flag,
 )
-from support.formats import load_rows
-from support.passes import say_cut_off, score
+from support.rows import load_rows
 from support.run import family_folders
 from support.sources import join_split
 from support.tokenizer import check_same_tokenizer, check_vocabulary, own_tokenizer

@@ -1,8 +1,8 @@
 """What the training scripts assert and say at the start: cheap, and it catches most mistakes."""
 import numpy as np
 
+from support.columns import score
 from support.device import shape_multiple
-from support.passes import score
 
 SOME = 16       # rows that are computed in float32 as well
 

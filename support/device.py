@@ -1,4 +1,4 @@
-"""Where to compute, in what precision, and with what memory."""
+"""Decides where to compute, in what precision, and with what memory."""
 import contextlib
 import ctypes
 import functools
@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from support.flags import InputError
-from support.processes import join, processes
+from support.processes import join, processes, shard
 
 
 def setup(args):
@@ -38,7 +38,7 @@ def setup(args):
         args.dtype = "bfloat16" if fast else "float32"
     args.device = name
     keep_memory()
-    if name == "cuda":      # cuDNN's attention plans anew for every shape, and shapes vary
+    if name == "cuda":      # cuDNN's attention makes a plan for every shape, and shapes vary
         torch.backends.cuda.enable_cudnn_sdp(False)
     torch.manual_seed(args.seed)
     if args.dtype == "float32":
@@ -70,8 +70,9 @@ def keep_memory():
 
 
 def recompute_layers(model):
-    """--gradient_checkpointing: the backward pass computes each layer's attention and MLP once more
-    instead of keeping what they had in between, most of a step's memory, for a third more time.
+    """Makes the backward pass compute each layer's attention and MLP once more instead of keeping
+    what they had in between, most of a step's memory, for a third more time
+    (--gradient_checkpointing).
 
     model: with its layers in transformer.h, each with the parts attn and mlp.
     """
@@ -81,14 +82,24 @@ def recompute_layers(model):
                                              preserve_rng_state=False)     # there is no dropout
 
 
+def place(model, device, args):
+    """Moves a model, which is still on the CPU, to the device; with --fsdp only this process's part
+    of it (processes.shard). Applies --gradient_checkpointing. Returns the model."""
+    if args.gradient_checkpointing:
+        recompute_layers(model)
+    return shard(model, device, args.dtype) if args.fsdp else model.to(device)
+
+
 def compiles_every_shape(device):
-    """Does this device compile a program for each new shape, so that shapes should be few?"""
+    """Returns whether a device compiles a program for each new shape, so that shapes should be
+    few."""
     return device.type == "xla"
 
 
 def shape_multiple(args):
-    """What batches' shapes are rounded up to. torch_xla compiles every shape anew, and so does the
-    CPU's library for bfloat16 products (a third of a step if every batch has another shape)."""
+    """Returns what batches' shapes are rounded up to. torch_xla compiles a program for every shape,
+    and so does the CPU's library for bfloat16 products (a third of a step if all batches
+    differ)."""
     if args.device == "xla":
         return FEW_SHAPES
     return 32 if args.dtype == "bfloat16" else 1
@@ -98,7 +109,7 @@ FEW_SHAPES = 128        # from here on shapes are powers of two
 
 
 def round_up(n, multiple):
-    """n, rounded up to a multiple; to a power of two times that where shapes should be few."""
+    """Rounds n up to a multiple; to a power of two times that where shapes should be few."""
     if multiple < FEW_SHAPES:
         return -(-n // multiple) * multiple
     while multiple < n:
@@ -107,26 +118,26 @@ def round_up(n, multiple):
 
 
 def compiled_graphs():
-    """How many graphs torch.compile has made in this process."""
+    """Returns how many graphs torch.compile has made in this process."""
     from torch._dynamo.utils import counters
     return counters["stats"]["unique_graphs"]
 
 
 def new_generator(device, seed):
-    """A torch.Generator on the device (torch_xla has none: on the CPU)."""
+    """Returns a torch.Generator on the device (torch_xla has none: on the CPU)."""
     return torch.Generator("cpu" if device.type == "xla" else device).manual_seed(seed)
 
 
 def random_numbers(n, generator, device):
-    """n random numbers in [0, 1), (n, 1), from the generator. float64, but on mps, which has
-    none."""
+    """Draws n random numbers in [0, 1), (n, 1), from the generator: in float64, which mps does not
+    have, so there in float32."""
     where = device if generator is None else generator.device
     dtype = torch.float32 if device.type == "mps" else torch.float64
     return torch.rand(n, 1, generator=generator, device=where, dtype=dtype).to(device)
 
 
 def sync(device):
-    """torch_xla runs a step's graph here; elsewhere there is nothing to do."""
+    """Makes torch_xla run a step's graph; on other devices there is nothing to do."""
     if device.type == "xla":
         import torch_xla
         torch_xla.sync()

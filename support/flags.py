@@ -1,4 +1,4 @@
-"""Command-line flags: their types, what is refused, and the one line that says why."""
+"""Reads command-line flags: their types, what is refused, and the one line that says why."""
 import argparse
 import contextlib
 import os
@@ -8,6 +8,12 @@ import sys
 
 class InputError(ValueError):
     """Something that the user gave is wrong. The message names it and says what would be right."""
+
+
+def in_a_line(error):
+    """Returns what an error says, in one line of at most 300 characters; its type if that is
+    nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def run_script(main):
@@ -61,7 +67,7 @@ def lost_processes():
 
 @contextlib.contextmanager
 def naming(flag):
-    """What is wrong inside is said to be wrong with this flag."""
+    """Puts a flag, or what else was read, before the message of an InputError."""
     try:
         yield
     except InputError as error:

@@ -16,21 +16,24 @@ from support.files import (
     check_zip,
     lock,
     naming_file,
+    read_json,
     remove_leftovers,
     replacing,
     write_json,
 )
-from support.flags import InputError
+from support.flags import InputError, in_a_line
 from support.processes import (
     add_up_numbers,
     any_of,
+    full,
     is_first,
+    load_whole,
     processes,
     progress_bar,
     starts_as_first,
     wait,
+    whole,
 )
-from support.sharding import full, load_whole, whole
 
 # Flags that may differ on --resume
 MAY_CHANGE = ("out_dir", "resume", "overwrite", "device", "compile", "fsdp", "log",
@@ -289,8 +292,7 @@ class Run:
             self.window = [{name: number / processes() for name, number in numbers.items()}
                            for numbers in state["window"]]
         except Exception as error:      # these parts may hold anything
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(f"{of_another_version(path)} ({reason})") from error
+            raise InputError(f"{of_another_version(path)} ({in_a_line(error)})") from error
         self.first_step = state["step"]
         if state["reported"]:
             self.reported = self.first_step
@@ -403,11 +405,7 @@ def run_flags(folder):
     path = os.path.join(folder, "config.json")
     if not os.path.exists(path):
         return {}
-    try:
-        with open(path, encoding="utf-8") as file:
-            flags = json.load(file).get("nanopref") or {}
-    except (ValueError, AttributeError, RecursionError, OSError) as error:
-        raise InputError(f"{path}: not a JSON object: {error}") from error
+    flags = read_json(path).get("nanopref") or {}
     if not isinstance(flags, dict):
         raise InputError(f"{path}: 'nanopref' is not an object of flags")
     return flags
@@ -504,8 +502,8 @@ def open_log(name, folder, flags, first_step):
         run = package.init(project="nanopref", name=folder, group=folder, dir=folder, config=flags,
                            reinit="finish_previous")    # the members of a family
     except package.Error as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"--log=wandb: {reason} (WANDB_MODE=offline needs no account)") from error
+        raise InputError(f"--log=wandb: {in_a_line(error)} (WANDB_MODE=offline needs no account)"
+                         ) from error
 
     def log(step, values):
         run.log(values, step=step)

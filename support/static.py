@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from support.device import FEW_SHAPES, random_numbers, round_up, sync
-from support.head import head_weight, product_type
+from support.logprobs import head_weight, product_type
 from support.sampling import draw
 
 

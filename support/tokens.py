@@ -11,11 +11,11 @@ from itertools import chain, islice
 
 import numpy as np
 
-from support.cache import key
+from support.columns import key
 from support.files import remove, remove_leftovers, replacing
-from support.flags import InputError
-from support.formats import check_is_file, load_rows
-from support.sources import in_a_line, name_and_split, open_hub
+from support.flags import InputError, in_a_line
+from support.rows import check_is_file, load_rows
+from support.sources import name_and_split, open_hub
 from support.tokenizer import encode_text, fingerprint, special_tokens
 
 SAID = set()    # lines that are not to be printed again
@@ -79,7 +79,11 @@ def split_hashes(turns, n_turns):
 # ------------------------------------------------------------------ text that a tokenizer can read
 
 LONG = 100_000          # characters; shorter text can be read by every tokenizer
-FOREIGN_END = re.compile(r"(</s>|<eos>|<end_of_turn>|\[EOS\]|<\|\w+\|>)$")
+# How other models' special tokens are written, where a text ends and where it begins
+FOREIGN_END = re.compile(r"(</s>|<eos>|<pad>|<end_of_turn>|\[EOS\]|\[PAD\]|\[SEP\]|<\|\w+\|>|"
+                         r"<\uff5c[\w\u2581]+\uff5c>)$", re.I)
+FOREIGN_START = re.compile(r"\s*(<s>|<bos>|<start_of_turn>|\[BOS\]|\[CLS\]|\[INST\]|<\|\w+\|>|"
+                           r"<\uff5c[\w\u2581]+\uff5c>)", re.I)
 
 
 def preparer(tokenizer):
@@ -108,6 +112,10 @@ def preparer(tokenizer):
                       if (match := FOREIGN_END.search(text.rstrip()[-30:]))} - written:
             notes[f"warning: a response ends in {token} in {{}} rows; to this tokenizer that is "
                   "ordinary text, which the model would learn to write"] += 1
+        for token in {match[1] for text in responses
+                      if (match := FOREIGN_START.match(text))} - written:
+            notes[f"warning: a response begins with {token} in {{}} rows; to this tokenizer that "
+                  "is ordinary text, which the model would learn to write"] += 1
         for text in texts:
             if len(text) > LONG:
                 encode_text(text, tokenizer)
@@ -185,7 +193,7 @@ def tokenised_file(data, tokenizer, demonstrations=False, skip_bad_rows=False):
         try:
             arrays, left_out = open_arrays(path)
         except Exception as error:      # numpy raises many kinds
-            print(f"{path}: damaged, so it is made anew ({in_a_line(error)})")
+            print(f"{path}: damaged, so it is made again ({in_a_line(error)})")
             remove(path)
         else:
             say(data, [f"tokens from {path}", *left_out])

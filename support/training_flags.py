@@ -154,7 +154,6 @@ def training_flags(doc, lr):
     add("--micro_batch_size", type=positive_int, help="rows per forward pass (default: the batch)")
     add("--lr", type=positive_float, help="peak learning rate: warm-up over 5%% of the steps, then "
         f"a cosine down to zero (default: {lr}; a hundredth of that where n_embd is 512 or more)")
-    add("--weight_decay", type=not_negative_float, default=0.0, help="of matrices and embeddings")
     add("--grad_clip", type=positive_float, help="largest norm of the gradient")
     add("--seed", type=seed, default=0, help="of the data, initial weights and the batch order")
     add("--eval_every", type=positive_int, help="steps between evaluations, which save the state")

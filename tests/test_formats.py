@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 
-from support import formats
+from support import rows as rows_file
 from support.flags import InputError
-from support.formats import describe, implicit_prompt, load_rows, parse_row, parse_rows
+from support.rows import describe, implicit_prompt, load_rows, parse_row, parse_rows
 from support.tokens import hash_content
 
 PAIR = {"prompt": "Say hello.", "chosen": " Hello!", "rejected": " Go away."}
@@ -551,7 +551,7 @@ def test_scores_of_csv_are_numbers(tmp_path, hub_cache):
 @pytest.mark.parametrize("layout", ["array", "array on lines", "values"])
 def test_json_is_read_in_parts(tmp_path, hub_cache, monkeypatch, layout):
     """Records that are longer than a part, or lie across two, are whole."""
-    monkeypatch.setattr(formats, "PART", 50)
+    monkeypatch.setattr(rows_file, "PART", 50)
     rows = [{**PAIR, "prompt": "é [{" * n} for n in range(1, 60)]
     path = tmp_path / "a.json"
     if layout == "values":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from support.formats import load_rows
+from support.rows import load_rows
 
 PAGE = Path(__file__).parent.parent / "docs" / "layouts.md"
 SECTIONS = re.findall(r"^## (.*?)\n.*?```python\n(.*?)```", PAGE.read_text(encoding="utf-8"),

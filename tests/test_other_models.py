@@ -146,7 +146,7 @@ def test_a_torch_file_in_parts(folder):
     (folder / file).unlink()
     assert f"no {file} in this folder" in refusal(folder)
     index.write_text("[]")
-    assert "pytorch_model.bin.index.json is damaged or not whole" in refusal(folder)
+    assert "pytorch_model.bin.index.json: not a JSON object" in refusal(folder)
 
 
 @pytest.mark.parametrize("damage", ["short", "shorter", "empty", "header", "length"])

@@ -23,10 +23,11 @@ import train_rm
 from data import Dataset, collate
 from model import GPT
 from support import device, processes, run
+from support.columns import score
+from support.device import place
 from support.flags import OTHERS_ENDED, InputError, lost_processes
-from support.passes import score
+from support.processes import full, gathered, load_whole, whole
 from support.run import release
-from support.sharding import full, gathered, load_whole, place, whole
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(TESTS)

@@ -225,7 +225,8 @@ def test_scores_need_no_reward_models(stages):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("{", "--out: .*protocol.json: damaged: Expecting"), ("[]", "damaged: a list, not a dict"),
+    ("{", "--out: .*protocol.json: not JSON: Expecting"),
+    ("[]", "--out: .*protocol.json: not a JSON object"),
     (None, "--out: .* is not a folder")])
 def test_a_folder_that_is_none_of_its_own(stages, tmp_path, text, message):
     """A protocol.json that can't be read, and a file in the place of the folder."""

@@ -11,7 +11,7 @@ import train_policy
 import train_rm
 from data import get_tokenizer
 from support.flags import InputError, comparison_flags, talk_flags
-from support.formats import load_rows, parse_rows
+from support.rows import load_rows, parse_rows
 from support.sources import name_and_split, open_hub
 from support.tokens import tokenised_file
 
