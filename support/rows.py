@@ -567,10 +567,11 @@ def parse_ranking(record, prompt, notes):
     elif not is_list_of_numbers(order, K):
         raise ValueError(f"column 'ranks' is not a list of {K} numbers, one for each response")
 
-    # A tie is broken by a hash of the text, which is as good as by chance.
+    # A tie is broken by a hash of the text, which is as good as by chance; with the prompt in it,
+    # so that "yes" does not always win against "no".
     if len(set(order)) < K:
         notes["{} rows: a tie in their 'ranks' or 'scores' is broken by chance"] += 1
-    ties = [hashlib.sha256(response.encode()).digest() for response in responses]
+    ties = [hashlib.sha256(f"{response}\0{prompt}".encode()).digest() for response in responses]
     by_rank = sorted(range(K), key=lambda k: (order[k], ties[k]))
     if scores:
         scores = [scores[k] for k in by_rank]

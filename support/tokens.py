@@ -19,7 +19,7 @@ from support.sources import name_and_split, open_hub
 from support.tokenizer import encode_text, fingerprint, special_tokens
 
 SAID = set()    # lines that are not to be printed again
-LAYOUT = 7      # raise it when the arrays below, or what is read into them, change
+LAYOUT = 8      # raise it when the arrays below, or what is read into them, change
 not_kept = {}   # {path: arrays} of files whose tokens could not be kept on disk, in this process
 SPLITS = np.array(["validation"] * 26 + ["test"] * 26 + ["train"] * 204)    # about 10, 10 and 80%
 

@@ -106,6 +106,13 @@ def test_ties_and_equal_responses_are_counted(tmp_path, hub_cache):
     assert said == ["1 row: two of the responses are the same; neither is better"]
 
 
+def test_the_same_words_do_not_win_every_tie():
+    """Or a preference for one of them would be learned from ties."""
+    best = [parse_row({**TWO, "prompt": str(i), "ranks": [1, 1]}, False)["responses"][0]
+            for i in range(40)]
+    assert 8 <= best.count(" Hello!") <= 32
+
+
 def test_labels_that_contradict_each_other(tmp_path, hub_cache):
     """A file in which both orders of each pair have the same label."""
     pairs = [{"prompt": f"{i}?", "chosen": " a", "rejected": " b"} for i in range(20)]
