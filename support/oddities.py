@@ -23,10 +23,10 @@ PROMPT_COLUMNS = {"system", "system_prompt", "system_message", "instruction", "i
                   "input", "context", "question", "query", "history", "document", "documents",
                   "passage", "tools", "functions"}
 NOT_TEXT = {"image", "images", "audio", "audios", "video", "videos"}
-# What programs write where there is nothing, if they take it for text
-GAPS = {"nan", "NaN", "None", "null", "NULL", "<NA>"}
 # A column with one of them in its name, beside chosen or rejected, says how good that is.
 SCORE_WORDS = re.compile(r"score|rating|reward", re.I)
+# What programs write where there is nothing, if it is taken for text
+GAPS = {"nan", "NaN", "NaT", "<NA>"}
 # A list, or bytes, as Python or JSON writes them
 WRITTEN_OUT = re.compile(r"""\s*(\[\s*["'].*["']\s*\]|b'.*'|b".*")\s*""", re.S)
 
@@ -118,6 +118,12 @@ class Oddities:
         columns = [f"{column!r}" for column in sorted(map(str, self.ignored.keys() - set(texts)))]
         if columns:
             yield f"columns that are not read: {listed(columns, 20)}"
+        no_texts = [column for column in texts if str(column).lower() in NOT_TEXT]
+        texts = [column for column in texts if column not in no_texts]
+        if no_texts:
+            counted = [f"{column!r} ({self.ignored[column]} rows)" for column in sorted(no_texts)]
+            yield (f"warning: columns that are not read: {', '.join(counted)}; models here read "
+                   "text alone")
         if texts:
             counted = [f"{column!r} ({self.ignored[column]} rows)" for column in sorted(texts)]
             yield (f"warning: columns of text that are not read: {listed(counted, 20)}; what "
@@ -142,7 +148,7 @@ class Oddities:
             if count > share * n_rows:
                 yield f"warning: in {count} of {n_rows} rows {message}"
         distinct, sets = len(np.unique(self.rows)), len(np.unique(self.without_order))
-        if distinct - sets > 0.05 * n_rows:
+        if distinct - sets >= max(10, 0.05 * n_rows):
             yield (f"warning: {distinct - sets} of {n_rows} rows prefer what an earlier row with "
                    "the same prompt and responses does not")
 
@@ -168,8 +174,8 @@ def joins(last, first):
 # ------------------------------------------------------------------ what many rows look like
 
 def repeats_prompt(prompt, responses):
-    """Do all responses have the prompt in what they begin with, other than as the prompt is
-    written: after a name or a mark, or with other spaces or capitals?"""
+    """Returns whether all responses have the prompt in what they begin with, other than as the
+    prompt is written: after a name or a mark, or with other spaces or capitals."""
     question = prompt.rpartition("\n\nHuman:")[2].removesuffix("\n\nAssistant:")
     length = len(question.strip())
     if len(responses) == 1:     # what is said in a first sentence may well repeat some words
@@ -180,6 +186,10 @@ def repeats_prompt(prompt, responses):
         return False
     words, beginning = (" ".join(text.casefold().split()) for text in (question, beginning))
     return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", beginning) is not None
+
+
+def has_no_prompt(prompt, responses):
+    return not prompt.strip()
 
 
 def same_but_for_space(prompt, responses):
@@ -209,9 +219,9 @@ LOOKS = (
     (repeats_prompt, 0.5, "the responses repeat the prompt where they begin; what is imitated or "
      "compared begins after it"),
     (same_but_for_space, 0, "chosen and rejected differ in the white space around them alone"),
-    (has_a_gap, 0, "a prompt or a response is a word for a gap, such as 'nan' or 'None'; is "
-     "something missing there?"),
-    (lambda prompt, responses: not prompt.strip(), 0, "the prompt is empty"),
+    (has_a_gap, 0, "a prompt or a response is a word for a gap, such as 'nan'; is something "
+     "missing there?"),
+    (has_no_prompt, 0, "the prompt is empty"),
     (is_written_out, 0.5, "the responses are lists or bytes, written out as text; the text in them "
      "is probably what is meant"),
     (has_no_lines, 0.5, "there is a backslash and an n where a new line is probably meant"),
