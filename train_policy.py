@@ -205,7 +205,7 @@ def show_samples(policy, prompts, judges, tokenizer, args, autocast):
     oracle's on TinyTLDR, elsewhere the mean of the reward models {folder: model} in `judges`. The
     random numbers are the same each time, from a generator of their own."""
     replies = sample(policy, prompts, SAMPLE_TOKENS, tokenizer.eot_token, [args.seed, 6],
-                     autocast=autocast)
+                     autocast=autocast, desc="samples to show")
     judges = {} if args.data == "tinytldr" else judges
     rewards = [None] * len(prompts)
     if judges or args.data == "tinytldr":

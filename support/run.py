@@ -339,7 +339,7 @@ def print_reply(number, reward, text):
     """Prints a reply in one line, cut to the terminal's width. number: its prompt's; reward: a
     number, or None."""
     reward = "" if reward is None else f"{reward:+.3g}"
-    line = f"{number:7}  {reward:>5}  {in_words(text)}"
+    line = f"{number:7}  {reward:>5}  {in_words(text) or '(empty)'}"
     tqdm.write(line[:columns_of_terminal() - 1].rstrip(), file=sys.stdout)
 
 
