@@ -1,6 +1,6 @@
-"""What looks like a mistake in rows that can be read all the same: counted, and said once a file.
+"""Counts what looks like a mistake in rows that can be read all the same, and says it once a file.
 
-Also what a `label` says, which is a word in some files.
+Reads also what a `label` says, which is a word in some files.
 """
 import math
 import os
@@ -31,10 +31,15 @@ GAPS = {"nan", "NaN", "NaT", "<NA>"}
 WRITTEN_OUT = re.compile(r"""\s*(\[\s*["'].*["']\s*\]|b'.*'|b".*")\s*""", re.S)
 
 
+def is_gap(value):
+    """Returns whether a value is NaN, which is what pandas writes where there is nothing."""
+    return isinstance(value, float) and math.isnan(value)
+
+
 def is_false(label):
-    """Does the label of a demonstration say that people did not want it? None and "" say nothing.
-    ValueError if it is neither yes nor no."""
-    if label is None or (isinstance(label, float) and math.isnan(label)):
+    """Returns whether the label of a demonstration says that people did not want it. None and ""
+    say nothing. ValueError if it is neither yes nor no."""
+    if label is None or is_gap(label):
         return False
     word = str(label).strip().lower()
     if word in FALSE:
@@ -64,14 +69,13 @@ class Oddities:
 
     def __init__(self, demonstrations):
         self.read = READ_AS_DEMONSTRATIONS if demonstrations else READ
-        self.records = self.n = self.spaces = self.joined = self.scored = self.reversed = 0
+        self.n = self.spaces = self.joined = self.scored = self.reversed = 0
         self.looks = [0] * len(LOOKS)
         self.ignored, self.texts, self.rated = {}, {}, {}
         self.rows, self.without_order = array("q"), array("q")
 
     def count(self, record, rows):
-        """One record of the file, and the rows that were made of it."""
-        self.records += 1
+        """Counts one record of the file, and the rows that were made of it."""
         for column in record.keys() - self.read:
             self.count_ignored(column, record[column])
             if "chosen" in str(column) and SCORE_WORDS.search(column):
@@ -96,13 +100,13 @@ class Oddities:
                 self.reversed += sum(row["scores"][0]) < sum(row["scores"][-1])
 
     def count_ignored(self, column, value):
-        """A value in a column that is not read."""
+        """Counts a value in a column that is not read."""
         if value not in (None, "", [], {}):
             self.ignored[column] = self.ignored.get(column, 0) + 1
             self.texts[column] = self.texts.get(column, 0) + is_text(column, value)
 
     def count_rating(self, column, record):
-        """A column such as chosen_rating, which is not read, and its partner."""
+        """Compares a column such as chosen_rating, which is not read, with its partner."""
         try:
             chosen, rejected = (float(record[name])
                                 for name in (column, column.replace("chosen", "rejected")))
@@ -113,7 +117,7 @@ class Oddities:
         counts[1] += chosen < rejected
 
     def messages(self):
-        """Lines of text, none if nothing is odd."""
+        """Yields lines of text, none if nothing is odd."""
         texts = [column for column in self.texts if 2 * self.texts[column] > self.ignored[column]]
         columns = [f"{column!r}" for column in sorted(map(str, self.ignored.keys() - set(texts)))]
         if columns:
@@ -154,8 +158,9 @@ class Oddities:
 
 
 def is_text(column, value):
-    """Is it a text that a person would read: several words or a list of messages; in a column that
-    is named like a part of the prompt, anything? Columns of another layout repeat what is read."""
+    """Returns whether a value is a text that a person would read: several words or a list of
+    messages; in a column that is named like a part of the prompt, anything. Columns of another
+    layout repeat what is read."""
     if column in READ_AS_DEMONSTRATIONS:
         return False
     if str(column).lower() in PROMPT_COLUMNS | NOT_TEXT:
@@ -166,8 +171,8 @@ def is_text(column, value):
 
 
 def joins(last, first):
-    """Do a prompt's last character and a response's first one run together? In Chinese or Japanese
-    they do anyway."""
+    """Returns whether a prompt's last character and a response's first one run together. In Chinese
+    or Japanese they do anyway."""
     return not (last.isspace() or first.isspace() or max(last, first) >= "\u2e80")
 
 

@@ -32,7 +32,6 @@ import functools
 import gzip
 import hashlib
 import json
-import math
 import os
 import re
 import zlib
@@ -40,7 +39,7 @@ from collections import Counter
 from itertools import takewhile
 
 from support.flags import InputError, in_a_line
-from support.oddities import Oddities, is_false
+from support.oddities import Oddities, is_false, is_gap
 from support.sources import ENDINGS, folder_files, name_and_split, open_hub
 
 PREFERENCES = (("chosen", "rejected"), ("prompt", "responses"))     # columns needed, either or
@@ -177,11 +176,6 @@ def parse_rows(record, demonstrations, notes=None):
     if demonstration:
         check_not_rejected(record, rows)
     return rows
-
-
-def is_gap(value):
-    """Returns whether a value is NaN, which is what pandas writes where there is nothing."""
-    return isinstance(value, float) and math.isnan(value)
 
 
 # ------------------------------------------------------------------ labels

@@ -59,8 +59,8 @@ claimed = {}            # {real path of a folder: its lock}, of this process
 
 
 class Run:
-    """A training run in its folder: config.json has its flags (under "nanopref"), metrics.jsonl its
-    numbers, state.pt what resuming needs.
+    """Keeps a training run in its folder: config.json has its flags (under "nanopref"),
+    metrics.jsonl its numbers, state.pt what resuming needs.
 
     constants: a hash of what training takes as given (reference, data, rewards), which has to be
     the same on --resume. `first_step` is 0, or where a resumed run goes on.
