@@ -1,10 +1,10 @@
-"""Talks to a policy: prints what it says as it says it, and its reference's reply with --compare.
+"""Talks to a policy: prints its replies as they are drawn. --compare asks its reference as well.
 
-    python sample.py out/e-dpo --compare                     # on a post of TinyTLDR
+    python sample.py out/e-dpo --compare                     # a post of TinyTLDR
     python sample.py out/e-dpo --data=tinytldr --n_prompts=3 # held-out prompts
     python sample.py out/e-dpo --prompt_file=post.txt --n=3  # a prompt of your own, three replies
 
-A model that was trained on dialogues talks with --chat: what you type is a turn.
+If the model was trained on dialogues, add --chat: each line you type is your turn.
 """
 import tinytldr
 from data import get_tokenizer
@@ -32,7 +32,7 @@ def main(argv=None):
         with naming("--compare: the policy was trained from"):
             policies[f"the reference, {name}"] = GPT.from_pretrained(name).to(device)
 
-    turns = {name: [] for name in policies}     # of each policy's dialogue, for --chat
+    turns = {name: [] for name in policies}     # for --chat: each policy has its own dialogue
     for prompt in prompts_to_answer(args, tokenizer, tinytldr.post):
         for name, policy in policies.items():
             turns[name].append(prompt)

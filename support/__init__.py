@@ -6,8 +6,6 @@
     device.py           where to compute, in what precision, memory settings
     processes.py        several processes, one for each accelerator; --fsdp
     logprobs.py         the log-probs of tokens, fast
-    static.py           generation in shapes that never change, for torch_xla
-    sampling.py         draws a token, from all or from the likely ones
     columns.py          scores and sampled responses of a whole data set, kept on disk
     prompts.py          the prompts that a policy answers; prints its replies as they grow
     run.py              a run's folder: flags, metrics, state, resuming, the line on the screen
@@ -15,6 +13,7 @@
     checkpoint.py       reads and writes weights in Hugging Face's GPT-2 layout
     tokenizer.py        reads tiktoken's and models' own tokenizers, writes tokenizer.json
     sources.py          finds the rows: a file, a folder, a data set on the hub, their splits
+    oddities.py         counts what looks like a mistake in rows that can be read all the same
     rows.py             reads rows of text in every layout of preferences and demonstrations
     tokens.py           turns rows of text into arrays of token ids, kept on disk
     report.py           the evaluation report: tables and figures

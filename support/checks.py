@@ -1,4 +1,4 @@
-"""What the training scripts assert and say at the start: cheap, and it catches most mistakes."""
+"""Checks a training run before its first step: cheap, and it catches most mistakes."""
 import numpy as np
 
 from support.columns import score

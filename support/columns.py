@@ -1,6 +1,5 @@
-"""Columns of a data set: what a model says of each of its rows. Scores a data set, samples
-responses to its prompts, and keeps on disk what is constant, in files named by what it depends
-on."""
+"""Computes columns of a data set, what a model says of each row: scores, and sampled responses.
+Keeps what is constant on disk, in files named by what it depends on."""
 import contextlib
 import hashlib
 import json
@@ -197,7 +196,7 @@ def cache_folder(init_from, out_dir):
 
 
 def key(*parts):
-    """A short hash of bytes, arrays and printable values, for the names of cached files."""
+    """Returns a short hash of bytes, arrays and printable values, for the names of cached files."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, np.ndarray):

@@ -7,7 +7,8 @@ import sys
 
 
 class InputError(ValueError):
-    """Something that the user gave is wrong. The message names it and says what would be right."""
+    """Says that something the user gave is wrong. The message names it and says what would be
+    right."""
 
 
 def in_a_line(error):
@@ -18,7 +19,7 @@ def in_a_line(error):
 
 def run_script(main):
     """Runs a script's main function. What the user got wrong (an InputError) ends in one line on
-    standard error and exit code 2. A bug is Python's own traceback, as always."""
+    standard error and exit code 2. A bug ends in Python's own traceback."""
     name = os.path.basename(sys.argv[0])
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")        # a terminal may know ASCII alone
@@ -75,7 +76,8 @@ def naming(flag):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that takes no abbreviations and says in one line what is wrong."""
+    """Parses flags as argparse does, but takes no abbreviations and says in one line what is
+    wrong."""
 
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -89,7 +91,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number_type(kind, name, allowed):
-    """A flag's type: a number for which `allowed` is true. name: what argparse calls it."""
+    """Returns a flag's type: a number for which `allowed` is true. name: what argparse calls it."""
     def parse(text):
         value = kind(text)
         if not allowed(value):
@@ -112,7 +114,7 @@ temperature = number_type(float, "temperature", lambda x: x == 0 or 0.01 <= x <=
 
 
 def fraction_or_all(text):
-    """--rho: a fraction, or "all" for all pairs as they are."""
+    """Parses --rho: a fraction, or "all" for all pairs as they are."""
     return text if text == "all" else fraction(text)
 
 
@@ -120,7 +122,7 @@ fraction_or_all.__name__ = "fraction (or all)"
 
 
 def comma_separated(kind, name):
-    """A flag's type: a list of values of another type."""
+    """Returns a flag's type: a list of values of another type."""
     def parse(text):
         return [kind(part) for part in text.split(",")]
     parse.__name__ = f"list of comma-separated {name}"
@@ -128,7 +130,7 @@ def comma_separated(kind, name):
 
 
 def first_last(text):
-    """--gamma: FIRST,LAST, or one number for both."""
+    """Parses --gamma: FIRST,LAST, or one number for both."""
     values = [not_negative_float(part) for part in text.split(",")]
     if len(values) > 2:
         raise ValueError
@@ -142,7 +144,7 @@ first_last.__name__ = "FIRST,LAST (or one number), none below 0:"
 
 
 def device_flags(parser):
-    """Where to compute and in what precision: what every script asks."""
+    """Adds the flags that every script has: where to compute, and in what precision."""
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps", "xla"],
                         help="auto: cuda if there is one, else cpu")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
@@ -161,7 +163,7 @@ def split_flag(parser):
 
 
 def held_out_split(text):
-    """--split of the scripts that answer held-out prompts: validation or test."""
+    """Parses --split of the scripts that answer held-out prompts: validation or test."""
     if text not in ("validation", "test"):
         raise argparse.ArgumentTypeError(
             f"invalid choice: {text!r} (choose from validation, test: what the training scripts "
@@ -181,7 +183,7 @@ def sampling_flags(parser):
 
 
 def comparison_flags(argv, doc):
-    """The flags of evaluate.py, checked."""
+    """Reads and checks the flags of evaluate.py. Returns an argparse.Namespace."""
     parser = Parser(doc)
     add = parser.add_argument
     add("policies", nargs="*", help="run folders of policies (default: all six of out/)")
@@ -224,7 +226,7 @@ def comparison_flags(argv, doc):
 
 
 def talk_flags(argv, doc):
-    """The flags of sample.py."""
+    """Reads and checks the flags of sample.py. Returns an argparse.Namespace."""
     parser = Parser(doc)
     add = parser.add_argument
     add("policy", help="a run folder, or a folder or hub name in Hugging Face's GPT-2 layout")

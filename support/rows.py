@@ -1,10 +1,10 @@
-"""Rows of text from files and from the Hugging Face hub, in every layout of preferences.
+"""Reads rows of text from files and from the Hugging Face hub, in every layout of preferences.
 
 A row is {"prompt": str, "responses": [str, ...]}, the better response first, and "scores" if
 rewards came with it. What a record may look like, in TRL's column names where it has some:
 
     prompt, chosen, rejected    a preference pair
-    score_chosen, score_rejected    beside it: numbers, or lists of them
+    score_chosen, score_rejected    next to it: numbers, or lists of them
     chosen, rejected            whole dialogues, or posts with their TL;DR: the prompt is what they
                                 have in common
     prompt, responses           K of them, the best first; or in the order of `ranks` (1 is best);
@@ -40,6 +40,7 @@ from collections import Counter
 from itertools import takewhile
 
 from support.flags import InputError, in_a_line
+from support.oddities import Oddities, is_false
 from support.sources import ENDINGS, folder_files, name_and_split, open_hub
 
 PREFERENCES = (("chosen", "rejected"), ("prompt", "responses"))     # columns needed, either or
@@ -60,7 +61,7 @@ WORDS_BESIDE = frozenset(
 
 
 def chat_text(messages):
-    """Chat messages as plain text: "\n\nHuman: ...\n\nAssistant: ..."."""
+    """Turns chat messages into plain text: "\n\nHuman: ...\n\nAssistant: ..."."""
     names = {"user": "Human", "assistant": "Assistant", "system": "System"}
     if not all(isinstance(message["content"], str) for message in messages):
         raise TypeError
@@ -68,9 +69,9 @@ def chat_text(messages):
 
 
 def implicit_prompt(*texts):
-    """The prompt that whole texts share: their common prefix up to its last "Assistant:", or
-    "TL;DR:" at the start of a line; "" if there is none. Other texts have no implicit prompt: the
-    common prefix can have the responses' first words in it, and then two pairs on the same post
+    """Returns the prompt that whole texts share: their common prefix up to its last "Assistant:",
+    or "TL;DR:" at the start of a line; "" if there is none. Other texts have no implicit prompt:
+    the common prefix can have the responses' first words in it, and then two pairs on the same post
     have different prompts, and one of them may train while the other is held out."""
     common = os.path.commonprefix(texts)
     ends = [match.end() for match in re.finditer(r"\n\nAssistant:|\nTL;DR:", common)]
@@ -78,10 +79,9 @@ def implicit_prompt(*texts):
 
 
 def text_of(value, column, prompt=None):
-    """The text in a column: text as it is, numbers and dates as they are written, chat messages as
-    `chat_text`. ValueError if it is none of these."""
-    if isinstance(value, float) and math.isnan(value):      # what pandas writes for a gap
-        value = None
+    """Returns the text in a column: text unchanged, numbers and dates as they are written, chat
+    messages as `chat_text`. ValueError if it is none of these."""
+    value = None if is_gap(value) else value
     if isinstance(value, (bool, int, float)):       # a column of numbers is text all the same
         value = json.dumps(value)
     elif isinstance(value, (datetime.date, datetime.time)):         # Parquet has these
@@ -115,9 +115,9 @@ def text_of(value, column, prompt=None):
 
 
 def assistant_turns(prompt, response):
-    """The turns of the assistant in a response that goes on with the dialogue of its prompt: a list
-    of (prompt, response), each prompt being all that was said before. Other responses are one.
-    ValueError if there is no such turn."""
+    """Splits a response that goes on with the dialogue of its prompt into the turns of the
+    assistant: a list of (prompt, response), each prompt being all that was said before. Other
+    responses are one turn. ValueError if there is no turn."""
     if not prompt.endswith("\n\nAssistant:"):
         return [(prompt, response)]
     dialogue, turns = prompt + response, []
@@ -136,7 +136,7 @@ def assistant_turns(prompt, response):
 
 
 def parse_rows(record, demonstrations, notes=None):
-    """The rows in one record of a file: preferences, one or one for each of its `pairs`; or
+    """Returns the rows in one record of a file: preferences, one or one for each of its `pairs`; or
     demonstrations, one for each turn of the assistant, none if the label is false. ValueError says
     what is wrong. notes: a Counter of what was done to rows, each "{} rows ..." for a number."""
     if isinstance(record, ValueError):      # in place of a record that could not be read
@@ -169,7 +169,7 @@ def parse_rows(record, demonstrations, notes=None):
 
 
 def is_gap(value):
-    """Is it what pandas writes where there is nothing?"""
+    """Returns whether a value is NaN, which is what pandas writes where there is nothing."""
     return isinstance(value, float) and math.isnan(value)
 
 
@@ -178,15 +178,15 @@ def is_gap(value):
 
 @functools.lru_cache(maxsize=1000)
 def looks_like_label(column):
-    """Does the name of a column say that it tells which response is better?"""
+    """Returns whether the name of a column says that it tells which response is better."""
     name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", column).lower()
     words = set(re.findall(r"[a-z]+", name))
     return bool(words & LABEL_WORDS) and words <= LABEL_WORDS | WORDS_BESIDE
 
 
 def check_labels(record, demonstration):
-    """ValueError if a record has a column with a label that would be ignored. demonstration: is it
-    read as one, from `completion` or `messages`?"""
+    """Raises ValueError if a record has a column with a label that would be ignored. demonstration:
+    is it read as one, from `completion` or `messages`?"""
     has_pair = record.get("chosen") is not None and record.get("rejected") is not None
     has_ranking = record.get("responses") is not None
     read = {"label"} if demonstration else set()
@@ -209,8 +209,8 @@ def check_labels(record, demonstration):
 
 
 def check_ranking_labels(record):
-    """ValueError if two columns say in which order `responses` are, or a column that is not read
-    may do so."""
+    """Raises ValueError if two columns say in which order `responses` are, or a column that is not
+    read may do so."""
     sources = [column for column in ("ranks", "pairs") if record.get(column) is not None]
     sources += [column for column in ("chosen", "rejected") if record.get(column) is not None][:1]
     if len(sources) > 1:
@@ -228,7 +228,8 @@ def check_ranking_labels(record):
 
 
 def check_not_rejected(record, demonstrations):
-    """ValueError if what is to be imitated is a worse response of a preference beside it."""
+    """Raises ValueError if what is to be imitated is a worse response of a preference in the same
+    record."""
     if not {"chosen", "responses"} & record.keys():
         return
     try:
@@ -240,13 +241,14 @@ def check_not_rejected(record, demonstrations):
     worse = {response.strip() for row in preferences for response in row["responses"][1:]}
     if text in worse - better:
         column = "completion" if record.get("completion") is not None else "messages"
-        raise ValueError(f"column {column!r} is what was rejected in the preference beside it")
+        raise ValueError(f"column {column!r} is what was rejected in the preference next to it")
 
 
 def pairs_of(record, demonstrations):
-    """A record whose labels of `responses` stand in `pairs`, or in `chosen` and `rejected`, as one
-    record for each pair, with columns `chosen` and `rejected`; other records as they are. For
-    demonstrations a record for each response that is never the worse one, or for `sft_target`."""
+    """Splits a record whose labels of `responses` stand in `pairs`, or in `chosen` and `rejected`,
+    into one record for each pair, with columns `chosen` and `rejected`; returns other records
+    unchanged. For demonstrations there is a record for each response that is never the worse one,
+    or for `sft_target`."""
     listed, pairs = record.get("responses"), record.get("pairs")
     if listed is None:
         return [record]
@@ -280,7 +282,8 @@ def pairs_of(record, demonstrations):
 
 
 def check_pairs(pairs, K):
-    """A column `pairs`: [[i, j], ...], response i being better than j. ValueError if it is not."""
+    """Returns a column `pairs`: [[i, j], ...], response i being better than j. ValueError if it is
+    not that."""
     is_pairs = isinstance(pairs, list) and len(pairs) > 0 and all(
         isinstance(pair, list) and len(pair) == 2 and pair[0] != pair[1]
         and all(type(k) is int and 0 <= k < K for k in pair) for pair in pairs)
@@ -291,8 +294,8 @@ def check_pairs(pairs, K):
 
 
 def pair_among(listed, sides):
-    """[index of `chosen`, index of `rejected`] among a list of responses. sides: the columns that
-    there are, one of `responses` or its index each; of two responses one is enough."""
+    """Returns [index of `chosen`, index of `rejected`] among a list of responses. sides: the
+    columns that there are, one of `responses` or its index each; of two responses one is enough."""
     texts, places = [last_text(response) for response in listed], {}
     for side, value in sides.items():
         if type(value) is int and 0 <= value < len(listed) and value not in listed:
@@ -310,7 +313,7 @@ def pair_among(listed, sides):
 
 
 def last_text(value):
-    """A response without the white space around it; of a dialogue, its last message."""
+    """Returns a response without the white space around it; of a dialogue, its last message."""
     if isinstance(value, list) and value and isinstance(value[-1], dict):
         value = value[-1].get("content")
     return value.strip() if isinstance(value, str) else value
@@ -320,8 +323,8 @@ def last_text(value):
 
 
 def prompt_and_completion(record):
-    """A demonstration in chat messages with its columns `prompt` and `completion` such that the
-    completion begins with a turn of the assistant; other records as they are."""
+    """Divides a demonstration in chat messages between its columns `prompt` and `completion` such
+    that the completion begins with a turn of the assistant. Returns other records unchanged."""
     column = "completion" if record.get("completion") is not None else "messages"
     prompt, completion = record.get("prompt"), record.get(column)
     if not isinstance(completion, list) or not completion:
@@ -345,8 +348,8 @@ def is_assistant(message):
 
 
 def parse_row(record, demonstrations, notes=None):
-    """One record of a file, in any of the layouts, as a row. ValueError says what is wrong. notes:
-    see parse_rows."""
+    """Turns one record of a file, in any of the layouts, into a row. ValueError says what is wrong.
+    notes: see parse_rows."""
     notes = Counter() if notes is None else notes
     from_preference = any(record.get(column) is not None for column in ("chosen", "responses"))
     if demonstrations and "completion" in record and not (
@@ -361,8 +364,8 @@ def parse_row(record, demonstrations, notes=None):
 
     prompt, scores = record.get("prompt"), None
     if isinstance(prompt, str) and isinstance(texts, list) and texts and isinstance(texts[0], list):
-        # A text beside dialogues, which either hold the prompt themselves, or are one message each;
-        # then the text is what the person says.
+        # The responses are dialogues, which either hold the prompt themselves, or are one message
+        # each; then the text is what the person says.
         before = texts[0][:-1]
         if not before or is_assistant(before[0]):
             before = [{"role": "user", "content": prompt}]
@@ -405,8 +408,8 @@ def parse_row(record, demonstrations, notes=None):
 
 
 def prompt_once(prompt, responses, notes):
-    """A prompt and its responses as text, which may begin with the prompt: then it is taken off
-    there. Returns (prompt, responses).
+    """Takes the prompt off responses that begin with it. Both are text. Returns (prompt,
+    responses).
 
     All of the responses have to begin with it, and to go on. Where only some do, they may repeat
     the question: they stay as they are, and `notes` counts them."""
@@ -434,8 +437,8 @@ def prompt_once(prompt, responses, notes):
 
 
 def after_prompt(prompt, response):
-    """What comes after the prompt in a response that begins with it, in the middle of no word; else
-    None. The prompt may stand there without the white space around it."""
+    """Returns what comes after the prompt in a response that begins with it, in the middle of no
+    word; else None. The prompt may stand there without the white space around it."""
     for beginning in (prompt, prompt.rstrip(), prompt.strip()):
         if response.startswith(beginning):
             rest = response[len(beginning):]
@@ -446,7 +449,8 @@ def after_prompt(prompt, response):
 
 
 def scores_of(values, columns):
-    """Rewards of K responses, numbers or lists with a number per reward model -> K lists."""
+    """Returns the rewards of K responses, numbers or lists with a number per reward model, as K
+    lists."""
     lists = [value if isinstance(value, list) else [value] for value in values]
     for numbers, column in zip(lists, columns):
         if numbers == [None]:
@@ -461,7 +465,8 @@ def scores_of(values, columns):
 
 
 def check_scores(scores, K):
-    """A column `scores`: rewards of K responses -> K lists. ValueError if it is not."""
+    """Returns a column `scores`, rewards of K responses, as K lists. ValueError if it is not
+    that."""
     if not isinstance(scores, list) or len(scores) != K:
         raise ValueError(f"column 'scores' is not a list of {K}, one number or list for each "
                          "response")
@@ -469,8 +474,8 @@ def check_scores(scores, K):
 
 
 def parse_ranking(record, prompt, notes):
-    """A list of responses, the best first, or with `ranks` (1 is best) or else `scores` that say
-    which is best. Returns (responses, the best first, and their scores or None)."""
+    """Reads a list of responses, the best first, or with `ranks` (1 is best) or else `scores` that
+    say which is best. Returns (responses, the best first, and their scores or None)."""
     listed = record["responses"]
     if not isinstance(listed, list) or len(listed) < 2:
         raise ValueError("column 'responses' is not a list of two responses or more")
@@ -557,7 +562,8 @@ def load_rows(data, demonstrations=False, skip_bad_rows=False, hub=None, say=pri
 
 
 def usual_sizes(data, hub=None):
-    """How many responses, and scores for each, most records of preferences have: {name: number}."""
+    """Counts how many responses, and scores for each, most records of preferences have: {name:
+    number}."""
     sizes = Counter()
     for _, record in read_records(data, hub, say=lambda line: None):
         if isinstance(record, dict):
@@ -576,7 +582,8 @@ def usual_sizes(data, hub=None):
 
 
 def sizes_of_record(record):
-    """(responses in each row, scores for each response or 0) of a record that need not be right."""
+    """Returns (responses in each row, scores for each response or 0) of a record that need not be
+    right."""
     labels = [record.get(column) for column in ("pairs", "chosen", "rejected")]
     listed, scores = record.get("responses"), record.get("scores")
     is_ranking = isinstance(listed, list) and all(label is None for label in labels)
@@ -588,7 +595,8 @@ def sizes_of_record(record):
 
 
 def check_sizes(row, sizes):
-    """ValueError if a row has not as many responses, or scores for each, as most rows have."""
+    """Raises ValueError if a row has not as many responses, or scores for each, as most rows
+    have."""
     own = {"responses": len(row["responses"])}
     if "scores" in row:
         own["scores for each response"] = len(row["scores"][0])
@@ -598,16 +606,16 @@ def check_sizes(row, sizes):
 
 
 def check_is_file(path):
-    """InputError if there is something with this name that is neither a file nor a folder: a pipe
-    or a device may have no end."""
+    """Raises InputError if there is something with this name that is neither a file nor a folder: a
+    pipe or a device may have no end."""
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise InputError(f"--data: {path}: a pipe, socket or device, not a file; save what comes "
                          "out of it in a file first")
 
 
 def describe(bad, most=5):
-    """"row 3: it is empty; rows 4, 9: ..." of [(row number, what is wrong)]: the first of each kind
-    of error, and how many more there are."""
+    """Turns [(row number, what is wrong)] into "row 3: it is empty; rows 4, 9: ...": the first of
+    each kind of error, and how many more there are."""
     rows = {}
     for number, message in bad:
         rows.setdefault(message, []).append(str(number))
@@ -655,7 +663,7 @@ def read_records(data, hub=None, say=print):
 
 
 def read_file(path):
-    """`read_records` of one file."""
+    """Yields what `read_records` does, of one file."""
     suffix = path.removesuffix(".gz").rsplit(".", 1)[-1]
     if suffix not in ENDINGS:
         raise InputError(f"--data: {path}: files end in {', '.join(ENDINGS)}, or one of these and "
@@ -684,8 +692,8 @@ def json_lines(file):
 
 
 def json_values(file):
-    """The elements of a JSON array, or JSON values one after the other. ValueError beyond which
-    nothing can be read."""
+    """Yields the elements of a JSON array, or JSON values one after the other. ValueError beyond
+    which nothing can be read."""
     between, decode, number = re.compile(r"[\s,]*"), json.JSONDecoder().raw_decode, 0
     text = file.read(PART)
     start = between.match(text).end()
@@ -710,7 +718,8 @@ def json_values(file):
 
 
 def csv_records(file):
-    """All fields are text but scores; an empty one is missing, and one too many is a mistake."""
+    """Yields the records of a CSV file. All fields are text but scores; an empty one is missing,
+    and one too many is a mistake."""
     csv.field_size_limit(2 ** 31 - 1)       # posts may be long
     reader, number = csv.DictReader(file, strict=True), 0
     try:
@@ -736,106 +745,3 @@ def parquet_records(path):
     import pyarrow.parquet  # comes with datasets
     for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
         yield from batch.to_pylist()
-
-
-# ------------------------------------------------------------------ oddities
-
-TRUE = {"true", "yes", "y", "t", "1", "1.0", "desirable", "good", "chosen", "positive", "accepted",
-        "liked", "thumbs_up", "thumbs up"}
-FALSE = {"false", "no", "n", "f", "0", "0.0", "-1", "-1.0", "undesirable", "bad", "rejected",
-         "negative", "disliked", "thumbs_down", "thumbs down"}
-READ = {"prompt", "chosen", "rejected", "score_chosen", "score_rejected", "responses", "ranks",
-        "scores", "pairs", "sft_target"}
-READ_AS_DEMONSTRATIONS = READ | {"completion", "messages", "label"}
-# Columns that belong to the prompt, whatever is in them
-PROMPT_COLUMNS = {"system", "system_prompt", "system_message", "instruction", "instructions",
-                  "input", "context", "question", "query", "history", "document", "passage"}
-
-
-def is_false(label):
-    """Does the label of a demonstration say that people did not want it? None and "" say nothing.
-    ValueError if it is neither yes nor no."""
-    if label is None or (isinstance(label, float) and math.isnan(label)):
-        return False
-    word = str(label).strip().lower()
-    if word in FALSE:
-        return True
-    if word and word not in TRUE:
-        raise ValueError(f"column 'label' is {word[:40]!r}, which is neither true nor false (or 1 "
-                         "and 0, yes and no, desirable and undesirable); if it says something "
-                         "else, call the column another name")
-    return False
-
-
-class Oddities:
-    """Counts, over the rows of a file, what looks like a mistake; `messages` says what was found.
-
-    n         rows with a prompt
-    spaces    those whose prompt ends in a space
-    joined    those in which a response follows the prompt's last letter or dot
-    scored    preferences with scores
-    reversed  those whose best response has a lower score than the worst
-    ignored   {column that is not read: in how many records it has something}
-    texts     {such a column: in how many records it is a text that a person would read}
-    """
-
-    def __init__(self, demonstrations):
-        self.read = READ_AS_DEMONSTRATIONS if demonstrations else READ
-        self.records = self.n = self.spaces = self.joined = self.scored = self.reversed = 0
-        self.ignored, self.texts = {}, {}
-
-    def count(self, record, rows):
-        """One record of the file, and the rows that were made of it."""
-        self.records += 1
-        for column in record.keys() - self.read:
-            value = record[column]
-            if value not in (None, "", [], {}):
-                self.ignored[column] = self.ignored.get(column, 0) + 1
-                self.texts[column] = self.texts.get(column, 0) + is_text(column, value)
-        for row in rows:
-            prompt, responses = row["prompt"], row["responses"]
-            if prompt:
-                self.n += 1
-                self.spaces += prompt[-1] in " \t"
-                self.joined += any(joins(prompt[-1], response[0]) for response in responses)
-            if "scores" in row and "ranks" not in record:     # ranks decide, and say so
-                self.scored += 1
-                self.reversed += sum(row["scores"][0]) < sum(row["scores"][-1])
-
-    def messages(self):
-        """Lines of text, none if nothing is odd."""
-        texts = [column for column in self.texts if 2 * self.texts[column] > self.ignored[column]]
-        columns = [f"{column!r}" for column in sorted(map(str, self.ignored.keys() - set(texts)))]
-        if columns:
-            yield f"columns that are not read: {', '.join(columns)}"
-        if texts:
-            counted = [f"{column!r} ({self.ignored[column]} rows)" for column in sorted(texts)]
-            yield (f"warning: columns of text that are not read: {', '.join(counted)}; what "
-                   "belongs to the prompt has to stand in 'prompt'")
-        if 2 * self.spaces > self.n:
-            yield (f"warning: {self.spaces} of {self.n} prompts end in a space; tokens have it in "
-                   "front of a word, so it belongs at the beginning of the response")
-        if 2 * self.joined > self.n:
-            yield (f"warning: in {self.joined} of {self.n} rows there is neither a space nor a new "
-                   "line between prompt and response: the response follows the prompt's last "
-                   "letter; begin responses with a space, or end prompts in a new line")
-        if 2 * self.reversed > self.scored:
-            yield (f"warning: in {self.reversed} of {self.scored} rows the chosen response has the "
-                   "lower score; are the columns swapped, or is a lower score better?")
-
-
-def is_text(column, value):
-    """Is it a text that a person would read: several words or a list of messages; in a column that
-    is named like a part of the prompt, any text? Columns of another layout repeat what is read."""
-    if column in READ_AS_DEMONSTRATIONS:
-        return False
-    if isinstance(value, list):
-        return isinstance(value[0], dict) and bool({"content", "value"} & value[0].keys())
-    return isinstance(value, str) and (str(column).lower() in PROMPT_COLUMNS
-                                       or len(value.split()) > 1)
-
-
-def joins(last, first):
-    """Do a prompt's last character and a response's first one run together? In Chinese or Japanese
-    they do anyway."""
-    return not (last.isspace() or first.isspace() or max(last, first) >= "\u2e80")

@@ -1,5 +1,5 @@
-"""The folder of a training run: its flags, metrics and state, resuming, the line on the screen; and
-what other scripts look up in such folders."""
+"""Keeps the folder of a training run: its flags, metrics and state, resuming, and the line on the
+screen. Looks up for other scripts what is in such folders."""
 import contextlib
 import json
 import math
@@ -248,7 +248,8 @@ class Run:
     # ---- stopping and resuming
 
     def _on_signal(self, number, frame):
-        """Notes Ctrl-C or SIGTERM: the step is finished first. A second one acts as always."""
+        """Notes Ctrl-C or SIGTERM: the step is finished first. A second one ends the process at
+        once."""
         self.stop_signal = number
         self._restore_handlers()
 
@@ -391,9 +392,9 @@ def of_another_version(path):
 
 
 def check_free(folder, resume=False, overwrite=False):
-    """InputError if a new run in this folder would overwrite something, if there is none to resume,
-    or if another process is at work there. A run that never came to its first evaluation may be
-    overwritten."""
+    """Raises InputError if a new run in this folder would overwrite something, if there is none to
+    resume, or if another process is at work there. A run that never came to its first evaluation
+    may be overwritten."""
     check_unused(folder)
     there = set(os.listdir(folder)) if os.path.isdir(folder) else set()
     if resume and "state.pt" not in there:
@@ -408,8 +409,8 @@ def check_free(folder, resume=False, overwrite=False):
 
 
 def check_unused(folder):
-    """InputError if another process writes to this folder. (Of several that torchrun has started,
-    the first one writes, so that only it looks.)"""
+    """Raises InputError if another process writes to this folder. (Of several that torchrun has
+    started, the first one writes, so that only it looks.)"""
     path, first = os.path.join(folder, LOCK), starts_as_first()
     if first and os.path.realpath(folder) not in claimed and os.path.exists(path):
         held = lock_folder(folder)

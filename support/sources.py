@@ -1,4 +1,4 @@
-"""Where rows are: a file, a folder with files of several splits, or a data set on the hub.
+"""Finds rows: in a file, a folder with files of several splits, or a data set on the hub.
 
 A split of a folder or of a hub data set is named after a colon, `folder:train_prefs`; several of
 them with a plus, `folder:train_a+train_b`. In a folder the splits go by the names of the files
@@ -23,7 +23,7 @@ HELD_OUT = re.compile(WORD.format("test|testing|eval|evaluation|validation|valid
 
 
 def name_and_split(data):
-    """The two parts of --data: "name:split" as (name, split), a name alone as (name, None)."""
+    """Splits --data in two: "name:split" is (name, split), a name alone (name, None)."""
     name, _, split = data.rpartition(":")
     if not name or not split or os.path.exists(data):
         return data, None
@@ -46,8 +46,8 @@ def join_split(args):
 
 
 def choose_splits(names, wanted, data):
-    """Which of the splits to read: those that are wanted ("a" or "a+b"), or else the one for
-    training. InputError names them all if there is no such split, or not one alone."""
+    """Returns which of the splits to read: those that are wanted ("a" or "a+b"), or else the one
+    for training. InputError names them all if there is no such split, or not one alone."""
     last = [name.rpartition("/")[2] for name in names]
     short = {name: own if last.count(own) == 1 else name for name, own in zip(names, last)}
     there = f"{data} has {listed(list(short.values()))}"
@@ -81,9 +81,9 @@ def listed(names, most=8):
 
 
 def folder_files(folder, split=None, say=print):
-    """The files of a folder that hold the rows of its training split, or of the split(s) named.
-    say: is called with the names of the files, and of those that are not read. InputError if there
-    is none, if there are several splits to train on, or if a split is there twice."""
+    """Finds the files of a folder that hold the rows of its training split, or of the split(s)
+    named. say: is called with the names of the files, and of those that are not read. InputError if
+    there is none, if there are several splits to train on, or if a split is there twice."""
     files = data_files(folder)
     if not files:
         raise InputError(f"--data: {folder}: no file in it ends in {', '.join(ENDINGS)} (or .gz)")
@@ -105,7 +105,8 @@ def folder_files(folder, split=None, say=print):
 
 
 def data_files(folder):
-    """The files with rows in a folder and below it, but for hidden ones: their paths from there."""
+    """Lists the files with rows in a folder and below it, but for hidden ones: their paths from
+    there."""
     files = []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
@@ -117,15 +118,15 @@ def data_files(folder):
 
 
 def stem_and_ending(file):
-    """"data/train-0.jsonl.gz" as ("data/train-0", "jsonl.gz")."""
+    """Splits the name of a file: "data/train-0.jsonl.gz" is ("data/train-0", "jsonl.gz")."""
     gz = ".gz" if file.endswith(".gz") else ""
     stem, _, ending = file.removesuffix(".gz").rpartition(".")
     return stem, ending + gz
 
 
 def split_name(file):
-    """The name of the split that a file is, or is a part of: its own with the folders before it,
-    without the number of the part; if there is nothing else in it, the folders alone."""
+    """Returns the name of the split that a file is, or is a part of: its own with the folders
+    before it, without the number of the part; if there is nothing else in it, the folders alone."""
     stem, _ = stem_and_ending(file)
     folders, _, own = stem.rpartition("/")
     own = PART_NUMBER.sub("", own)
@@ -133,8 +134,8 @@ def split_name(file):
 
 
 def check_parts(folder, name, files, say):
-    """InputError if the files of a split are not the parts of one data set: if it is there in two
-    formats, plain and packed, whole and in parts, or exported twice."""
+    """Raises InputError if the files of a split are not the parts of one data set: if it is there
+    in two formats, plain and packed, whole and in parts, or exported twice."""
     kinds, totals = {}, set()
     for file in files:
         stem, ending = stem_and_ending(file)
@@ -153,7 +154,8 @@ def check_parts(folder, name, files, say):
 
 
 def declared_splits(folder):
-    """{split: its files} if the README of a copy of a hub data set declares them, else {}."""
+    """Returns {split: its files} if the README of a copy of a hub data set declares them, else
+    {}."""
     try:
         with open(os.path.join(folder, "README.md"), encoding="utf-8") as file:
             head = re.match(r"---\n.*?\n---", file.read(2 ** 20), re.S)
@@ -181,9 +183,9 @@ def quiet_datasets():
 
 
 def open_hub(data):
-    """A datasets.Dataset of a data set on the hub: owner/name, or owner/name/folder for the files
-    in one folder of it; of the split that is named after a colon, or else of the one to train on.
-    InputError says what is wrong, and which splits there are."""
+    """Opens a data set on the hub: owner/name, or owner/name/folder for the files in one folder of
+    it. Returns a datasets.Dataset of the split that is named after a colon, or else of the one to
+    train on. InputError says what is wrong, and which splits there are."""
     source, split = name_and_split(data)
     suffix = source.removesuffix(".gz").rsplit(".", 1)[-1]
     if (suffix in ENDINGS or source.startswith((".", "/", "~")) or source.count("/") > 2
@@ -203,7 +205,7 @@ def open_hub(data):
 
 
 def hub_splits(owner_name, where):
-    """The names of the splits of a data set on the hub; none if it can't be told."""
+    """Returns the names of the splits of a data set on the hub; none if it can't be told."""
     datasets = quiet_datasets()
     try:
         builder = datasets.load_dataset_builder(owner_name, **where)

@@ -1,5 +1,5 @@
-"""The flags of train_policy.py and train_rm.py, and what is refused. The numbers of a run, which
-are the flags' defaults, stand at the top of the two scripts."""
+"""Reads the flags of train_policy.py and train_rm.py, and says what is refused. The numbers of a
+run, which are the flags' defaults, stand at the top of the two scripts."""
 import argparse
 import contextlib
 import os
@@ -137,8 +137,8 @@ def reward_flags(argv, doc, numbers):
 
 
 def training_flags(doc, lr):
-    """The flags that both scripts have in common. A default of None is filled in later. lr: what
-    --help says of its default."""
+    """Returns a parser with the flags that both scripts have. A default of None is filled in later.
+    lr: what --help says of its default."""
     parser = Parser(doc)
     add = parser.add_argument
     add("--data", default="tinytldr", help="tinytldr, a JSONL/JSON/CSV/Parquet file, a folder of "
@@ -196,7 +196,7 @@ def training_defaults(args, numbers, scratch_width=0):
 
 
 def start_width(args, scratch_width):
-    """n_embd of the model that training starts from; of one on the hub, GPT-2's."""
+    """Returns n_embd of the model that training starts from; of one on the hub, GPT-2's."""
     if args.init_from == "scratch":
         return scratch_width
     if os.path.exists(args.init_from):
@@ -206,9 +206,9 @@ def start_width(args, scratch_width):
 
 
 def check_memory(args):
-    """InputError if a model from scratch can't fit this machine's memory: 4 bytes for a weight, and
-    where it is trained on the CPU 12 for its gradient and Adam's moments. Less than it takes: the
-    vocabulary is not known yet."""
+    """Raises InputError if a model from scratch can't fit this machine's memory: 4 bytes for a
+    weight, and where it is trained on the CPU 12 for its gradient and Adam's moments. Less than it
+    takes: the vocabulary is not known yet."""
     n_layer, n_embd, block_size = args.n_layer, args.n_embd, args.block_size or 192
     weights = 12 * n_layer * n_embd ** 2 + block_size * n_embd
     needed = weights * (16 if args.device == "cpu" else 4)
@@ -220,7 +220,7 @@ def check_memory(args):
 
 
 def memory_of_machine():
-    """Bytes of memory of the machine; None where the system does not tell."""
+    """Returns the bytes of memory of the machine; None where the system does not tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):       # Windows
@@ -228,8 +228,8 @@ def memory_of_machine():
 
 
 def preference_data_flags(args, numbers, used=True):
-    """The rows of `resolve`'s table for the flags of the preference data. numbers: {flag: default}
-    on TinyTLDR. used: is there any?"""
+    """Returns the rows of `resolve`'s table for the flags of the preference data. numbers: {flag:
+    default} on TinyTLDR. used: is there any?"""
     tiny = args.data == "tinytldr"
     what = "--data=tinytldr" if used else "the preference losses"
     return {
@@ -244,8 +244,8 @@ def preference_data_flags(args, numbers, used=True):
 
 
 def check_folders_and_tokenizer(args, **inputs):
-    """Nothing is overwritten that is read, nor anybody's work; --tokenizer is that of --init_from
-    by default. What is missing for --log is said now."""
+    """Raises InputError if a run would overwrite what it reads, or another run, or if a package for
+    --log is missing. Fills in --tokenizer, by default that of --init_from."""
     if args.log is not None:
         log_package(args.log)
     start = None if args.init_from == "scratch" else args.init_from

@@ -261,7 +261,7 @@ def gpt2_in_numpy(weights, tokens, config):
 
 
 def test_logits_are_gpt2s(tmp_path, model):
-    """In float64, without the library (tests/test_parity.py compares with it where it is
+    """In float64, without the library (tests/plumbing/test_parity.py compares with it where it is
     installed)."""
     model.save_pretrained(tmp_path)
     weights = {name: tensor.double().numpy()

@@ -713,12 +713,13 @@ def test_what_is_no_demonstration(record, message):
 
 def test_labels_of_demonstrations(tmp_path, hub_cache, capsys):
     """Unpaired preferences: what people did not like is not imitated; and it is said."""
-    records = [{"prompt": "a", "completion": f" {label}", "label": label}
+    records = [{"prompt": "a", "completion": f" is {label}", "label": label}
                for label in (True, False, None, False)]
-    wanted = [{"prompt": "a", "responses": [" True"]}, {"prompt": "a", "responses": [" None"]}]
+    wanted = [{"prompt": "a", "responses": [" is True"]},
+              {"prompt": "a", "responses": [" is None"]}]
     assert list(load_rows(write(tmp_path / "a.jsonl", records), demonstrations=True)) == wanted
     assert capsys.readouterr().out == "2 demonstrations left out, as their label is false\n"
-    (tmp_path / "a.csv").write_text("prompt,completion,label\na, True,True\na, b,False\n")
+    (tmp_path / "a.csv").write_text("prompt,completion,label\na, is True,True\na, b,False\n")
     assert list(load_rows(str(tmp_path / "a.csv"), demonstrations=True)) == wanted[:1]
     with pytest.raises(InputError, match="the file has no rows"):
         list(load_rows(write(tmp_path / "a.jsonl", records[1:2]), demonstrations=True))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from model import GPT, GPTConfig
 from support.flags import run_script
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = str(Path(__file__).parents[2])
 for folder in ("runs", "experiments", "dev"):
     sys.path.insert(0, os.path.join(ROOT, folder))
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,7 +32,7 @@ from support.processes import full, gathered, load_whole, whole
 from support.run import release
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(TESTS)
+ROOT = str(Path(__file__).parents[2])
 SCRIPT = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]

@@ -36,7 +36,7 @@ from support.rows import load_rows
 from support.tokenizer import to_text
 from train_policy import learning_rate
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 REWARDED = [name for name in PREFERENCE_LOSSES if "rewards" in needs(name)]
 
 

@@ -17,7 +17,7 @@ from data import get_tokenizer
 from runs import protocol
 from support.flags import InputError, comparison_flags
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAPER = ["dpo", "ipo", "d-dpo", "p-dpo", "dp-dpo", "e-dpo"]
 
 

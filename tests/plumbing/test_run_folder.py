@@ -14,6 +14,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -52,7 +53,7 @@ from support.tokenizer import check_same_tokens
 from support.tokens import keep_arrays
 from train_policy import adamw, learning_rate
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = str(Path(__file__).parents[2])
 
 
 def start(folder, constants="hash", **flags):

@@ -26,10 +26,11 @@ from reward import RewardModel
 from support.flags import InputError, comparison_flags, talk_flags
 from support.run import SHOWN
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = (".", "support", "runs", "experiments", "dev")
+TESTS = ("tests", "tests/plumbing")
 CODE = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")]
 ABBREVIATIONS = {"CUDA", "POST", "README", "JSON", "JSONL", "NANOPREF_CACHE", "RLHF", "TMLR",
                  "TIKTOKEN_CACHE_DIR", "LOSSES", "LICENSE", "GELU"}
@@ -66,7 +67,7 @@ def test_source_files_that_it_names_exist(page):
     """In `code`: from the root, or by the name of a file somewhere in the house."""
     names = re.findall(r"`([\w./-]+\.(?:py|sh|toml|txt))[:`]", text_of(page))
     assert [name for name in names
-            if not any((ROOT / folder / name).is_file() for folder in (*FOLDERS, "tests"))] == []
+            if not any((ROOT / folder / name).is_file() for folder in (*FOLDERS, *TESTS))] == []
 
 
 @each_page
