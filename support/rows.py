@@ -253,8 +253,8 @@ def check_ranking_labels(record):
 
 
 def numbers_in(values):
-    """Lists the numbers of a list which may be written as text, or stand in objects under a name such as
-    `rating`; an empty list if it is no such list."""
+    """Lists the numbers of a list. They may be written as text, or stand in objects under a name
+    such as `rating`. Returns an empty list if it is no such list."""
     numbers = []
     for value in values if isinstance(values, list) else ():
         if isinstance(value, dict):
