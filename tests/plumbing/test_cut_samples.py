@@ -41,9 +41,9 @@ class Judge(torch.nn.Module):
 
     def forward(self, batch):
         values = []
-        for tokens, branch, last in zip(batch.tokens, batch.branch, batch.last + batch.context):
+        for tokens, branch, last in zip(batch.tokens, batch.branch, batch.last):
             assert len(last) == 1 and (branch >= 0).sum() <= self.config.block_size
-            final = tokens[last[0]]
+            final = batch.tokens.flatten()[last[0]]
             n_good = (tokens[branch == 1] == GOOD).sum()
             values.append([n_good.item() if final == EOT else final.item()])
         return torch.tensor(values, dtype=torch.float32)
