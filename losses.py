@@ -212,6 +212,9 @@ LOSSES = {
 }
 PREFERENCE_LOSSES = [name for name in LOSSES if name != "sft"]
 
+# The paper's six methods, and what each distils: one reward model ("rm") or the family ("rms").
+PAPER = {"dpo": None, "ipo": None, "d-dpo": "rm", "p-dpo": None, "dp-dpo": "rm", "e-dpo": "rms"}
+
 
 def needs(name):
     """Lists what a loss needs to know, which are its parameters without a default.
