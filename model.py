@@ -41,8 +41,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, mask=None, cache=None):
-        """Computes self-attention over x: (B, T, C). mask: see Transformer.forward. cache: this
-        layer's part of it. Returns (B, T, C)."""
+        """Computes self-attention over x: (B, T, C). mask, cache: see Block. Returns (B, T, C)."""
         B, T, C = x.size()                                              # rows, columns, width
         heads = (B, T, self.n_head, C // self.n_head)
         q, k, v = self.c_attn(x).split(C, dim=2)                        # (B, T, C) each
@@ -50,10 +49,10 @@ class Attention(nn.Module):
         k = k.view(heads).transpose(1, 2)                               # (B, heads, T, C/heads)
         v = v.view(heads).transpose(1, 2)                               # (B, heads, T, C/heads)
         if cache is not None:       # store these T columns, attend to all that are stored
-            keys, values, columns = cache
+            keys, values, columns = cache                               # (B, heads, keys, C/heads)
             keys[:, :, columns] = k
             values[:, :, columns] = v
-            k, v = keys, values                                         # (B, heads, keys, C/heads)
+            k, v = keys, values
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         y = y.transpose(1, 2).reshape(B, T, C)                          # heads side by side
         return self.c_proj(y)
@@ -78,14 +77,11 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-
     def forward(self, x, mask=None, cache=None, read=None):
-        """Computes a layer. x: (B, T, C); the others as in Transformer.forward. Returns (B, T, C),
-        or (R, C) with `read`."""
+        """Computes one layer. x: (B, T, C). mask, read: see Transformer.forward. cache: this
+        layer's part of it. Returns (B, T, C), or (R, C) with `read`."""
         x = x + self.attn(self.ln_1(x), mask, cache)
-        if read is not None:
-            # x.flatten(0, 1)[read], whose gradient is added up in a fixed order: runs repeat to
-            # the byte
+        if read is not None:        # x[read], with its gradient added up in a fixed order
             x = F.embedding(read, x.flatten(0, 1))                      # (R, C)
         x = x + self.mlp(self.ln_2(x))
         return x
@@ -118,24 +114,26 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
 
     def forward(self, tokens, position, mask=None, cache=None, read=None):
-        """Computes hidden states, for a head to read.
+        """Computes the hidden states that a head reads. Returns (B, T, C), or (R, C) with `read`.
 
-        tokens, position: (B, T). mask: (B, 1, T, keys), added to the attention scores, or true
-        where a token sees a key; without one, attention is causal. cache: for each layer (keys,
-        values, columns): two (B, heads, keys, C/heads) tensors to attend to, and the columns (a
-        slice or indices) in which this call stores its own. read: (R,) int64, row * T + column of
-        the only tokens that a head will read; the last layer's MLP skips the others.
-        Returns (B, T, C), or (R, C) with `read`.
+        tokens, position: (B, T).
+        mask: (B, 1, T, keys), added to the attention scores, or true where a token sees a key.
+            Without a mask attention is causal.
+        cache: for each layer (keys, values, columns), two (B, heads, keys, C/heads) tensors to
+            attend to, and the columns in which this call stores its own, a slice or indices.
+        read: (R,) int64, row * T + column of the tokens that the head reads. The last layer's MLP
+            leaves the others out: most of a batch is prompt, which nobody reads.
         """
         x = self.wte(tokens) + self.wpe(position)                       # (B, T, C)
         for i, block in enumerate(self.h):
-            layer_cache = None if cache is None else cache[i]
-            x = block(x, mask, layer_cache, read if i == len(self.h) - 1 else None)
+            last = i == len(self.h) - 1
+            x = block(x, mask, cache[i] if cache else None, read if last else None)
         return self.ln_f(x)
 
 
 def init_weights(module, config):
-    """GPT-2's: N(0, 0.02); projections into the residual stream divided by sqrt(2 n_layer)."""
+    """Draws the weights as GPT-2 does: from N(0, 0.02), for projections into the residual stream
+    divided by sqrt(2 n_layer). Biases are 0."""
     for name, parameter in module.named_parameters():
         if name.endswith(".bias"):
             nn.init.zeros_(parameter)
@@ -157,28 +155,29 @@ class GPT(nn.Module):
         init_weights(self, config)
 
     def _apply(self, fn, recurse=True):
-        """What .to() and .double() call; on a TPU the tied weights would come apart."""
+        """Keeps tied weights tied in .to() and .double(), which call this: a TPU replaces both."""
         super()._apply(fn, recurse)
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
         return self
 
     def logits(self, tokens):
-        """Plain causal logits for every position, in the type of the weights. tokens: (B, T) int64
-        -> (B, T, vocab)."""
+        """Computes plain causal logits for every position. tokens: (B, T) int64. Returns
+        (B, T, vocab), in the type of the weights."""
         position = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)     # (B, T)
         hidden = self.transformer(tokens, position)                     # (B, T, C)
         with torch.autocast(hidden.device.type, enabled=False):     # not rounded to bfloat16
             return self.lm_head(hidden.to(self.lm_head.weight.dtype))
 
     def response_logps(self, batch, fast=True):
-        """Summed log-prob of every response given its prompt, in nats.
+        """Computes the summed log-prob of every response given its prompt, in nats.
 
-        TreeBatch -> (B, K) float32 (float64 for a float64 model). fast=False: the same numbers by
-        the plain formula.
+        batch: a TreeBatch. fast=False: the same numbers by the plain formula. Returns (B, K)
+        float32, float64 for a float64 model.
         """
         mask = tree_mask(batch.branch, self.lm_head.weight.dtype)           # (B, 1, T, T)
-        hidden = self.transformer(batch.tokens, batch.position, mask, read=batch.predictor)
+        hidden = self.transformer(batch.tokens, batch.position, mask,
+                                  read=batch.predictor)                     # (R, C)
         if fast and not compiles_every_shape(hidden.device):    # XLA fuses the plain formula
             logps = token_logps(hidden, self.lm_head.weight, batch.target)  # (R,)
         else:
@@ -236,22 +235,28 @@ class GPT(nn.Module):
 
     def _generate_batch(self, prompts, max_new_tokens, temperature, stop, generator, batch_size,
                         on_token, top_k, top_p):
-        config, device = self.config, self.lm_head.weight.device
-        n, longest = len(prompts), max(map(len, prompts))
-        steps = min(max_new_tokens, config.block_size - min(map(len, prompts)))
-        max_new_tokens = min(max_new_tokens, config.block_size - 1)
-        prompts = [tuple(prompt) for prompt in prompts]
-        few_shapes = compiles_every_shape(device)
-        if few_shapes:      # few sizes: rows of padding, which repeat a prompt, and columns
-            prompts += [prompts[0]] * ((8 if n <= 8 else batch_size) - n)
-            longest = 1 + round_up(longest - 1, FEW_SHAPES // 2)
-        distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-        B, T = len(prompts), max(1, longest - 1)
-        P = B if few_shapes else len(distinct)
+        """Samples one response for each of at most batch_size prompts; see generate.
 
-        # The cache of a layer holds keys and values. Columns 0 to T - 1 are the prompts without
-        # their last tokens, padded on the right; equal prompts run through the model once. Column
-        # T + t is the token that step t reads: first the prompt's last one, then the new ones.
+        A layer's cache holds keys and values. Columns 0 to T - 1 are the prompts without their last
+        tokens, padded on the right. Column T + t is the token that step t reads: first the prompt's
+        last one, then the new ones. Equal prompts run through the model once. When half of the rows
+        have ended, the others go on alone. On a device that compiles every shape no shape depends
+        on that, nor on how far the responses have come.
+        """
+        config, device = self.config, self.lm_head.weight.device
+        few_shapes = compiles_every_shape(device)
+        prompts, n = [tuple(prompt) for prompt in prompts], len(prompts)
+        lengths = [len(prompt) for prompt in prompts]
+        T = max(1, max(lengths) - 1)
+        steps = min(max_new_tokens, config.block_size - min(lengths))
+        max_new_tokens = min(max_new_tokens, config.block_size - 1)
+        if few_shapes:          # columns of padding, and rows, which repeat a prompt
+            T = round_up(T, FEW_SHAPES // 2)
+            prompts += [prompts[0]] * ((8 if n <= 8 else batch_size) - n)
+        distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        B = len(prompts)                                    # rows, one for each response
+        P = B if few_shapes else len(distinct)              # rows of prompts
+
         tokens = torch.zeros(P, T, dtype=torch.long)
         for prompt, i in distinct.items():
             tokens[i, :len(prompt) - 1] = torch.tensor(prompt[:-1], dtype=torch.long)
@@ -262,7 +267,7 @@ class GPT(nn.Module):
         position = torch.arange(T, device=device).clamp(max=config.block_size - 1).expand(P, T)
         nothing = torch.zeros(0, dtype=torch.long, device=device)
         self.transformer(tokens.to(device), position, cache=cache, read=nothing)
-        if len(distinct) < B:       # from here on each response has a row of its own
+        if len(distinct) < B:       # a row for each response
             prompt_of = torch.tensor([distinct[prompt] for prompt in prompts], device=device)
             layers = [layer[:, prompt_of] for layer in layers]
 
@@ -278,7 +283,7 @@ class GPT(nn.Module):
         ended = torch.zeros(n, dtype=torch.bool)    # those of them that have ended since
         for t in range(steps):
             visible = in_prompt | (column >= T) & (column <= newest)    # (B, columns)
-            seen = len(column) if few_shapes else T + t + 1
+            seen = len(column) if few_shapes else T + t + 1             # the others are empty
             cache = [(*layer[..., :seen, :], newest) for layer in layers]
             hidden = self.transformer(token[:, None], position[:, None],
                                       visible[:, None, None, :seen], cache)[:, 0]   # (B, C)
@@ -295,7 +300,7 @@ class GPT(nn.Module):
             ended |= drawn == stop
             if ended.all():
                 break
-            if ended.sum() >= len(ended) / 2:       # half have ended: go on with the others alone
+            if ended.sum() >= len(ended) / 2:       # let go of them
                 going, prompt_number, ended = going[~ended], prompt_number[~ended], ended[~ended]
                 if not few_shapes:                  # in a smaller batch
                     token, position, in_prompt = token[going], position[going], in_prompt[going]
@@ -312,11 +317,11 @@ class GPT(nn.Module):
 
 
 def draw(logits, temperature, random, top_k=None, top_p=None):
-    """One token for each row, from softmax(logits / temperature), or its `likely` part; if the
-    temperature is 0, the most likely.
+    """Draws one token for each row from softmax(logits / temperature), or from its `likely` part;
+    at temperature 0 it takes the most likely one.
 
-    By inverting the distribution function, with one random number for each row, where
-    torch.multinomial draws one for each token of the vocabulary.
+    Inverts the distribution function: that takes one random number for each row, where
+    torch.multinomial takes one for each token of the vocabulary.
     logits: (B, vocab) float32; random: (B, 1) float64 (mps: float32) in [0, 1). Returns (B,) int64.
     """
     if temperature == 0:
@@ -328,9 +333,9 @@ def draw(logits, temperature, random, top_k=None, top_p=None):
 
 
 def likely(probs, top_k=None, top_p=None):
-    """The probabilities, with 0 for all but the likely tokens: the top_k most likely; and of these
-    the most likely ones, no more than it takes to hold a fraction top_p of what is left. Among
-    equals the lower token comes first.
+    """Sets the probabilities of unlikely tokens to 0. Likely are the top_k most likely tokens, and
+    of these the most likely ones, no more than it takes to hold a fraction top_p of what is left.
+    Among equals the lower token comes first.
 
     probs: (B, vocab), not changed. Returns (B, vocab), not normalised: rows may sum to less than 1.
     """

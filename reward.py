@@ -46,13 +46,13 @@ class RewardModel(nn.Module):
         nn.init.zeros_(self.score.weight)   # all rewards start at 0: Bradley-Terry starts at ln 2
 
     def forward(self, batch):
-        """TreeBatch -> rewards (B, K), in the type of the weights."""
+        """Computes the rewards of a TreeBatch, (B, K), in the type of the weights."""
         mask = tree_mask(batch.branch, self.score.weight.dtype)             # (B, 1, T, T)
         last = self.config.reward_head == "last"
         read = batch.last.flatten() if last else batch.own
-        hidden = self.transformer(batch.tokens, batch.position, mask, read=read)
+        hidden = self.transformer(batch.tokens, batch.position, mask, read=read)    # (R, C)
         with torch.autocast(hidden.device.type, enabled=False):     # bfloat16 rewards would tie
-            rewards = self.score(hidden.to(self.score.weight.dtype)).squeeze(1)
+            rewards = self.score(hidden.to(self.score.weight.dtype)).squeeze(1)     # (R,)
         return rewards.view_as(batch.last) if last else batch.sum_tokens(rewards)
 
     @classmethod
