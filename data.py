@@ -316,6 +316,8 @@ def d_rho(dataset, rho, n, seed):
     first n rows as they are. n: how many, or None for as many as possible. Returns a Dataset.
     """
     if rho == "all":
+        if n is not None and n > len(dataset):
+            print(f"--n_pairs={n}: there are {len(dataset)} training rows, which are taken")
         return dataset.first(n)
     subset = dataset.take(biased_subset(dataset.response_lengths(), rho, n, seed))
     share = (longer(subset.response_lengths()) == 1).mean()

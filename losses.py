@@ -247,4 +247,7 @@ def batch_loss(name, logps, batch, **knobs):
     if "kl" in needs(name):
         kl = forward_kl(logps.gather(1, batch.samples), batch.ref_logps.gather(1, batch.samples))
         arguments["kl"] = kl[batch.pair_row]                                    # (P,)
-    return batch.pair_weight * LOSSES[name](**arguments, **knobs)
+    losses = LOSSES[name](**arguments, **knobs)
+    assert losses.shape == batch.pair_weight.shape, (     # others would be broadcast
+        f"{name} gives {list(losses.shape)} numbers, not one for each of {len(batch.pairs)} pairs")
+    return batch.pair_weight * losses

@@ -8,6 +8,8 @@ in), is turned round.
 import contextlib
 import fnmatch
 import os
+import pickle
+import warnings
 import zipfile
 
 import torch
@@ -24,8 +26,10 @@ FIELDS = {"block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n
 FIXED = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
          "scale_attn_by_inverse_layer_idx": False}      # the only value that is supported
 GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}    # torch's "approximate"
-WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
+            "_forward_module", "base_model"}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+GIT_LFS = b"version https://git-lfs"
 EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
 
 
@@ -65,7 +69,7 @@ def naming_damage(find):
         raise
     except Exception as error:
         raise InputError(f"{find.name}: unreadable checkpoint: {find.last} is damaged or not "
-                         f"whole: {in_a_line(error)}") from error
+                         f"whole: {find.damage() or in_a_line(error)}") from error
 
 
 def read_sizes(dir_or_hub_name, find=None):
@@ -137,6 +141,14 @@ class Finder:
     def _in_folder(self, filename):
         return self.is_folder and os.path.isfile(os.path.join(self.name, filename))
 
+    def damage(self):
+        """Says what a file is that git has left in the place of `last`; None if it is another."""
+        path = self.nanogpt or os.path.join(self.name, self.last)
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            if file.read(len(GIT_LFS)) == GIT_LFS:
+                return "it is a pointer to a file of git-lfs; git lfs pull brings the file itself"
+        return None
+
     def optional(self, filename):
         """Returns the file's path, or None if there is no such file."""
         path = None
@@ -154,8 +166,10 @@ class Finder:
             return path
         if self.is_folder:
             kind = other_kind(sorted(os.listdir(self.name)))
+            unfinished = filename in ("config.json", "model.safetensors")
+            hint = "is the run finished?" if unfinished else "has the folder been copied whole?"
             raise NoModel(f"{self.name}: no {filename} in this folder " +
-                          (f"but {kind}" if kind else "(is the run finished?)"))
+                          (f"but {kind}" if kind else f"({hint})"))
         raise NoModel(
             f"{self.name}: no such folder, and the hub gave no {filename} ({self.reason}); "
             "without network, copy the model's config.json and model.safetensors into a folder "
@@ -166,16 +180,19 @@ def read_tensors(find):
     """Returns all tensors of a checkpoint, by their names in the files."""
     if find.nanogpt is not None:
         return load_torch_file(find.nanogpt)["model"]
-    readers = {"model.safetensors": load_file, "pytorch_model.bin": load_torch_file}
+    readers = {"model.safetensors": load_file, "pytorch_model.bin": load_state_dict}
     for filename, load in readers.items():
         path = find.optional(filename)
         if path is not None:
             return load(path)
         index = find.optional(f"{filename}.index.json")
         if index is not None:
+            shard_of = read_json(index)["weight_map"]
             tensors = {}
-            for shard in sorted(set(read_json(index)["weight_map"].values())):
-                tensors |= load(find.required(shard))
+            for shard in sorted(set(shard_of.values())):
+                for name, tensor in load(find.required(shard)).items():
+                    if shard_of.get(name, shard) == shard:      # a leftover elsewhere is not meant
+                        tensors[name] = tensor
             return tensors
     return find.required("model.safetensors")      # says that it is not there
 
@@ -189,7 +206,7 @@ def our_tensors(tensors, of_nanogpt=False):
     ours = {}
     for name, tensor in tensors.items():
         parts = [part for part in name.split(".") if part not in WRAPPERS]
-        if parts[0] == "model":                                 # a model inside another module
+        if parts[0] == "model" and len(parts) > 1:              # a model inside another module
             parts = parts[1:]
         if parts[0] in ("wte", "wpe", "h", "ln_f"):             # saved from a bare GPT2Model
             parts = ["transformer", *parts]
@@ -255,6 +272,9 @@ def check_config(config, where):
 def check_tensors(tensors, sizes, where):
     """Raises InputError if weights are not finite, or of other sizes than config.json says: before
     a model of those sizes, which may be absurd, is made."""
+    if any(".lora_" in name for name in tensors):
+        raise InputError(f"{where}: its weights hold a LoRA adapter's as well: merge them (PEFT: "
+                         "merge_and_unload, then save_pretrained) and name that folder")
     for name, tensor in tensors.items():
         if not torch.is_tensor(tensor):
             raise InputError(f"{where}: {name} is not a tensor")
@@ -269,8 +289,9 @@ def check_tensors(tensors, sizes, where):
     for size, name in {"vocab_size": "wte", "block_size": "wpe"}.items():
         table = tensors.get(f"transformer.{name}.weight")
         if table is None or table.dim() != 2:
+            there = ", ".join(list(tensors)[:2]) or "nothing"
             raise InputError(f"{where}: not the model of its config.json: its weights have no "
-                             f"table transformer.{name}.weight")
+                             f"table transformer.{name}.weight (but {there} ...)")
         actual |= {size: table.size(0), "n_embd": table.size(1)}
     for size, value in actual.items():
         if sizes[size] != value:
@@ -347,10 +368,32 @@ def load_torch_file(path):
     is_zip = zipfile.is_zipfile(path)       # files from before torch 1.6 are not
     if is_zip:
         check_zip(path)
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected pickle protocol")
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        except pickle.UnpicklingError as error:     # torch advises to run whatever is in there
+            raise ValueError("or it holds other Python objects than tensors, which could run any "
+                             "code and are not read: write the weights alone, "
+                             "torch.save(model.state_dict(), ...)") from error
     if isinstance(content, dict) and "param_groups" in content:
         raise InputError(f"{path}: the state of an optimizer, not a model's weights")
     return content
+
+
+def load_state_dict(path):
+    """Reads a model's weights from what torch.save wrote, {name: tensor}. InputError if something
+    else is in there."""
+    content = load_torch_file(path)
+    if isinstance(content, dict):
+        inner = [name for name, value in content.items() if isinstance(value, dict)]
+        if inner:
+            raise InputError(f"{path}: its weights are in a part of it, {inner[0]!r}; write them "
+                             f"alone: torch.save(torch.load(...)[{inner[0]!r}], ...)")
+        if all(isinstance(name, str) for name in content):
+            return content
+    raise InputError(f"{path}: not a model's weights, {{name: tensor}}, as in "
+                     "torch.save(model.state_dict(), ...)")
 
 
 # ------------------------------------------------------------------ nanoGPT

@@ -13,24 +13,10 @@ from support.processes import join, processes, shard
 def setup(args):
     """Resolves --device and --dtype ("auto" in `args` is replaced), and seeds torch with --seed.
     Returns (device, autocast), autocast() being the context to compute in."""
-    name = args.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"       # mps: untried, if asked for
-    missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
-    if name == "xla":
-        try:
-            import torch_xla
-        except ImportError:
-            raise InputError("--device=xla needs torch_xla, of torch's own version: pip install "
-                             "torch==2.9.0 'torch_xla[tpu]==2.9.0' (without [tpu] it computes on "
-                             "the CPU, with PJRT_DEVICE=CPU)") from None
-    elif missing.get(name):
-        raise InputError(f"--device={name}: this machine has none; use --device=cpu")
-    elif name == "mps" and torch.__version__ < (2, 12):
-        raise InputError(f"--device=mps: torch {torch.__version__} has attention kernels that are "
-                         "wrong there; install 2.12 or newer")
+    name = device_name(args.device)
     device = join(name)
     if name == "xla":
+        import torch_xla
         device = torch_xla.device()
     check_shares(vars(args))
     if args.dtype == "auto":
@@ -44,6 +30,27 @@ def setup(args):
     if args.dtype == "float32":
         return device, contextlib.nullcontext
     return device, functools.partial(torch.autocast, device.type, dtype=torch.bfloat16)
+
+
+def device_name(name):
+    """Returns the name of the device that --device means, "auto" too. InputError if this machine
+    has none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"       # mps: untried, if asked for
+    missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
+    if name == "xla":
+        try:
+            import torch_xla  # noqa: F401
+        except ImportError:
+            raise InputError("--device=xla needs torch_xla, of torch's own version: pip install "
+                             "torch==2.9.0 'torch_xla[tpu]==2.9.0' (without [tpu] it computes on "
+                             "the CPU, with PJRT_DEVICE=CPU)") from None
+    elif missing.get(name):
+        raise InputError(f"--device={name}: this machine has none; use --device=cpu")
+    elif name == "mps" and torch.__version__ < (2, 12):
+        raise InputError(f"--device=mps: torch {torch.__version__} has attention kernels that are "
+                         "wrong there; install 2.12 or newer")
+    return name
 
 
 def check_shares(flags):

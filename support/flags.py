@@ -60,7 +60,8 @@ def lost_processes():
     try:
         yield
     except RuntimeError as error:
-        if any(text in str(error) for text in CONNECTION_LOST):
+        by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        if by_torchrun and any(text in str(error) for text in CONNECTION_LOST):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)       # torchrun's, which says no more
             raise InputError(OTHERS_ENDED) from error
         raise
@@ -75,6 +76,9 @@ def naming(flag):
         raise InputError(f"{flag}: {error}") from error
 
 
+LONGEST_MESSAGE = 400       # characters
+
+
 class Parser(argparse.ArgumentParser):
     """Parses flags as argparse does, but takes no abbreviations and says in one line what is
     wrong."""
@@ -84,6 +88,8 @@ class Parser(argparse.ArgumentParser):
                          allow_abbrev=False)
 
     def error(self, message):
+        if len(message) > LONGEST_MESSAGE:      # it quotes what was typed
+            message = f"{message[:LONGEST_MESSAGE]}..."
         raise InputError(message)
 
 
@@ -101,11 +107,12 @@ def number_type(kind, name, allowed):
     return parse
 
 
-positive_int = number_type(int, "positive int", lambda n: n > 0)
+positive_int = number_type(int, "positive int (to 1e12)", lambda n: 1 <= n <= 10**12)
 positive_float = number_type(float, "positive float (1e-12 to 1e12)", lambda x: 1e-12 <= x <= 1e12)
 up_to_1000 = number_type(int, "int from 1 to 1000", lambda n: 1 <= n <= 1000)
+up_to_million = number_type(int, "int from 1 to 1000000", lambda n: 1 <= n <= 10**6)
 up_to_30000 = number_type(int, "int from 1 to 30000", lambda n: 1 <= n <= 30_000)
-not_negative_int = number_type(int, "non-negative int", lambda n: n >= 0)
+not_negative_int = number_type(int, "non-negative int (to 1e12)", lambda n: 0 <= n <= 10**12)
 not_negative_float = number_type(float, "non-negative float (to 1e12)", lambda x: 0 <= x <= 1e12)
 fraction = number_type(float, "fraction", lambda x: 0 <= x <= 1)
 positive_fraction = number_type(float, "positive fraction", lambda x: 0 < x <= 1)
@@ -244,7 +251,7 @@ def talk_flags(argv, doc):
     add("--chat", action="store_true", help="a prompt is what a person says in a dialogue, which "
         "each policy remembers as far as it has room")
     add("--compare", action="store_true", help="also ask the policy that it was trained from")
-    add("--n", type=positive_int, help="samples for each prompt (default: 1)")
+    add("--n", type=up_to_1000, help="samples for each prompt (default: 1)")
     add("--seed", type=seed, help="of sampling, and of the post (default: 0)")
     add("--max_new_tokens", type=positive_int, default=64, help="longest sample")
     sampling_flags(parser)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from support.columns import MANY_CUT_OFF
-from support.files import remove, remove_leftovers, replacing, write_json
+from support.files import naming_file, remove, remove_leftovers, replacing, write_json
 from support.processes import is_first
 from support.run import run_flags, run_names
 
@@ -24,7 +24,8 @@ def write_report(args, prompts, results, replies, rewards, accuracy):
     """
     if not is_first():
         return
-    os.makedirs(args.out_dir, exist_ok=True)
+    with naming_file(args.out_dir):
+        os.makedirs(args.out_dir, exist_ok=True)
     remove_leftovers(args.out_dir)
     runs = run_names(args.policies)
     flags = {name: run_flags(folder) for name, folder in runs.items()}

@@ -169,7 +169,8 @@ class Run:
         where += ", ".join(f"{name} is {value}" for name, value in numbers.items()
                            if not math.isfinite(value))
         if step == 0:
-            return InputError(f"--rewards, --beta, --gamma: too large: {where}")
+            return InputError(f"--rewards, --beta, --gamma: too large: {where}; if they are not, "
+                              "the loss itself gives no number")
         return InputError(f"--lr: training diverged: {where}; try a lower learning rate; "
                           f"{self._path('state.pt')} is the last good state")
 

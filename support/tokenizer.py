@@ -197,12 +197,16 @@ class FolderTokenizer:
         return set(self.special.values())
 
     def encode_ordinary(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.encode_ordinary_batch([text])[0]
 
     def encode_ordinary_batch(self, texts, num_threads=None):
         """Returns lists of token ids, one for each text. `tokenizers` chooses the number of
         threads."""
-        encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        try:
+            encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:      # it has no type of its own
+            raise InputError(f"{self.name}: the tokenizer can't read all text: "
+                             f"{in_a_line(error)}") from error
         return [text_encoding.ids for text_encoding in encoded]
 
     def decode(self, tokens):

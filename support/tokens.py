@@ -17,10 +17,10 @@ from support.files import remove, remove_leftovers, replacing
 from support.flags import InputError, in_a_line
 from support.rows import check_is_file, load_rows
 from support.sources import name_and_split, open_hub
-from support.tokenizer import encode_text, fingerprint, special_tokens
+from support.tokenizer import FolderTokenizer, encode_text, fingerprint, special_tokens
 
 SAID = set()    # lines that are not to be printed again
-LAYOUT = 8      # raise it when the arrays below, or what is read into them, change
+LAYOUT = 9      # raise it when the arrays below, or what is read into them, change
 not_kept = {}   # {path: arrays} of files whose tokens could not be kept on disk, in this process
 SPLITS = np.array(["validation"] * 26 + ["test"] * 26 + ["train"] * 204)    # about 10, 10 and 80%
 
@@ -81,6 +81,7 @@ def split_hashes(turns, n_turns):
 # ------------------------------------------------------------------ text that a tokenizer can read
 
 LONG = 100_000          # characters; shorter text can be read by every tokenizer
+SOME = 200              # rows that are read back from their tokens
 # How other models' special tokens are written, where a text ends and where it begins
 FOREIGN_END = re.compile(r"(</s>|<eos>|<pad>|<end_of_turn>|\[EOS\]|\[PAD\]|\[SEP\]|<\|\w+\|>|"
                          r"<\uff5c[\w\u2581]+\uff5c>)$", re.I)
@@ -96,7 +97,10 @@ def preparer(tokenizer):
     either = "|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)"
     anywhere, end = re.compile(either), re.compile(rf"((?:{either})\s*)+$")
 
+    n_rows = 0
+
     def prepare(row, notes):
+        nonlocal n_rows
         responses = [without_end(text) for text in row["responses"]]
         if responses != row["responses"]:
             notes["{} rows: a special token such as end-of-text is written at the end of a "
@@ -121,12 +125,27 @@ def preparer(tokenizer):
         for text in texts:
             if len(text) > LONG:
                 encode_text(text, tokenizer)
+        n_rows += 1
+        if n_rows <= SOME and loses_letters("".join(texts), tokenizer):
+            notes[f"warning: in {{}} of the first {SOME} rows the tokenizer loses letters: "
+                  "read back from its tokens, which are all that the model sees, they are other "
+                  "text"] += 1
 
     def without_end(text):
         stripped = text.rstrip()
         return end.sub("", stripped) if stripped.endswith(tuple(specials)) else text
 
     return prepare
+
+
+def loses_letters(text, tokenizer):
+    """Tells whether a text, read back from its tokens, has other letters. Byte-level tokenizers,
+    tiktoken's too, lose none; another kind may have an unknown token, or drop what it has no token
+    for."""
+    if not isinstance(tokenizer, FolderTokenizer):
+        return False
+    back = tokenizer.decode(tokenizer.encode_ordinary(text))
+    return "".join(back.split()) != "".join(text.split())
 
 
 # ------------------------------------------------------------------ token ids

@@ -23,6 +23,7 @@ from support.flags import (
     skip_flag,
     split_flag,
     up_to_1000,
+    up_to_million,
 )
 from support.run import check_free, check_unused, family_to_train, log_package
 from support.sources import join_split, name_and_split
@@ -51,7 +52,7 @@ def policy_flags(argv, doc, numbers, losses, needs, knobs):
     for knob in sorted(set(defaults) - {"beta", "tau", "gamma"}):       # of losses added
         number = isinstance(defaults[knob], (int, float))
         add(f"--{knob}", type=not_negative_float if number else str, help="see losses.py")
-    add("--kl_samples", type=positive_int, help="samples from the reference for each prompt, to "
+    add("--kl_samples", type=up_to_1000, help="samples from the reference for each prompt, to "
         "estimate its KL term (default: 1)")
     add("--max_new_tokens", type=positive_int, help="longest sample for the KL term and --select "
         "(default: 64 on tinytldr, else what 99%% of the training responses need)")
@@ -174,7 +175,7 @@ def training_flags(doc, lr):
     add("--rho", type=fraction_or_all, help="fraction of the training pairs in which the longer "
         "response is preferred, or all for the pairs as they are (default: 0.2 on tinytldr)")
     add("--n_pairs", type=positive_int, help="training pairs (default: 1000 on tinytldr, else all)")
-    add("--pool", type=positive_int, help="tinytldr: pairs to choose from (default: 5000)")
+    add("--pool", type=up_to_million, help="tinytldr: pairs to choose from (default: 5000)")
     add("--label_temperature", type=not_negative_float, help="tinytldr: noise of the oracle's "
         "labels (default: 0, none: the higher reward is always preferred)")
     add("--relabel", help="a reward-model run folder: relabel the pairs of --data by it")

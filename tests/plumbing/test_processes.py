@@ -264,12 +264,20 @@ def test_when_a_process_is_killed_the_other_says_so_and_ends(sessions, killed, f
     ("NCCL error: ncclRemoteError: A call failed possibly due to a network error or a remote "
      "process exited prematurely.", True),
     ("mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)", False)])
-def test_a_lost_process_is_told_from_a_bug(message, lost):
+def test_a_lost_process_is_told_from_a_bug(message, lost, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(RuntimeError if not lost else InputError) as error, lost_processes():
         raise RuntimeError(message)
     assert str(error.value) == (OTHERS_ENDED if lost else message)
     assert signal.getsignal(signal.SIGTERM) == (signal.SIG_IGN if lost else before)
+
+
+def test_a_process_that_is_alone_loses_no_other():
+    """A bug may say what torch says of a lost process."""
+    with pytest.raises(RuntimeError, match="Broken pipe") as error, lost_processes():
+        raise RuntimeError("Broken pipe")
+    assert not isinstance(error.value, InputError)
 
 
 def test_joining_and_leaving_the_others(monkeypatch, capsys):

@@ -162,7 +162,11 @@ def world_of_files(monkeypatch, tmp_path, hub_cache):
     (["--sft_data=bad.jsonl"], "--sft_data: bad.jsonl: rows 1, .*: the response 'chosen' is empty"),
     (["--data=three.jsonl"], "--data: three.jsonl, .*: no usable row"),
     (["--family=scores"], "--family=scores: pairs.jsonl has no score_chosen"),
-    (["--max_new_tokens=512"], "--max_new_tokens: 512 leaves no room")])
+    (["--max_new_tokens=512"], "--max_new_tokens: 512 leaves no room"),
+    (["--n_pairs=1000"], "--n_pairs: 1000 is too many: of .* have a response that is longer"),
+    (["--n_pairs=1000", "--labels=human"], "--n_pairs: no 1000 pairs in which the longer"),
+    (["--device=mps"], "--device=mps: this machine has none"),
+    (["--out=/proc/none"], "/proc/none.* can't be (made|written)")])
 def test_bad_inputs_are_refused_before_the_work(world_of_files, flags, message):
     """What a later stage would not take; and nothing is written that stands in the way of the
     corrected command."""
@@ -170,6 +174,17 @@ def test_bad_inputs_are_refused_before_the_work(world_of_files, flags, message):
         world_of_files("--data=pairs.jsonl", "--sft_data=pairs.jsonl", *flags)
     assert not os.path.exists("out")
     assert world_of_files("--data=pairs.jsonl", "--sft_data=pairs.jsonl")
+
+
+@pytest.mark.parametrize("run, file", [("sft", "model.safetensors"), ("rms/0.2", "state.pt")])
+def test_runs_of_something_else_are_not_taken_for_its_own(world_of_files, run, file):
+    """Such as the speedrun's in out/: nothing says how they were trained."""
+    path = Path("out", run, file)
+    path.parent.mkdir(parents=True)
+    path.touch()
+    with pytest.raises(InputError, match=f"--out: out/{run} is there already, and no out/protocol"):
+        world_of_files("--data=pairs.jsonl", "--sft_data=pairs.jsonl")
+    assert not os.path.exists("out/protocol.json")
 
 
 def test_flags_may_be_corrected_until_something_is_trained(world_of_files):

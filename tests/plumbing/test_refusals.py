@@ -142,7 +142,7 @@ CASES = [       # script, flags, what the line has to say
     (REPORT, f"{EVAL} --temperature=-1", "--temperature: invalid temperature"),
     (REPORT, f"{EVAL} --max_new_tokens=10000", "--max_new_tokens: 10000 leaves no room"),
     (TALK, "sft --max_new_tokens=10000", "--max_new_tokens: 10000 leaves no room"),
-    (TALK, "sft --n=0", "--n: invalid positive int"),
+    (TALK, "sft --n=0", "--n: invalid int from 1 to 1000"),
     # words
     (POLICY, f"{DPO} --los=dpo", "unrecognized arguments: --los=dpo"),
     (POLICY, "--loss=ppo --out_dir=new", "--loss: invalid choice"),

@@ -417,7 +417,8 @@ def test_a_step_that_is_not_finite_is_named_with_its_rows(tmp_path):
     run = start(tmp_path / "first", max_steps=1)
     run.watch(1, loss=torch.tensor([float("inf")]))
     assert refusal(run.end_step, 0, [3]) == (
-        "--rewards, --beta, --gamma: too large: at step 0 (training rows 3) loss is inf")
+        "--rewards, --beta, --gamma: too large: at step 0 (training rows 3) loss is inf; if they "
+        "are not, the loss itself gives no number")
 
 
 def test_where_a_run_is_resumed_may_change(tmp_path):

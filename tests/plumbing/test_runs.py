@@ -916,7 +916,8 @@ def test_a_dialogue_goes_on(world, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("script, flags, message", [
     ("train_policy", ["--loss=kto"], "argument --loss: invalid choice: 'kto'"),
-    ("train_rm", ["--max_steps=0"], "argument --max_steps: invalid positive int value: '0'"),
+    ("train_rm", ["--max_steps=0"],
+     "argument --max_steps: invalid positive int (to 1e12) value: '0'"),
     ("evaluate", ["--ref={tmp}/none"], "none: no such folder"),
     ("sample", ["{tmp}/none"], "none: no such folder")])
 def test_bad_input_from_the_shell(tmp_path, script, flags, message):
