@@ -117,8 +117,8 @@ class Run:
         return step != self.reported and (step % self.eval_every == 0 or step == self.max_steps)
 
     def watch(self, total, **values):
-        """Adds values per example, (b,) of one micro-batch, to the means of this step. total: what
-        the whole batch's sum is divided by."""
+        """Adds values of a micro-batch, {name: one for each row or pair}, to the means of this
+        step. total: what the whole batch's sum is divided by."""
         for name, value in values.items():
             mean = (value.detach() / total).sum()
             self.sums[name] = self.sums.get(name, 0) + mean
