@@ -1,9 +1,10 @@
-"""Preference data, from text to batches: the tree batch, batch order, biased subsets (D_rho).
+"""Turns preference data into batches: the tree batch, batch order, biased subsets (D_rho).
 
-In text a row is {"prompt": str, "responses": [str, ...]}: the chosen response and the rejected one,
-or K of them, the best first, or one demonstration. In token ids it is an *example*, (prompt ids,
-[response ids, ...]), each response ending in the end-of-text token. What training takes as given
-about every example (the reference's log-probs, rewards) is a column of the `Dataset`.
+A row of text is {"prompt": str, "responses": [str, ...]}. The responses are the chosen and the
+rejected one, or K of them, the best first, or a demonstration. As token ids, a row is an *example*:
+(prompt ids, [response ids, ...]), where each response ends in the end-of-text token. Everything
+about an example that stays fixed during training (the reference's log-probs, rewards) is a column
+of the `Dataset`.
 
     python runs/show.py --data=prefs.jsonl      # one batch in colour, and what became of every row
 """
@@ -24,7 +25,7 @@ from support.tokens import encode, example_lengths, reorder, select, select_file
 
 @dataclass
 class TreeBatch:
-    """B rows, each one prompt followed by its K responses; R response tokens in all.
+    """Holds B rows, each of them a prompt followed by its K responses; R response tokens in all.
 
     tokens     (B, T) int64   prompt, response 1, ..., response K, padding
     branch     (B, T) int64   0 in the prompt, k in response k, -1 in padding
@@ -36,7 +37,7 @@ class TreeBatch:
     last       (B, K) int64   where each response's last token is: row * T + column
     lengths    (B, K) int64   response lengths in tokens, 0 where a row has fewer responses
 
-    What a data set adds to it (Dataset.batch):
+    Dataset.batch adds these:
 
     pairs        (P, 2) int64   which two responses of its row each pair compares, the chosen first
     pair_row     (P,)   int64   the row of each pair
@@ -62,6 +63,7 @@ class TreeBatch:
     rewards: torch.Tensor = None
 
     def to(self, device):
+        """Moves all tensors to a device. Returns the batch itself."""
         for field in fields(self):
             value = getattr(self, field.name)
             if torch.is_tensor(value):
@@ -69,7 +71,10 @@ class TreeBatch:
         return self
 
     def pair_up(self, values):
-        """Takes the two responses of every pair. values: (B, K, ...). Returns (P, 2, ...)."""
+        """Picks the values of the two responses of every pair, the chosen one first.
+
+        values: (B, K, ...), one for each response. Returns (P, 2, ...).
+        """
         return values[self.pair_row[:, None], self.pairs]
 
     def sum_tokens(self, values):
@@ -81,9 +86,9 @@ class TreeBatch:
 
 
 def collate(examples, multiple=1):
-    """(prompt ids, [response ids, ...]) examples -> TreeBatch.
+    """Lays out B examples, (prompt ids, [response ids, ...]) each, as a TreeBatch.
 
-    Prompts and responses have a token or more (ValueError); K is the largest number of responses.
+    K is the largest number of responses. ValueError if a prompt or a response has no token.
     `multiple` rounds T and R up, so that shapes are few.
     """
     B, K = len(examples), max(len(responses) for _, responses in examples)
@@ -131,14 +136,14 @@ def collate(examples, multiple=1):
 
 @dataclass
 class Dataset:
-    """N examples, and what training takes as given about them, a column each.
+    """Holds N examples, and a column for everything about them that training takes as given.
 
     examples    N (prompt ids, [response ids, ...]): the best response first, and after the last one
-                S samples from the reference. Rows may have different numbers of responses: K is the
-                largest, and the columns below are padded.
+                S samples from the reference. Rows may have different numbers of responses. K is the
+                largest, and the columns below are padded to it.
     rewards     (N, K - S, M) float32: rewards of the responses by M reward models, or from the file
-    ref_logps   (N, K) float32: the reference's log-probs of the responses
-    n_samples   S, 0 where the loss has no KL term
+    ref_logps   (N, K) float32: the reference's log-probs of the responses, in nats
+    n_samples   S, which is 0 where the loss has no KL term
     """
     examples: list
     rewards: np.ndarray = None
@@ -149,18 +154,21 @@ class Dataset:
         return len(self.examples)
 
     def take(self, rows):
-        """The data set of some rows: indices."""
+        """Returns the data set of some rows. rows: their indices."""
         rewards = None if self.rewards is None else self.rewards[rows]
         ref_logps = None if self.ref_logps is None else self.ref_logps[rows]
         return Dataset(take_rows(self.examples, rows), rewards, ref_logps, self.n_samples)
 
     def first(self, n):
-        """The first n rows (None: all). A random part: TinyTLDR's posts are drawn at random, and a
-        file's rows are in random order (support/tokens.py)."""
+        """Returns the data set of the first n rows (None: all), which are a random part of it:
+        TinyTLDR's posts are drawn at random, and the rows of a file are put in random order."""
         return self.take(np.arange(len(self))[:n])
 
     def batch(self, rows, multiple=1):
-        """The TreeBatch of some rows, with their columns. multiple: see collate."""
+        """Returns the TreeBatch of some rows, with their columns.
+
+        rows: their indices. multiple: what the batch's sizes are rounded up to (see collate).
+        """
         examples = [self.examples[i] for i in rows]
         batch = collate(examples, multiple)
         K, S = batch.lengths.size(1), self.n_samples        # K: of these rows, not of all
@@ -174,25 +182,27 @@ class Dataset:
         return batch
 
     def with_samples(self, samples):
-        """The same rows, each with one more response: a sample from the reference (token ids)."""
+        """Returns a data set of the same rows, each with a sample from the reference as its last
+        response. samples: N lists of token ids. ref_logps are gone, since they lack the samples."""
         examples = [(prompt, [*responses, np.array(sample, np.int32)])
                     for (prompt, responses), sample in zip(self.examples, samples)]
         return Dataset(examples, self.rewards, None, self.n_samples + 1)
 
     def response_lengths(self):
-        """(N, K + S) tokens in each response, the end-of-text token included."""
+        """Counts the tokens in each response, its end-of-text token included, (N, K); samples from
+        the reference are responses too. 0 where a row has fewer responses."""
         return example_lengths(self.examples)[:, 1:]
 
     def row_lengths(self):
-        """(N,) tokens in each row of a tree batch."""
+        """Counts the tokens in each row, prompt and all responses, (N,)."""
         return example_lengths(self.examples).sum(axis=1)
 
 
 def ranked_pairs(n_responses):
-    """Lists all pairs of each row's responses, which are ranked, the best first.
+    """Lists all pairs of responses in each row, where responses are ranked, the best first.
 
-    n_responses: of each of B rows. Returns (pairs (P, 2), pair_row (P,), pair_weight (P,)), as in a
-    TreeBatch: two responses are one pair, K are K (K - 1) / 2, one is none.
+    Two responses make one pair, K make K (K - 1) / 2, and one makes none. n_responses: B numbers,
+    one for each row. Returns (pairs (P, 2), pair_row (P,), pair_weight (P,)) as in a TreeBatch.
     """
     pairs, pair_row, pair_weight = [], [], []
     for row, K in enumerate(n_responses):
@@ -206,7 +216,8 @@ def ranked_pairs(n_responses):
 
 
 def by_length(dataset):
-    """The same rows, the shortest first: in batches that way, there is little padding."""
+    """Returns a data set sorted by row length, the shortest first, so that a batch of neighbours
+    has little padding."""
     return dataset.take(np.argsort(dataset.row_lengths(), kind="stable"))
 
 
@@ -214,12 +225,13 @@ def by_length(dataset):
 
 
 def batches(lengths, batch_size, seed, epoch, window=32):
-    """One epoch of batches of similar length, a pure function of its arguments: index arrays.
+    """Plans one epoch of batches of rows of similar length, as a pure function of its arguments.
 
-    lengths: (N,), tokens per row. The indices are shuffled; the last, too few for a batch, are left
-    out this epoch (if all are too few, they are one batch). The others are cut into windows of
-    `window` batches, sorted by length inside each (ties keep their order) and cut into batches,
-    whose order is shuffled again.
+    First the rows are shuffled. If the last ones are too few for a batch, they are left out of this
+    epoch (if there are too few rows for any batch, all of them are one batch). Then the rows are
+    cut into windows of `window` batches. Each window is sorted by length (ties keep their order)
+    and cut into batches. At the end the order of all batches is shuffled.
+    lengths: (N,) tokens in each row. Returns a list of arrays of row indices, (batch_size,) each.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
@@ -234,16 +246,17 @@ def batches(lengths, batch_size, seed, epoch, window=32):
 
 
 class BatchOrder:
-    """Which rows each step trains on: epoch after epoch of `batches`. `rows` depends on the step
-    alone (the plan is a cache), so that a resumed run sees what it would have seen."""
+    """Tells which rows each step trains on: epoch after epoch of `batches`. This depends on nothing
+    but the step (the plan is only a cache), so a resumed run sees the same rows as one that was
+    never interrupted. lengths: (N,) tokens in each row."""
 
     def __init__(self, lengths, batch_size, seed):
         self.arguments = (lengths, batch_size, seed)
         self.epoch, self.plan = 0, batches(*self.arguments, epoch=0)
 
     def rows(self, step):
-        """Indices of the training rows of this step: (batch_size,)."""
-        epoch, number = divmod(step, len(self.plan))        # all epochs have as many batches
+        """Returns the indices of the rows that a step trains on, (batch_size,)."""
+        epoch, number = divmod(step, len(self.plan))        # every epoch has this many batches
         if epoch != self.epoch:
             self.epoch, self.plan = epoch, batches(*self.arguments, epoch)
         return self.plan[number]
@@ -253,19 +266,23 @@ class BatchOrder:
 
 
 def longer(lengths):
-    """Which response of each pair is longer, by at least 10% more tokens. lengths: (N, 2)
-    chosen/rejected. Returns (N,): +1 the chosen one, -1 the rejected one, 0 neither."""
+    """Tells which response of each pair is longer, by at least 10% more tokens.
+
+    lengths: (N, 2) tokens in the chosen and the rejected response. Returns (N,): +1 if the chosen
+    one is longer, -1 if the rejected one is, 0 if neither is.
+    """
     chosen, rejected = np.asarray(lengths, dtype=np.int64).T
     return np.where(10 * chosen >= 11 * rejected, 1, np.where(10 * rejected >= 11 * chosen, -1, 0))
 
 
 def biased_subset(lengths, rho, n=None, seed=0):
-    """D_rho, a training set with a length bias: indices of n pairs, in a fraction rho of which the
-    longer response is the chosen one. Pairs of about equal length are left out.
+    """Draws D_rho, a training set with a length bias: in a fraction rho of its n pairs the longer
+    response is the chosen one. Pairs of about equal length are left out.
 
-    lengths: (N, 2) response lengths in tokens, chosen/rejected. rho: in [0, 1]. n: how many pairs,
-    or None for as many as there can be. Returns (n,) int64 indices, in order. InputError (a
-    ValueError) if there are too few pairs. Source: the paper's experiments on TL;DR.
+    lengths: (N, 2) tokens in the chosen and the rejected response. rho: in [0, 1]. n: how many
+    pairs, or None for as many as possible. Returns (n,) int64 indices of pairs, in order.
+    InputError, which is a ValueError, if there are too few pairs. Source: the paper's experiments
+    on TL;DR.
     """
     if not 0 <= rho <= 1:
         raise InputError(f"rho is a fraction between 0 and 1, not {rho}")
@@ -293,9 +310,14 @@ def biased_subset(lengths, rho, n=None, seed=0):
 
 
 def d_rho(dataset, rho, n, seed):
-    """Takes n training pairs with this bias (None: as many as possible), and prints what was found;
-    rho "all": n rows as they are."""
+    """Takes training pairs with a length bias out of a data set, and prints how many it took.
+
+    rho: the fraction of pairs in which the longer response is the chosen one; or "all", for the
+    first n rows as they are. n: how many, or None for as many as possible. Returns a Dataset.
+    """
     if rho == "all":
+        if n is not None and n > len(dataset):
+            print(f"--n_pairs={n}: there are {len(dataset)} training rows, which are taken")
         return dataset.first(n)
     subset = dataset.take(biased_subset(dataset.response_lengths(), rho, n, seed))
     share = (longer(subset.response_lengths()) == 1).mean()
@@ -305,8 +327,11 @@ def d_rho(dataset, rho, n, seed):
 
 
 def relabel(dataset, rewards):
-    """The same rows, each with its responses in the order of the rewards, the highest first; rows
-    with ties dropped. rewards: (N, K), of rows with K responses each."""
+    """Orders the responses of each row by new rewards, the highest first. Rows with a tie are
+    dropped, and the number of them is printed.
+
+    rewards: (N, K), one for each response. Returns a Dataset. InputError if no row is left.
+    """
     order = np.argsort(-rewards, axis=1)                                            # (N, K)
     undecided = (np.diff(np.sort(rewards, axis=1), axis=1) == 0).any(axis=1)        # (N,)
     if undecided.any():
@@ -322,14 +347,21 @@ def relabel(dataset, rewards):
 # ------ text to tokens to data sets
 
 def get_tokenizer(name):
-    """A tokenizer: "tinytldr" is built here, other words are tiktoken's ("gpt2"), and a name that
-    ends in "/" is the folder of a model that has its own."""
+    """Returns the tokenizer of this name: "tinytldr" for the built-in one, another word for one of
+    tiktoken's ("gpt2"), or a name that ends in "/" for a model's folder that has its own.
+    InputError if there is none."""
     return tinytldr.tokenizer() if name == "tinytldr" else read_tokenizer(name)
 
 
 def demonstrations(data, split, tokenizer, block_size, seed=0, skip_bad_rows=False):
-    """A Dataset of prompts with responses to imitate, for supervised fine-tuning: those of a file,
-    one each; or TinyTLDR's with four each (a prompt costs little if its responses share it)."""
+    """Reads demonstrations for supervised fine-tuning: a Dataset of prompts with responses to
+    imitate. There is one in each row of a file, and there are four for each of TinyTLDR's posts
+    (when responses share a prompt, it is computed only once).
+
+    data: "tinytldr", or a file, folder or hub name. split: "train", "validation" or "test". seed:
+    of TinyTLDR's posts. skip_bad_rows: leaves out rows in which something is wrong. InputError if
+    the data can't be read or has no usable row.
+    """
     if data == "tinytldr":
         arrays = encode(tinytldr.demonstration_rows(seed, split), tokenizer)
         return Dataset(*select(arrays, block_size, f"{data}, {split}"))
@@ -339,8 +371,15 @@ def demonstrations(data, split, tokenizer, block_size, seed=0, skip_bad_rows=Fal
 
 def preferences(data, split, tokenizer, policy, cache, pool=None, label_temperature=0, seed=0,
                 skip_bad_rows=False):
-    """A Dataset of preferences as they come, with their natural mix of lengths: those of a file; or
-    for TinyTLDR pairs sampled from `policy`, `pool` of them to train on."""
+    """Reads preferences as they come, with their natural mix of lengths: a Dataset of those in a
+    file, or for TinyTLDR of pairs sampled from `policy`.
+
+    data: "tinytldr", or a file, folder or hub name. split: "train", "validation" or "test". policy:
+    a GPT; prompts are cut to its block_size. cache: the folder in which TinyTLDR's pairs are kept.
+    pool, label_temperature, seed: how many pairs of TinyTLDR are sampled to train on, and the noise
+    and the random numbers of their labels. skip_bad_rows: leaves out rows in which something is
+    wrong. InputError if the data can't be read or has no usable row.
+    """
     block_size = policy.config.block_size
     if data == "tinytldr":
         n = pool if split == "train" else 1000

@@ -4,9 +4,10 @@
     python evaluate.py --ref=out/sft out/dpo out/e-dpo --rms=out/rm,out/rms
     python evaluate.py --ref=out/sft out/e-dpo --data=prefs.jsonl --oracle=out/rm
 
-Every policy answers the same held-out prompts once (--temperature=1). The oracle is the reward of
-TinyTLDR, or the reward model of --oracle. Policies are compared prompt by prompt, with the
-reference and with the best. results.json has every number of the report.
+Every policy answers the same held-out prompts once, by default at temperature 1. The oracle rewards
+the answers: TinyTLDR's own oracle, or the reward model of --oracle. Then each policy is compared,
+prompt by prompt, with the reference and with the best policy. report.md shows the numbers, and
+results.json has all of them.
 """
 import numpy as np
 
@@ -14,26 +15,31 @@ import tinytldr
 from data import Dataset, get_tokenizer, longer, preferences, relabel
 from model import GPT
 from reward import judge_samples, load_reward_models, mean_reward
-from support.cache import cache_folder
+from support.columns import cache_folder, sample, score
 from support.device import setup, shape_multiple
 from support.flags import comparison_flags, naming, run_script
-from support.passes import sample, score, to_text, with_room
-from support.prompts import held_out_prompts
+from support.prompts import held_out_prompts, with_room
 from support.report import accuracy_table, write_report
 from support.run import run_names
-from support.tokenizer import check_same_tokens, check_vocabulary, own_tokenizer
+from support.tokenizer import check_same_tokens, check_vocabulary, own_tokenizer, to_text
 from support.tokens import longest_sample
 
 
 def interval(differences):
-    """Mean and half-width of a 95% confidence interval of paired differences (N,)."""
+    """Returns the mean of paired differences, (N,), and the half-width of its 95% confidence
+    interval."""
     error = differences.std(ddof=1) / len(differences) ** 0.5
     return float(differences.mean()), float(1.96 * error)
 
 
 def answer(name, policy, texts, prompts, oracle_models, tokenizer, args, autocast):
-    """Samples a reply to every prompt. Returns (Dataset of the prompts with one reply each, as it
-    was drawn; the replies as texts; their oracle rewards (N,); numbers for the report)."""
+    """Samples a policy's reply to every prompt, and has the oracle reward it.
+
+    name: of the policy, for messages. texts, prompts: the N prompts as text and as token ids.
+    oracle_models: {folder: RewardModel}, whose mean is the oracle; with none it is TinyTLDR's.
+    Returns (Dataset of the prompts with one reply each, as it was drawn; N replies as text; rewards
+    (N,); {name: number} for the report).
+    """
     ids = sample(policy, prompts, args.max_new_tokens, tokenizer.eot_token, [args.seed, 4],
                  args.temperature, autocast)
     dataset = Dataset([(prompt, [reply]) for prompt, reply in zip(prompts, ids)])
@@ -46,12 +52,15 @@ def answer(name, policy, texts, prompts, oracle_models, tokenizer, args, autocas
 
 
 def compare(policy, ref, own, of_ref, difference, args, autocast):
-    """What the report says of a policy beside its reference (docs/glossary.md). own, of_ref: their
-    replies, a Dataset each; difference: (N,) of the oracle rewards."""
+    """Compares a policy with its reference: {name: number}, explained in docs/glossary.md.
+
+    policy, ref: two GPTs. own, of_ref: their replies to the same N prompts, a Dataset each.
+    difference: (N,), the policy's oracle rewards minus the reference's.
+    """
     advantage, half_width = interval(difference)
     win_rate = (difference > 0).mean() + 0.5 * (difference == 0).mean()
     numbers = {"advantage": advantage, "advantage_95": half_width, "win_rate": float(win_rate)}
-    if args.temperature == 1:      # samples at another temperature are not from pi, nor from ref
+    if args.temperature == 1:      # at another temperature, samples are not drawn from pi and ref
         multiple = shape_multiple(args)
         on_own = score(policy, own, autocast, multiple) - score(ref, own, autocast, multiple)
         on_ref = of_ref.ref_logps - score(policy, of_ref, autocast, multiple)       # (N, 1)
@@ -60,7 +69,7 @@ def compare(policy, ref, own, of_ref, difference, args, autocast):
 
 
 def main(argv=None):
-    # ---- set-up: what is missing is said before the work, not after it
+    # ---- set-up: if something is missing, you are told before the work, not after it
     args = comparison_flags(argv, __doc__)
     device, autocast = setup(args)
     with naming("--ref"):
@@ -80,7 +89,7 @@ def main(argv=None):
                                                                 "held-out")
     prompts = with_room(prompts, ref, args.max_new_tokens)
 
-    # ---- reward models: their accuracy on held-out pairs
+    # ---- reward models: how accurate they are on held-out pairs
     accuracy = None
     if reward_models:
         cache = cache_folder(args.ref, args.out_dir)
@@ -92,7 +101,7 @@ def main(argv=None):
                    for folder, model in reward_models.items()}
         accuracy = accuracy_table(rewards, pairs.response_lengths(), longer)
 
-    # ---- policies, each beside the reference and the best of them
+    # ---- policies: each is compared with the reference and with the best of them
     answering = (texts, prompts, oracle_models, tokenizer, args, autocast)
     of_ref, ref_replies, ref_rewards, numbers = answer("reference", ref, *answering)
     of_ref.ref_logps = score(ref, of_ref, autocast, shape_multiple(args))           # (N, 1)

@@ -1,4 +1,4 @@
-"""Every loss in the repository, each a pure function of a few numbers per pair. Read this first.
+"""Defines every loss, each as a pure function of a few numbers per pair. Read this file first.
 
 Notation, as in the paper (Fisch et al., "Robust Preference Optimization through Reward Model
 Distillation", TMLR 2025, arXiv 2405.19316):
@@ -10,15 +10,17 @@ Distillation", TMLR 2025, arXiv 2405.19316):
     beta * h        implicit reward margin: the policy read as a reward model
     r(x, y)         explicit reward; only differences between responses to one prompt mean anything
 
-Column 0 is the chosen response and column 1 the rejected one. Log-probs are in nats. A loss takes
-B pairs and returns one number for each, (B,). Its parameters without a default are what it needs
-to know about a pair; those with one are its flags on the command line.
+Column 0 is the chosen response, column 1 the rejected one. Log-probs are in nats. A loss takes B
+pairs and returns one number for each, (B,). The parameters without a default are what it needs to
+know about a pair. Those with a default are its flags on the command line.
 """
 import inspect
 
 import torch.nn.functional as F
 
-GAMMA = (1e-4, 1e-2)    # weight of the KL: over training it grows from the first to the last
+# The weight of the KL grows over training from the first number to the last. A loss is called with
+# the number of the step, gamma=0.003 for example.
+GAMMA = (1e-4, 1e-2)
 
 
 # ------ margins
@@ -35,7 +37,10 @@ def log_ratio_margin(logps, ref_logps):
 
 
 def reward_margin(rewards):
-    """Computes r(x, y1) - r(x, y2). rewards: (B, 2), or (B, 2, M) of M models. Returns (B[, M])."""
+    """Computes the reward margin r(x, y1) - r(x, y2) of chosen and rejected responses.
+
+    rewards: (B, 2), or (B, 2, M) for M reward models. Returns (B,), or (B, M).
+    """
     return rewards[:, 0] - rewards[:, 1]
 
 
@@ -43,9 +48,10 @@ def reward_margin(rewards):
 
 
 def bradley_terry(rewards):
-    """Fits a reward model to preferences: -log sigmoid(r(x, y1) - r(x, y2)).
+    """Computes the loss that trains a reward model: -log sigmoid(r(x, y1) - r(x, y2)).
 
-    Bradley & Terry (1952); Rafailov et al. (2023), Eq. 2. rewards: (B, 2). Returns (B,).
+    Bradley & Terry (1952); Rafailov et al. (2023), Eq. 2. rewards: (B, 2), chosen and rejected.
+    Returns (B,).
     """
     return -F.logsigmoid(reward_margin(rewards))
 
@@ -54,34 +60,40 @@ def bradley_terry(rewards):
 
 
 def dpo(logps, ref_logps, beta=1.0):
-    """Direct preference optimisation: -log sigmoid(beta * h), Bradley-Terry on the implicit reward.
+    """Computes DPO, direct preference optimisation: -log sigmoid(beta * h).
 
-    Rafailov et al. (2023), Eq. 7. With one label per pair it has no finite minimum: widening the
-    margin always pays, and nothing keeps the chosen response's log-prob where it is.
-    logps, ref_logps: (B, 2). Returns (B,).
+    Rafailov et al. (2023), Eq. 7: Bradley-Terry on the implicit reward. With one label per pair it
+    has no finite minimum. A wider margin always pays, and nothing keeps the chosen response's
+    log-prob where it is.
+    logps, ref_logps: (B, 2) summed log-probs, in nats. Returns (B,).
     """
     h = log_ratio_margin(logps, ref_logps)                      # (B,)
     return -F.logsigmoid(beta * h)
 
 
 def ipo(logps, ref_logps, tau=0.1):
-    """Identity preference optimisation: (h - 1 / (2 tau))^2, a margin to reach, not to widen.
+    """Computes IPO, identity preference optimisation: (h - 1 / (2 tau))^2.
 
-    Azar et al. (2023), Eq. 17. logps, ref_logps: (B, 2) summed log-probs. Returns (B,).
+    Azar et al. (2023), Eq. 17. It asks the policy to reach a margin, not to widen it.
+    logps, ref_logps: (B, 2) summed log-probs, in nats. Returns (B,).
     """
     h = log_ratio_margin(logps, ref_logps)                      # (B,)
     return (h - 1 / (2 * tau)) ** 2
 
 
 def ipo_per_token(logps, ref_logps, lengths, tau=0.1):
-    """IPO on the mean log-prob of a token, as TRL has it. lengths: (B, 2) tokens. Returns (B,)."""
+    """Computes IPO on mean log-probs per token, as TRL does.
+
+    logps, ref_logps: (B, 2) summed log-probs, in nats; lengths: (B, 2) tokens in each response.
+    Returns (B,).
+    """
     return ipo(logps / lengths, ref_logps / lengths, tau)
 
 
 def p_dpo(logps, ref_logps, kl, beta=1.0, gamma=GAMMA):
-    """Pessimistic DPO: -log sigmoid(beta * h) + gamma * KL(ref || pi).
+    """Computes the paper's p-DPO, pessimistic DPO: -log sigmoid(beta * h) + gamma * KL(ref || pi).
 
-    The paper's p-DPO. logps, ref_logps: (B, 2); kl: (B,), see forward_kl. Returns (B,).
+    logps, ref_logps: (B, 2) summed log-probs, in nats; kl: (B,), from forward_kl. Returns (B,).
     """
     h = log_ratio_margin(logps, ref_logps)                      # (B,)
     return -F.logsigmoid(beta * h) + gamma * kl
@@ -91,12 +103,12 @@ def p_dpo(logps, ref_logps, kl, beta=1.0, gamma=GAMMA):
 
 
 def d_dpo(logps, ref_logps, rewards, beta=1.0):
-    """Reward-model distillation: (r(y1) - r(y2) - beta * h)^2.
+    """Computes the paper's d-DPO, reward-model distillation: (r(y1) - r(y2) - beta * h)^2.
 
-    The paper's d-DPO. The implicit reward margin regresses on the explicit one, which is finite, so
-    that there is a margin at which to stop. The labels enter only through r: a pair needs none.
-    logps, ref_logps: (B, 2); rewards: (B, 2, M), of which the mean over M models is distilled
-    (usually M = 1). Returns (B,).
+    It pulls the implicit reward margin towards the explicit one. That one is finite, so there is a
+    margin at which to stop. Labels enter only through r: a pair needs none of its own.
+    logps, ref_logps: (B, 2) summed log-probs, in nats; rewards: (B, 2, M) by M reward models, whose
+    mean is distilled (usually M = 1). Returns (B,).
     """
     h = log_ratio_margin(logps, ref_logps)                      # (B,)
     target = reward_margin(rewards.mean(dim=2))                 # (B,)
@@ -104,10 +116,11 @@ def d_dpo(logps, ref_logps, rewards, beta=1.0):
 
 
 def dp_dpo(logps, ref_logps, rewards, kl, beta=1.0, gamma=GAMMA):
-    """Pessimistic distillation: (r(y1) - r(y2) - beta * h)^2 + gamma * KL(ref || pi).
+    """Computes the paper's dp-DPO: (r(y1) - r(y2) - beta * h)^2 + gamma * KL(ref || pi).
 
-    The paper's dp-DPO. logps, ref_logps: (B, 2); rewards: (B, 2, M), of which the mean is
-    distilled; kl: (B,), see forward_kl. Returns (B,).
+    It is pessimistic distillation: d-DPO with a KL term.
+    logps, ref_logps: (B, 2) summed log-probs, in nats; rewards: (B, 2, M) by M reward models, whose
+    mean is distilled; kl: (B,), from forward_kl. Returns (B,).
     """
     h = log_ratio_margin(logps, ref_logps)                      # (B,)
     target = reward_margin(rewards.mean(dim=2))                 # (B,)
@@ -115,15 +128,16 @@ def dp_dpo(logps, ref_logps, rewards, kl, beta=1.0, gamma=GAMMA):
 
 
 def e_dpo(logps, ref_logps, rewards, kl, beta=1.0, gamma=GAMMA):
-    """Distils a family of reward models: min_m (r_m(y1) - r_m(y2) - beta * h)^2 + gamma * KL.
+    """Computes the paper's e-DPO: min_m (r_m(y1) - r_m(y2) - beta * h)^2 + gamma * KL(ref || pi).
 
-    The paper's e-DPO. The minimum accepts every policy that *some* member of the family explains;
-    the KL term, the pessimism, prefers the one of them that is nearest to the reference. As the
-    paper states the objective, one member serves all pairs (the minimum is outside the
-    expectation). What it runs, and what this is, takes a minimum for each pair: a larger family,
-    whose members take turns.
-    logps, ref_logps: (B, 2); rewards: (B, 2, M), of M members; kl: (B,), see forward_kl.
-    Returns (B,).
+    It distils a family of reward models. The minimum asks the policy to agree with at least one of
+    them. Many policies do. Among those, the KL term picks the one closest to the reference; this
+    caution is what the paper calls pessimism.
+    In the objective as the paper states it, one member serves all pairs: the minimum is outside the
+    expectation. In what the paper runs, and here, each pair has its own minimum. That is a larger
+    family, whose members take turns. A pair's gradient comes from the member that fits best alone.
+    logps, ref_logps: (B, 2) summed log-probs, in nats; rewards: (B, 2, M) by M members; kl: (B,),
+    from forward_kl. Returns (B,).
     """
     h = log_ratio_margin(logps, ref_logps)                                      # (B,)
     targets = reward_margin(rewards)                                            # (B, M)
@@ -133,20 +147,24 @@ def e_dpo(logps, ref_logps, rewards, kl, beta=1.0, gamma=GAMMA):
 def forward_kl(logps_of_ref_samples, ref_logps_of_ref_samples):
     """Estimates KL(ref || pi) = E_{y ~ ref}[logp_ref(y) - logp_pi(y)], in nats per response.
 
-    The pessimism of p-DPO, dp-DPO and e-DPO: it penalises the policy for losing responses that the
-    reference would give. The same gamma is a weaker brake on d-DPO than on DPO: at the reference
-    |dloss / dh| is beta / 2 in DPO and 2 beta |r1 - r2| in d-DPO, which is larger once the reward
-    margin exceeds 1/4.
+    This is the pessimism of p-DPO, dp-DPO and e-DPO. It penalises the policy for losing responses
+    that the reference would give. The same gamma is a weaker brake on d-DPO than on DPO: at the
+    start of training |dloss / dh| is beta / 2 in DPO and 2 beta |r1 - r2| in d-DPO, which is larger
+    once the reward margin exceeds 1/4.
 
-    Unbiased for a policy that was not trained on these samples; an estimate may be negative.
-    logps_of_ref_samples, ref_logps_of_ref_samples: (B, S), S samples per prompt. Returns (B,).
+    The estimate is unbiased for a policy that was not trained on these samples. It may be negative.
+    logps_of_ref_samples, ref_logps_of_ref_samples: (B, S) summed log-probs of S samples from the
+    reference for each prompt. Returns (B,).
     """
     return (ref_logps_of_ref_samples - logps_of_ref_samples).mean(dim=1)
 
 
 def sft(logps):
-    """Supervised fine-tuning: -logp(y|x), summed over all demonstrations of a prompt; the training
-    loop divides by tokens. logps: (B, K) of K demonstrations. Returns (B,)."""
+    """Computes the loss of supervised fine-tuning: -logp(y|x), summed over demonstrations of x.
+
+    The training loop divides by the number of tokens. logps: (B, K) summed log-probs of K
+    demonstrations. Returns (B,).
+    """
     return -logps.sum(dim=1)
 
 
@@ -154,28 +172,36 @@ def sft(logps):
 
 
 def distill(logps, ref_logps, rewards, beta):
-    """Distils one reward model: (r(y1) - r(y2) - beta * h)^2. logps, ref_logps, rewards: (B, 2).
-    Returns (B,)."""
+    """Computes the distillation loss of one reward model: (r(y1) - r(y2) - beta * h)^2.
+
+    logps, ref_logps: (B, 2) summed log-probs, in nats; rewards: (B, 2). Returns (B,).
+    """
     return d_dpo(logps, ref_logps, rewards[:, :, None], beta)
 
 
 def ensemble_distill(logps, ref_logps, rewards, beta):
-    """Distils the reward model that fits best, pair by pair: min_m (r_m(y1) - r_m(y2) - beta h)^2.
-    logps, ref_logps: (B, 2); rewards: (B, 2, M). Returns (B,)."""
+    """Computes e-DPO without its KL: min_m (r_m(y1) - r_m(y2) - beta * h)^2.
+
+    logps, ref_logps: (B, 2) summed log-probs, in nats; rewards: (B, 2, M) by M reward models, of
+    which each pair takes the one that fits it best. Returns (B,).
+    """
     return e_dpo(logps, ref_logps, rewards, kl=0.0, beta=beta, gamma=0.0)
 
 
 def best_member(logps, ref_logps, rewards, beta):
-    """Tells which reward model e-DPO's minimum picks for each pair. logps, ref_logps: (B, 2);
-    rewards: (B, 2, M). Returns (B,) int64, from 0 to M - 1."""
+    """Returns the index of the reward model that fits each pair best, which e-DPO's minimum picks.
+
+    logps, ref_logps: (B, 2) summed log-probs, in nats; rewards: (B, 2, M) by M reward models.
+    Returns (B,) int64, from 0 to M - 1.
+    """
     h = log_ratio_margin(logps, ref_logps)                                      # (B,)
     return (reward_margin(rewards) - beta * h[:, None]).square().argmin(dim=1)
 
 
 # ------ the table of losses
 
-# Every beta and tau above was chosen on validation prompts of TinyTLDR, with as many trials for
-# each (results/figure2/chosen.json); but not that of IPO per token.
+# Every default of beta and tau was chosen on validation prompts of TinyTLDR, from the same number
+# of trials (results/figure2/chosen.json). The exception is the tau of ipo-per-token.
 LOSSES = {
     "sft": sft,
     "dpo": dpo,
@@ -188,16 +214,21 @@ LOSSES = {
 }
 PREFERENCE_LOSSES = [name for name in LOSSES if name != "sft"]
 
+# The paper's six methods, and what each distils: one reward model ("rm") or the family ("rms").
+PAPER = {"dpo": None, "ipo": None, "d-dpo": "rm", "p-dpo": None, "dp-dpo": "rm", "e-dpo": "rms"}
+
 
 def needs(name):
-    """Lists what a loss needs to know: its parameters without a default, such as ref_logps, rewards
-    or kl."""
+    """Lists what a loss needs to know, which are its parameters without a default.
+
+    name: a row of LOSSES. Returns a list of names, such as ["logps", "ref_logps", "rewards", "kl"].
+    """
     parameters = inspect.signature(LOSSES[name]).parameters.values()
     return [p.name for p in parameters if p.default is p.empty]
 
 
 def knobs(name):
-    """Returns a loss's flags with their defaults, such as {"beta": 1.0}."""
+    """Returns the flags of a loss with their defaults, such as {"beta": 1.0}. name: see LOSSES."""
     parameters = inspect.signature(LOSSES[name]).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
@@ -205,9 +236,11 @@ def knobs(name):
 def batch_loss(name, logps, batch, **knobs):
     """Computes a loss for every pair of a batch, times the pair's weight in its row.
 
-    name: a row of LOSSES. logps: (B, K), of all responses. batch: a TreeBatch (data.py), which says
-    which responses are pairs and has the columns that the loss needs. knobs: the loss's flags, with
-    gamma as it is now. Returns (P,); for sft (B,).
+    A batch has B rows, each a prompt with its K responses, and P pairs of them, which are the B of
+    the functions above.
+    name: a row of LOSSES. logps: (B, K) summed log-probs of all responses. batch: a TreeBatch
+    (data.py), which says which responses are pairs and has the columns that the loss needs. knobs:
+    the flags of the loss; gamma is the number for this step. Returns (P,); for sft (B,).
     """
     if name == "sft":
         return sft(logps)
@@ -217,4 +250,7 @@ def batch_loss(name, logps, batch, **knobs):
     if "kl" in needs(name):
         kl = forward_kl(logps.gather(1, batch.samples), batch.ref_logps.gather(1, batch.samples))
         arguments["kl"] = kl[batch.pair_row]                                    # (P,)
-    return batch.pair_weight * LOSSES[name](**arguments, **knobs)
+    losses = LOSSES[name](**arguments, **knobs)
+    assert losses.shape == batch.pair_weight.shape, (     # others would be broadcast
+        f"{name} gives {list(losses.shape)} numbers, not one for each of {len(batch.pairs)} pairs")
+    return batch.pair_weight * losses

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from support.checkpoint import load_tensors, read_checkpoint, write_checkpoint
 from support.device import FEW_SHAPES, compiles_every_shape, random_numbers, round_up, sync
-from support.head import head_weight, product_type, token_logps
+from support.logprobs import head_weight, product_type, token_logps
 
 
 @dataclass

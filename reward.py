@@ -15,14 +15,22 @@ import torch.nn as nn
 import tinytldr
 from data import Dataset, d_rho, preferences, relabel
 from model import GPTConfig, Transformer, init_weights, tree_mask
-from support.cache import cache_folder, cached, hash_examples, hash_weights, key
 from support.checkpoint import load_tensors, read_checkpoint, write_checkpoint
+from support.columns import (
+    cache_folder,
+    cached,
+    count_cut_off,
+    hash_examples,
+    hash_weights,
+    key,
+    score,
+    with_end,
+)
 from support.device import shape_multiple
 from support.flags import naming
-from support.passes import count_cut_off, score, to_text, with_end
+from support.processes import whole
 from support.run import models_named
-from support.sharding import whole
-from support.tokenizer import check_same_tokens
+from support.tokenizer import check_same_tokens, to_text
 
 
 class RewardModel(nn.Module):
@@ -103,28 +111,29 @@ def mean_reward(models, dataset, args, autocast):
                     for folder, model in models.items()], axis=0)
 
 
-def judge_samples(name, judges, texts, prompts, samples, tokenizer, args, autocast):
+def reward_samples(judges, texts, prompts, samples, tokenizer, args, autocast):
     """Rewards samples, one for each prompt: by the mean of the reward models {folder: model} in
-    `judges`, or with none by TinyTLDR's oracle, which reads their text.
+    `judges`, or with none by TinyTLDR's oracle, which reads their text. Reward models were trained
+    to be read at the end-of-text token: a sample that was cut off gets one. texts: the N prompts as
+    the oracle reads them; prompts, samples: N lists of token ids. Returns (N,)."""
+    if not judges:
+        replies = [to_text(sample, tokenizer) for sample in samples]
+        return np.array(list(map(tinytldr.oracle_reward, texts, replies)))
+    block_size = min(judge.config.block_size for judge in judges.values())
+    pairs = [with_end(*pair, tokenizer.eot_token, block_size) for pair in zip(prompts, samples)]
+    dataset = Dataset([(prompt, [sample]) for prompt, sample in pairs])
+    return mean_reward(judges, dataset, args, autocast)[:, 0]
 
-    Reward models were trained to be read at the end-of-text token. A sample that was cut off has
-    none, so it is judged with one appended. How many there are is printed, and each loses
-    --missing_eos_penalty. name: whose samples they are; texts: the N prompts as the oracle reads
-    them; prompts, samples: N lists of token ids. Returns (rewards (N,), which samples were cut off
-    (N,) bool).
-    """
+
+def judge_samples(name, judges, texts, prompts, samples, tokenizer, args, autocast):
+    """Computes `reward_samples`, prints how many samples were cut off, and takes
+    --missing_eos_penalty off the reward of each of these. name: whose samples they are. Returns
+    (rewards (N,), which samples were cut off (N,) bool)."""
     end, penalty = tokenizer.eot_token, args.missing_eos_penalty or 0
     then = "judged with one appended" if judges else "the oracle judges the text that there is"
     then += f", minus --missing_eos_penalty={penalty:g}" if penalty else ""
     cut = count_cut_off(name, samples, end, args.max_new_tokens, then)
-    if judges:
-        block_size = min(judge.config.block_size for judge in judges.values())
-        pairs = [with_end(*pair, end, block_size) for pair in zip(prompts, samples)]
-        dataset = Dataset([(prompt, [sample]) for prompt, sample in pairs])
-        rewards = mean_reward(judges, dataset, args, autocast)[:, 0]
-    else:
-        replies = [to_text(sample, tokenizer) for sample in samples]
-        rewards = np.array(list(map(tinytldr.oracle_reward, texts, replies)))
+    rewards = reward_samples(judges, texts, prompts, samples, tokenizer, args, autocast)
     if penalty:
         rewards = rewards - penalty * cut
     return rewards, cut

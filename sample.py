@@ -1,18 +1,17 @@
-"""Talks to a policy: prints what it says as it says it, and its reference's reply with --compare.
+"""Talks to a policy: prints its replies as they are drawn. --compare asks its reference as well.
 
-    python sample.py out/e-dpo --compare                     # on a post of TinyTLDR
+    python sample.py out/e-dpo --compare                     # a post of TinyTLDR
     python sample.py out/e-dpo --data=tinytldr --n_prompts=3 # held-out prompts
     python sample.py out/e-dpo --prompt_file=post.txt --n=3  # a prompt of your own, three replies
 
-A model that was trained on dialogues talks with --chat: what you type is a turn.
+If the model was trained on dialogues, add --chat: each line you type is your turn.
 """
 import tinytldr
 from data import get_tokenizer
 from model import GPT
 from support.device import setup
 from support.flags import InputError, naming, run_script, talk_flags
-from support.passes import prompt_room, stream
-from support.prompts import prompt_tokens, prompts_to_answer
+from support.prompts import prompt_room, prompt_tokens, prompts_to_answer, stream
 from support.run import run_flags
 from support.tokenizer import check_vocabulary, own_tokenizer
 
@@ -30,10 +29,10 @@ def main(argv=None):
         name = flags.get("init_from", "scratch")
         if name == "scratch":
             raise InputError(f"--compare: {args.policy} was trained from no reference policy")
-        with naming("--compare: the policy was trained from"):
+        with naming("--compare: can't read the model that the policy was trained from"):
             policies[f"the reference, {name}"] = GPT.from_pretrained(name).to(device)
 
-    turns = {name: [] for name in policies}     # of each policy's dialogue, for --chat
+    turns = {name: [] for name in policies}     # for --chat: each policy has its own dialogue
     for prompt in prompts_to_answer(args, tokenizer, tinytldr.post):
         for name, policy in policies.items():
             turns[name].append(prompt)

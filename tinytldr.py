@@ -1,34 +1,34 @@
-"""TinyTLDR: a little world of forum posts and summaries in which the true reward is known.
+"""Builds TinyTLDR, a toy world of forum posts and summaries in which the true reward is known.
 
-A post tells of six things (the slots below): who is involved, what happened, what was tried, how it
-feels, what stands in the way, and the question. Each slot takes one of eight facts; each fact has
-two wordings in a post and one fixed clause in a summary. Sentences are shuffled now and then, and
-chatter that matters to nobody is mixed in:
+A post tells six things (the slots below): who is involved, what happened, what was tried, how it
+feels, what stands in the way, and the question. Each slot has eight possible facts. Each fact has
+two wordings in a post and one fixed clause in a summary. The sentences of some posts are shuffled,
+and all posts have some chatter that is beside the point:
 
     POST: Long time reader here. My roommate is the problem. The music never stops. I made a polite
     request. I am worn out. There is no money left. Should I pack up and leave?
 
     TL;DR: my roommate; loud music; asked nicely; exhausted; broke; move out?
 
-A summary is clauses joined by "; ". **The oracle reward** of a summary is the sum of
+A summary is a list of clauses joined by "; ". **The oracle reward** of a summary is the sum of
 
     +1    for each fact of the post that it states, counted once
     -3    for each clause with a fact that is not in the post
     -3    for each clause of chatter
     -3    for each broken clause: not one of the world's clauses, or empty
 
-so the best summary states all six facts and nothing else. Demonstrations, from which the reference
-policy learns, have habits: facts in any order, many of them chatter first, most two clauses and no
-more, some what is not in the post. dev/LOG.md says why it is this world, and which were tried
-before; experiments/world.py measures it.
+so the best summary states all six facts and nothing else. The reference policy learns from
+demonstrations, which have habits. Their facts come in any order. Many of them open with chatter.
+Most have only two clauses. Some state a fact that is not in the post. dev/LOG.md says why the world
+is like this, and which others were tried before; experiments/world.py measures it.
 
-**Labels**: of two summaries, the one with the higher reward is preferred; ties are dropped. At a
-label temperature T > 0 labels are noisy: the first is preferred with probability
+**Labels**: of two summaries, the one with the higher reward is preferred. Ties are dropped. If the
+label temperature T is above 0, labels are noisy: the first summary is preferred with probability
 sigmoid((R1 - R2) / T), a Bradley-Terry draw.
 
-A post is a pure function of (seed, split, index), and no two posts have the same facts: the
-index is mapped one-to-one to a combination of facts, whatever the seed (which draws the wording),
-and the splits use disjoint ranges of it.
+A post is a pure function of (seed, split, index). No two posts have the same facts: each index has
+its own combination of facts, whatever the seed (which draws the wording), and the splits use
+disjoint ranges of the index.
 
     python tinytldr.py      # three posts, their demonstrations, and what the oracle says of each
 """
@@ -36,13 +36,12 @@ from functools import lru_cache
 
 import numpy as np
 
-from support.cache import cached, hash_weights, key
-from support.passes import sample, to_text
-from support.tokenizer import word_encoding
+from support.columns import cached, hash_weights, key, sample
+from support.tokenizer import to_text, word_encoding
 
 
 def table(text):
-    """Lines of "a | b | c" as tuples."""
+    """Reads lines of "a | b | c" as a list of tuples, ("a", "b", "c") each."""
     lines = text.strip().splitlines()
     return [tuple(part.strip() for part in line.split("|")) for line in lines]
 
@@ -110,7 +109,7 @@ Do I tell everyone? | Should others hear the truth? | tell others?
 Am I making too much of it? | Is it normal to feel this? | overreacting?
 """),
 }
-# sentences in a post; in a summary each is a clause without its full stop and capitals
+# Sentences in a post. In a summary each is a clause, without its full stop and capitals.
 CHATTER = """
 Sorry for the wall of text.
 I am on my phone.
@@ -141,13 +140,14 @@ SPLIT_START = {"train": 0, "validation": 200_000, "test": 230_000}  # a split's 
 
 
 def facts_of(split, index):
-    """The facts of one post: {slot: number of the fact}; one-to-one in the index."""
+    """Returns the facts of a post, {slot: number of the fact, 0 to 7}. No two posts have the same
+    combination. ValueError if the split has no such index."""
     starts = sorted(SPLIT_START.values()) + [N_WORLDS]
     start = SPLIT_START[split]
     if not 0 <= index < starts[starts.index(start) + 1] - start:
         raise ValueError(f"the {split} split has no index {index}")
-    # A permutation of 0 ... 8^6 - 1: an odd step, near the golden ratio of the whole, spreads any
-    # range of indices evenly; the exclusive-or carries that over to the first slots.
+    # This permutes 0 ... 8^6 - 1. An odd step near the golden ratio of the whole spreads any range
+    # of indices evenly, and the exclusive-or carries that over to the first slots.
     number = (start + index) * 162_013 % N_WORLDS
     number ^= number >> 9
     combination = {}
@@ -157,12 +157,14 @@ def facts_of(split, index):
 
 
 def _rng(seed, split, index, purpose):
+    """Makes the random generator of a post, one for each purpose."""
     return np.random.default_rng([seed, SPLIT_START[split] + index, purpose])
 
 
 @lru_cache(maxsize=8)
 def post(seed, split, index):
-    """The text of one prompt: "POST: ...", a blank line, "TL;DR:"."""
+    """Writes the text of a prompt: "POST: ...", a blank line, "TL;DR:". seed: of the wording, the
+    order and the chatter; split, index: which post."""
     rng = _rng(seed, split, index, purpose=0)
     sentences = [SLOTS[slot][i][rng.integers(2)] for slot, i in facts_of(split, index).items()]
     if rng.random() < 0.3:
@@ -173,8 +175,10 @@ def post(seed, split, index):
 
 
 def demonstration(seed, split, index, person=0):
-    """A summary as a person in a hurry might write it, with its leading space. Every post can be
-    summarised by any number of persons, 0, 1, 2 ..."""
+    """Writes a summary of a post as a person in a hurry might, with its leading space.
+
+    person: 0, 1, 2, ...; each of them writes another summary of the same post.
+    """
     rng = _rng(seed, split, index, purpose=2 + person)
     text = post(seed, split, index)
     n_clauses = rng.choice(list(N_CLAUSES), p=list(N_CLAUSES.values()))
@@ -192,7 +196,8 @@ def demonstration(seed, split, index, person=0):
 
 
 def demonstration_rows(seed, split):
-    """Posts with four demonstrations each, to learn from: yields rows of text."""
+    """Yields posts with four demonstrations each, {"prompt": str, "responses": [str] * 4}: 20,000
+    posts to train on, or 1,000 of another split."""
     for i in range(20_000 if split == "train" else 1000):
         responses = [demonstration(seed, split, i, person) for person in range(4)]
         yield {"prompt": post(seed, split, i), "responses": responses}
@@ -203,7 +208,8 @@ def demonstration_rows(seed, split):
 
 @lru_cache(maxsize=100_000)
 def facts_in(prompt):
-    """What a post says, read from its text: the set of (slot, number of the fact)."""
+    """Reads off the text of a post which facts it states: a frozenset of (slot, number of the
+    fact)."""
     stated = set()
     for slot, facts in SLOTS.items():
         for i, (wording, another, _) in enumerate(facts):
@@ -213,7 +219,10 @@ def facts_in(prompt):
 
 
 def judge(prompt, summary):
-    """What the oracle says of each clause: a list of (clause, verdict, points)."""
+    """Judges each clause of a summary, as the oracle does: a list of (clause, verdict, points).
+
+    prompt: the text of the post, which says what is true.
+    """
     true = facts_in(prompt)
     told, verdicts = set(), []
     for clause in summary.split(";"):
@@ -234,19 +243,25 @@ def judge(prompt, summary):
 
 
 def oracle_reward(prompt, summary):
-    """The true reward of a summary; the rules are at the top of this file."""
+    """Returns the true reward of a summary of a post, an integer: +1 for each fact of the post, -3
+    for each clause that is made up, chatter or broken."""
     return sum(points for _, _, points in judge(prompt, summary))
 
 
 # ------ pairs to learn from
 
-PAIRS_FROM = {"train": 100_000, "validation": 0, "test": 0}     # first post; train: not SFT's
+# A split's first post that pairs are sampled for. In training, SFT has used the posts before it.
+PAIRS_FROM = {"train": 100_000, "validation": 0, "test": 0}
 
 
 def pair_rows(split, n, policy, encoding, cache, label_temperature=0, seed=0):
-    """n pairs of summaries sampled from `policy`, labelled by the oracle, as rows of text with the
-    oracle's rewards as scores, kept in the folder `cache`. encoding: the policy's tokenizer."""
-    posts = [post(seed, split, i) for i in range(100)]      # an edited world is other data
+    """Samples n pairs of summaries from `policy` and labels them by the oracle, or reads them from
+    the folder `cache` if they are there.
+
+    encoding: the policy's tokenizer. Returns rows {"prompt": str, "responses": [preferred, other],
+    "scores": [[reward], [reward]]}; fewer than n, because pairs with equal rewards are dropped.
+    """
+    posts = [post(seed, split, i) for i in range(100)]      # if you edit the world, this changes
     points = (STATED, UNSUPPORTED, CHATTERED, BROKEN)
     entry = key(hash_weights(policy), encoding.name, SLOTS, CHATTER, points, posts, split,
                 PAIRS_FROM[split], n, label_temperature, seed)
@@ -255,6 +270,8 @@ def pair_rows(split, n, policy, encoding, cache, label_temperature=0, seed=0):
 
 
 def sample_pairs(split, n, policy, encoding, label_temperature, seed):
+    """Samples and labels n pairs as `pair_rows` does, but without a cache. Prints how many pairs it
+    drops because their rewards are equal or a summary is empty."""
     prompts = [post(seed, split, PAIRS_FROM[split] + i) for i in range(n)]
     room = max(1, policy.config.block_size - 64)            # the summary must fit
     ids = [encoding.encode_ordinary(prompt)[-room:] for prompt in prompts for _ in range(2)]
@@ -271,13 +288,17 @@ def sample_pairs(split, n, policy, encoding, label_temperature, seed):
             order = [0, 1] if first else [1, 0]                 # the preferred one first
             rows.append({"prompt": prompt, "responses": [pair[k] for k in order],
                          "scores": [[float(r[k])] for k in order]})
-    print(f"{split} pairs: {n} sampled, {n - len(rows)} dropped (equal rewards or an empty one)")
+    print(f"{split} pairs: {n} sampled, {n - len(rows)} dropped (equal rewards, or an empty "
+          "summary)")
     return rows
 
 
 def prefers_first(rewards, label_temperature=0, seed=0):
-    """Which pairs prefer their first summary. rewards: (N, 2) oracle rewards. Returns (N,) bool: a
-    Bradley-Terry draw, or at temperature 0 the higher reward. Ties are for the caller to drop."""
+    """Tells which pairs prefer their first summary: the one with the higher reward, or at a label
+    temperature above 0 a Bradley-Terry draw.
+
+    rewards: (N, 2) oracle rewards. Returns (N,) bool. The caller has to drop ties.
+    """
     gap = rewards[:, 0] - rewards[:, 1]
     if label_temperature == 0:
         return gap > 0
@@ -290,7 +311,8 @@ def prefers_first(rewards, label_temperature=0, seed=0):
 
 @lru_cache(maxsize=1)
 def tokenizer():
-    """A tiktoken.Encoding with a token for every word of the world; other text is bytes."""
+    """Makes the world's tokenizer, a tiktoken.Encoding with a token for every word of it. Any other
+    text becomes bytes."""
     texts = [text for facts in SLOTS.values() for fact in facts for text in fact]
     texts += [text for chatter in CHATTER_CLAUSE.items() for text in chatter]
     return word_encoding("tinytldr", [*texts, "POST:", "TL;DR:", *(text + ";" for text in texts)])

@@ -1,15 +1,17 @@
-"""Trains a policy: supervised fine-tuning (--loss=sft), or a preference loss from a reference.
+"""Trains a policy, by supervised fine-tuning (--loss=sft) or from a reference by a preference loss.
 
     python train_policy.py --loss=sft --out_dir=out/my-sft       # a reference policy
     python train_policy.py --loss=dpo --out_dir=out/my-dpo       # from the reference in out/sft
     python train_policy.py --loss=e-dpo --out_dir=out/my-e-dpo   # distils the family in out/rms
 
-Without --out_dir a run is in out/ under its loss's name, which is where the speedrun puts its own.
-The reference is --init_from, as it was before step 0. What it says of the training responses, its
-samples for the KL term and the reward models' scores are columns of the data set, computed once
-before training and cached: a step is one forward and one backward pass of the policy. Flags and
-their defaults: --help, and support/training_flags.py.
+Without --out_dir, a run goes to out/ under the name of its loss, where the speedrun puts its runs
+too. The reference is the model of --init_from, as it was before step 0. Everything that stays fixed
+during training (the reference's log-probs, its samples for the KL term, the reward models' scores)
+is computed once before training and stored as columns of the data set. A training step is then one
+forward and one backward pass of the policy. Default numbers stand at the top of train_policy.py.
 """
+import math
+
 import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -17,31 +19,43 @@ from torch.nn.utils import clip_grad_norm_
 from data import BatchOrder, by_length, demonstrations, get_tokenizer
 from losses import LOSSES, batch_loss, best_member, knobs, needs
 from model import GPT, GPTConfig
-from reward import family_scores, judge_samples, load_reward_models, training_pairs
-from support.cache import cache_folder, cached, hash_examples, hash_weights, key
+from reward import (
+    family_scores,
+    judge_samples,
+    load_reward_models,
+    reward_samples,
+    training_pairs,
+)
 from support.checks import check_rounding, check_step_0, say_spread
-from support.device import setup, shape_multiple, sync
+from support.columns import (
+    cache_folder,
+    cached,
+    count_cut_off,
+    hash_examples,
+    hash_weights,
+    key,
+    sample,
+    score,
+)
+from support.device import place, setup, shape_multiple, sync
 from support.flags import InputError, run_script
-from support.optimizer import adamw, learning_rate, set_learning_rate
-from support.passes import count_cut_off, sample, score, to_text
 from support.processes import add_up_gradients, add_up_numbers, micro_batches
-from support.run import Run
-from support.sharding import place
-from support.tokenizer import check_vocabulary, save_tokenizer
+from support.run import Run, print_prompt, print_reply
+from support.tokenizer import check_vocabulary, save_tokenizer, to_text
 from support.tokens import default_block_size, example_lengths, longest_sample
 from support.training_flags import policy_flags
 
-# ------ the numbers of a run: each is the default of the flag of its name (see --help)
+# ------ the numbers of a run: each is the default of the flag with the same name
 
 SFT = dict(                     # --loss=sft, which makes the reference policy
     max_steps=1500,             # optimizer steps
     batch_size=32,              # prompts in a step, each with its demonstrations
     lr=4e-3,                    # peak learning rate; a hundredth of it for models as wide as GPT-2
-    n_layer=2,                  # the model from scratch: layers,
-    n_head=4,                   # attention heads,
-    n_embd=128,                 # width,
-    block_size=192,             # longest prompt + response in tokens
-    grad_clip=1.0,              # the gradient's largest norm
+    n_layer=2,                  # layers of the model from scratch,
+    n_head=4,                   # its attention heads,
+    n_embd=128,                 # its width,
+    block_size=192,             # and its longest prompt + response, in tokens
+    grad_clip=1.0,              # largest norm of the gradient
     n_eval=256,                 # rows in each evaluation
 )
 PREFERENCES = dict(             # every other loss; its beta, tau and gamma are in losses.py
@@ -50,22 +64,29 @@ PREFERENCES = dict(             # every other loss; its beta, tau and gamma are 
     lr=2e-4,
     rho=0.2,                    # TinyTLDR: in this fraction of the pairs the longer response wins
     n_pairs=1000,               # TinyTLDR: training pairs,
-    pool=5000,                  # chosen from so many
-    kl_samples=1,               # samples from the reference for each prompt, for the KL
+    pool=5000,                  # chosen from this many
+    kl_samples=1,               # samples from the reference for each prompt, for the KL term
     max_new_tokens=64,          # TinyTLDR: longest sample
     grad_clip=1.0,
     n_eval=256,
 )
+SAMPLE_TOKENS = 64              # longest reply of those that are printed while it trains
 
 
 def parse_flags(argv=None):
-    """Reads the flags; InputError for one that is wrong or would be ignored."""
+    """Reads the flags of a run: an argparse.Namespace. argv: the command line's words, or None for
+    the real ones. InputError for a flag that is wrong or would be ignored."""
     return policy_flags(argv, __doc__, (SFT, PREFERENCES), list(LOSSES), needs, knobs)
 
 
 def with_columns(dataset, split, policy, tokenizer, reward_models, args, autocast):
-    """The data set with what its loss takes as given: the reference's log-probs and, if the loss
-    needs them, rewards and samples from the reference for each row. policy: still the reference."""
+    """Adds the columns that a loss takes as given: the reference's log-probs and, if the loss needs
+    them, the reward models' rewards and samples from the reference for each row.
+
+    dataset: the rows of a split ("train" or "validation"). policy: still the reference, before
+    training. reward_models: {folder: RewardModel}. Returns a Dataset. InputError if the loss
+    distils the scores of a file that has none.
+    """
     needed = needs(args.loss)
     cache = cache_folder(args.init_from, args.out_dir)
     weights = hash_weights(policy)
@@ -84,21 +105,24 @@ def with_columns(dataset, split, policy, tokenizer, reward_models, args, autocas
                          args.max_new_tokens, tokenizer.eot_token, seed=[args.seed, 3],
                          autocast=autocast, desc=f"{split} samples")
         count_cut_off(f"{split} samples for the KL term", samples, tokenizer.eot_token,
-                      args.max_new_tokens, "their KL is that of what was drawn")
+                      args.max_new_tokens, "the KL counts the tokens that were drawn")
         for first in range(0, len(samples), len(dataset)):
             dataset = dataset.with_samples(samples[first:first + len(dataset)])
     entry = key(weights, hash_examples(dataset.examples), args.dtype)
     logps = cached(cache, f"{split}-logps", entry, score, policy, dataset, autocast,
                    shape_multiple(args), desc=f"{split} log-probs")
-    dataset.ref_logps = np.array(logps, np.float32)  # (N, K + S)
+    dataset.ref_logps = np.array(logps, np.float32)         # (N, K), samples included
     if args.dtype == "bfloat16":
         check_rounding(policy, dataset, split, args)
     return dataset
 
 
 def statistics(logps, batch):
-    """Computes what to watch (docs/glossary.md), per pair, times the pair's weight in its row.
-    logps: (B, K). Returns {name: (P,)}, or (B,) for the KL; nothing for SFT, without a reference.
+    """Computes the numbers to watch, which docs/glossary.md explains.
+
+    logps: (B, K) summed log-probs of the policy, in nats. batch: a TreeBatch. Returns {name: (P,)},
+    one number for each pair, times the pair's weight in its row. The KL has one for each row, (B,).
+    SFT has no reference, and so nothing to watch: {}.
     """
     if batch.ref_logps is None:
         return {}
@@ -115,17 +139,25 @@ def statistics(logps, batch):
 
 
 def picked_members(logps, batch, beta):
-    """Tells which reward models e-DPO's minimum picks: {"picked_0": (P,), ...}, of each pair its
-    weight or 0."""
+    """Tells which reward models e-DPO's minimum picks.
+
+    logps: (B, K) summed log-probs. batch: a TreeBatch with rewards by M models. Returns
+    {"picked_0": (P,), ..., "picked_<M - 1>": (P,)}: a pair's weight in its row if its minimum is at
+    this model, else 0.
+    """
     columns = [batch.pair_up(column) for column in (logps, batch.ref_logps, batch.rewards)]
     member = best_member(*columns, beta)                    # (P,)
     return {f"picked_{m}": batch.pair_weight * (member == m) for m in range(batch.rewards.size(2))}
 
 
 def row_terms(dataset, loss):
-    """Counts the terms of the mean that each row's loss adds up, (N,): 1, or for SFT its tokens. A
-    step divides by the mean number of terms: in batches of rows of similar length, dividing by the
-    batch's own tokens would make short responses count more."""
+    """Counts the terms that each row adds to the mean loss, (N,): for SFT its response tokens, else
+    1.
+
+    A step divides by the number of terms that a batch has on average. It does not divide by the
+    tokens of its own batch: all rows of a batch have similar lengths, so short responses would
+    count more.
+    """
     if loss == "sft":
         return dataset.response_lengths().sum(axis=1)
     return np.ones(len(dataset), np.int64)
@@ -133,10 +165,12 @@ def row_terms(dataset, loss):
 
 @torch.no_grad()
 def evaluate(policy, dataset, args, flags, device, autocast):
-    """Computes means of the loss and the statistics over a whole data set: {name: number}. flags:
-    the loss's, with the gamma of the last step, so that evaluations can be compared."""
+    """Computes means of the loss and of the numbers to watch over a whole data set: {name: number}.
+
+    flags: those of the loss, with the gamma of the last step, so that you can compare evaluations.
+    """
     total = int(row_terms(dataset, args.loss).sum())
-    size = 4 * args.micro_batch_size  # no gradient, less memory
+    size = 4 * args.micro_batch_size    # without a gradient, a row takes less memory
     sums = {}
     for part in micro_batches(np.arange(len(dataset)), size):
         batch = dataset.batch(part, shape_multiple(args)).to(device)
@@ -152,9 +186,12 @@ def evaluate(policy, dataset, args, flags, device, autocast):
 
 
 def reward_of_samples(policy, prompts, judges, tokenizer, args, autocast):
-    """Computes what --select goes by: the mean reward of one sample for each prompt, by the reward
-    models {folder: model} in `judges`, or with none by TinyTLDR's oracle. Returns {"reward": that
-    mean, "unended": the fraction of samples that were cut off}."""
+    """Measures what --select goes by: the mean reward of one sample for each prompt.
+
+    prompts: lists of token ids. judges: {folder: RewardModel}, which reward the samples; with none,
+    TinyTLDR's oracle does. Returns {"reward": the mean, "unended": the fraction of samples that
+    were cut off}.
+    """
     replies = sample(policy, prompts, args.max_new_tokens, tokenizer.eot_token, [args.seed, 5],
                      autocast=autocast)
     texts = [to_text(prompt, tokenizer) for prompt in prompts]
@@ -163,9 +200,41 @@ def reward_of_samples(policy, prompts, judges, tokenizer, args, autocast):
     return {"reward": float(rewards.mean()), "unended": float(cut.mean())}
 
 
+def show_samples(policy, prompts, judges, tokenizer, args, autocast):
+    """Prints the policy's reply to each of a few prompts (lists of token ids), and its reward: the
+    oracle's on TinyTLDR, elsewhere the mean of the reward models {folder: model} in `judges`. The
+    random numbers are the same each time, from a generator of their own."""
+    replies = sample(policy, prompts, SAMPLE_TOKENS, tokenizer.eot_token, [args.seed, 6],
+                     autocast=autocast, desc="samples to show")
+    judges = {} if args.data == "tinytldr" else judges
+    rewards = [None] * len(prompts)
+    if judges or args.data == "tinytldr":
+        texts = [to_text(prompt, tokenizer) for prompt in prompts]
+        rewards = reward_samples(judges, texts, prompts, replies, tokenizer, args, autocast)
+    for number, (reply, reward) in enumerate(zip(replies, rewards), 1):
+        ending = "" if tokenizer.eot_token in reply else " ..."
+        print_reply(number, reward, to_text(reply, tokenizer) + ending)
+
+
+def adamw(model, lr):
+    """Makes the optimizer, AdamW without weight decay. lr: the peak learning rate."""
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")     # one kernel for all weights
+    return torch.optim.AdamW(model.parameters(), lr, (0.9, 0.95), weight_decay=0.0, fused=fused)
+
+
+def learning_rate(step, max_steps, peak):
+    """Returns the learning rate of a step: a linear warm-up over the first 5% of the steps, then a
+    cosine from the peak down to zero."""
+    warmup = max(1, max_steps // 20)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, max_steps - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
 def loss_flags(args, step):
-    """Returns the flags of the loss at a step. gamma, the weight of the KL, goes linearly from its
-    first value to its last."""
+    """Returns the flags of the loss at a step, {name: number}. gamma, the weight of the KL, goes
+    linearly from its first value to its last."""
     flags = {knob: getattr(args, knob) for knob in knobs(args.loss)}
     if "gamma" in flags:
         first, last = args.gamma
@@ -187,11 +256,11 @@ def main(argv=None):
     else:
         policy = GPT.from_pretrained(args.init_from)
     check_vocabulary(policy, tokenizer, "--tokenizer")
-    place(policy, device, args)   # with --fsdp, a part of it
+    place(policy, device, args)         # with --fsdp, this process holds only a part of it
     reward_models = load_reward_models(args.rewards, "--rewards", policy, tokenizer, device)
     judges = load_reward_models(args.select, "--select", policy, tokenizer, device)
 
-    # ---- data: rows to train on, rows to watch, and what is constant about them
+    # ---- data: rows to train on, rows to watch, and the columns that stay fixed
     if args.loss == "sft":
         common = (tokenizer, policy.config.block_size, args.seed, args.skip_bad_rows)
         train = demonstrations(args.data, "train", *common)
@@ -199,7 +268,7 @@ def main(argv=None):
         watched = {"validation": by_length(validation.first(args.n_eval))}
     else:
         train, validation = training_pairs(args, tokenizer, policy, device, autocast)
-        if "kl" in needs(args.loss) or judges:          # what follows samples
+        if "kl" in needs(args.loss) or judges:          # this run will draw samples
             args.max_new_tokens = args.max_new_tokens or longest_sample(
                 example_lengths(train.examples), policy.config.block_size, "training")
         common = (policy, tokenizer, reward_models, args, autocast)
@@ -214,12 +283,16 @@ def main(argv=None):
 
     # ---- model
     constants = key(hash_weights(policy), hash_examples(train.examples), train.rewards)
-    optimizer = adamw(policy, args)
+    optimizer = adamw(policy, args.lr)
     run = Run(args, policy, optimizer, constants)
     if args.compile:
         policy.compile(dynamic=True)
     print(f"{args.loss}: {sum(p.numel() for p in policy.parameters()):,} parameters, {len(train)} "
-          f"training rows, {args.max_steps} steps of {args.batch_size}, on {device}")
+          f"training rows, {args.max_steps} steps of {args.batch_size} rows, on {device}")
+    # With --fsdp nothing is shown: sampling needs the whole model on one device.
+    shown = [] if args.fsdp else [row[0].tolist() for row in validation.first(2).examples]
+    for number, prompt in enumerate(shown, 1):
+        print_prompt(number, to_text(prompt, tokenizer))
 
     # ---- loop
     size = args.micro_batch_size
@@ -234,24 +307,27 @@ def main(argv=None):
                 means = reward_of_samples(policy, prompts, judges, tokenizer, args, autocast)
                 results |= {f"validation/{name}": value for name, value in means.items()}
             run.report(step, results)
-        if step == args.max_steps:      # evaluated only
+            if shown:
+                show_samples(policy, shown, judges or reward_models, tokenizer, args, autocast)
+        if step == args.max_steps:      # the last step is only evaluated
             break
 
         rows, flags = order.rows(step), loss_flags(args, step)  # (batch_size,)
         total = len(rows) * terms.mean()                        # rows; for SFT, expected tokens
-        for part in micro_batches(rows, size):                  # of this process
+        for part in micro_batches(rows, size):                  # this process's share of the rows
             batch = train.batch(part, multiple).to(device)      # the tree, with its columns
             with autocast():
                 logps = policy(batch)                           # (b, K)
             losses = batch_loss(args.loss, logps, batch, **flags)       # (pairs,), for SFT (b,)
-            if step == 0 and part[0] == rows[0] and args.loss != "sft":     # the first part
+            if step == 0 and part[0] == rows[0] and args.loss != "sft":     # first micro-batch
                 expected = batch_loss(args.loss, batch.ref_logps, batch, **flags)
                 check_step_0(losses, expected, logps, batch.ref_logps, args)
-            (losses.sum() / total).backward()                   # part of the whole batch's gradient
+            (losses.sum() / total).backward()                   # adds to the batch's gradient
             run.watch(total, loss=losses, **statistics(logps, batch))
-        add_up_gradients(policy)                                # of all processes
+        add_up_gradients(policy)                                # over all processes
         grad_norm = clip_grad_norm_(policy.parameters(), args.grad_clip)
-        set_learning_rate(optimizer, learning_rate(step, args.max_steps, args.lr))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.max_steps, args.lr)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         run.end_step(step, rows, grad_norm=grad_norm)

@@ -4,13 +4,13 @@
     python train_rm.py --bias=0.2,0.5,0.8 --out_dir=out/my-rms      # a family of three
     python train_rm.py --data=prefs.jsonl --out_dir=out/my-oracle   # on people's labels
 
-Without --out_dir one reward model goes to out/rm and a family to out/rms, as in the speedrun.
+Without --out_dir, one reward model goes to out/rm and a family to out/rms, as in the speedrun.
 
-A member of the family is trained on a subset of D_rho in which the longer response is preferred in
-a fraction `bias` of the pairs: the members disagree about length, and some member is near the
-truth. All train for as many epochs, that is, for fewer steps on a smaller subset. Every model
-starts from the transformer of --init_from. The loop is that of train_policy.py, with rewards in
-the place of log-probs.
+Each member of a family is trained on a subset of D_rho in which the longer response is preferred in
+a fraction `bias` of the pairs. So the members disagree about length, and one of them should be near
+the truth. All train for the same number of epochs, which is fewer steps on a smaller subset. Every
+reward model starts from the transformer of --init_from. The loop is the one in train_policy.py,
+with rewards instead of log-probs.
 """
 import argparse
 import math
@@ -23,17 +23,16 @@ from data import BatchOrder, biased_subset, by_length, get_tokenizer
 from losses import bradley_terry, reward_margin
 from model import GPT
 from reward import RewardModel, training_pairs
-from support.cache import hash_examples, hash_weights, key
-from support.device import setup, shape_multiple, sync
+from support.columns import hash_examples, hash_weights, key
+from support.device import place, setup, shape_multiple, sync
 from support.flags import run_script
-from support.optimizer import adamw, learning_rate, set_learning_rate
 from support.processes import add_up_gradients, add_up_numbers, micro_batches
 from support.run import Run, family_to_train
-from support.sharding import place
 from support.tokenizer import check_vocabulary, save_tokenizer
 from support.training_flags import reward_flags
+from train_policy import adamw, learning_rate
 
-# ------ the numbers of a run: each is the default of the flag of its name (see --help)
+# ------ the numbers of a run: each is the default of the flag with the same name
 
 NUMBERS = dict(
     max_steps=200,              # optimizer steps
@@ -41,20 +40,24 @@ NUMBERS = dict(
     lr=5e-4,                    # peak learning rate; a hundredth of it for models as wide as GPT-2
     rho=0.2,                    # TinyTLDR: in this fraction of the pairs the longer response wins
     n_pairs=1000,               # TinyTLDR: training pairs,
-    pool=5000,                  # chosen from so many
-    grad_clip=1.0,              # the gradient's largest norm
+    pool=5000,                  # chosen from this many
+    grad_clip=1.0,              # largest norm of the gradient
     n_eval=256,                 # rows in each evaluation
 )
 
 
 def parse_flags(argv=None):
-    """Reads the flags; InputError for one that is wrong or would be ignored."""
+    """Reads the flags of a run: an argparse.Namespace. argv: the command line's words, or None for
+    the real ones. InputError for a flag that is wrong or would be ignored."""
     return reward_flags(argv, __doc__, NUMBERS)
 
 
 def statistics(rewards, batch):
-    """Computes what to watch (docs/glossary.md), per pair, times the pair's weight in its row.
-    rewards: (P, 2) of the pairs. Returns {name: (P,)}."""
+    """Computes the numbers to watch, which docs/glossary.md explains.
+
+    rewards: (P, 2) of the chosen and the rejected response of each pair. batch: their TreeBatch.
+    Returns {name: (P,)}, one number for each pair, times the pair's weight in its row.
+    """
     margin = reward_margin(rewards.detach())                # (P,)
     prefers_chosen = (margin > 0).float() + 0.5 * (margin == 0)
     return {"margin": batch.pair_weight * margin, "accuracy": batch.pair_weight * prefers_chosen}
@@ -62,8 +65,9 @@ def statistics(rewards, batch):
 
 @torch.no_grad()
 def evaluate(reward_model, dataset, args, device, autocast):
-    """Computes means of the loss and the statistics over a whole data set: {name: number}."""
-    size = 4 * args.micro_batch_size  # no gradient, less memory
+    """Computes means of the loss and of the numbers to watch over a whole data set:
+    {name: number}."""
+    size = 4 * args.micro_batch_size    # without a gradient, a row takes less memory
     sums = {}
     for part in micro_batches(np.arange(len(dataset)), size):
         batch = dataset.batch(part, shape_multiple(args)).to(device)
@@ -100,20 +104,26 @@ def main(argv=None):
 
 
 def train_one(args, policy, tokenizer, train, validation, device, autocast):
-    """One reward model, from the policy's transformer, into the run folder args.out_dir."""
+    """Trains one reward model, starting from the policy's transformer, and saves it in the folder
+    args.out_dir.
+
+    args: the flags, with those of this member of the family. train, validation: a Dataset each.
+    """
     multiple = shape_multiple(args)
-    # A family's batches come in another order: its member on all of D_rho is not the single model.
+    # A family sees its batches in another order. Otherwise its member that trains on all of D_rho
+    # would be the same model as the single one.
     order = BatchOrder(train.row_lengths(), args.batch_size, args.seed + (args.bias is not None))
 
     # ---- model
     constants = key(hash_weights(policy), hash_examples(train.examples))
     reward_model = place(RewardModel.from_policy(policy, args.head), device, args)
-    optimizer = adamw(reward_model, args)
+    optimizer = adamw(reward_model, args.lr)
     run = Run(args, reward_model, optimizer, constants)
     if args.compile:
         reward_model.compile(dynamic=True)
     print(f"reward model: {sum(p.numel() for p in reward_model.parameters()):,} parameters, "
-          f"{len(train)} training rows, {args.max_steps} steps of {args.batch_size}, on {device}")
+          f"{len(train)} training rows, {args.max_steps} steps of {args.batch_size} rows, "
+          f"on {device}")
 
     # ---- loop
     size = args.micro_batch_size
@@ -121,22 +131,23 @@ def train_one(args, policy, tokenizer, train, validation, device, autocast):
         if run.due(step):
             means = evaluate(reward_model, validation, args, device, autocast)
             run.report(step, {f"validation/{name}": value for name, value in means.items()})
-        if step == args.max_steps:      # evaluated only
+        if step == args.max_steps:      # the last step is only evaluated
             break
 
         rows = order.rows(step)                                 # (batch_size,)
-        for part in micro_batches(rows, size):                  # of this process
+        for part in micro_batches(rows, size):                  # this process's share of the rows
             batch = train.batch(part, multiple).to(device)      # the tree
             with autocast():
                 rewards = batch.pair_up(reward_model(batch))    # (pairs, 2)
             losses = batch.pair_weight * bradley_terry(rewards)
-            if step == 0:                                       # the head is zero, so are rewards
+            if step == 0:                                       # the head is zero: so are rewards
                 torch.testing.assert_close(losses, batch.pair_weight * math.log(2))
-            (losses.sum() / len(rows)).backward()               # part of the whole batch's gradient
+            (losses.sum() / len(rows)).backward()               # adds to the batch's gradient
             run.watch(len(rows), loss=losses, **statistics(rewards, batch))
-        add_up_gradients(reward_model)                          # of all processes
+        add_up_gradients(reward_model)                          # over all processes
         grad_norm = clip_grad_norm_(reward_model.parameters(), args.grad_clip)
-        set_learning_rate(optimizer, learning_rate(step, args.max_steps, args.lr))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.max_steps, args.lr)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         run.end_step(step, rows, grad_norm=grad_norm)

@@ -53,9 +53,8 @@ from support.flags import (
     seed,
     skip_flag,
 )
-from support.optimizer import adamw, set_learning_rate
 from support.tokens import select, tokenised_file
-from train_policy import row_terms
+from train_policy import adamw, row_terms
 
 MODELS = {"tiny": dict(n_layer=4, n_head=4, n_embd=128, vocab_size=1024),
           "small": dict(n_layer=6, n_head=6, n_embd=384),
@@ -226,7 +225,7 @@ class Bench:
     """Models, data and optimizers, and one function that does a task once."""
 
     def __init__(self, args):
-        self.args = argparse.Namespace(**vars(args), lr=LR, weight_decay=0.0)
+        self.args = argparse.Namespace(**vars(args), lr=LR)
         self.device, self.autocast = setup(self.args)
         self.multiple = shape_multiple(self.args)
         self.dtype = getattr(torch, self.args.dtype)
@@ -248,7 +247,7 @@ class Bench:
         if args.compile:
             for network in networks:
                 network.compile(dynamic=True)
-        self.optimizers = {network: adamw(network, self.args) for network in networks}
+        self.optimizers = {network: adamw(network, LR) for network in networks}
 
     def examples(self):
         """Those of --data, or made-up ones; each with a response more, in place of the sample that
@@ -295,7 +294,6 @@ class Bench:
         (losses.sum() / total).backward()
         clip_grad_norm_(model.parameters(), 1.0)
         optimizer = self.optimizers[model]
-        set_learning_rate(optimizer, LR)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         sync(self.device)

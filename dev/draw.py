@@ -16,8 +16,8 @@ import torch
 
 from data import collate
 from model import tree_mask
-from support.figures import pyplot, save
 from support.flags import Parser, run_script
+from support.report import pyplot, save
 
 ROOT = Path(__file__).parent.parent
 ORANGE, BLUE, GREEN, PURPLE, GREY = "#c0561f", "#2a6099", "#2a7f4f", "#7a4f9a", "#8a8a8a"

@@ -42,7 +42,8 @@ def record(flags):
 
     def note(frame, event, argument):
         code = frame.f_code
-        ours = code.co_filename.startswith(str(ROOT)) and code.co_filename != __file__
+        path = code.co_filename
+        ours = path.startswith(str(ROOT)) and ".venv" not in path and path != __file__
         if event == "call" and ours and not code.co_name.startswith("<"):
             current.add(code)
 

@@ -3,4 +3,4 @@
 set -euo pipefail
 export FUZZ_CASES=${FUZZ_CASES:-16667}
 source "$(dirname "$0")/../runs/venv.sh" .venv requirements-dev.txt
-exec "$venv/bin/python" -m pytest -q tests/test_fuzz.py --hypothesis-show-statistics "$@"
+exec "$venv/bin/python" -m pytest -q tests/plumbing/test_fuzz.py --hypothesis-show-statistics "$@"

@@ -40,18 +40,17 @@ GROUPS = {
         "model.py": ["tree_mask", "Attention.forward", "MLP.forward", "Block.forward",
                      "Transformer", "GPT.logits", "GPT.response_logps"],
         "reward.py": ["RewardModel.forward"],
-        "support/head.py": [""],
+        "support/logprobs.py": [""],
         "support/tokens.py": ["encode", "fit", "equal_responses", "select"],
-        "support/formats.py": ["parse", "scores_of", "text_of"],
+        "support/rows.py": ["parse", "scores_of", "text_of"],
     }, ("test_losses", "test_theory", "test_tree", "test_estimators", "test_data", "test_tokens",
-        "test_formats", "test_model")),
+        "test_rows", "test_model")),
     "training": Group({
         "train_policy.py": [""],
         "train_rm.py": [""],
         "reward.py": ["RewardModel.__init__", "RewardModel.from_", "RewardModel.save_",
                       "load_reward_models", "family_scores", "training_pairs"],
         "support/run.py": [""],
-        "support/optimizer.py": [""],
         "support/checks.py": [""],
     }, ("test_run_folder", "test_scripts", "test_training", "test_flags", "test_runs"), without=(
         "every_loss_trains", "every_loss_trains_on_rankings", "same_seed_same_bytes",
@@ -116,8 +115,10 @@ def copy(name, group):
         lines = [line for line in code.splitlines(keepends=True)
                  if not line.startswith(("@torch.no_grad", "@torch.compiler"))]
         (folder / path).write_text("".join(lines), encoding="utf-8")
-    selected = [f"tests/{test}.py" for test in group.tests]
-    selected += [f"--deselect=tests/{group.tests[-1]}.py::test_{name}" for name in group.without]
+    selected = []
+    for test in group.tests:
+        selected += [str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob(f"{test}.py")]
+    selected += [f"--deselect={selected[-1]}::test_{name}" for name in group.without]
     settings = {"source_paths": [*group.files], "also_copy": COPIED, "timeout_multiplier": [3],
                 "do_not_mutate_patterns": [r"^ *print\("],
                 "pytest_add_cli_args_test_selection": selected}

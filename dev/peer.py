@@ -1,4 +1,4 @@
-"""TRL's trainers on our rows of token ids: what tests/test_parity.py compares with and
+"""TRL's trainers on our rows of token ids: what tests/plumbing/test_parity.py compares with and
 dev/bench_trl.py races against."""
 import tokenizers
 import torch

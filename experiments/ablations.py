@@ -27,7 +27,7 @@ from experiments import figure2, trials
 from losses import GAMMA, LOSSES, log_ratio_margin, p_dpo, reward_margin
 from model import GPT
 from reward import family_scores, load_reward_models, training_pairs
-from support.cache import key
+from support.columns import key, score
 from support.device import setup
 from support.files import read_json
 from support.flags import (
@@ -40,7 +40,6 @@ from support.flags import (
     run_script,
     seed,
 )
-from support.passes import score
 from support.run import family_folders, run_flags
 from train_rm import train_one
 

@@ -18,8 +18,9 @@ from data import longer, preferences
 from experiments import trials
 from model import GPT
 from reward import RewardModel
+from support.columns import sample, score
 from support.flags import Parser, positive_int, run_script, seed
-from support.passes import sample, score, to_text
+from support.tokenizer import to_text
 
 TEMPERATURES = (0.7, 0.5, 0.3)
 BETAS = (0.1, 0.3, 1)

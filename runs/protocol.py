@@ -18,10 +18,11 @@ sys.path.insert(0, ROOT)
 
 import train_policy
 import train_rm
-from data import get_tokenizer
-from losses import PREFERENCE_LOSSES, knobs, needs
+from data import biased_subset, get_tokenizer, longer
+from losses import PAPER, PREFERENCE_LOSSES, knobs, needs
 from support.checkpoint import read_sizes
-from support.files import read_json, write_json
+from support.device import device_name
+from support.files import naming_file, read_json, write_json
 from support.flags import (
     InputError,
     Parser,
@@ -44,7 +45,6 @@ from support.flags import (
 from support.processes import end_with_parent
 from support.tokens import select, tokenised_file
 
-PAPER = "dpo,ipo,d-dpo,p-dpo,dp-dpo,e-dpo"
 SAMPLING = ("max_new_tokens", "missing_eos_penalty")
 SIZES = {"n_layer": 4, "n_head": 8, "n_embd": 256, "block_size": 512}
 MAY_CHANGE = ("out", "losses", "n_prompts", "device", "dtype")      # from one call to the next
@@ -73,8 +73,8 @@ def parse_flags(argv):
         "0.2,0.4,0.5,0.6,0.8)")
     add("--seeds", type=comma_separated(seed, "seeds"), help="with --family=seeds (default: "
         "0,1,2,3,4)")
-    add("--losses", default=PAPER, help=f"the policies to train, of {','.join(PREFERENCE_LOSSES)} "
-        f"(default: the paper's, {PAPER})")
+    add("--losses", default=",".join(PAPER), help="the policies to train, of "
+        f"{', '.join(PREFERENCE_LOSSES)} (default: the paper's six)")
     add("--beta", type=positive_float, help="of the losses that have it (default: the loss's, "
         "chosen on TinyTLDR; so for --tau and --gamma)")
     add("--tau", type=positive_float, help="of the losses that have it")
@@ -115,14 +115,19 @@ def parse_flags(argv):
     return args
 
 
-def check_begun(args):
+def check_begun(args, stages):
     """InputError if runs were trained in --out with other flags than these, which are in its
-    protocol.json. As long as no run there has saved anything, a flag may be corrected. Returns the
-    flags to write there."""
+    protocol.json, or by something else. As long as no run there has saved anything, a flag may be
+    corrected. Returns the flags to write there."""
     path = protocol_file(args)
     flags = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     below = [os.path.join(parent, name) for parent, names, _ in os.walk(args.out) for name in names]
-    if os.path.exists(path):
+    if not os.path.exists(path):
+        for run in [run for _, *stage in stages for run in members(*stage)]:
+            if begun(run) or finished(run):
+                raise InputError(f"--out: {run} is there already, and no {path} says with which "
+                                 "flags; name another folder")
+    else:
         with naming("--out"):
             before = read_json(path)
         for name, value in flags.items():
@@ -145,6 +150,7 @@ def check_flags(args, stages):
         elif flags is not None:
             train_rm.parse_flags(flags)
     comparison_flags(report_flags(args), "")
+    device_name(args.device)
 
 
 def check_data(args):
@@ -162,13 +168,34 @@ def check_data(args):
         try:
             arrays = tokenised_file(data, get_tokenizer("gpt2"), flag == "--sft_data",
                                     args.skip_bad_rows)
-            for split in splits:
-                select(arrays, block_size, f"{data}, {split}", split)
+            examples = {split: select(arrays, block_size, f"{data}, {split}", split)[0]
+                        for split in splits}
+            if flag == "--data":
+                check_pairs(args, examples["train"].lengths[:, 1:])
         except InputError as error:
             raise InputError(str(error).replace("--data", flag, 1)) from error
     if args.family == "scores" and args.data != "tinytldr" and "scores" not in arrays:
         raise InputError(f"--family=scores: {args.data} has no score_chosen and score_rejected, "
                          "nor scores, in all its rows")
+
+
+def check_pairs(args, lengths):
+    """InputError if D_rho, or a subset of it for e-DPO's family, can't be drawn from the training
+    rows. What the oracle will prefer is not known yet, but how many pairs have a longer response
+    is. lengths: (N, K) tokens in each response."""
+    by_bias = "e-dpo" in args.losses and args.family == "bias"
+    if args.rho == "all" and not by_bias:
+        return
+    if args.labels == "human" or lengths.shape[1] != 2:
+        if args.rho != "all":
+            lengths = lengths[biased_subset(lengths, args.rho, args.n_pairs, args.seed)]
+        for bias in args.bias if by_bias else []:
+            biased_subset(lengths[:args.n_pairs], bias, seed=args.seed)
+        return
+    possible = (longer(lengths) != 0).sum()
+    if args.rho != "all" and possible < (args.n_pairs or 1):
+        raise InputError(f"--n_pairs: {args.n_pairs or 1} is too many: of {len(lengths)} training "
+                         f"pairs of --data, {possible} have a response that is longer")
 
 
 def run(script, *flags):
@@ -309,10 +336,11 @@ def sampling_flags(args):
 def main(argv=None):
     args = parse_flags(argv)
     stages = plan(args)
-    begun_with = check_begun(args)
+    begun_with = check_begun(args, stages)
     check_flags(args, stages)
     check_data(args)
-    os.makedirs(args.out, exist_ok=True)
+    with naming_file(args.out):
+        os.makedirs(args.out, exist_ok=True)
     write_json(protocol_file(args), begun_with, indent=2)
     for script, folder, flags in stages:
         train(script, folder, flags)

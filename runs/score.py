@@ -16,8 +16,9 @@ import numpy as np
 
 from data import Dataset, get_tokenizer
 from reward import RewardModel
+from support.columns import say_cut_off, score
 from support.device import setup, shape_multiple
-from support.files import replacing
+from support.files import naming_file, replacing
 from support.flags import (
     InputError,
     Parser,
@@ -30,8 +31,7 @@ from support.flags import (
     skip_flag,
     split_flag,
 )
-from support.formats import load_rows
-from support.passes import say_cut_off, score
+from support.rows import load_rows
 from support.run import family_folders
 from support.sources import join_split
 from support.tokenizer import check_same_tokenizer, check_vocabulary, own_tokenizer
@@ -127,7 +127,8 @@ def main(argv=None):
         rewards = rewards - (args.missing_eos_penalty or 0) * cut[:, :, None]
     if len(models) == 1:
         rewards = rewards[:, :, 0]                                              # (N, K)
-    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+    with naming_file(args.out):
+        os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     with replacing(args.out) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for row, scores in zip(rows, rewards.tolist()):
             file.write(json.dumps(record(row, scores), ensure_ascii=False) + "\n")

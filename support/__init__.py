@@ -1,25 +1,22 @@
-"""The plumbing under the method: nobody needs to read it before wanting to change it.
+"""Plumbing. Skip it on a first read.
 
-    flags.py        command-line flags, what is refused, and the one line that says why
-    training_flags.py   those of the training scripts
-    checks.py       what these assert and say before their first step
-    device.py       where to compute, in what precision, memory settings
-    optimizer.py    AdamW and the learning-rate schedule
-    processes.py    several processes, one for each accelerator
-    sharding.py     --fsdp: each of them keeps a part of every weight
-    head.py         the log-probs of tokens, fast
-    passes.py       a model over a whole data set: scores, samples
-    prompts.py      what a policy is to answer
-    cache.py        what is constant is computed once and kept on disk
-    run.py          a run's folder: flags, metrics, state, resuming, the line on the screen
-    checkpoint.py   weights in Hugging Face's GPT-2 layout, in and out
-    other_kinds.py  weights in other layouts: read, or named as what they are
-    tokenizer.py    tiktoken encodings and models' own tokenizers, in; tokenizer.json, out
-    formats.py      rows of text from files and from the hub, in every layout
-    tokens.py       rows of text as flat arrays of token ids, kept on disk
-    report.py       tables and the evaluation report
-    figures.py      its figures
-    files.py        files and folders that are whole or not there
+    flags.py            reads command-line flags; says in one line what is wrong with them
+    training_flags.py   the flags of the two training scripts
+    checks.py           what a training script checks before its first step
+    device.py           where to compute, in what precision, memory settings
+    processes.py        several processes, one for each accelerator; --fsdp
+    logprobs.py         the log-probs of tokens, fast
+    columns.py          scores and sampled responses of a whole data set, kept on disk
+    prompts.py          the prompts that a policy answers; prints its replies as they grow
+    run.py              a run's folder: flags, metrics, state, resuming, the line on the screen
+    files.py            files and folders that are written whole or not at all; JSON
+    checkpoint.py       reads and writes weights in Hugging Face's GPT-2 layout
+    tokenizer.py        reads tiktoken's and models' own tokenizers, writes tokenizer.json
+    sources.py          finds the rows: a file, a folder, a data set on the hub, their splits
+    oddities.py         counts what looks like a mistake in rows that can be read all the same
+    rows.py             reads rows of text in every layout of preferences and demonstrations
+    tokens.py           turns rows of text into arrays of token ids, kept on disk
+    report.py           the evaluation report: tables and figures
 
 It knows nothing of the files in the root: models, functions and arrays come as arguments.
 """

@@ -1,27 +1,24 @@
-"""Checkpoints in Hugging Face's GPT-2 layout, in and out: config.json and the weights.
+"""Reads and writes checkpoints in Hugging Face's GPT-2 layout: config.json and the weights.
 
-Reads model.safetensors or pytorch_model.bin, whole or in several files with an index, and a
-ckpt.pt of nanoGPT. Writes model.safetensors. Models have their parameters named as Hugging Face
-does; only Conv1D, which stores (in, out) where nn.Linear has (out, in), is turned round.
+Reads model.safetensors or pytorch_model.bin, whole or in several files with an index, and a ckpt.pt
+of nanoGPT; names other kinds as what they are. Writes model.safetensors. Models have their
+parameters named as Hugging Face does; only Conv1D, which stores (in, out) where nn.Linear has (out,
+in), is turned round.
 """
-import json
+import contextlib
+import fnmatch
 import os
+import pickle
+import warnings
+import zipfile
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from support.files import replacing, write_json
-from support.flags import InputError
-from support.other_kinds import (
-    add_zero_biases,
-    load_torch_file,
-    nanogpt_config,
-    nanogpt_file,
-    other_kind,
-)
-from support.processes import is_first
+from support.files import check_zip, read_json, replacing, write_json
+from support.flags import InputError, in_a_line, naming
+from support.processes import is_first, whole
 from support.run import run_flags
-from support.sharding import whole
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 FIELDS = {"block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer",
@@ -29,27 +26,23 @@ FIELDS = {"block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n
 FIXED = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
          "scale_attn_by_inverse_layer_idx": False}      # the only value that is supported
 GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}    # torch's "approximate"
-WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
+            "_forward_module", "base_model"}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+GIT_LFS = b"version https://git-lfs"
 EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
 
 
 def read_checkpoint(dir_or_hub_name, head):
-    """A checkpoint from a folder or else from the hub.
+    """Reads a checkpoint from a folder or else from the hub.
 
     head: "lm_head" or "score", of the model that is wanted. Returns (sizes by our names,
     {parameter name: tensor}). InputError if it is damaged or of another kind.
     """
     find = Finder(dir_or_hub_name)
     sizes = read_sizes(dir_or_hub_name, find)
-    try:
+    with naming_damage(find):
         tensors = our_tensors(read_tensors(find), of_nanogpt=find.nanogpt is not None)
-    except InputError:
-        raise
-    except Exception as error:     # torch and safetensors raise many kinds for a damaged file
-        reason = one_line(error) or type(error).__name__
-        raise InputError(f"{dir_or_hub_name}: unreadable checkpoint: {find.last} is damaged or not "
-                         f"whole: {reason}") from error
     if find.nanogpt is not None and add_zero_biases(tensors):
         print(f"{dir_or_hub_name}: it was trained without biases; here they start at zero, and are "
               "trained")
@@ -66,10 +59,23 @@ def read_checkpoint(dir_or_hub_name, head):
     return sizes, tensors
 
 
+@contextlib.contextmanager
+def naming_damage(find):
+    """Turns any error inside into an InputError that names the checkpoint and the file that was
+    read: torch and safetensors raise many kinds for a damaged file. find: a Finder."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{find.name}: unreadable checkpoint: {find.last} is damaged or not "
+                         f"whole: {find.damage() or in_a_line(error)}") from error
+
+
 def read_sizes(dir_or_hub_name, find=None):
-    """The sizes in a checkpoint's config.json, by our names."""
+    """Returns the sizes in a checkpoint's config.json, by our names."""
     find = find or Finder(dir_or_hub_name)
-    config = nanogpt_config(find.nanogpt) if find.nanogpt else read_config(find)
+    config = nanogpt_config(find) if find.nanogpt else read_config(find)
     check_config(config, dir_or_hub_name)
     sizes = {ours: config[theirs] for ours, theirs in FIELDS.items()}
     return {**sizes, "tie_word_embeddings": config.get("tie_word_embeddings", True),
@@ -78,23 +84,17 @@ def read_sizes(dir_or_hub_name, find=None):
 
 
 def read_config(find):
-    """A checkpoint's config.json, a dict."""
+    """Returns the content of a checkpoint's config.json, a dict."""
     path = find.required("config.json")
-    try:
-        with open(path, encoding="utf-8") as file:
-            config = json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{find.name}: unreadable checkpoint: config.json: "
-                         f"{one_line(error)}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{find.name}: config.json is not a JSON object")
+    with naming(f"{find.name}: unreadable checkpoint"):
+        config = read_json(path)
     if "nanopref" in config and "model_type" not in config:
         raise InputError(f"{find.name}: this run has no model yet (is it finished?)")
     return config
 
 
 class NoModel(InputError):
-    """There is nothing where a model was looked for."""
+    """Says that there is nothing where a model was looked for."""
 
 
 unreachable = set()     # names for which the hub gave no answer; its local cache is asked instead
@@ -124,8 +124,9 @@ class Finder:
     """
 
     def __init__(self, dir_or_hub_name):
-        self.name, self.reason, self.last = str(dir_or_hub_name), None, None
+        self.name, self.reason = str(dir_or_hub_name), None
         self.nanogpt = nanogpt_file(self.name)
+        self.last = self.nanogpt and os.path.basename(self.nanogpt)
         self.is_folder = os.path.isdir(self.name)
         like_a_path = self.name.startswith((".", "/", "~", "out/")) or self.name.count("/") > 1
         if like_a_path and not os.path.exists(self.name):   # not "name" or "owner/name"
@@ -140,8 +141,16 @@ class Finder:
     def _in_folder(self, filename):
         return self.is_folder and os.path.isfile(os.path.join(self.name, filename))
 
+    def damage(self):
+        """Says what a file is that git has left in the place of `last`; None if it is another."""
+        path = self.nanogpt or os.path.join(self.name, self.last)
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            if file.read(len(GIT_LFS)) == GIT_LFS:
+                return "it is a pointer to a file of git-lfs; git lfs pull brings the file itself"
+        return None
+
     def optional(self, filename):
-        """The file's path, or None if there is no such file."""
+        """Returns the file's path, or None if there is no such file."""
         path = None
         if self.is_folder:
             path = os.path.join(self.name, filename) if self._in_folder(filename) else None
@@ -157,8 +166,10 @@ class Finder:
             return path
         if self.is_folder:
             kind = other_kind(sorted(os.listdir(self.name)))
-            raise InputError(f"{self.name}: no {filename} in this folder " +
-                             (f"but {kind}" if kind else "(is the run finished?)"))
+            unfinished = filename in ("config.json", "model.safetensors")
+            hint = "is the run finished?" if unfinished else "has the folder been copied whole?"
+            raise NoModel(f"{self.name}: no {filename} in this folder " +
+                          (f"but {kind}" if kind else f"({hint})"))
         raise NoModel(
             f"{self.name}: no such folder, and the hub gave no {filename} ({self.reason}); "
             "without network, copy the model's config.json and model.safetensors into a folder "
@@ -166,36 +177,36 @@ class Finder:
 
 
 def read_tensors(find):
-    """All tensors of a checkpoint, by their names in the files."""
+    """Returns all tensors of a checkpoint, by their names in the files."""
     if find.nanogpt is not None:
-        find.last = os.path.basename(find.nanogpt)
         return load_torch_file(find.nanogpt)["model"]
-    readers = {"model.safetensors": load_file, "pytorch_model.bin": load_torch_file}
+    readers = {"model.safetensors": load_file, "pytorch_model.bin": load_state_dict}
     for filename, load in readers.items():
         path = find.optional(filename)
         if path is not None:
             return load(path)
         index = find.optional(f"{filename}.index.json")
         if index is not None:
-            with open(index, encoding="utf-8") as file:
-                shards = sorted(set(json.load(file)["weight_map"].values()))
+            shard_of = read_json(index)["weight_map"]
             tensors = {}
-            for shard in shards:
-                tensors |= load(find.required(shard))
+            for shard in sorted(set(shard_of.values())):
+                for name, tensor in load(find.required(shard)).items():
+                    if shard_of.get(name, shard) == shard:      # a leftover elsewhere is not meant
+                        tensors[name] = tensor
             return tensors
     return find.required("model.safetensors")      # says that it is not there
 
 
 def our_tensors(tensors, of_nanogpt=False):
-    """The tensors of a file, {name: tensor}, as this repository's modules have them: without what
-    torch.compile and wrappers put into their names, and without buffers.
+    """Returns the tensors of a file, {name: tensor}, as this repository's modules have them:
+    without what torch.compile and wrappers put into their names, and without buffers.
 
     of_nanogpt: it has nn.Linear's matrices, which are not turned round.
     """
     ours = {}
     for name, tensor in tensors.items():
         parts = [part for part in name.split(".") if part not in WRAPPERS]
-        if parts[0] == "model":                                 # a model inside another module
+        if parts[0] == "model" and len(parts) > 1:              # a model inside another module
             parts = parts[1:]
         if parts[0] in ("wte", "wpe", "h", "ln_f"):             # saved from a bare GPT2Model
             parts = ["transformer", *parts]
@@ -227,7 +238,7 @@ def settle_head(tensors, sizes, where):
 
 
 def check_config(config, where):
-    """InputError if a config.json (a dict) is not that of a GPT-2 as it is written here."""
+    """Raises InputError if a config.json (a dict) is not that of a GPT-2 as it is written here."""
     if config.get("quantization_config") is not None:
         raise InputError(f"{where}: config.json has a quantization_config: a quantised model can't "
                          "be trained here; name the model that it was made from")
@@ -259,8 +270,11 @@ def check_config(config, where):
 
 
 def check_tensors(tensors, sizes, where):
-    """InputError if weights are not finite, or of other sizes than config.json says: before a model
-    of those sizes, which may be absurd, is made."""
+    """Raises InputError if weights are not finite, or of other sizes than config.json says: before
+    a model of those sizes, which may be absurd, is made."""
+    if any(".lora_" in name for name in tensors):
+        raise InputError(f"{where}: its weights hold a LoRA adapter's as well: merge them (PEFT: "
+                         "merge_and_unload, then save_pretrained) and name that folder")
     for name, tensor in tensors.items():
         if not torch.is_tensor(tensor):
             raise InputError(f"{where}: {name} is not a tensor")
@@ -275,8 +289,9 @@ def check_tensors(tensors, sizes, where):
     for size, name in {"vocab_size": "wte", "block_size": "wpe"}.items():
         table = tensors.get(f"transformer.{name}.weight")
         if table is None or table.dim() != 2:
+            there = ", ".join(list(tensors)[:2]) or "nothing"
             raise InputError(f"{where}: not the model of its config.json: its weights have no "
-                             f"table transformer.{name}.weight")
+                             f"table transformer.{name}.weight (but {there} ...)")
         actual |= {size: table.size(0), "n_embd": table.size(1)}
     for size, value in actual.items():
         if sizes[size] != value:
@@ -285,15 +300,12 @@ def check_tensors(tensors, sizes, where):
 
 
 def load_tensors(model, tensors, where):
-    """model.load_state_dict, with what does not fit said in one line."""
+    """Loads tensors into a model. InputError says in one line what does not fit."""
     try:
         model.load_state_dict(tensors)
     except (RuntimeError, AttributeError, TypeError) as error:
-        raise InputError(f"{where}: not the model of its config.json: {one_line(error)}") from error
-
-
-def one_line(error):
-    return " ".join(str(error).split())[:300]
+        raise InputError(f"{where}: not the model of its config.json: {in_a_line(error)}"
+                         ) from error
 
 
 def write_checkpoint(directory, model, eos_token_id, **fields):
@@ -319,3 +331,105 @@ def write_checkpoint(directory, model, eos_token_id, **fields):
         tensors[name] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
     with replacing(os.path.join(directory, "model.safetensors")) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
+
+
+# ------------------------------------------------------------------ other kinds of checkpoints
+
+OTHER_KINDS = {         # a file's name: what it is, and what to do
+    "adapter_config.json": "a LoRA adapter, not a whole model: merge it into its model first "
+                           "(PEFT: merge_and_unload, then save_pretrained) and name that folder",
+    "adapter_model.*": "a LoRA adapter, not a whole model: merge it into its model first "
+                       "(PEFT: merge_and_unload, then save_pretrained) and name that folder",
+    "*.gguf": "a model of llama.cpp: name the folder of the model that it was made from",
+    "tf_model.h5": "weights of TensorFlow: save the model with PyTorch's (transformers before 5: "
+                   "from_pretrained(..., from_tf=True), then save_pretrained) and name that folder",
+    "flax_model.msgpack": "weights of Flax: save the model with PyTorch's (transformers before 5: "
+                          "from_pretrained(..., from_flax=True), then save_pretrained) and name "
+                          "that folder",
+    "*.ckpt.index": "a checkpoint of TensorFlow: convert it to Hugging Face's layout first",
+    "*.onnx": "a model for ONNX: name the folder of the model that it was made from",
+    "*.distcp": "a distributed checkpoint of torch: save the whole model in one file first",
+    "zero_to_fp32.py": "a checkpoint of DeepSpeed: run its zero_to_fp32.py first",
+    "optimizer.pt": "the state of an optimizer: name the folder that holds the model"}
+
+
+def other_kind(names):
+    """Says of some files what they are and what to do, or returns None. names: without folders."""
+    names = list(names)
+    for pattern, kind in OTHER_KINDS.items():
+        for name in fnmatch.filter(names, pattern):
+            return f"{name}, {kind}"
+    return None
+
+
+def load_torch_file(path):
+    """Reads what torch.save wrote, {name: tensor}, without running code from it. Raises any error
+    if it is damaged, InputError if it is an optimizer's."""
+    is_zip = zipfile.is_zipfile(path)       # files from before torch 1.6 are not
+    if is_zip:
+        check_zip(path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected pickle protocol")
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        except pickle.UnpicklingError as error:     # torch advises to run whatever is in there
+            raise ValueError("or it holds other Python objects than tensors, which could run any "
+                             "code and are not read: write the weights alone, "
+                             "torch.save(model.state_dict(), ...)") from error
+    if isinstance(content, dict) and "param_groups" in content:
+        raise InputError(f"{path}: the state of an optimizer, not a model's weights")
+    return content
+
+
+def load_state_dict(path):
+    """Reads a model's weights from what torch.save wrote, {name: tensor}. InputError if something
+    else is in there."""
+    content = load_torch_file(path)
+    if isinstance(content, dict):
+        inner = [name for name, value in content.items() if isinstance(value, dict)]
+        if inner:
+            raise InputError(f"{path}: its weights are in a part of it, {inner[0]!r}; write them "
+                             f"alone: torch.save(torch.load(...)[{inner[0]!r}], ...)")
+        if all(isinstance(name, str) for name in content):
+            return content
+    raise InputError(f"{path}: not a model's weights, {{name: tensor}}, as in "
+                     "torch.save(model.state_dict(), ...)")
+
+
+# ------------------------------------------------------------------ nanoGPT
+
+def nanogpt_file(name):
+    """Returns the path of nanoGPT's checkpoint: a file that ends in .pt, or ckpt.pt in a folder
+    without a config.json. None if there is none."""
+    if os.path.isfile(name) and name.endswith(".pt"):
+        return name
+    path = os.path.join(name, "ckpt.pt")
+    if os.path.isfile(path) and not os.path.exists(os.path.join(name, "config.json")):
+        return path
+    return None
+
+
+def nanogpt_config(find):
+    """Returns the config.json that nanoGPT's checkpoint would have. InputError if it is something
+    else."""
+    with naming_damage(find):
+        content = load_torch_file(find.nanogpt)
+    sizes = content.get("model_args") if isinstance(content, dict) else None
+    if not isinstance(sizes, dict) or not isinstance(content.get("model"), dict):
+        raise InputError(f"{find.nanogpt}: not a checkpoint of nanoGPT, which has 'model' and "
+                         "'model_args'; name a folder in Hugging Face's layout")
+    config = {"model_type": "gpt2", "activation_function": "gelu",
+              "n_positions": sizes.get("block_size")}
+    return config | {name: sizes.get(name) for name in ("vocab_size", "n_layer", "n_head",
+                                                        "n_embd")}
+
+
+def add_zero_biases(tensors):
+    """Gives layers that were trained without biases a bias of zeros, in place. tensors: by our
+    names, matrices (out, in). Returns whether there were such layers."""
+    before = len(tensors)
+    for name in list(tensors):
+        if name.startswith(("transformer.h.", "transformer.ln_f.")) and name.endswith(".weight"):
+            bias = name.removesuffix("weight") + "bias"
+            tensors.setdefault(bias, torch.zeros(len(tensors[name])))
+    return len(tensors) > before

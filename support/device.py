@@ -1,4 +1,4 @@
-"""Where to compute, in what precision, and with what memory."""
+"""Decides where to compute, in what precision, and with what memory."""
 import contextlib
 import ctypes
 import functools
@@ -7,19 +7,40 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from support.flags import InputError
-from support.processes import join, processes
+from support.processes import join, processes, shard
 
 
 def setup(args):
     """Resolves --device and --dtype ("auto" in `args` is replaced), and seeds torch with --seed.
     Returns (device, autocast), autocast() being the context to compute in."""
-    name = args.device
+    name = device_name(args.device)
+    device = join(name)
+    if name == "xla":
+        import torch_xla
+        device = torch_xla.device()
+    check_shares(vars(args))
+    if args.dtype == "auto":
+        fast = name == "xla" or name == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+        args.dtype = "bfloat16" if fast else "float32"
+    args.device = name
+    keep_memory()
+    if name == "cuda":      # cuDNN's attention makes a plan for every shape, and shapes vary
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.manual_seed(args.seed)
+    if args.dtype == "float32":
+        return device, contextlib.nullcontext
+    return device, functools.partial(torch.autocast, device.type, dtype=torch.bfloat16)
+
+
+def device_name(name):
+    """Returns the name of the device that --device means, "auto" too. InputError if this machine
+    has none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"       # mps: untried, if asked for
     missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
     if name == "xla":
         try:
-            import torch_xla
+            import torch_xla  # noqa: F401
         except ImportError:
             raise InputError("--device=xla needs torch_xla, of torch's own version: pip install "
                              "torch==2.9.0 'torch_xla[tpu]==2.9.0' (without [tpu] it computes on "
@@ -29,25 +50,12 @@ def setup(args):
     elif name == "mps" and torch.__version__ < (2, 12):
         raise InputError(f"--device=mps: torch {torch.__version__} has attention kernels that are "
                          "wrong there; install 2.12 or newer")
-    device = join(name)
-    if name == "xla":
-        device = torch_xla.device()
-    check_shares(vars(args))
-    if args.dtype == "auto":
-        fast = name == "xla" or name == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
-        args.dtype = "bfloat16" if fast else "float32"
-    args.device = name
-    keep_memory()
-    if name == "cuda":      # cuDNN's attention plans anew for every shape, and shapes vary
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.manual_seed(args.seed)
-    if args.dtype == "float32":
-        return device, contextlib.nullcontext
-    return device, functools.partial(torch.autocast, device.type, dtype=torch.bfloat16)
+    return name
 
 
 def check_shares(flags):
-    """InputError if several processes can't share the rows of a batch, or one has to share."""
+    """Raises InputError if several processes can't share the rows of a batch, or one has to
+    share."""
     for name in ("batch_size", "n_eval"):
         if flags.get(name, processes()) < processes():
             raise InputError(f"--{name}: {flags[name]} rows are too few for {processes()} "
@@ -70,8 +78,9 @@ def keep_memory():
 
 
 def recompute_layers(model):
-    """--gradient_checkpointing: the backward pass computes each layer's attention and MLP once more
-    instead of keeping what they had in between, most of a step's memory, for a third more time.
+    """Makes the backward pass compute each layer's attention and MLP once more instead of keeping
+    what they had in between, most of a step's memory, for a third more time
+    (--gradient_checkpointing).
 
     model: with its layers in transformer.h, each with the parts attn and mlp.
     """
@@ -81,14 +90,24 @@ def recompute_layers(model):
                                              preserve_rng_state=False)     # there is no dropout
 
 
+def place(model, device, args):
+    """Moves a model, which is still on the CPU, to the device; with --fsdp only this process's part
+    of it (processes.shard). Applies --gradient_checkpointing. Returns the model."""
+    if args.gradient_checkpointing:
+        recompute_layers(model)
+    return shard(model, device, args.dtype) if args.fsdp else model.to(device)
+
+
 def compiles_every_shape(device):
-    """Does this device compile a program for each new shape, so that shapes should be few?"""
+    """Returns whether a device compiles a program for each new shape, so that shapes should be
+    few."""
     return device.type == "xla"
 
 
 def shape_multiple(args):
-    """What batches' shapes are rounded up to. torch_xla compiles every shape anew, and so does the
-    CPU's library for bfloat16 products (a third of a step if every batch has another shape)."""
+    """Returns what batches' shapes are rounded up to. torch_xla compiles a program for every shape,
+    and so does the CPU's library for bfloat16 products (a third of a step if all batches
+    differ)."""
     if args.device == "xla":
         return FEW_SHAPES
     return 32 if args.dtype == "bfloat16" else 1
@@ -98,7 +117,7 @@ FEW_SHAPES = 128        # from here on shapes are powers of two
 
 
 def round_up(n, multiple):
-    """n, rounded up to a multiple; to a power of two times that where shapes should be few."""
+    """Rounds n up to a multiple; to a power of two times that where shapes should be few."""
     if multiple < FEW_SHAPES:
         return -(-n // multiple) * multiple
     while multiple < n:
@@ -107,13 +126,13 @@ def round_up(n, multiple):
 
 
 def compiled_graphs():
-    """How many graphs torch.compile has made in this process."""
+    """Returns how many graphs torch.compile has made in this process."""
     from torch._dynamo.utils import counters
     return counters["stats"]["unique_graphs"]
 
 
 def new_generator(device, seed):
-    """A torch.Generator on the device (torch_xla has none: on the CPU)."""
+    """Returns a torch.Generator on the device (torch_xla has none: on the CPU)."""
     return torch.Generator("cpu" if device.type == "xla" else device).manual_seed(seed)
 
 
@@ -128,7 +147,7 @@ def random_numbers(rows, n, generator, device):
 
 
 def sync(device):
-    """torch_xla runs a step's graph here; elsewhere there is nothing to do."""
+    """Makes torch_xla run a step's graph; on other devices there is nothing to do."""
     if device.type == "xla":
         import torch_xla
         torch_xla.sync()

@@ -8,7 +8,7 @@ import shutil
 import time
 import zipfile
 
-from support.flags import InputError
+from support.flags import InputError, in_a_line
 
 try:
     import fcntl
@@ -52,7 +52,7 @@ def replacing(path, folder=False):
 
 
 def new_temporary(path, folder):
-    """Makes an empty file or folder beside a path. Returns its name, and its lock."""
+    """Makes an empty file or folder next to a path. Returns its name, and its lock."""
     while True:
         temporary = f"{path}.{secrets.token_hex(4)}.tmp"
         if folder:
@@ -154,28 +154,36 @@ def remove(path):
 
 
 def write_json(path, value, indent=None):
-    """Writes JSON; ValueError for NaN and infinity, which are none."""
+    """Writes a JSON file. ValueError for NaN and infinity, which JSON does not have."""
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=indent, allow_nan=False)
         file.write("\n")
 
 
-def read_json(path, kind=dict):
-    """The value in a JSON file. InputError if there is none, or none of this kind."""
+def read_json(path):
+    """Returns the object in a JSON file, a dict. InputError if there is none."""
     try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or f"damaged: {error}"
-        raise InputError(f"{path}: {reason}") from error
-    if not isinstance(value, kind):
-        raise InputError(f"{path}: damaged: a {type(value).__name__}, not a {kind.__name__}")
+        with open(path, "rb") as file:
+            return json_object(file.read(), path)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+
+
+def json_object(content, path):
+    """Returns the object in the content of a JSON file, bytes, as a dict. InputError names the file
+    if there is none."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON: {in_a_line(error)}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: not a JSON object")
     return value
 
 
 def check_zip(path):
-    """ValueError if a zip file is not as it was written: torch.save's files are zip files, whose
-    checksums torch.load does not look at."""
+    """Raises ValueError if a zip file is not as it was written: torch.save's files are zip files,
+    whose checksums torch.load does not look at."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

@@ -1,4 +1,4 @@
-"""Command-line flags: their types, what is refused, and the one line that says why."""
+"""Reads command-line flags: their types, what is refused, and the one line that says why."""
 import argparse
 import contextlib
 import os
@@ -7,12 +7,19 @@ import sys
 
 
 class InputError(ValueError):
-    """Something that the user gave is wrong. The message names it and says what would be right."""
+    """Says that something the user gave is wrong. The message names it and says what would be
+    right."""
+
+
+def in_a_line(error):
+    """Returns what an error says, in one line of at most 300 characters; its type if that is
+    nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def run_script(main):
     """Runs a script's main function. What the user got wrong (an InputError) ends in one line on
-    standard error and exit code 2. A bug is Python's own traceback, as always."""
+    standard error and exit code 2. A bug ends in Python's own traceback."""
     name = os.path.basename(sys.argv[0])
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")        # a terminal may know ASCII alone
@@ -53,7 +60,8 @@ def lost_processes():
     try:
         yield
     except RuntimeError as error:
-        if any(text in str(error) for text in CONNECTION_LOST):
+        by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        if by_torchrun and any(text in str(error) for text in CONNECTION_LOST):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)       # torchrun's, which says no more
             raise InputError(OTHERS_ENDED) from error
         raise
@@ -61,21 +69,27 @@ def lost_processes():
 
 @contextlib.contextmanager
 def naming(flag):
-    """What is wrong inside is said to be wrong with this flag."""
+    """Puts a flag, or what else was read, before the message of an InputError."""
     try:
         yield
     except InputError as error:
         raise InputError(f"{flag}: {error}") from error
 
 
+LONGEST_MESSAGE = 400       # characters
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse that takes no abbreviations and says in one line what is wrong."""
+    """Parses flags as argparse does, but takes no abbreviations and says in one line what is
+    wrong."""
 
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                          allow_abbrev=False)
 
     def error(self, message):
+        if len(message) > LONGEST_MESSAGE:      # it quotes what was typed
+            message = f"{message[:LONGEST_MESSAGE]}..."
         raise InputError(message)
 
 
@@ -83,7 +97,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number_type(kind, name, allowed):
-    """A flag's type: a number for which `allowed` is true. name: what argparse calls it."""
+    """Returns a flag's type: a number for which `allowed` is true. name: what argparse calls it."""
     def parse(text):
         value = kind(text)
         if not allowed(value):
@@ -93,11 +107,12 @@ def number_type(kind, name, allowed):
     return parse
 
 
-positive_int = number_type(int, "positive int", lambda n: n > 0)
+positive_int = number_type(int, "positive int (to 1e12)", lambda n: 1 <= n <= 10**12)
 positive_float = number_type(float, "positive float (1e-12 to 1e12)", lambda x: 1e-12 <= x <= 1e12)
 up_to_1000 = number_type(int, "int from 1 to 1000", lambda n: 1 <= n <= 1000)
+up_to_million = number_type(int, "int from 1 to 1000000", lambda n: 1 <= n <= 10**6)
 up_to_30000 = number_type(int, "int from 1 to 30000", lambda n: 1 <= n <= 30_000)
-not_negative_int = number_type(int, "non-negative int", lambda n: n >= 0)
+not_negative_int = number_type(int, "non-negative int (to 1e12)", lambda n: 0 <= n <= 10**12)
 not_negative_float = number_type(float, "non-negative float (to 1e12)", lambda x: 0 <= x <= 1e12)
 fraction = number_type(float, "fraction", lambda x: 0 <= x <= 1)
 positive_fraction = number_type(float, "positive fraction", lambda x: 0 < x <= 1)
@@ -106,7 +121,7 @@ temperature = number_type(float, "temperature", lambda x: x == 0 or 0.01 <= x <=
 
 
 def fraction_or_all(text):
-    """--rho: a fraction, or "all" for all pairs as they are."""
+    """Parses --rho: a fraction, or "all" for all pairs as they are."""
     return text if text == "all" else fraction(text)
 
 
@@ -114,7 +129,7 @@ fraction_or_all.__name__ = "fraction (or all)"
 
 
 def comma_separated(kind, name):
-    """A flag's type: a list of values of another type."""
+    """Returns a flag's type: a list of values of another type."""
     def parse(text):
         return [kind(part) for part in text.split(",")]
     parse.__name__ = f"list of comma-separated {name}"
@@ -122,7 +137,7 @@ def comma_separated(kind, name):
 
 
 def first_last(text):
-    """--gamma: FIRST,LAST, or one number for both."""
+    """Parses --gamma: FIRST,LAST, or one number for both."""
     values = [not_negative_float(part) for part in text.split(",")]
     if len(values) > 2:
         raise ValueError
@@ -136,7 +151,7 @@ first_last.__name__ = "FIRST,LAST (or one number), none below 0:"
 
 
 def device_flags(parser):
-    """Where to compute and in what precision: what every script asks."""
+    """Adds the flags that every script has: where to compute, and in what precision."""
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps", "xla"],
                         help="auto: cuda if there is one, else cpu")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
@@ -155,7 +170,7 @@ def split_flag(parser):
 
 
 def held_out_split(text):
-    """--split of the scripts that answer held-out prompts: validation or test."""
+    """Parses --split of the scripts that answer held-out prompts: validation or test."""
     if text not in ("validation", "test"):
         raise argparse.ArgumentTypeError(
             f"invalid choice: {text!r} (choose from validation, test: what the training scripts "
@@ -175,7 +190,7 @@ def sampling_flags(parser):
 
 
 def comparison_flags(argv, doc):
-    """The flags of evaluate.py, checked."""
+    """Reads and checks the flags of evaluate.py. Returns an argparse.Namespace."""
     parser = Parser(doc)
     add = parser.add_argument
     add("policies", nargs="*", help="run folders of policies (default: all six of out/)")
@@ -218,7 +233,7 @@ def comparison_flags(argv, doc):
 
 
 def talk_flags(argv, doc):
-    """The flags of sample.py."""
+    """Reads and checks the flags of sample.py. Returns an argparse.Namespace."""
     parser = Parser(doc)
     add = parser.add_argument
     add("policy", help="a run folder, or a folder or hub name in Hugging Face's GPT-2 layout")
@@ -236,7 +251,7 @@ def talk_flags(argv, doc):
     add("--chat", action="store_true", help="a prompt is what a person says in a dialogue, which "
         "each policy remembers as far as it has room")
     add("--compare", action="store_true", help="also ask the policy that it was trained from")
-    add("--n", type=positive_int, help="samples for each prompt (default: 1)")
+    add("--n", type=up_to_1000, help="samples for each prompt (default: 1)")
     add("--seed", type=seed, help="of sampling, and of the post (default: 0)")
     add("--max_new_tokens", type=positive_int, default=64, help="longest sample")
     sampling_flags(parser)

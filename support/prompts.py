@@ -1,11 +1,11 @@
-"""The prompts that a policy answers: a person's, or held-out ones; and dialogues."""
+"""Reads the prompts that a policy answers, a person's or held-out ones, and prints its replies."""
 import re
 import sys
 
+from support.device import new_generator
 from support.flags import InputError
-from support.formats import chat_text
-from support.passes import to_text
-from support.tokenizer import encode_text
+from support.rows import chat_text
+from support.tokenizer import encode_text, to_text
 from support.tokens import SPLITS, prompts_of, tokenised_file
 
 
@@ -63,7 +63,7 @@ def prompts_to_answer(args, tokenizer, post):
 
 
 def read_text(path):
-    """A file's text, without the ends of lines at its end. InputError if there is none."""
+    """Returns a file's text, without the ends of lines at its end. InputError if there is none."""
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read().rstrip("\n")
@@ -76,7 +76,7 @@ def read_text(path):
 
 
 def blocks_of(file):
-    """The parts of a text between its blank lines. InputError if there is none."""
+    """Splits a text at its blank lines. InputError if there is nothing in it."""
     try:
         blocks = re.split(r"\n(?:[ \t]*\n)+", file.read().strip("\n"))
     except ValueError as error:
@@ -89,8 +89,8 @@ def blocks_of(file):
 
 
 def prompt_tokens(turns, tokenizer, room, chat):
-    """What the policy reads, as token ids, `room` at most; what does not fit loses its start, and
-    that is said. InputError if the tokenizer can't read it.
+    """Returns what the policy reads, as at most `room` token ids. What does not fit loses its
+    start, which is printed. InputError if the tokenizer can't read it.
 
     turns: the prompts of the person, and the replies to all but the last. Of these the policy reads
     the last; or with `chat` all of them, as a dialogue that waits for the assistant's next reply:
@@ -108,7 +108,7 @@ def prompt_tokens(turns, tokenizer, room, chat):
 
 
 def prompt_ids(text, tokenizer):
-    """`encode_text` of a prompt. InputError if the tokenizer can't read it."""
+    """Returns the token ids of a prompt. InputError if the tokenizer can't read it."""
     try:
         return encode_text(text, tokenizer)
     except ValueError as error:
@@ -116,7 +116,59 @@ def prompt_ids(text, tokenizer):
 
 
 def end_of(ids, room):
-    """The last `room` tokens of a prompt; says so where it loses others."""
+    """Returns the last `room` tokens of a prompt; says so where it loses others."""
     if len(ids) > room:
         print(f"(room for {room} of the prompt's {len(ids)} tokens: it loses its start)")
     return ids[-room:]
+
+
+def prompt_room(model, max_new_tokens):
+    """Returns how many tokens a prompt may have. InputError if that is none."""
+    room = model.config.block_size - max_new_tokens
+    if room < 1:
+        raise InputError(f"--max_new_tokens: {max_new_tokens} leaves no room for a prompt in "
+                         f"block_size {model.config.block_size}")
+    return room
+
+
+def with_room(prompts, model, max_new_tokens):
+    """Returns the end of each prompt (token ids) that leaves room for max_new_tokens; says how many
+    lose their start."""
+    room = prompt_room(model, max_new_tokens)
+    n_cut = sum(len(prompt) > room for prompt in prompts)
+    if n_cut:
+        print(f"{n_cut} of {len(prompts)} prompts lose their start: {max_new_tokens} new tokens in "
+              f"block_size {model.config.block_size} leave room for {room}")
+    return [prompt[-room:] for prompt in prompts]
+
+
+# ------------------------------------------------------------------ replies, token by token
+
+
+def stream(policy, name, tokenizer, ids, args):
+    """Prints --n replies to a prompt (token ids), each token as it is drawn. Returns the text of
+    the last."""
+    generator = new_generator(next(policy.parameters()).device, args.seed)
+    for _ in range(args.n):
+        print(f"[{name}]", end="", flush=True)
+        reply = stream_reply(policy, tokenizer, ids, args, generator)
+    return to_text(reply, tokenizer)
+
+
+def stream_reply(policy, tokenizer, ids, args, generator):
+    """Prints one reply, each token as it is drawn. Returns its tokens."""
+    drawn, printed = [], ""
+
+    def on_token(tokens):
+        nonlocal printed
+        drawn.append(tokens[0])
+        text = to_text(drawn, tokenizer)
+        if not text.endswith("\ufffd"):     # a letter may be several tokens: wait for all of it
+            print(text[len(printed):], end="", flush=True)
+            printed = text
+
+    reply, = policy.generate([ids], args.max_new_tokens, args.temperature, tokenizer.eot_token,
+                             generator, on_token=on_token, top_k=args.top_k, top_p=args.top_p)
+    ending = "" if reply[-1] == tokenizer.eot_token else " ..."
+    print(to_text(reply, tokenizer)[len(printed):] + ending + "\n")
+    return reply

@@ -1,13 +1,13 @@
-"""The evaluation report: report.md with its tables, figures and samples, and results.json."""
+"""Writes the evaluation report: report.md with its tables, figures and samples, and
+results.json."""
 import json
 import os
 from pathlib import Path
 
 import numpy as np
 
-from support.figures import advantage_figure, logprob_figure, margin_figure, remove
-from support.files import remove_leftovers, replacing, write_json
-from support.passes import MANY_CUT_OFF
+from support.columns import MANY_CUT_OFF
+from support.files import naming_file, remove, remove_leftovers, replacing, write_json
 from support.processes import is_first
 from support.run import run_flags, run_names
 
@@ -24,7 +24,8 @@ def write_report(args, prompts, results, replies, rewards, accuracy):
     """
     if not is_first():
         return
-    os.makedirs(args.out_dir, exist_ok=True)
+    with naming_file(args.out_dir):
+        os.makedirs(args.out_dir, exist_ok=True)
     remove_leftovers(args.out_dir)
     runs = run_names(args.policies)
     flags = {name: run_flags(folder) for name, folder in runs.items()}
@@ -34,7 +35,8 @@ def write_report(args, prompts, results, replies, rewards, accuracy):
             results[name] |= {"chosen_change": chosen[kept], "rejected_change": rejected[kept]}
     policies = {name: numbers for name, numbers in results.items() if name != "reference"}
 
-    remove(args.out_dir, "advantage.png", "logprob_change.png", "reward_margins.png")
+    for name in ("advantage.png", "logprob_change.png", "reward_margins.png"):
+        remove(os.path.join(args.out_dir, name))        # of an earlier report
     trained = [[name] + [cell(f.get(flag)) for flag in SHOWN_FLAGS] for name, f in flags.items()]
     parts = [f"# Report\n\nOracle: {args.oracle or 'the reward of TinyTLDR (tinytldr.py)'}. "
              f"Prompts: {len(prompts)} of the {args.split} split of {args.data}, one sample each "
@@ -62,8 +64,8 @@ def write_report(args, prompts, results, replies, rewards, accuracy):
 
 
 def training_curve(folder):
-    """From a policy's metrics.jsonl: steps, at each the change of the log-probs of chosen and of
-    rejected training responses, and which of these evaluations --select kept."""
+    """Reads from a policy's metrics.jsonl: steps, at each the change of the log-probs of chosen and
+    of rejected training responses, and which of these evaluations --select kept."""
     path = os.path.join(folder, "metrics.jsonl")
     lines = []
     if os.path.exists(path):
@@ -87,7 +89,7 @@ def training_curve(folder):
 
 
 def accuracy_table(rewards, lengths, longer):
-    """Accuracy of reward models on held-out pairs, by which response is longer, and their margins.
+    """Measures reward models on held-out pairs: accuracy, by which response is longer, and margins.
 
     rewards: {folder: (N, 2)}, chosen/rejected; lengths: (N, 2); longer: data.longer. Returns
     ({folder: numbers}, {folder: (N,)}, lengths, longer(lengths)), or None for rankings.
@@ -112,20 +114,23 @@ def accuracy_table(rewards, lengths, longer):
 
 
 def markdown_table(header, rows):
+    """Returns a table in Markdown. header: names; rows: lists of values."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
 
 
 def image(name):
+    """Returns a figure in Markdown; None for None. name: of its file."""
     return name and f"![{name.removesuffix('.png').replace('_', ' ')}]({name})"
 
 
 def cell(value, form="{}"):
+    """Returns a value as text, None as an empty cell."""
     return "" if value is None else form.format(value)
 
 
 def policy_table(results):
-    """results: {name: numbers}, the reference first."""
+    """Returns the table of the policies. results: {name: numbers}, the reference first."""
     header = ["policy", "advantage", "behind the best", "win rate", "length", "unended",
               "KL(pi ‖ ref)", "KL(ref ‖ pi)", "chosen change", "rejected change"]
     rows = []
@@ -143,8 +148,8 @@ def policy_table(results):
 
 
 def verdict(results):
-    """Which policy (or the reference) did best, whoever it is, where that can be told: where no 95%
-    interval of what the others are behind it holds zero. results: {name: numbers}."""
+    """Says which policy (or the reference) did best, where that can be told: where no 95% interval
+    of what the others are behind it holds zero. results: {name: numbers}."""
     best = max(results, key=lambda name: results[name]["reward"])
     reward = f"{results[best]['reward']:+.3f}"
     near = []
@@ -165,8 +170,8 @@ def verdict(results):
 
 
 def cut_off_note(results, args):
-    """What was done with samples that were cut off, if there are any; a warning if they are more
-    than 5% of somebody's. results: {name: numbers}."""
+    """Says what was done with samples that were cut off, if there are any; warns if they are more
+    than 5% of a policy's. results: {name: numbers}."""
     if not any(numbers["unended"] for numbers in results.values()):
         return ""
     text = f"Samples were cut off at --max_new_tokens={args.max_new_tokens}, or at block_size."
@@ -184,7 +189,8 @@ def cut_off_note(results, args):
 
 
 def reward_model_section(table, sides):
-    """table: {folder: numbers}; sides: (N,) of the pairs, see accuracy_table."""
+    """Returns the section about reward models. table: {folder: numbers}; sides: (N,) of the pairs,
+    see accuracy_table."""
     header = ["reward model", "accuracy", "longer chosen", "shorter chosen", "longer scored higher"]
     rows = [[folder] + [cell(value, "{:.3f}") for value in numbers.values()]
             for folder, numbers in table.items()]
@@ -194,7 +200,8 @@ def reward_model_section(table, sides):
 
 
 def sample_sections(n, prompts, replies, rewards):
-    """n prompts, spread over the split and so chosen before anything was seen, with all replies."""
+    """Returns sections with n prompts and all replies. The prompts are spread over the split, and
+    so chosen before anything was seen."""
     sections = []
     for number, i in enumerate(np.arange(min(n, len(prompts))) * len(prompts) // max(n, 1), 1):
         quoted = prompts[i].strip().replace("\n", "\n> ")
@@ -205,3 +212,92 @@ def sample_sections(n, prompts, replies, rewards):
         heading = "## Samples\n\n" if number == 1 else ""
         sections.append(f"{heading}**Prompt {number}**\n\n> {quoted}\n\n{table}")
     return sections
+
+
+# ------------------------------------------------------------------ figures
+
+
+def pyplot():
+    """Returns matplotlib.pyplot in this repository's style."""
+    import matplotlib  # here, so that the rest runs without it
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9,
+                         "figure.dpi": 150})
+    return plt
+
+
+def save(fig, out_dir, name):
+    """Writes a figure to a file and closes it. Returns the file's name."""
+    with replacing(os.path.join(out_dir, name)) as temporary:
+        fig.savefig(temporary, format=name.rsplit(".", 1)[-1])
+    pyplot().close(fig)
+    return name
+
+
+def advantage_figure(policies, out_dir):
+    """Draws the advantage of each policy. policies: {name: numbers}. Returns the figure's name."""
+    fig, ax = pyplot().subplots(figsize=(1.2 + 0.9 * len(policies), 3), layout="constrained")
+    colours = ["#4878a8" if name in ("dpo", "ipo") else "#d1773c" for name in policies]
+    ax.bar(list(policies), [r["advantage"] for r in policies.values()], color=colours, capsize=3,
+           yerr=[r["advantage_95"] for r in policies.values()])
+    ax.axhline(0, color="black", linewidth=0.8)
+    ax.set_ylabel("oracle advantage over the reference")
+    ax.set_title("Mean of paired differences, with 95% intervals")
+    return save(fig, out_dir, "advantage.png")
+
+
+def logprob_figure(curves, out_dir):
+    """Draws how chosen and rejected responses' log-probs change over training, with a dot where the
+    checkpoint was kept. curves: {name: (steps, chosen, rejected, which was kept)}. Returns the
+    figure's name, or None if there is no curve."""
+    curves = {name: curve for name, curve in curves.items() if curve[0]}
+    if not curves:
+        return None
+    size = (1 + 1.7 * len(curves), 2.6)
+    fig, axes = pyplot().subplots(1, len(curves), figsize=size, sharey=True, squeeze=False,
+                                  layout="constrained")
+    for ax, (name, (steps, chosen, rejected, kept)) in zip(axes[0], curves.items()):
+        ax.plot(steps, chosen, color="#2a7f4f", label="chosen")
+        ax.plot(steps, rejected, color="#b5423a", linestyle="--", label="rejected")
+        ax.plot(steps[kept], chosen[kept], "o", color="#2a7f4f", markersize=4)
+        ax.axhline(0, color="black", linewidth=0.8)
+        ax.set_title(name)
+        ax.set_xlabel("step")
+    axes[0, 0].set_ylabel("log-prob minus reference's\n(nats per response)")
+    axes[0, 0].legend(frameon=False)
+    return save(fig, out_dir, "logprob_change.png")
+
+
+def margin_figure(margins, lengths, out_dir):
+    """Draws box plots of r(longer) - r(shorter) by difference in length. margins: {folder: (N,)},
+    chosen minus rejected; lengths: (N, 2). Returns the figure's name, or None if all are as
+    long."""
+    plt = pyplot()
+    difference = np.abs(lengths[:, 0] - lengths[:, 1])
+    if not difference.any():
+        return None
+    sign = np.where(lengths[:, 0] >= lengths[:, 1], 1, -1)
+    edges = np.unique(np.quantile(difference[difference > 0], np.linspace(0, 1, 6)).round())
+    edges[-1] += 1      # the last bin holds the largest difference too
+    bins = list(zip(edges[:-1], edges[1:])) or [(edges[0] - 1, edges[0])]
+    width = 0.8 / len(margins)
+    fig, ax = plt.subplots(figsize=(7, 3), layout="constrained")
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(margins)))
+    for i, (folder, margin) in enumerate(margins.items()):
+        groups = [(sign * margin)[(difference >= low) & (difference < high)] for low, high in bins]
+        positions = np.arange(len(bins)) + (i - (len(margins) - 1) / 2) * width
+        drawn = ax.boxplot([group if len(group) else [np.nan] for group in groups],
+                           positions=positions, widths=0.9 * width, patch_artist=True,
+                           showfliers=False, manage_ticks=False)
+        for box in drawn["boxes"]:
+            box.set_facecolor(colours[i])
+        for line in drawn["medians"]:
+            line.set_color("black")
+        ax.plot([], [], color=colours[i], linewidth=6, label=folder)
+    ax.axhline(0, color="black", linewidth=0.8)
+    ax.set_xticks(range(len(bins)), [f"{low:.0f} to {high - 1:.0f}" for low, high in bins])
+    ax.set_xlabel("difference in length (tokens)")
+    ax.set_ylabel("r(longer) - r(shorter)")
+    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return save(fig, out_dir, "reward_margins.png")

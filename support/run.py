@@ -1,11 +1,13 @@
-"""The folder of a training run: its flags, metrics and state, resuming, the line on the screen; and
-what other scripts look up in such folders."""
+"""Keeps the folder of a training run: its flags, metrics and state, resuming, and the line on the
+screen. Looks up for other scripts what is in such folders."""
 import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import sys
+import textwrap
 import time
 
 import torch
@@ -16,27 +18,37 @@ from support.files import (
     check_zip,
     lock,
     naming_file,
+    read_json,
     remove_leftovers,
     replacing,
     write_json,
 )
-from support.flags import InputError
+from support.flags import InputError, in_a_line
 from support.processes import (
     add_up_numbers,
     any_of,
+    full,
     is_first,
+    load_whole,
     processes,
     progress_bar,
     starts_as_first,
     wait,
+    whole,
 )
-from support.sharding import full, load_whole, whole
 
 # Flags that may differ on --resume
 MAY_CHANGE = ("out_dir", "resume", "overwrite", "device", "compile", "fsdp", "log",
               "gradient_checkpointing")
 LOG_EVERY = 10                                              # steps
-SHOWN = ("loss", "accuracy", "chosen_change", "reward", "unended")      # ends of printed names
+# The columns on the screen, docs/glossary.md: {heading: (name in metrics.jsonl, format)}
+SHOWN = {"loss": ("loss", ".4f"),
+         "val/loss": ("validation/loss", ".4f"),
+         "train/acc": ("train/accuracy", ".3f"),
+         "val/acc": ("validation/accuracy", ".3f"),
+         "train/chosen": ("train/chosen_change", ".2f"),
+         "val/chosen": ("validation/chosen_change", ".2f"),
+         "reward": ("validation/reward", ".2f")}
 # What is in state.pt and in best.pt
 STATE = {"model": dict, "optimizer": dict, "step": int, "reported": bool, "window": list,
          "constants": str, "rng": torch.Tensor, "metrics": str}
@@ -47,8 +59,8 @@ claimed = {}            # {real path of a folder: its lock}, of this process
 
 
 class Run:
-    """A training run in its folder: config.json has its flags (under "nanopref"), metrics.jsonl its
-    numbers, state.pt what resuming needs.
+    """Keeps a training run in its folder: config.json has its flags (under "nanopref"),
+    metrics.jsonl its numbers, state.pt what resuming needs.
 
     constants: a hash of what training takes as given (reference, data, rewards), which has to be
     the same on --resume. `first_step` is 0, or where a resumed run goes on.
@@ -63,6 +75,7 @@ class Run:
         self.compile = flags.get("compile", False)
         self.device = next(model.parameters()).device
         self.sums, self.window = {}, []     # of this step; of the steps since the last line
+        self.means, self.columns = {}, []   # the last line's; the headings on the screen
         self.reported = None                # the step whose evaluation is in the resumed state
         logged = self._load_state(flags) if args.resume else ""
         # wandb may refuse, so it is opened before anything is written
@@ -104,8 +117,8 @@ class Run:
         return step != self.reported and (step % self.eval_every == 0 or step == self.max_steps)
 
     def watch(self, total, **values):
-        """Adds values per example, (b,) of one micro-batch, to the means of this step. total: what
-        the whole batch's sum is divided by."""
+        """Adds values of a micro-batch, {name: one for each row or pair}, to the means of this
+        step. total: what the whole batch's sum is divided by."""
         for name, value in values.items():
             mean = (value.detach() / total).sum()
             self.sums[name] = self.sums.get(name, 0) + mean
@@ -127,11 +140,11 @@ class Run:
             steps = self._numbers_of_window()
             means = {name: sum(numbers[name] for numbers in steps) / len(steps)
                      for name in steps[0]}
-            means = add_up_numbers(means)
-            self.log(step, means)
+            self.means = add_up_numbers(means)
+            self.log(step, self.means)
             self.window = []
             if self.bar.disable and time.time() > self.printed + 30:       # there is no terminal
-                self._print(step + 1, {"loss": means["loss"]})
+                self._print(step + 1, {})
         if processes() == 1 or logs:        # several have to talk about it, which takes time
             if any_of(self.stop_signal):
                 self._stop(step + 1)
@@ -156,7 +169,8 @@ class Run:
         where += ", ".join(f"{name} is {value}" for name, value in numbers.items()
                            if not math.isfinite(value))
         if step == 0:
-            return InputError(f"--rewards, --beta, --gamma: too large: {where}")
+            return InputError(f"--rewards, --beta, --gamma: too large: {where}; if they are not, "
+                              "the loss itself gives no number")
         return InputError(f"--lr: training diverged: {where}; try a lower learning rate; "
                           f"{self._path('state.pt')} is the last good state")
 
@@ -166,7 +180,7 @@ class Run:
         if self.select != "last" and step > 0:
             self._save_if_best(step, results)
         self.save_state(step, reported=True)
-        self._print(step, {name: value for name, value in results.items() if name.endswith(SHOWN)})
+        self._print(step, results)
 
     def log(self, step, values):
         """Adds a line to metrics.jsonl. It has no times: the same seed gives the same bytes."""
@@ -179,15 +193,27 @@ class Run:
         if self.also_log:
             self.also_log(step, values)
 
-    def _print(self, step, values):
-        rate = (time.time() - self.started) / max(1, step - self.first_step)
-        line = f"step {step:5d}  " + "  ".join(f"{name} {v:.4f}" for name, v in values.items())
-        if step > self.first_step:
-            line += f"  lr {self.optimizer.param_groups[0]['lr']:.1e}"
+    def _print(self, step, results):
+        """Prints a row of the table: the training loss of late, what an evaluation measured, and
+        the time left."""
+        values = {**self.means, **results}
+        columns = [heading for heading, (name, _) in SHOWN.items()
+                   if name in results or heading == "loss"]
+        if len(columns) > len(self.columns):        # the first row; of a resumed run a later one
+            self.columns = columns
+            tqdm.write("  ".join([" step", *map("{:>8}".format, columns), "  left"]),
+                       file=sys.stdout)
+        row = f"{step:5d}"
+        for heading in self.columns:
+            name, form = SHOWN[heading]
+            number = format(values[name], form) if name in values else ""
+            row += f"  {number:>{max(8, len(heading))}}"
+        now = time.time()
         if self.first_step < step < self.max_steps:
-            line += f"  {rate * (self.max_steps - step):.0f} s left"
-        tqdm.write(line, file=sys.stdout)
-        self.printed = time.time()
+            rate = (now - self.started) / (step - self.first_step)
+            row += f"  {duration(rate * (self.max_steps - step)):>6}"
+        tqdm.write(row.rstrip(), file=sys.stdout)
+        self.printed = now
 
     def _save_if_best(self, step, results):
         """Keeps the best model so far for --select, by validation loss or by the judges' reward."""
@@ -223,7 +249,8 @@ class Run:
     # ---- stopping and resuming
 
     def _on_signal(self, number, frame):
-        """Notes Ctrl-C or SIGTERM: the step is finished first. A second one acts as always."""
+        """Notes Ctrl-C or SIGTERM: the step is finished first. A second one ends the process at
+        once."""
         self.stop_signal = number
         self._restore_handlers()
 
@@ -289,13 +316,53 @@ class Run:
             self.window = [{name: number / processes() for name, number in numbers.items()}
                            for numbers in state["window"]]
         except Exception as error:      # these parts may hold anything
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(f"{of_another_version(path)} ({reason})") from error
+            raise InputError(f"{of_another_version(path)} ({in_a_line(error)})") from error
         self.first_step = state["step"]
         if state["reported"]:
             self.reported = self.first_step
         print(f"resumed {self.dir} at step {self.first_step}")
         return state["metrics"]
+
+
+# ------------------------------------------------------------------ on the screen
+
+
+def print_prompt(number, text):
+    """Prints a prompt under its number; of a long one the last four lines."""
+    lines = textwrap.wrap(in_words(text), max(20, columns_of_terminal() - 16))
+    if len(lines) > 4:
+        lines = ["... " + lines[-4], *lines[-3:]]
+    for start, line in zip([f"prompt {number}:", "", "", ""], lines):
+        tqdm.write(f"{start:9}  {line}", file=sys.stdout)
+
+
+def print_reply(number, reward, text):
+    """Prints a reply in one line, cut to the terminal's width. number: its prompt's; reward: a
+    number, or None."""
+    reward = "" if reward is None else f"{reward:+.3g}"
+    line = f"{number:7}  {reward:>5}  {in_words(text) or '(empty)'}"
+    tqdm.write(line[:columns_of_terminal() - 1].rstrip(), file=sys.stdout)
+
+
+def in_words(text):
+    """Returns a text's words with one space between them. What could steer the terminal, as
+    newlines do, is a space too."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def columns_of_terminal():
+    """Returns the terminal's width in columns, or 100 where there is no terminal."""
+    return shutil.get_terminal_size((100, 24)).columns
+
+
+def duration(seconds):
+    """Writes a time in the unit that suits it: "95 s", "12 min", "2.5 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+# ------------------------------------------------------------------ saved states
 
 
 def load(path, layout):
@@ -326,9 +393,9 @@ def of_another_version(path):
 
 
 def check_free(folder, resume=False, overwrite=False):
-    """InputError if a new run in this folder would overwrite something, if there is none to resume,
-    or if another process is at work there. A run that never came to its first evaluation may be
-    overwritten."""
+    """Raises InputError if a new run in this folder would overwrite something, if there is none to
+    resume, or if another process is at work there. A run that never came to its first evaluation
+    may be overwritten."""
     check_unused(folder)
     there = set(os.listdir(folder)) if os.path.isdir(folder) else set()
     if resume and "state.pt" not in there:
@@ -343,8 +410,8 @@ def check_free(folder, resume=False, overwrite=False):
 
 
 def check_unused(folder):
-    """InputError if another process writes to this folder. (Of several that torchrun has started,
-    the first one writes, so that only it looks.)"""
+    """Raises InputError if another process writes to this folder. (Of several that torchrun has
+    started, the first one writes, so that only it looks.)"""
     path, first = os.path.join(folder, LOCK), starts_as_first()
     if first and os.path.realpath(folder) not in claimed and os.path.exists(path):
         held = lock_folder(folder)
@@ -403,11 +470,7 @@ def run_flags(folder):
     path = os.path.join(folder, "config.json")
     if not os.path.exists(path):
         return {}
-    try:
-        with open(path, encoding="utf-8") as file:
-            flags = json.load(file).get("nanopref") or {}
-    except (ValueError, AttributeError, RecursionError, OSError) as error:
-        raise InputError(f"{path}: not a JSON object: {error}") from error
+    flags = read_json(path).get("nanopref") or {}
     if not isinstance(flags, dict):
         raise InputError(f"{path}: 'nanopref' is not an object of flags")
     return flags
@@ -504,8 +567,8 @@ def open_log(name, folder, flags, first_step):
         run = package.init(project="nanopref", name=folder, group=folder, dir=folder, config=flags,
                            reinit="finish_previous")    # the members of a family
     except package.Error as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"--log=wandb: {reason} (WANDB_MODE=offline needs no account)") from error
+        raise InputError(f"--log=wandb: {in_a_line(error)} (WANDB_MODE=offline needs no account)"
+                         ) from error
 
     def log(step, values):
         run.log(values, step=step)

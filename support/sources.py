@@ -1,4 +1,4 @@
-"""Where rows are: a file, a folder with files of several splits, or a data set on the hub.
+"""Finds rows: in a file, a folder with files of several splits, or a data set on the hub.
 
 A split of a folder or of a hub data set is named after a colon, `folder:train_prefs`; several of
 them with a plus, `folder:train_a+train_b`. In a folder the splits go by the names of the files
@@ -8,7 +8,7 @@ declares others, as on the hub. Where it is not clear what to train on, nothing 
 import os
 import re
 
-from support.flags import InputError
+from support.flags import InputError, in_a_line
 
 ENDINGS = ("jsonl", "json", "csv", "parquet")       # of files; all but Parquet also with .gz
 # JSON files that describe a data set
@@ -18,12 +18,14 @@ NO_ROWS = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_di
 PART_NUMBER = re.compile(r"(?:^|[-._ ])(?:(?:part|shard)[-._ ]?)?(\d+)"
                          r"(?:[-._ ]of[-._ ](\d+)(?:[-._ ][0-9a-f]{6,})?)?$")
 WORD = r"(?:^|[-._ /\d])(?:{})(?:[-._ /\d]|$)"
-TRAINING = re.compile(WORD.format("train|training"))
-HELD_OUT = re.compile(WORD.format("test|testing|eval|evaluation|validation|valid|dev|val"))
+TRAINING = re.compile(WORD.format("train|training"), re.I)
+HELD_OUT = re.compile(WORD.format("test|testing|eval|evaluation|validation|valid|dev|val"), re.I)
+# Files with rows in them that are not read
+OTHER_ENDINGS = (".arrow", ".tsv", ".xlsx", ".ndjson", ".jsonlines", ".zst", ".bz2", ".xz", ".zip")
 
 
 def name_and_split(data):
-    """The two parts of --data: "name:split" as (name, split), a name alone as (name, None)."""
+    """Splits --data in two: "name:split" is (name, split), a name alone (name, None)."""
     name, _, split = data.rpartition(":")
     if not name or not split or os.path.exists(data):
         return data, None
@@ -46,8 +48,8 @@ def join_split(args):
 
 
 def choose_splits(names, wanted, data):
-    """Which of the splits to read: those that are wanted ("a" or "a+b"), or else the one for
-    training. InputError names them all if there is no such split, or not one alone."""
+    """Returns which of the splits to read: those that are wanted ("a" or "a+b"), or else the one
+    for training. InputError names them all if there is no such split, or not one alone."""
     last = [name.rpartition("/")[2] for name in names]
     short = {name: own if last.count(own) == 1 else name for name, own in zip(names, last)}
     there = f"{data} has {listed(list(short.values()))}"
@@ -81,12 +83,14 @@ def listed(names, most=8):
 
 
 def folder_files(folder, split=None, say=print):
-    """The files of a folder that hold the rows of its training split, or of the split(s) named.
-    say: is called with the names of the files, and of those that are not read. InputError if there
-    is none, if there are several splits to train on, or if a split is there twice."""
-    files = data_files(folder)
+    """Finds the files of a folder that hold the rows of its training split, or of the split(s)
+    named. say: is called with the names of the files, and of those that are not read. InputError if
+    there is none, if there are several splits to train on, or if a split is there twice."""
+    files, unreadable = data_files(folder)
     if not files:
-        raise InputError(f"--data: {folder}: no file in it ends in {', '.join(ENDINGS)} (or .gz)")
+        there = f"; there is {listed(unreadable)}" if unreadable else ""
+        raise InputError(f"--data: {folder}: no file in it ends in {', '.join(ENDINGS)} (or .gz)"
+                         f"{there}")
     splits = declared_splits(folder)
     if splits:
         names = choose_splits(list(splits), split, folder)
@@ -98,43 +102,54 @@ def folder_files(folder, split=None, say=print):
         for name in names:
             check_parts(folder, name, splits[name], say)
     chosen = [file for name in names for file in splits[name]]
-    others = [file for file in files if file not in chosen]
+    missed = [file for file in unreadable if TRAINING.search(file)]
+    if missed and split is None and not any(map(TRAINING.search, chosen)):
+        raise InputError(f"--data: {folder}: {listed(missed)} can't be read; files end in "
+                         f"{', '.join(ENDINGS)} (or .gz); or name {listed(chosen)} itself")
+    others = [file for file in files if file not in chosen] + unreadable
     not_read = f"; not read: {listed(others)}" if others else ""
     say(f"reads {listed(chosen)}{not_read}")
     return chosen
 
 
 def data_files(folder):
-    """The files with rows in a folder and below it, but for hidden ones: their paths from there."""
-    files = []
+    """Lists the files with rows in a folder and below it, but for hidden ones: their paths from
+    there. Returns (those that can be read, those of other kinds)."""
+    files, others = [], []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
         for name in names:
-            ending = name.removesuffix(".gz").rpartition(".")[2]
-            if ending in ENDINGS and not name.startswith((".", "__")) and name not in NO_ROWS:
-                files.append(os.path.relpath(os.path.join(place, name), folder))
-    return sorted(file.replace(os.sep, "/") for file in files)
+            _, ending = stem_and_ending(name)
+            path = os.path.relpath(os.path.join(place, name), folder).replace(os.sep, "/")
+            if name.startswith((".", "__")) or name in NO_ROWS:
+                continue
+            if ending.removesuffix(".gz") in ENDINGS:
+                files.append(path)
+            elif name.lower().endswith(OTHER_ENDINGS):
+                others.append(path)
+    return sorted(files), sorted(others)
 
 
 def stem_and_ending(file):
-    """"data/train-0.jsonl.gz" as ("data/train-0", "jsonl.gz")."""
-    gz = ".gz" if file.endswith(".gz") else ""
-    stem, _, ending = file.removesuffix(".gz").rpartition(".")
-    return stem, ending + gz
+    """Splits the name of a file: "data/train-0.jsonl.gz" is ("data/train-0", "jsonl.gz")."""
+    gz = ".gz" if file.lower().endswith(".gz") else ""
+    stem, _, ending = file[:len(file) - len(gz)].rpartition(".")
+    return stem, ending.lower() + gz
 
 
 def split_name(file):
-    """The name of the split that a file is, or is a part of: its own with the folders before it,
-    without the number of the part; if there is nothing else in it, the folders alone."""
+    """Returns the name of the split that a file is, or is a part of: its own with the folders
+    before it, without the number of the part; if there is nothing else in it, the folders alone,
+    or "data"."""
     stem, _ = stem_and_ending(file)
     folders, _, own = stem.rpartition("/")
     own = PART_NUMBER.sub("", own)
-    return "/".join(filter(None, (folders, own))) or stem
+    return "/".join(filter(None, (folders, own))) or "data"
 
 
 def check_parts(folder, name, files, say):
-    """InputError if the files of a split are not the parts of one data set: if it is there in two
-    formats, plain and packed, whole and in parts, or exported twice."""
+    """Raises InputError if the files of a split are not the parts of one data set: if it is there
+    in two formats, plain and packed, whole and in parts, or exported twice."""
     kinds, totals = {}, set()
     for file in files:
         stem, ending = stem_and_ending(file)
@@ -150,10 +165,21 @@ def check_parts(folder, name, files, say):
                          f"{os.path.join(folder, twice[0])}, or leave one of them in the folder")
     if counted and len(files) < int(counted):
         say(f"warning: {len(files)} of the {int(counted)} files of the split {name!r} are there")
+    numbers = []
+    for file in files:
+        stem, _ = stem_and_ending(file)
+        match = PART_NUMBER.search(os.path.basename(stem))
+        if match and not match[2]:
+            numbers.append(int(match[1]))
+    gaps = sorted(set(range(min(numbers, default=0), max(numbers, default=0))) - set(numbers))
+    if 0 < len(gaps) < len(files):      # more are steps, or dates
+        say(f"warning: is a file of the split {name!r} missing? There is none with the number "
+            f"{listed([str(number) for number in gaps])}")
 
 
 def declared_splits(folder):
-    """{split: its files} if the README of a copy of a hub data set declares them, else {}."""
+    """Returns {split: its files} if the README of a copy of a hub data set declares them, else
+    {}."""
     try:
         with open(os.path.join(folder, "README.md"), encoding="utf-8") as file:
             head = re.match(r"---\n.*?\n---", file.read(2 ** 20), re.S)
@@ -181,11 +207,11 @@ def quiet_datasets():
 
 
 def open_hub(data):
-    """A datasets.Dataset of a data set on the hub: owner/name, or owner/name/folder for the files
-    in one folder of it; of the split that is named after a colon, or else of the one to train on.
-    InputError says what is wrong, and which splits there are."""
+    """Opens a data set on the hub: owner/name, or owner/name/folder for the files in one folder of
+    it. Returns a datasets.Dataset of the split that is named after a colon, or else of the one to
+    train on. InputError says what is wrong, and which splits there are."""
     source, split = name_and_split(data)
-    suffix = source.removesuffix(".gz").rsplit(".", 1)[-1]
+    suffix = source.lower().removesuffix(".gz").rsplit(".", 1)[-1]
     if (suffix in ENDINGS or source.startswith((".", "/", "~")) or source.count("/") > 2
             or not source):
         raise InputError(f"--data: {data}: no such file")
@@ -199,18 +225,14 @@ def open_hub(data):
             chosen = "+".join(choose_splits(names, split, source))
             return open_hub(f"{source}:{chosen}")
         raise InputError(f"--data: {data}: no such file or folder; and as a data set of the hub: "
-                         f"{in_a_line(error)}") from error
+                         f"{in_a_line(error.__cause__ or error)}") from error
 
 
 def hub_splits(owner_name, where):
-    """The names of the splits of a data set on the hub; none if it can't be told."""
+    """Returns the names of the splits of a data set on the hub; none if it can't be told."""
     datasets = quiet_datasets()
     try:
         builder = datasets.load_dataset_builder(owner_name, **where)
         return list(map(str, builder.info.splits or builder.config.data_files or ()))
     except Exception:       # the error of reading says what is wrong
         return []
-
-
-def in_a_line(error):
-    return " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__

@@ -1,9 +1,8 @@
-"""Tokenizers: tiktoken's encodings, a model's own files in, Hugging Face's tokenizer.json out.
+"""Reads tiktoken's encodings and models' own tokenizers; writes Hugging Face's tokenizer.json.
 
 A tokenizer has a name, by which runs remember it: a word for an encoding ("tinytldr", "gpt2"), a
-path that ends in "/" for a model's own, which is in this folder (or on the hub) beside the model.
+path that ends in "/" for a model's own, which is in this folder (or on the hub) next to the model.
 """
-import json
 import os
 import re
 from itertools import chain
@@ -11,9 +10,9 @@ from pathlib import Path
 
 import tiktoken
 
-from support.checkpoint import Finder, one_line, read_sizes
-from support.files import replacing, write_json
-from support.flags import InputError
+from support.checkpoint import Finder, read_sizes
+from support.files import json_object, read_json, replacing, write_json
+from support.flags import InputError, in_a_line
 from support.processes import is_first, starts_as_first
 from support.run import run_flags
 
@@ -23,13 +22,14 @@ OTHER_FILES = ("merges.txt", "added_tokens.json", "tokenizer_config.json",
 
 
 def read_tokenizer(name):
-    """The tokenizer of this name. InputError if there is none, or no network."""
+    """Returns the tokenizer of this name. InputError if there is none, or no network."""
     name = tokenizer_name(name)
     return FolderTokenizer(name) if name.endswith("/") else tiktoken_encoding(name)
 
 
 def tokenizer_name(name):
-    """The name of the tokenizer that --tokenizer means: a word, or a folder, or a file in it."""
+    """Returns the name of the tokenizer that --tokenizer means: a word, or a folder, or a file in
+    it."""
     if name in ("tinytldr", *tiktoken.list_encoding_names()) or name.endswith("/"):
         return name
     if os.path.basename(name) in MAIN_FILES:
@@ -38,7 +38,8 @@ def tokenizer_name(name):
 
 
 def tiktoken_encoding(name):
-    """A tiktoken.Encoding, downloaded on first use. InputError if there is none, or no network."""
+    """Returns a tiktoken.Encoding, downloaded on first use. InputError if there is none, or no
+    network."""
     try:
         return tiktoken.get_encoding(name)
     except ValueError as error:
@@ -51,8 +52,8 @@ def tiktoken_encoding(name):
 
 
 def known_tokenizer(model):
-    """The name of the tokenizer that a model was trained with, as its run says, or that is in files
-    beside it; None if there is neither. model: a folder or hub name."""
+    """Returns the name of the tokenizer that a model was trained with, as its run says, or that is
+    in files next to it; None if there is neither. model: a folder or hub name."""
     name = run_flags(model).get("tokenizer")
     if isinstance(name, str) and not name.endswith("/"):
         return name
@@ -63,8 +64,9 @@ def known_tokenizer(model):
 
 
 def own_tokenizer(model, data=None):
-    """The name of the tokenizer that a model reads. One that has none is taken for a GPT-2, or for
-    a model of tinytldr where --data is, and that is said. InputError if that can't be."""
+    """Returns the name of the tokenizer that a model reads. A model that has none is taken for a
+    GPT-2, or for a model of tinytldr where --data is, which is printed. InputError if that can't
+    be."""
     name = known_tokenizer(model)
     if name is not None:
         return name
@@ -84,7 +86,7 @@ def own_tokenizer(model, data=None):
 
 
 class FolderTokenizer:
-    """A model's own tokenizer, by Hugging Face's `tokenizers`, with what is used here of a
+    """Reads a model's own tokenizer, by Hugging Face's `tokenizers`, and has what is used here of a
     tiktoken.Encoding. Special tokens that are written in a text are read as text.
 
     name: a folder or hub name and "/". files: {file name: bytes}, for a copy next to what is
@@ -119,7 +121,7 @@ class FolderTokenizer:
         except InputError:
             raise
         except Exception as error:      # a damaged file raises many kinds
-            raise InputError(f"{name}: unreadable tokenizer: {one_line(error)}") from error
+            raise InputError(f"{name}: unreadable tokenizer: {in_a_line(error)}") from error
         if getattr(self.tokenizer.model, "dropout", None):
             self.tokenizer.model.dropout = None             # the same text, the same tokens
         self.n_vocab = max(self.vocabulary.values(), default=-1) + 1
@@ -129,11 +131,11 @@ class FolderTokenizer:
         self.special[self.eot_token] = self.decode([self.eot_token])
 
     def _settings(self, filename):
-        """The JSON object in one of the files; {} if there is none."""
+        """Returns the JSON object in one of the files; {} if there is none."""
         return json_object(self.files.get(filename, b"{}"), self.name + filename)
 
     def _from_vocabulary(self, tokenizers):
-        """GPT-2's kind of tokenizer, byte-level BPE, from vocab.json and merges.txt."""
+        """Makes GPT-2's kind of tokenizer, byte-level BPE, from vocab.json and merges.txt."""
         if "merges.txt" not in self.files:
             raise InputError(f"{self.name}: vocab.json is there, but no merges.txt")
         settings = self._settings("tokenizer_config.json")
@@ -161,8 +163,8 @@ class FolderTokenizer:
         return tokenizer
 
     def _end_of_text(self, find):
-        """The token that ends a text: the tokenizer's eos_token, or <|endoftext|>, or the model's
-        eos_token_id. Says so where the model has another one than its tokenizer."""
+        """Returns the token that ends a text: the tokenizer's eos_token, or <|endoftext|>, or the
+        model's eos_token_id. Says so where the model has another one than its tokenizer."""
         of_tokenizer = self.vocabulary.get(END_OF_TEXT)
         for filename in ("special_tokens_map.json", "tokenizer_config.json"):
             text = text_of(self._settings(filename).get("eos_token"))
@@ -174,7 +176,7 @@ class FolderTokenizer:
         for filename in ("generation_config.json", "config.json"):
             path = find.optional(filename)
             if path is not None:
-                settings = json_object(Path(path).read_bytes(), path)
+                settings = read_json(path)
                 of_model = settings.get("eos_token_id", of_model)
         # A config.json has GPT-2's 50256 by default, whatever it is in another vocabulary.
         by_default = of_model == 50256 and of_model not in self.special
@@ -195,11 +197,16 @@ class FolderTokenizer:
         return set(self.special.values())
 
     def encode_ordinary(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.encode_ordinary_batch([text])[0]
 
     def encode_ordinary_batch(self, texts, num_threads=None):
-        """Lists of token ids, one for each text; `tokenizers` takes as many threads as it likes."""
-        encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        """Returns lists of token ids, one for each text. `tokenizers` chooses the number of
+        threads."""
+        try:
+            encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:      # it has no type of its own
+            raise InputError(f"{self.name}: the tokenizer can't read all text: "
+                             f"{in_a_line(error)}") from error
         return [text_encoding.ids for text_encoding in encoded]
 
     def decode(self, tokens):
@@ -210,8 +217,8 @@ MAX_WHITE_SPACE = 500_000       # characters in a row; tiktoken gives up at abou
 
 
 def encode_text(text, tokenizer):
-    """Token ids of a text, in which special tokens are ordinary text. ValueError if the tokenizer
-    can't read it."""
+    """Returns the token ids of a text, in which special tokens are ordinary text. ValueError if the
+    tokenizer can't read it."""
     if len(text) > MAX_WHITE_SPACE:
         longest = max(map(len, re.findall(r"\s+", text)), default=0)
         if longest > MAX_WHITE_SPACE:
@@ -226,8 +233,15 @@ def encode_text(text, tokenizer):
                          "spaces?") from None
 
 
+def to_text(response, tokenizer):
+    """Returns a sample as text, without its end-of-text token, and without ids that only a
+    vocabulary padded beyond the tokenizer's has."""
+    return tokenizer.decode([token for token in response
+                             if token != tokenizer.eot_token and token < tokenizer.n_vocab])
+
+
 def special_tokens(tokenizer):
-    """The texts of a tokenizer's special tokens, such as "<|endoftext|>", as a list."""
+    """Returns the texts of a tokenizer's special tokens, such as "<|endoftext|>", as a list."""
     return sorted(tokenizer.special_tokens_set)
 
 
@@ -236,8 +250,8 @@ SPLIT_INTO_WORDS = r" ?[A-Za-z']+| ?[^\sA-Za-z']+|\s"     # all characters: any 
 
 
 def word_encoding(name, texts):
-    """A tiktoken.Encoding of the 256 bytes, then every word of the texts (with and without a space
-    before it) as one token, then the end of text. Other text falls back to bytes."""
+    """Returns a tiktoken.Encoding of the 256 bytes, then every word of the texts (with and without
+    a space before it) as one token, then the end of text. Other text falls back to bytes."""
     pieces = {piece for text in texts for piece in re.findall(SPLIT_INTO_WORDS, text)}
     pieces |= {" " + piece for piece in pieces if not piece.startswith(" ")}
     words = [bytes([b]) for b in range(256)]
@@ -248,31 +262,21 @@ def word_encoding(name, texts):
 
 
 def check_vocabulary(model, tokenizer, where):
-    """InputError if the model has no room for all of the tokenizer's tokens. where: a flag."""
+    """Raises InputError if the model has no room for all of the tokenizer's tokens. where: a
+    flag."""
     if model.config.vocab_size < tokenizer.n_vocab:
         raise InputError(f"{where}: the model knows {model.config.vocab_size} tokens, and "
                          f"{tokenizer.name} has {tokenizer.n_vocab}")
 
 
-def json_object(content, path):
-    """The JSON object in a file's content, bytes."""
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON: {one_line(error)}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: not a JSON object")
-    return value
-
-
 def text_of(token):
-    """The text of a token in tokenizer_config.json, where it is a string or an object."""
+    """Returns the text of a token in tokenizer_config.json, where it is a string or an object."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
 
 
 def fingerprint(tokenizer):
-    """What the tokens of a text depend on, for the names of cached files: a list."""
+    """Returns a list of what the tokens of a text depend on, for the names of cached files."""
     if isinstance(tokenizer, FolderTokenizer):
         return [tokenizer.eot_token, *chain.from_iterable(sorted(tokenizer.files.items()))]
     words = b"\0".join(tokenizer.token_byte_values())
@@ -280,13 +284,14 @@ def fingerprint(tokenizer):
 
 
 def same_tokens(tokenizer, other):
-    """Whether each number means the same text in two tokenizers, and the same one ends a text."""
+    """Returns whether each number means the same text in two tokenizers, and the same one ends a
+    text."""
     return (vocabulary(tokenizer) == vocabulary(other)
             and tokenizer.eot_token == other.eot_token)
 
 
 def vocabulary(tokenizer):
-    """{token as tokenizer.json writes it: number}."""
+    """Returns {token as tokenizer.json writes it: number}."""
     if isinstance(tokenizer, FolderTokenizer):
         return tokenizer.vocabulary
     letters = byte_letters()
@@ -296,9 +301,9 @@ def vocabulary(tokenizer):
 
 
 def check_same_tokenizer(what, model, tokenizer):
-    """InputError if a model reads other tokens than a tokenizer's. what: the beginning of the
-    message; model: a folder. Two encodings are compared by name, all else by content. Of a model
-    without a tokenizer, and of which no run tells, nothing is known."""
+    """Raises InputError if a model reads other tokens than a tokenizer's. what: the beginning of
+    the message; model: a folder. Two encodings are compared by name, all else by content. Of a
+    model without a tokenizer, and of which no run tells, nothing is known."""
     name = run_flags(model).get("tokenizer")
     if name is None and known_tokenizer(model) is None:
         print(f"{what} has no tokenizer; it is taken to read the policy's tokens")
@@ -314,7 +319,7 @@ def check_same_tokenizer(what, model, tokenizer):
 
 
 def check_same_tokens(what, model, config, policy_config, tokenizer):
-    """InputError if a model can't read what the policy writes: another tokenizer, a smaller
+    """Raises InputError if a model can't read what the policy writes: another tokenizer, a smaller
     vocabulary, shorter texts. what: the beginning of the message; model: its folder; config,
     policy_config: a GPTConfig each; tokenizer: the policy's."""
     check_same_tokenizer(what, model, tokenizer)
@@ -372,7 +377,8 @@ def save_tokenizer(directory, tokenizer, block_size):
 
 
 def byte_letters():
-    """{byte: letter} as GPT-2 writes bytes: printable ones as they are, the others from 256 on."""
+    """Returns {byte: letter} as GPT-2 writes bytes: printable ones as they are, the others from 256
+    on."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = sorted(set(range(256)) - printable)
     return ({byte: chr(byte) for byte in printable}

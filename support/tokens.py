@@ -1,4 +1,5 @@
-"""Rows of text as flat arrays of token ids, kept on disk."""
+"""Turns rows of text into flat arrays of token ids, kept on disk; and picks the rows that are of
+use."""
 import errno
 import hashlib
 import json
@@ -11,15 +12,15 @@ from itertools import chain, islice
 
 import numpy as np
 
-from support.cache import key
+from support.columns import key
 from support.files import remove, remove_leftovers, replacing
-from support.flags import InputError
-from support.formats import check_is_file, load_rows
-from support.sources import in_a_line, name_and_split, open_hub
-from support.tokenizer import encode_text, fingerprint, special_tokens
+from support.flags import InputError, in_a_line
+from support.rows import check_is_file, load_rows
+from support.sources import name_and_split, open_hub
+from support.tokenizer import FolderTokenizer, encode_text, fingerprint, special_tokens
 
 SAID = set()    # lines that are not to be printed again
-LAYOUT = 7      # raise it when the arrays below, or what is read into them, change
+LAYOUT = 9      # raise it when the arrays below, or what is read into them, change
 not_kept = {}   # {path: arrays} of files whose tokens could not be kept on disk, in this process
 SPLITS = np.array(["validation"] * 26 + ["test"] * 26 + ["train"] * 204)    # about 10, 10 and 80%
 
@@ -28,8 +29,9 @@ SPLITS = np.array(["validation"] * 26 + ["test"] * 26 + ["train"] * 204)    # ab
 
 
 def turn_hashes(prompt):
-    """A list of 64-bit hashes of a prompt's beginnings: of a dialogue, what was said before each
-    reply of the assistant to a person, and so the whole at last; of other prompts the whole."""
+    """Returns a list of 64-bit hashes of a prompt's beginnings: of a dialogue, what was said before
+    each reply of the assistant to a person, and so the whole at last; of other prompts the
+    whole."""
     person = prompt.find("\n\nHuman:")
     ends = [match.start() for match in re.finditer("\n\nAssistant:", prompt)
             if match.start() > person >= 0]
@@ -44,8 +46,8 @@ def turn_hashes(prompt):
 
 
 def split_hashes(turns, n_turns):
-    """(N,) uint8, a byte for each prompt by which it is split: of the hash of its first turn, so
-    that all prompts of a dialogue are in the same split.
+    """Returns (N,) uint8, a byte for each prompt by which it is split: of the hash of its first
+    turn, so that all prompts of a dialogue are in the same split.
 
     Where many dialogues begin with the same turn, such as a greeting or worked examples, it does
     not tell them apart, and the next turn decides. Many are 2 of them and 2% of all; or, where the
@@ -79,7 +81,12 @@ def split_hashes(turns, n_turns):
 # ------------------------------------------------------------------ text that a tokenizer can read
 
 LONG = 100_000          # characters; shorter text can be read by every tokenizer
-FOREIGN_END = re.compile(r"(</s>|<eos>|<end_of_turn>|\[EOS\]|<\|\w+\|>)$")
+SOME = 200              # rows that are read back from their tokens
+# How other models' special tokens are written, where a text ends and where it begins
+FOREIGN_END = re.compile(r"(</s>|<eos>|<pad>|<end_of_turn>|\[EOS\]|\[PAD\]|\[SEP\]|<\|\w+\|>|"
+                         r"<\uff5c[\w\u2581]+\uff5c>)$", re.I)
+FOREIGN_START = re.compile(r"\s*(<s>|<bos>|<start_of_turn>|\[BOS\]|\[CLS\]|\[INST\]|<\|\w+\|>|"
+                           r"<\uff5c[\w\u2581]+\uff5c>)", re.I)
 
 
 def preparer(tokenizer):
@@ -90,7 +97,10 @@ def preparer(tokenizer):
     either = "|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)"
     anywhere, end = re.compile(either), re.compile(rf"((?:{either})\s*)+$")
 
+    n_rows = 0
+
     def prepare(row, notes):
+        nonlocal n_rows
         responses = [without_end(text) for text in row["responses"]]
         if responses != row["responses"]:
             notes["{} rows: a special token such as end-of-text is written at the end of a "
@@ -108,9 +118,18 @@ def preparer(tokenizer):
                       if (match := FOREIGN_END.search(text.rstrip()[-30:]))} - written:
             notes[f"warning: a response ends in {token} in {{}} rows; to this tokenizer that is "
                   "ordinary text, which the model would learn to write"] += 1
+        for token in {match[1] for text in responses
+                      if (match := FOREIGN_START.match(text))} - written:
+            notes[f"warning: a response begins with {token} in {{}} rows; to this tokenizer that "
+                  "is ordinary text, which the model would learn to write"] += 1
         for text in texts:
             if len(text) > LONG:
                 encode_text(text, tokenizer)
+        n_rows += 1
+        if n_rows <= SOME and loses_letters("".join(texts), tokenizer):
+            notes[f"warning: in {{}} of the first {SOME} rows the tokenizer loses letters: "
+                  "read back from its tokens, which are all that the model sees, they are other "
+                  "text"] += 1
 
     def without_end(text):
         stripped = text.rstrip()
@@ -119,12 +138,22 @@ def preparer(tokenizer):
     return prepare
 
 
+def loses_letters(text, tokenizer):
+    """Tells whether a text, read back from its tokens, has other letters. Byte-level tokenizers,
+    tiktoken's too, lose none; another kind may have an unknown token, or drop what it has no token
+    for."""
+    if not isinstance(tokenizer, FolderTokenizer):
+        return False
+    back = tokenizer.decode(tokenizer.encode_ordinary(text))
+    return "".join(back.split()) != "".join(text.split())
+
+
 # ------------------------------------------------------------------ token ids
 
 
 def encode(rows, tokenizer):
-    """Token ids of rows of text. Every response ends in the end-of-text token; an empty prompt is
-    that token alone.
+    """Turns rows of text into token ids. Every response ends in the end-of-text token; an empty
+    prompt is that token alone.
 
     rows: an iterable of {"prompt": str, "responses": [str, ...]}, maybe with "scores", as many in
     each. Returns {"tokens": all prompts and responses one after the other, "lengths": (N, 1 + K)
@@ -166,7 +195,7 @@ def encode(rows, tokenizer):
 
 
 def tokenised_file(data, tokenizer, demonstrations=False, skip_bad_rows=False):
-    """`encode` of all rows of a file or hub data set, done once; the token ids are memory-mapped.
+    """Encodes all rows of a file or hub data set, once; the token ids are memory-mapped later.
 
     Kept in the folder NANOPREF_CACHE (default: ~/.cache/nanopref) under a hash of what is in the
     file, or in all files of a folder (of a hub data set: of what `datasets` says of it)."""
@@ -185,7 +214,7 @@ def tokenised_file(data, tokenizer, demonstrations=False, skip_bad_rows=False):
         try:
             arrays, left_out = open_arrays(path)
         except Exception as error:      # numpy raises many kinds
-            print(f"{path}: damaged, so it is made anew ({in_a_line(error)})")
+            print(f"{path}: damaged, so it is made again ({in_a_line(error)})")
             remove(path)
         else:
             say(data, [f"tokens from {path}", *left_out])
@@ -237,7 +266,7 @@ def token_cache():
 
 
 def hash_content(path):
-    """A hash of a file, or of the files in a folder and their names, but for hidden ones.
+    """Returns a hash of a file, or of the files in a folder and their names, but for hidden ones.
     InputError if one can't be read, or may have no end."""
     def refuse(error):
         raise InputError(f"--data: {error.filename}: {error.strerror}") from error
@@ -291,8 +320,8 @@ def open_arrays(path):
 
 
 class Examples:
-    """Rows of `encode`'s arrays as a sequence of (prompt ids, [response ids, ...]), which are cut
-    out of the tokens when they are asked for: a million rows are a few numbers each.
+    """Holds rows of `encode`'s arrays: a sequence of (prompt ids, [response ids, ...]), which are
+    cut out of the tokens when they are asked for, so that a million rows are a few numbers each.
 
     tokens   all prompts and responses one after the other
     ends     (N, 1 + K) where each row's prompt and responses end
@@ -311,11 +340,11 @@ class Examples:
         return prompt, [response for response in responses if len(response)]
 
     def take(self, rows):
-        """Some rows: indices, or a mask."""
+        """Returns some rows: indices, or a mask."""
         return Examples(self.tokens, self.ends[rows], self.lengths[rows])
 
     def reorder(self, order):
-        """Each row's responses in another order: (N, K)."""
+        """Puts each row's responses in another order: (N, K)."""
         columns = np.pad(1 + order, ((0, 0), (1, 0)))       # the prompt stays the first
         return Examples(self.tokens, np.take_along_axis(self.ends, columns, axis=1),
                         np.take_along_axis(self.lengths, columns, axis=1))
@@ -324,12 +353,12 @@ class Examples:
 # Data sets that are made up, or have samples, are plain lists of examples.
 
 def take_rows(examples, rows):
-    """Some rows, indices, of Examples or of a list."""
+    """Returns some rows, given by their indices, of Examples or of a list."""
     return examples.take(rows) if isinstance(examples, Examples) else [examples[i] for i in rows]
 
 
 def reorder(examples, order):
-    """The responses of each row in an order (N, K), of Examples or of a list."""
+    """Puts the responses of each row in an order (N, K). Takes Examples or a list."""
     if isinstance(examples, Examples):
         return examples.reorder(order)
     return [(prompt, [responses[k] for k in row_order])
@@ -337,7 +366,8 @@ def reorder(examples, order):
 
 
 def example_lengths(examples):
-    """(N, 1 + K) tokens in the prompt and responses of each row, of Examples or of a list."""
+    """Returns (N, 1 + K) tokens in the prompt and responses of each row, of Examples or of a
+    list."""
     if isinstance(examples, Examples):
         return examples.lengths
     columns = 1 + max((len(responses) for _, responses in examples), default=0)
@@ -348,9 +378,9 @@ def example_lengths(examples):
 
 
 def fit(arrays, block_size):
-    """All rows of `encode` as Examples. To make a prompt fit before its responses it loses its
-    start; they keep all, the end-of-text token too. Where a response alone leaves no room for a
-    token, the prompt has length 0."""
+    """Returns all rows of `encode` as Examples that fit in block_size. A prompt loses its start to
+    make room for its responses, which keep all, the end-of-text token too. Where a response alone
+    leaves no room for a token, the prompt has length 0."""
     lengths = arrays["lengths"].copy()
     ends = lengths.ravel().cumsum(dtype=np.int64).reshape(lengths.shape)
     room = block_size - lengths[:, 1:].max(axis=1, initial=0)
@@ -359,7 +389,8 @@ def fit(arrays, block_size):
 
 
 def equal_responses(examples):
-    """(N,) in which rows of Examples are all responses the same, so that there is no preference?"""
+    """Returns (N,) whether all responses of a row of Examples are the same, so that it says nothing
+    of preferences."""
     lengths = examples.lengths[:, 1:]
     equal = (lengths == lengths[:, :1]).all(axis=1) & (lengths.shape[1] > 1)
     for row in np.flatnonzero(equal):
@@ -369,14 +400,15 @@ def equal_responses(examples):
 
 
 def needed_block_size(lengths):
-    """The block_size in which 99% of rows fit whole, a multiple of 64. lengths: (N, 1 + K)."""
+    """Returns the block_size in which 99% of rows fit whole, a multiple of 64. lengths: (N, 1 +
+    K)."""
     needed = np.percentile(lengths[:, 0] + lengths[:, 1:].max(axis=1), 99)
     return 64 * math.ceil(needed / 64)
 
 
 def longest_sample(lengths, block_size, rows):
-    """The default of --max_new_tokens: what 99% of the responses need, their end-of-text token
-    included. That may take the room of 1% of the prompts, and of more only up to half of
+    """Returns the default of --max_new_tokens: what 99% of the responses need, their end-of-text
+    token included. That may take the room of 1% of the prompts, and of more only up to half of
     block_size. Prints it. lengths: (N, 1 + K) tokens in the prompt and the responses of each row;
     rows: which they are."""
     needed = math.ceil(np.percentile(lengths[:, 1:], 99))
@@ -390,8 +422,8 @@ def longest_sample(lengths, block_size, rows):
 
 
 def default_block_size(args, tokenizer):
-    """The block_size of a model from scratch, by the demonstrations of --data: what they need, from
-    192 (there is room for a prompt and a sample) to GPT-2's 1024."""
+    """Returns the block_size of a model from scratch, by the demonstrations of --data: what they
+    need, from 192 (there is room for a prompt and a sample) to GPT-2's 1024."""
     arrays = tokenised_file(args.data, tokenizer, True, args.skip_bad_rows)
     block_size = min(max(192, needed_block_size(arrays["lengths"])), 1024)
     print(f"{args.data}: block_size {block_size}, by the length of its rows")
@@ -399,17 +431,17 @@ def default_block_size(args, tokenizer):
 
 
 def random_order(n):
-    """The numbers below n in an order that depends on n alone. A file may be sorted, by kind or by
-    date; in this order its first rows are a random part, and the same one for every method and
-    every --seed. Returns (n,) int64."""
+    """Returns the numbers below n, (n,) int64, in an order that depends on n alone. A file may be
+    sorted, by kind or by date; in this order its first rows are a random part, and the same one for
+    every method and every --seed."""
     return np.random.default_rng([0, 8]).permutation(n)
 
 
 def select(arrays, block_size, name="data", split=None):
-    """The rows of `encode` that are of use, in one split or in all; says how many were dropped and
-    why, and how many prompts were cut. A prompt's split goes by its hash: it is the same in every
-    file. The rows of a split are in random order. Returns (Examples, scores (N, K, M) or None).
-    InputError if there is no such row."""
+    """Returns the rows of `encode` that are of use, in one split or in all, as (Examples, scores
+    (N, K, M) or None). Says how many were dropped and why, and how many prompts were cut. A
+    prompt's split goes by its hash: it is the same in every file. The rows of a split are in random
+    order. InputError if there is no such row."""
     rows = np.arange(len(arrays["hash"]))
     if split is not None:
         rows = random_order(len(rows))
@@ -441,14 +473,14 @@ def select(arrays, block_size, name="data", split=None):
 
 
 def select_file(data, split, tokenizer, block_size, skip_bad_rows, demonstrations=False):
-    """`select` of a split of a file."""
+    """Returns what `select` finds in a split of a file."""
     arrays = tokenised_file(data, tokenizer, demonstrations, skip_bad_rows)
     return select(arrays, block_size, f"{data}, {split}", split)
 
 
 def prompts_of(arrays, split):
-    """The prompts of a split, each once, as lists of token ids, in random order. (In the random
-    order of rows those with many rows would come early.)"""
+    """Returns the prompts of a split, each once, as lists of token ids, in random order. (In the
+    random order of rows those with many rows would come early.)"""
     lengths = arrays["lengths"]
     ends = lengths.ravel().cumsum().reshape(lengths.shape)[:, 0]
     rows = np.flatnonzero(SPLITS[arrays["hash"]] == split)

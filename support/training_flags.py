@@ -1,5 +1,5 @@
-"""The flags of train_policy.py and train_rm.py, and what is refused. The numbers of a run, which
-are the flags' defaults, stand at the top of the two scripts."""
+"""Reads the flags of train_policy.py and train_rm.py, and says what is refused. The numbers of a
+run, which are the flags' defaults, stand at the top of the two scripts."""
 import argparse
 import contextlib
 import os
@@ -23,6 +23,7 @@ from support.flags import (
     skip_flag,
     split_flag,
     up_to_1000,
+    up_to_million,
 )
 from support.run import check_free, check_unused, family_to_train, log_package
 from support.sources import join_split, name_and_split
@@ -51,7 +52,7 @@ def policy_flags(argv, doc, numbers, losses, needs, knobs):
     for knob in sorted(set(defaults) - {"beta", "tau", "gamma"}):       # of losses added
         number = isinstance(defaults[knob], (int, float))
         add(f"--{knob}", type=not_negative_float if number else str, help="see losses.py")
-    add("--kl_samples", type=positive_int, help="samples from the reference for each prompt, to "
+    add("--kl_samples", type=up_to_1000, help="samples from the reference for each prompt, to "
         "estimate its KL term (default: 1)")
     add("--max_new_tokens", type=positive_int, help="longest sample for the KL term and --select "
         "(default: 64 on tinytldr, else what 99%% of the training responses need)")
@@ -137,8 +138,8 @@ def reward_flags(argv, doc, numbers):
 
 
 def training_flags(doc, lr):
-    """The flags that both scripts have in common. A default of None is filled in later. lr: what
-    --help says of its default."""
+    """Returns a parser with the flags that both scripts have. A default of None is filled in later.
+    lr: what --help says of its default."""
     parser = Parser(doc)
     add = parser.add_argument
     add("--data", default="tinytldr", help="tinytldr, a JSONL/JSON/CSV/Parquet file, a folder of "
@@ -154,7 +155,6 @@ def training_flags(doc, lr):
     add("--micro_batch_size", type=positive_int, help="rows per forward pass (default: the batch)")
     add("--lr", type=positive_float, help="peak learning rate: warm-up over 5%% of the steps, then "
         f"a cosine down to zero (default: {lr}; a hundredth of that where n_embd is 512 or more)")
-    add("--weight_decay", type=not_negative_float, default=0.0, help="of matrices and embeddings")
     add("--grad_clip", type=positive_float, help="largest norm of the gradient")
     add("--seed", type=seed, default=0, help="of the data, initial weights and the batch order")
     add("--eval_every", type=positive_int, help="steps between evaluations, which save the state")
@@ -175,7 +175,7 @@ def training_flags(doc, lr):
     add("--rho", type=fraction_or_all, help="fraction of the training pairs in which the longer "
         "response is preferred, or all for the pairs as they are (default: 0.2 on tinytldr)")
     add("--n_pairs", type=positive_int, help="training pairs (default: 1000 on tinytldr, else all)")
-    add("--pool", type=positive_int, help="tinytldr: pairs to choose from (default: 5000)")
+    add("--pool", type=up_to_million, help="tinytldr: pairs to choose from (default: 5000)")
     add("--label_temperature", type=not_negative_float, help="tinytldr: noise of the oracle's "
         "labels (default: 0, none: the higher reward is always preferred)")
     add("--relabel", help="a reward-model run folder: relabel the pairs of --data by it")
@@ -197,7 +197,7 @@ def training_defaults(args, numbers, scratch_width=0):
 
 
 def start_width(args, scratch_width):
-    """n_embd of the model that training starts from; of one on the hub, GPT-2's."""
+    """Returns n_embd of the model that training starts from; of one on the hub, GPT-2's."""
     if args.init_from == "scratch":
         return scratch_width
     if os.path.exists(args.init_from):
@@ -207,9 +207,9 @@ def start_width(args, scratch_width):
 
 
 def check_memory(args):
-    """InputError if a model from scratch can't fit this machine's memory: 4 bytes for a weight, and
-    where it is trained on the CPU 12 for its gradient and Adam's moments. Less than it takes: the
-    vocabulary is not known yet."""
+    """Raises InputError if a model from scratch can't fit this machine's memory: 4 bytes for a
+    weight, and where it is trained on the CPU 12 for its gradient and Adam's moments. Less than it
+    takes: the vocabulary is not known yet."""
     n_layer, n_embd, block_size = args.n_layer, args.n_embd, args.block_size or 192
     weights = 12 * n_layer * n_embd ** 2 + block_size * n_embd
     needed = weights * (16 if args.device == "cpu" else 4)
@@ -221,7 +221,7 @@ def check_memory(args):
 
 
 def memory_of_machine():
-    """Bytes of memory of the machine; None where the system does not tell."""
+    """Returns the bytes of memory of the machine; None where the system does not tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):       # Windows
@@ -229,8 +229,8 @@ def memory_of_machine():
 
 
 def preference_data_flags(args, numbers, used=True):
-    """The rows of `resolve`'s table for the flags of the preference data. numbers: {flag: default}
-    on TinyTLDR. used: is there any?"""
+    """Returns the rows of `resolve`'s table for the flags of the preference data. numbers: {flag:
+    default} on TinyTLDR. used: is there any?"""
     tiny = args.data == "tinytldr"
     what = "--data=tinytldr" if used else "the preference losses"
     return {
@@ -245,8 +245,8 @@ def preference_data_flags(args, numbers, used=True):
 
 
 def check_folders_and_tokenizer(args, **inputs):
-    """Nothing is overwritten that is read, nor anybody's work; --tokenizer is that of --init_from
-    by default. What is missing for --log is said now."""
+    """Raises InputError if a run would overwrite what it reads, or another run, or if a package for
+    --log is missing. Fills in --tokenizer, by default that of --init_from."""
     if args.log is not None:
         log_package(args.log)
     start = None if args.init_from == "scratch" else args.init_from

@@ -209,6 +209,8 @@ def test_d_rho_says_the_bias_that_it_has(capsys):
     assert d_rho(dataset, "all", 5, seed=0).examples == dataset.examples[:5]
     assert d_rho(dataset, "all", None, seed=0).examples == dataset.examples
     assert capsys.readouterr().out == ""
+    assert len(d_rho(dataset, "all", 13, seed=0)) == 12
+    assert capsys.readouterr().out == "--n_pairs=13: there are 12 training rows, which are taken\n"
 
 
 # ------------------------------------------------------------------ relabelling

@@ -228,6 +228,15 @@ def test_batch_loss_is_the_mean_over_the_pairs_of_each_row(name, n_responses):
     torch.testing.assert_close(got, loss_pair_by_pair(name, logps, batch, n_responses, S_of(name)))
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (3, 1)])
+def test_a_loss_that_is_not_a_number_for_each_pair(monkeypatch, shape):
+    """It would be multiplied by the weights of the pairs all the same, and be another loss."""
+    logps, batch = make_batch([2] * 3, 0)
+    monkeypatch.setitem(LOSSES, "mine", lambda logps: torch.zeros(shape))
+    with pytest.raises(AssertionError, match=r"mine gives \[.*\] numbers, not one for each of 3"):
+        batch_loss("mine", logps, batch)
+
+
 def test_batch_loss_of_demonstrations():
     """One number for each row, of all its demonstrations; pairs do not matter."""
     logps, batch = make_batch([3, 3], 0)

@@ -21,11 +21,13 @@ import train_rm
 from data import Dataset, TreeBatch
 from model import GPT, GPTConfig
 from reward import RewardModel, family_scores, load_reward_models, training_pairs
-from support import passes
+from support import columns
 from support.checks import say_spread
+from support.columns import sample, score
 from support.device import compiled_graphs, recompute_layers
 from support.flags import InputError
-from support.passes import sample, score, to_text, with_room
+from support.prompts import with_room
+from support.tokenizer import to_text
 from train_policy import loss_flags, reward_of_samples, row_terms, with_columns
 
 CPU = torch.device("cpu")
@@ -380,8 +382,8 @@ def test_what_a_policy_is_trained_on_is_cached_by_name(lab, monkeypatch, capsys)
         bars.append(desc)
         return progress_bar(desc=desc, **options)
 
-    progress_bar = passes.progress_bar
-    monkeypatch.setattr(passes, "progress_bar", bar)
+    progress_bar = columns.progress_bar
+    monkeypatch.setattr(columns, "progress_bar", bar)
     train(lab, train_policy, "--loss=e-dpo", f"--rewards={lab.root}/rms", "--max_new_tokens=4",
           f"--relabel={lab.root}/rms/1", "--micro_batch_size=3")
     assert cached_names(lab.root / "ref") == {
@@ -393,7 +395,7 @@ def test_what_a_policy_is_trained_on_is_cached_by_name(lab, monkeypatch, capsys)
     assert bars == ["train-relabel rewards", "validation-relabel rewards",
                     "train rewards", "train rewards", "train samples", "train log-probs",
                     "validation rewards", "validation rewards", "validation samples",
-                    "validation log-probs"]
+                    "validation log-probs", "samples to show", "samples to show"]
     assert capsys.readouterr().out.count("step 0: ") == 1
 
 

@@ -6,8 +6,7 @@ import pytest
 
 import tinytldr
 from model import GPT, GPTConfig
-from support.passes import to_text
-from support.tokenizer import END_OF_TEXT, word_encoding
+from support.tokenizer import END_OF_TEXT, to_text, word_encoding
 from tinytldr import demonstration, facts_of, oracle_reward, post
 
 FIRST = ("POST: Sorry for the wall of text. My roommate is the problem. The music never stops. "

@@ -33,14 +33,13 @@ from support.tokens import random_order
 
 SEED = 7
 BETA, TAU, GAMMA = 0.7, 0.3, (0.3, 0.9)
-LR, WEIGHT_DECAY = 1e-3, 1.0
+LR = 1e-3
 GRAD_CLIP = 1e-4        # so small that AdamW's epsilon counts: elsewhere it makes rounding visible
 BATCH, MICRO_BATCH, N_EVAL = 8, 3, 13
 MAX_NEW_TOKENS = 6
 BLOCK_SIZE = 40
-SHARED_FLAGS = [f"--seed={SEED}", f"--lr={LR}", f"--weight_decay={WEIGHT_DECAY}",
-                f"--batch_size={BATCH}", f"--n_eval={N_EVAL}", "--eval_every=1000",
-                "--device=cpu", "--dtype=float32", "--tokenizer=tinytldr"]
+SHARED_FLAGS = [f"--seed={SEED}", f"--lr={LR}", f"--batch_size={BATCH}", f"--n_eval={N_EVAL}",
+                "--eval_every=1000", "--device=cpu", "--dtype=float32", "--tokenizer=tinytldr"]
 
 # ------------------------------------------------------------------ the data, as files and as rows
 
@@ -388,8 +387,6 @@ class AdamW:
             g, m, v = gradients[name], self.m[name], self.v[name]
             m.copy_(0.9 * m + 0.1 * g)
             v.copy_(0.95 * v + 0.05 * g ** 2)
-            if name.endswith("weight") and ".ln_" not in name:      # matrices and embeddings
-                p -= lr * WEIGHT_DECAY * p
             p -= lr * (m / (1 - 0.9 ** t)) / ((v / (1 - 0.95 ** t)).sqrt() + 1e-8)
 
 

@@ -23,8 +23,8 @@ from model import GPT, GPTConfig
 from reward import RewardModel
 from support.checkpoint import TRANSPOSED
 from support.flags import InputError
-from support.optimizer import learning_rate
 from support.tokenizer import save_tokenizer
+from train_policy import learning_rate
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")

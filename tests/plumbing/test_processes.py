@@ -4,11 +4,13 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,13 +25,14 @@ import train_rm
 from data import Dataset, collate
 from model import GPT
 from support import device, processes, run
+from support.columns import score
+from support.device import place
 from support.flags import OTHERS_ENDED, InputError, lost_processes
-from support.passes import score
+from support.processes import full, gathered, load_whole, whole
 from support.run import release
-from support.sharding import full, gathered, load_whole, place, whole
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(TESTS)
+ROOT = str(Path(__file__).parents[2])
 SCRIPT = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
@@ -190,10 +193,12 @@ def assert_same_run(folder, other):
 @pytest.mark.parametrize("run", ["sft", "rm", "e-dpo"])
 @pytest.mark.parametrize("name", ["two", "sharded"])
 def test_two_processes_compute_what_a_single_one_does(sessions, name, run):
-    """With whole weights, and with --fsdp; and each line is printed once."""
+    """With whole weights, and with --fsdp; and each line is printed once. Replies are shown with
+    whole weights alone: by sft, e-dpo, the run that is killed and the one that is resumed."""
     folder, printed = sessions
     assert_same_run(folder / "alone" / run, folder / name / run)
-    assert printed.count("step    20") == 2 * 4
+    assert len(re.findall(r"^   20 ", printed, flags=re.M)) == 2 * 4
+    assert printed.count("prompt 1: ") == printed.count("prompt 2: ") == 4
 
 
 @pytest.mark.parametrize("name", ["alone", "sharded", "two"])
@@ -259,12 +264,20 @@ def test_when_a_process_is_killed_the_other_says_so_and_ends(sessions, killed, f
     ("NCCL error: ncclRemoteError: A call failed possibly due to a network error or a remote "
      "process exited prematurely.", True),
     ("mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)", False)])
-def test_a_lost_process_is_told_from_a_bug(message, lost):
+def test_a_lost_process_is_told_from_a_bug(message, lost, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(RuntimeError if not lost else InputError) as error, lost_processes():
         raise RuntimeError(message)
     assert str(error.value) == (OTHERS_ENDED if lost else message)
     assert signal.getsignal(signal.SIGTERM) == (signal.SIG_IGN if lost else before)
+
+
+def test_a_process_that_is_alone_loses_no_other():
+    """A bug may say what torch says of a lost process."""
+    with pytest.raises(RuntimeError, match="Broken pipe") as error, lost_processes():
+        raise RuntimeError("Broken pipe")
+    assert not isinstance(error.value, InputError)
 
 
 def test_joining_and_leaving_the_others(monkeypatch, capsys):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data import Dataset, biased_subset, get_tokenizer, longer
-from support.formats import load_rows
+from support.rows import load_rows
 from support.tokens import SPLITS, encode, select, tokenised_file
 
 FOLDER = os.environ.get("NANOPREF_DATA", "")

@@ -17,7 +17,7 @@ from data import get_tokenizer
 from runs import protocol
 from support.flags import InputError, comparison_flags
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAPER = ["dpo", "ipo", "d-dpo", "p-dpo", "dp-dpo", "e-dpo"]
 
 
@@ -51,6 +51,8 @@ def stages(monkeypatch, tmp_path):
             folder = os.path.join(values["out_dir"], member)
             os.makedirs(folder, exist_ok=True)
             open(os.path.join(folder, "model.safetensors"), "w").close()
+            with open(os.path.join(folder, "config.json"), "w") as file:
+                json.dump({"nanopref": {"tokenizer": "gpt2"}}, file)
         commands.append((script, values))
 
     def main(*flags):
@@ -160,7 +162,11 @@ def world_of_files(monkeypatch, tmp_path, hub_cache):
     (["--sft_data=bad.jsonl"], "--sft_data: bad.jsonl: rows 1, .*: the response 'chosen' is empty"),
     (["--data=three.jsonl"], "--data: three.jsonl, .*: no usable row"),
     (["--family=scores"], "--family=scores: pairs.jsonl has no score_chosen"),
-    (["--max_new_tokens=512"], "--max_new_tokens: 512 leaves no room")])
+    (["--max_new_tokens=512"], "--max_new_tokens: 512 leaves no room"),
+    (["--n_pairs=1000"], "--n_pairs: 1000 is too many: of .* have a response that is longer"),
+    (["--n_pairs=1000", "--labels=human"], "--n_pairs: no 1000 pairs in which the longer"),
+    (["--device=mps"], "--device=mps: this machine has none"),
+    (["--out=/proc/none"], "/proc/none.* can't be (made|written)")])
 def test_bad_inputs_are_refused_before_the_work(world_of_files, flags, message):
     """What a later stage would not take; and nothing is written that stands in the way of the
     corrected command."""
@@ -168,6 +174,17 @@ def test_bad_inputs_are_refused_before_the_work(world_of_files, flags, message):
         world_of_files("--data=pairs.jsonl", "--sft_data=pairs.jsonl", *flags)
     assert not os.path.exists("out")
     assert world_of_files("--data=pairs.jsonl", "--sft_data=pairs.jsonl")
+
+
+@pytest.mark.parametrize("run, file", [("sft", "model.safetensors"), ("rms/0.2", "state.pt")])
+def test_runs_of_something_else_are_not_taken_for_its_own(world_of_files, run, file):
+    """Such as the speedrun's in out/: nothing says how they were trained."""
+    path = Path("out", run, file)
+    path.parent.mkdir(parents=True)
+    path.touch()
+    with pytest.raises(InputError, match=f"--out: out/{run} is there already, and no out/protocol"):
+        world_of_files("--data=pairs.jsonl", "--sft_data=pairs.jsonl")
+    assert not os.path.exists("out/protocol.json")
 
 
 def test_flags_may_be_corrected_until_something_is_trained(world_of_files):
@@ -223,7 +240,8 @@ def test_scores_need_no_reward_models(stages):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("{", "--out: .*protocol.json: damaged: Expecting"), ("[]", "damaged: a list, not a dict"),
+    ("{", "--out: .*protocol.json: not JSON: Expecting"),
+    ("[]", "--out: .*protocol.json: not a JSON object"),
     (None, "--out: .* is not a folder")])
 def test_a_folder_that_is_none_of_its_own(stages, tmp_path, text, message):
     """A protocol.json that can't be read, and a file in the place of the folder."""
@@ -284,6 +302,24 @@ def shell(tmp_path):
         lines = log.read_text().splitlines()
         return done.returncode, done.stderr, [line.split("\t")[:-1] for line in lines]
     return run
+
+
+def test_the_first_look(shell):
+    """A reference, DPO from it, and what it gained; in folders of its own, which a second look may
+    overwrite. The flags of the call go to every command."""
+    code, errors, commands = shell("first_look.sh", "--seed=3", OUT="my out")
+    assert code == 0 and not errors
+    for script, *flags in commands:
+        check_flags(script, flags)
+        assert flags[-1] == "--seed=3"
+    assert [script for script, *_ in commands] == ["train_policy.py"] * 2 + ["evaluate.py"]
+    folders = [flag_value(flags, "out_dir") for _, *flags in commands]
+    sft, dpo, _ = folders
+    assert folders == [f"my out/first-look/{name}" for name in ("sft", "dpo", "report")]
+    assert [flag_value(flags, "loss") for _, *flags in commands[:2]] == ["sft", "dpo"]
+    assert all("--overwrite" in flags for _, *flags in commands[:2])
+    assert f"--init_from={sft}" in commands[1] and "--select=oracle" in commands[1]
+    assert f"--ref={sft}" in commands[2] and dpo in commands[2]
 
 
 def test_the_speedrun(shell):

@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 
-from support import formats
+from support import rows as rows_file
 from support.flags import InputError
-from support.formats import describe, implicit_prompt, load_rows, parse_row, parse_rows
+from support.rows import describe, implicit_prompt, load_rows, parse_row, parse_rows
 from support.tokens import hash_content
 
 PAIR = {"prompt": "Say hello.", "chosen": " Hello!", "rejected": " Go away."}
@@ -551,7 +551,7 @@ def test_scores_of_csv_are_numbers(tmp_path, hub_cache):
 @pytest.mark.parametrize("layout", ["array", "array on lines", "values"])
 def test_json_is_read_in_parts(tmp_path, hub_cache, monkeypatch, layout):
     """Records that are longer than a part, or lie across two, are whole."""
-    monkeypatch.setattr(formats, "PART", 50)
+    monkeypatch.setattr(rows_file, "PART", 50)
     rows = [{**PAIR, "prompt": "é [{" * n} for n in range(1, 60)]
     path = tmp_path / "a.json"
     if layout == "values":
@@ -713,12 +713,13 @@ def test_what_is_no_demonstration(record, message):
 
 def test_labels_of_demonstrations(tmp_path, hub_cache, capsys):
     """Unpaired preferences: what people did not like is not imitated; and it is said."""
-    records = [{"prompt": "a", "completion": f" {label}", "label": label}
+    records = [{"prompt": "a", "completion": f" is {label}", "label": label}
                for label in (True, False, None, False)]
-    wanted = [{"prompt": "a", "responses": [" True"]}, {"prompt": "a", "responses": [" None"]}]
+    wanted = [{"prompt": "a", "responses": [" is True"]},
+              {"prompt": "a", "responses": [" is None"]}]
     assert list(load_rows(write(tmp_path / "a.jsonl", records), demonstrations=True)) == wanted
     assert capsys.readouterr().out == "2 demonstrations left out, as their label is false\n"
-    (tmp_path / "a.csv").write_text("prompt,completion,label\na, True,True\na, b,False\n")
+    (tmp_path / "a.csv").write_text("prompt,completion,label\na, is True,True\na, b,False\n")
     assert list(load_rows(str(tmp_path / "a.csv"), demonstrations=True)) == wanted[:1]
     with pytest.raises(InputError, match="the file has no rows"):
         list(load_rows(write(tmp_path / "a.jsonl", records[1:2]), demonstrations=True))

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from support.formats import load_rows
+from support.rows import load_rows
 
-PAGE = Path(__file__).parent.parent / "docs" / "layouts.md"
+PAGE = Path(__file__).parents[2] / "docs" / "layouts.md"
 SECTIONS = re.findall(r"^## (.*?)\n.*?```python\n(.*?)```", PAGE.read_text(encoding="utf-8"),
                       re.S | re.M)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from data import collate
 from model import GPT, GPTConfig, tree_mask
 from support.flags import InputError
-from support.formats import load_rows, parse_rows
+from support.rows import load_rows, parse_rows
 
 CASES = int(os.environ.get("FUZZ_CASES", 0))        # of each test; 0 in the suite
 anything = settings(max_examples=CASES or 100, derandomize=not CASES, database=None, deadline=None,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 METHOD = ["losses", "data", "model", "reward", "tinytldr", "train_policy", "train_rm", "evaluate",
           "sample"]
 PRONOUNS = {"at", "one", "same", "who", "per", "known", "found"}       # names that name nothing
@@ -23,7 +23,7 @@ FLOORS = (*BELOW, "tests")
 # {module: its file}, and those of each floor: "data", "support.flags", "runs.show"
 SOURCES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 for floor in FLOORS:
-    for path in sorted((ROOT / floor).glob("*.py")):
+    for path in sorted((ROOT / floor).rglob("*.py")):
         SOURCES[floor if path.stem == "__init__" else f"{floor}.{path.stem}"] = path
 TEXTS = {module: path.read_text(encoding="utf-8") for module, path in SOURCES.items()}
 TREES = {module: ast.parse(text) for module, text in TEXTS.items()}

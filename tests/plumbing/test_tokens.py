@@ -532,7 +532,7 @@ def test_a_damaged_entry_is_written_anew(tmp_path, token_cache, capsys, damage):
     damage(entry, first)
     again = tokenised_file(path, tokenizer())
     out = capsys.readouterr().out
-    assert out.startswith(f"{entry}: damaged, so it is made anew (") and out.count("\n") == 1
+    assert out.startswith(f"{entry}: damaged, so it is made again (") and out.count("\n") == 1
     assert first.keys() == again.keys()
     assert all(np.array_equal(first[name], again[name]) for name in first)
     tokenised_file(path, tokenizer())

@@ -156,10 +156,14 @@ def test_what_chance_needs_where_there_is_none(refuses, script, flags):
     (["--lr=0"], r"--lr: invalid positive float \(1e-12 to 1e12\) value: '0'"),
     (["--lr=inf"], "--lr: invalid positive float"),
     (["--loss=dpo", "--beta=1e300"], "--beta: invalid positive float"),
-    (["--weight_decay=-1"], "--weight_decay: invalid non-negative float"),
+    (["--missing_eos_penalty=-1"], "--missing_eos_penalty: invalid non-negative float"),
     (["--seed=-1"], "--seed: invalid seed"),
     (["--seed=4294967296"], "--seed: invalid seed"),
     (["--batch_size=1.5"], "--batch_size: invalid positive int"),
+    (["--max_steps=1000000000001"], r"--max_steps: invalid positive int \(to 1e12\)"),
+    (["--loss=sft", f"--n_embd={10 ** 400}"], "--n_embd: invalid positive int"),
+    (["--kl_samples=1000000000000"], "--kl_samples: invalid int from 1 to 1000"),
+    ([f"--seed={'1' * 5000}"], r"--seed: invalid seed value: '1{300,400}\.\.\.$"),
     (["--loss=sft", "--n_head=3"], "--n_head: 3 heads do not divide --n_embd=128")])
 def test_bad_flags_of_a_policy(refuses, flags, message):
     refuses(train_policy, flags, message)
@@ -180,7 +184,7 @@ def test_a_package_that_is_not_installed(refuses, monkeypatch, script, name, mod
     (["--bias=0.2,0.20"], "--bias: .* named twice"),
     (["--init_from=scratch"], "--init_from: a reward model starts from a language model"),
     (["--loss=dpo"], "unrecognized arguments: --loss=dpo"),
-    (["--max_steps=0"], "--max_steps: invalid positive int value: '0'")])
+    (["--max_steps=0"], r"--max_steps: invalid positive int \(to 1e12\) value: '0'")])
 def test_bad_flags_of_a_reward_model(refuses, flags, message):
     refuses(train_rm, flags, message)
 
@@ -188,6 +192,7 @@ def test_bad_flags_of_a_reward_model(refuses, flags, message):
 @pytest.mark.parametrize("flags, message", [
     (["--data=pairs.jsonl"], "--oracle: only --data=tinytldr has an oracle of its own"),
     (["--temperature=0.001"], "--temperature: invalid temperature"),
+    ([f"--show={10 ** 30}"], "--show: invalid non-negative int"),
     (["--n_prompts=0"], "--n_prompts: invalid int from 1 to 30000"),
     (["--split=train"], "--split: invalid choice")])
 def test_bad_flags_of_a_comparison(refuses, flags, message):
@@ -205,7 +210,9 @@ def test_policies_to_compare_stand_anywhere(refuses):
 @pytest.mark.parametrize("flags, message", [
     (["--top_p=0"], "--top_p: invalid positive fraction value: '0'"),
     (["--top_p=1.1"], "--top_p: invalid positive fraction"),
-    (["--top_k=0"], "--top_k: invalid positive int")])
+    (["--top_k=0"], "--top_k: invalid positive int"),
+    ([f"--top_k={10 ** 30}"], "--top_k: invalid positive int"),
+    (["--n=1000000000000"], "--n: invalid int from 1 to 1000")])
 def test_bad_flags_of_a_talk(refuses, flags, message):
     refuses(sample, ["out/sft", *flags], message)
 

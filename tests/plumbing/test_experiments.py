@@ -9,6 +9,7 @@ import sys
 import time
 from concurrent.futures import Future
 from inspect import signature
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from experiments import world as world_script
 from losses import e_dpo
 from support.flags import InputError
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = str(Path(__file__).parents[2])
 
 
 # ------ the world

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from model import GPT, GPTConfig
 from support.flags import run_script
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = str(Path(__file__).parents[2])
 for folder in ("runs", "experiments", "dev"):
     sys.path.insert(0, os.path.join(ROOT, folder))
 
@@ -97,8 +97,9 @@ def workshop(world, tmp_path_factory):
     small = GPT(GPTConfig(block_size=64, vocab_size=256, n_layer=1, n_head=1, n_embd=8))
     small.save_pretrained(root / "small")
     config = json.loads((root / "small/config.json").read_text())
-    config["nanopref"] = {"tokenizer": "tinytldr"}      # else GPT-2's, which would be downloaded
+    config["nanopref"] = {"tokenizer": "tinytldr"}
     (root / "small/config.json").write_text(json.dumps(config))
+    small.save_pretrained(root / "unknown")             # of which nothing says what tokens it reads
     return root
 
 
@@ -121,7 +122,7 @@ CASES = [       # script, flags, what the line has to say
     (POLICY, f"{DPO} --beta=", "--beta: invalid positive float"),
     (POLICY, f"{DPO} --lr=0", "--lr: invalid positive float"),
     (POLICY, f"{DPO} --lr=fast", "--lr: invalid positive float"),
-    (POLICY, f"{DPO} --weight_decay=-1", "--weight_decay: invalid non-negative float"),
+    (POLICY, f"{DPO} --weight_decay=0.1", "unrecognized arguments: --weight_decay=0.1"),
     (POLICY, f"{DPO} --max_steps=0", "--max_steps: invalid positive int"),
     (POLICY, f"{DPO} --max_steps=1e3", "--max_steps: invalid positive int"),
     (POLICY, f"{DPO} --batch_size=-4", "--batch_size: invalid positive int"),
@@ -141,7 +142,7 @@ CASES = [       # script, flags, what the line has to say
     (REPORT, f"{EVAL} --temperature=-1", "--temperature: invalid temperature"),
     (REPORT, f"{EVAL} --max_new_tokens=10000", "--max_new_tokens: 10000 leaves no room"),
     (TALK, "sft --max_new_tokens=10000", "--max_new_tokens: 10000 leaves no room"),
-    (TALK, "sft --n=0", "--n: invalid positive int"),
+    (TALK, "sft --n=0", "--n: invalid int from 1 to 1000"),
     # words
     (POLICY, f"{DPO} --los=dpo", "unrecognized arguments: --los=dpo"),
     (POLICY, "--loss=ppo --out_dir=new", "--loss: invalid choice"),
@@ -192,7 +193,7 @@ CASES = [       # script, flags, what the line has to say
     (POLICY, "--loss=dpo --init_from=./nowhere --out_dir=new", "./nowhere: no such folder"),
     (POLICY, "--loss=dpo --init_from=folder --out_dir=new", "folder: no config.json"),
     (POLICY, "--loss=dpo --init_from=absurd --out_dir=new", "n_positions is 1000000000000 there"),
-    (POLICY, "--loss=dpo --init_from=deep --out_dir=new", "deep/config.json: not a JSON object"),
+    (POLICY, "--loss=dpo --init_from=deep --out_dir=new", "deep/config.json: not JSON: "),
     (POLICY, "--loss=dpo --init_from=list --out_dir=new", "list/config.json: not a JSON object"),
     (POLICY, "--loss=dpo --init_from=llama --out_dir=new", "only 'gpt2' is supported"),
     (POLICY, "--loss=dpo --init_from=zero --out_dir=new", "n_layer 0, which is not a positive"),
@@ -211,9 +212,9 @@ CASES = [       # script, flags, what the line has to say
     (REWARD, "--init_from=scratch --out_dir=new", "--init_from: a reward model starts from"),
     (REPORT, "--ref=nan sft --out_dir=new", "nan: the weights transformer.ln_f.bias"),
     (REPORT, "--ref=small small --out_dir=new", "--ref: the model knows 256 tokens"),
-    (TALK, "small --prompt=a", "small: it has no tokenizer"),
-    (POLICY, "--loss=sft --data=good.jsonl --init_from=small --out_dir=new",
-     "small: it has no tokenizer (no tokenizer.json, no vocab.json), and its vocab_size, 256, is "
+    (TALK, "unknown --prompt=a", "unknown: it has no tokenizer"),
+    (POLICY, "--loss=sft --data=good.jsonl --init_from=unknown --out_dir=new",
+     "unknown: it has no tokenizer (no tokenizer.json, no vocab.json), and its vocab_size, 256, is "
      "not GPT-2's"),
     (POLICY, "--loss=sft --init_from=adapter --out_dir=new", "adapter: adapter_config.json, a "),
     (POLICY, "--loss=sft --n_layer=1000000000 --out_dir=new", "--n_layer: invalid int from 1 to"),

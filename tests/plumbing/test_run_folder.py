@@ -14,6 +14,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,30 +28,32 @@ from data import Dataset
 from model import GPT, GPTConfig
 from support import files
 from support import run as run_folder
-from support.cache import cache_folder, cached
 from support.checks import check_rounding, check_step_0
+from support.columns import cache_folder, cached, score
 from support.device import setup
-from support.files import read_json, remove_leftovers, replacing, write_json
+from support.files import remove_leftovers, replacing, write_json
 from support.flags import InputError
-from support.optimizer import adamw, learning_rate, set_learning_rate
-from support.passes import score
 from support.run import (
     STATE,
     Run,
     check_free,
     check_unused,
     claim,
+    duration,
     family_folders,
     family_to_train,
     load,
     models_named,
+    print_prompt,
+    print_reply,
     run_flags,
     run_names,
 )
 from support.tokenizer import check_same_tokens
 from support.tokens import keep_arrays
+from train_policy import adamw, learning_rate
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = str(Path(__file__).parents[2])
 
 
 def start(folder, constants="hash", **flags):
@@ -194,8 +197,8 @@ def test_a_report_is_logged_and_saved_and_its_main_numbers_are_shown(tmp_path, c
     assert metrics(tmp_path) == [{"step": 0, **results}]
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 0
     assert capsys.readouterr().out == (
-        "step     0  validation/loss 0.5000  validation/accuracy 0.2500  "
-        "validation/chosen_change -2.0000  validation/reward 1.5000\n")
+        " step      loss  val/loss   val/acc  val/chosen    reward    left\n"
+        "    0              0.5000     0.250       -2.00      1.50\n")
 
 
 def test_text_is_utf_8_whatever_the_machine_says(tmp_path, monkeypatch):
@@ -213,10 +216,10 @@ def test_text_is_utf_8_whatever_the_machine_says(tmp_path, monkeypatch):
     assert {str(name).lower() for name in encodings} == {"utf-8"}
 
 
-# ------------------------------------------------------------------ the line on the screen
+# ------------------------------------------------------------------ on the screen
 
-def test_a_line_says_the_learning_rate_and_the_time_left(tmp_path, capsys, clock):
-    """Neither before the first step; no time after the last."""
+def test_a_line_says_the_time_left(tmp_path, capsys, clock):
+    """Not before the first step, nor after the last."""
     run = start(tmp_path, lr=0.00123)
     clock.now += 5      # what happens before the first step is no step's time
     run.report(0, {"loss": 0.5})
@@ -224,10 +227,11 @@ def test_a_line_says_the_learning_rate_and_the_time_left(tmp_path, capsys, clock
         clock.now = now
         run.report(step, {"loss": 0.25})
     assert capsys.readouterr().out.splitlines() == [
-        "step     0  loss 0.5000",
-        "step     1  loss 0.2500  lr 1.2e-03  60 s left",
-        "step     3  loss 0.2500  lr 1.2e-03  30 s left",
-        "step     6  loss 0.2500  lr 1.2e-03"]
+        " step      loss    left",
+        "    0    0.5000",
+        "    1    0.2500    60 s",
+        "    3    0.2500    30 s",
+        "    6    0.2500"]
 
 
 def test_a_resumed_run_measures_its_own_time(tmp_path, capsys, clock):
@@ -240,7 +244,7 @@ def test_a_resumed_run_measures_its_own_time(tmp_path, capsys, clock):
     clock.now += 10
     run.finish()
     assert capsys.readouterr().out.splitlines() == [
-        "step     3  loss 0.5000", "step     5  loss 0.5000  lr 5.0e-01  5 s left",
+        " step      loss    left", "    3    0.5000", "    5    0.5000     5 s",
         f"3 steps in 20 s -> {tmp_path}"]
 
 
@@ -252,7 +256,7 @@ def ten_steps(run):
 
 
 @pytest.mark.parametrize("seconds, line", [
-    (1, ""), (30, ""), (30.5, "step    10  loss 2.0000  lr 5.0e-01  92 s left\n")])
+    (1, ""), (30, ""), (30.5, " step      loss    left\n   10    2.0000    92 s\n")])
 def test_progress_without_a_terminal(tmp_path, capsys, clock, seconds, line):
     """If more than half a minute has passed since the last line; and no bar."""
     run = start(tmp_path, max_steps=40, eval_every=40)
@@ -262,6 +266,57 @@ def test_progress_without_a_terminal(tmp_path, capsys, clock, seconds, line):
     shown = capsys.readouterr()
     assert shown.out == line + f"40 steps in {seconds:.0f} s -> {tmp_path}\n"
     assert shown.err == ""
+
+
+def test_a_table_of_a_policy_fits_a_terminal(tmp_path, capsys, clock):
+    """All columns, in at most 90 characters: the training loss is the mean of the last ten steps.
+    Where training has begun in between, as in a resumed run, the headings are those of what there
+    is, and then those of all."""
+    run = start(tmp_path, max_steps=40, eval_every=20)
+    results = {"validation/loss": 12.5, "train/loss": 1.0, "train/margin": 2.0}
+    for split in ("train", "validation"):
+        results |= {f"{split}/accuracy": 0.75, f"{split}/chosen_change": -123.456}
+    clock.now += 31
+    ten_steps(run)
+    run.report(20, {**results, "validation/reward": -10.125, "validation/unended": 0.5})
+    clock.now += 3600
+    run.report(30, results)
+    printed = capsys.readouterr().out
+    assert printed == """\
+ step      loss    left
+   10    2.0000    93 s
+ step      loss  val/loss  train/acc   val/acc  train/chosen  val/chosen    reward    left
+   20    2.0000   12.5000      0.750     0.750       -123.46     -123.46    -10.12    31 s
+   30    2.0000   12.5000      0.750     0.750       -123.46     -123.46            20 min
+"""
+    assert max(map(len, printed.splitlines())) <= 90
+
+
+@pytest.mark.parametrize("seconds, written", [
+    (0.4, "0 s"), (99.4, "99 s"), (100, "2 min"), (3600, "60 min"), (9000, "2.5 h")])
+def test_times_are_written_in_the_unit_that_suits_them(seconds, written):
+    assert duration(seconds) == written
+
+
+def test_prompts_and_replies_fit_the_terminal(monkeypatch, capsys):
+    """Newlines, and what would steer the terminal, are spaces. Of a long prompt the last four
+    lines are shown; a reply is cut."""
+    monkeypatch.setenv("COLUMNS", "40")
+    print_prompt(1, "Who is it?\n\n\x1b[31mMy sister,\tI\u2028think. TL;DR:")
+    print_prompt(2, " ".join(map(str, range(100, 200))))
+    print_reply(1, -2.0, " my\nsister")
+    print_reply(2, None, "a reply of more than forty characters")
+    print_reply(2, 0.12345, "")
+    assert capsys.readouterr().out.splitlines() == [
+        "prompt 1:  Who is it? [31mMy",
+        "           sister, I think. TL;DR:",
+        "prompt 2:  ... 178 179 180 181 182 183",
+        "           184 185 186 187 188 189",
+        "           190 191 192 193 194 195",
+        "           196 197 198 199",
+        "      1     -2  my sister",
+        "      2         a reply of more than fo",
+        "      2  +0.123  (empty)"]
 
 
 def test_a_bar_on_a_terminal(tmp_path, monkeypatch, capsys, clock):
@@ -362,7 +417,8 @@ def test_a_step_that_is_not_finite_is_named_with_its_rows(tmp_path):
     run = start(tmp_path / "first", max_steps=1)
     run.watch(1, loss=torch.tensor([float("inf")]))
     assert refusal(run.end_step, 0, [3]) == (
-        "--rewards, --beta, --gamma: too large: at step 0 (training rows 3) loss is inf")
+        "--rewards, --beta, --gamma: too large: at step 0 (training rows 3) loss is inf; if they "
+        "are not, the loss itself gives no number")
 
 
 def test_where_a_run_is_resumed_may_change(tmp_path):
@@ -568,7 +624,7 @@ def test_processes_with_the_same_number_do_not_meet(tmp_path):
         for name, text in ((first, "1"), (second, "2")):
             with open(name, "w", encoding="utf-8") as file:
                 file.write(text)
-    assert os.listdir(tmp_path) == ["a.json"] and read_json(path, int) == 1
+    assert os.listdir(tmp_path) == ["a.json"] and (tmp_path / "a.json").read_text() == "1"
 
 
 WRITE_FOR_EVER = """
@@ -642,7 +698,7 @@ def test_a_damaged_cache_is_computed_anew(tmp_path, capsys, kind, damage):
     check("")
     check(f"scores: from {path}\n")
     path.write_bytes(damage(path.read_bytes()))
-    check(f"{path}: damaged, computed anew\n")
+    check(f"{path}: damaged, so it is computed again\n")
     check(f"scores: from {path}\n")
 
 
@@ -803,9 +859,9 @@ def test_run_flags(tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("{", "not a JSON object: Expecting property name enclosed in double quotes: line 1 column 2 "
+    ("{", "not JSON: Expecting property name enclosed in double quotes: line 1 column 2 "
           "(char 1)"),
-    ("[1]", "not a JSON object: 'list' object has no attribute 'get'"),
+    ("[1]", "not a JSON object"),
     ('{"nanopref": [1]}', "'nanopref' is not an object of flags")])
 def test_a_config_that_is_none(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
@@ -912,17 +968,14 @@ def test_run_names():
 
 # ------------------------------------------------------------------ the optimizer
 
-def test_groups_of_parameters():
-    """Matrices and embeddings decay, biases and layer norms do not."""
+def test_the_optimizer():
+    """AdamW of all parameters, without weight decay."""
     model = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.LayerNorm(4),
                                 torch.nn.Linear(4, 3))
-    optimizer = adamw(model, SimpleNamespace(lr=0.25, weight_decay=0.125))
-    decay, no_decay = optimizer.param_groups
-    assert [p.shape for p in decay["params"]] == [(5, 4), (3, 4)]
-    assert [p.shape for p in no_decay["params"]] == [(4,), (4,), (3,)]
-    assert (decay["weight_decay"], no_decay["weight_decay"]) == (0.125, 0)
-    for group in (decay, no_decay):
-        assert (group["lr"], group["betas"], group["fused"]) == (0.25, (0.9, 0.95), True)
+    group, = adamw(model, 0.25).param_groups
+    assert [p.shape for p in group["params"]] == [p.shape for p in model.parameters()]
+    assert group["lr"] == 0.25 and group["betas"] == (0.9, 0.95) and group["fused"]
+    assert group["weight_decay"] == 0
 
 
 @pytest.mark.parametrize("capability, dtype", [((7, 5), "float32"), ((9, 0), "bfloat16")])
@@ -959,10 +1012,9 @@ def test_mps_is_for_who_asks_and_has_a_torch_that_computes_right_there(monkeypat
 @pytest.mark.parametrize("device, fused", [("cpu", True), ("cuda", True), ("mps", False),
                                            ("xla", False)])
 def test_where_all_parameters_are_updated_by_a_single_kernel(monkeypatch, device, fused):
-    parameters = [SimpleNamespace(dim=lambda: 2, device=SimpleNamespace(type=device))]
-    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **options: options["fused"])
-    model = SimpleNamespace(parameters=lambda: parameters)
-    assert adamw(model, SimpleNamespace(lr=0.25, weight_decay=0.0)) is fused
+    parameter = SimpleNamespace(device=SimpleNamespace(type=device))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *arguments, **options: options["fused"])
+    assert adamw(SimpleNamespace(parameters=lambda: iter([parameter])), 0.25) is fused
 
 
 @pytest.mark.parametrize("max_steps, rates", [
@@ -974,13 +1026,6 @@ def test_learning_rate_by_hand(max_steps, rates):
     """Up to the peak, in the middle of the cosine, and at the end."""
     for step, rate in rates.items():
         assert learning_rate(step, max_steps, 3.0) == pytest.approx(3 * rate)
-
-
-def test_the_learning_rate_is_that_of_all_groups():
-    model = torch.nn.Linear(2, 1)
-    optimizer = adamw(model, SimpleNamespace(lr=0.25, weight_decay=0.0))
-    set_learning_rate(optimizer, 0.5)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
 
 
 # ------------------------------------------------------------------ the check before step 0

@@ -1,5 +1,5 @@
-"""The head, which turns hidden states into logits: its weight where products are rounded, and the
-fast way to the log-probs of given tokens, log_softmax and gather without their arrays.
+"""Computes the log-probs of given tokens from hidden states: what log_softmax and gather give,
+without their arrays. Prepares the weight of the head, which turns hidden states into logits.
 
 Over a vocabulary of 50,000 the logits are the largest array there is, and passes over memory are
 what they cost. Autograd would keep one array for each operation; `token_logps` writes exp(logits)
@@ -51,7 +51,8 @@ class TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, target, dtype, keep):
-        """dtype: of the matrix products. keep: there will be a backward pass."""
+        """Computes `token_logps`. dtype: of the matrix products. keep: there will be a backward
+        pass."""
         wide = torch.promote_types(dtype, torch.float32)
         ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
         ctx.kept, logps = [], []

@@ -11,7 +11,7 @@ import train_policy
 import train_rm
 from data import get_tokenizer
 from support.flags import InputError, comparison_flags, talk_flags
-from support.formats import load_rows, parse_rows
+from support.rows import load_rows, parse_rows
 from support.sources import name_and_split, open_hub
 from support.tokens import tokenised_file
 
@@ -266,7 +266,6 @@ def said_of(tmp_path, records, demonstrations=False):
 SWAPPED = {**PAIR, "score_chosen": 1, "score_rejected": 2}
 RIGHT = {**PAIR, "score_chosen": 2, "score_rejected": 1}
 IN_LISTS = {**PAIR, "score_chosen": [1, 1], "score_rejected": [3, 0]}
-RANKED = {"prompt": "a", "responses": [" b", " c"], "ranks": [2, 1], "scores": [2, 1]}
 
 
 @pytest.mark.parametrize("records, message", [
@@ -277,7 +276,6 @@ RANKED = {"prompt": "a", "responses": [" b", " c"], "ranks": [2, 1], "scores": [
      "in 1 of 1 rows there is neither a space nor a new line"),
     ([SWAPPED] * 3 + [RIGHT], "in 3 of 4 rows the chosen response has the lower score"),
     ([IN_LISTS], "in 1 of 1 rows the chosen response has the lower score"),
-    ([RANKED], "in 1 of 1 rows the chosen response has the lower score"),
     ([{**PAIR, "system": "Be kind."}] * 2 + [PAIR], "columns of text that are not read: 'system' "
      r"\(2 rows\); what belongs to the prompt has to stand in 'prompt'"),
     ([{**PAIR, "instruction": "Translate", "title": "My first day"}],

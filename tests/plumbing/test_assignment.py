@@ -8,7 +8,7 @@ import pytest
 from runs import assignment
 from support.flags import InputError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "assignments.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^python runs/assignment.py (.*?) --out_dir", PAGE, flags=re.M)
 FUNCTIONS = sorted({name for command in COMMANDS for name in command.split()})

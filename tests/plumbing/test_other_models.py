@@ -1,6 +1,7 @@
 """Models that were made elsewhere: their weights under other names and in other files, their own
 output heads and their own tokenizers."""
 import json
+import os
 import shutil
 from dataclasses import asdict
 
@@ -27,7 +28,7 @@ from support.tokenizer import (
     save_tokenizer,
     tokenizer_name,
 )
-from support.tokens import encode
+from support.tokens import SAID, encode, tokenised_file
 
 CONFIG = GPTConfig(block_size=20, vocab_size=13, n_layer=2, n_head=2, n_embd=16)
 TOKENS = torch.arange(12)[None]
@@ -76,7 +77,8 @@ def refusal(folder, read=GPT.from_pretrained):
 # ------------------------------------------------------------------ names and heads
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "model.",
-                                    "_fsdp_wrapped_module."])
+                                    "_fsdp_wrapped_module.", "_forward_module.",
+                                    "base_model.model."])
 def test_names_of_wrapped_models(folder, prefix):
     """As torch.compile, DistributedDataParallel, FSDP and Lightning leave them."""
     tensors = {prefix + name: tensor for name, tensor in tensors_of(folder).items()}
@@ -146,7 +148,64 @@ def test_a_torch_file_in_parts(folder):
     (folder / file).unlink()
     assert f"no {file} in this folder" in refusal(folder)
     index.write_text("[]")
-    assert "pytorch_model.bin.index.json is damaged or not whole" in refusal(folder)
+    assert "pytorch_model.bin.index.json: not a JSON object" in refusal(folder)
+
+
+def test_a_file_in_parts_that_is_not_whole(folder):
+    """A part that is missing, and one that holds what the index says is in another."""
+    tensors = tensors_of(folder)
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    other = {names[-1]: torch.zeros_like(tensors[names[-1]])}
+    save_file({name: tensors[name] for name in names[:5]} | other, folder / "part-1")
+    save_file({name: tensors[name] for name in names[5:]}, folder / "part-0")
+    where = {name: f"part-{int(name in names[:5])}" for name in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    same_logits(folder, random_model())
+    (folder / "part-1").unlink()
+    assert "no part-1 in this folder (has the folder been copied whole?)" in refusal(folder)
+
+
+def test_weights_that_are_under_another_name(folder):
+    save_file({f"policy.{name}": tensor for name, tensor in tensors_of(folder).items()},
+              folder / "model.safetensors")
+    assert "have no table transformer.wte.weight (but policy." in refusal(folder)
+
+
+def test_an_adapter_that_is_not_merged(folder):
+    tensors = tensors_of(folder) | {"transformer.h.0.attn.c_attn.lora_A.weight": torch.zeros(2, 16)}
+    save_file(tensors, folder / "model.safetensors")
+    assert "its weights hold a LoRA adapter's as well: merge them" in refusal(folder)
+
+
+def test_a_pointer_of_git_lfs(folder):
+    (folder / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 548105171\n")
+    assert refusal(folder).endswith("a pointer to a file of git-lfs; git lfs pull brings the file "
+                                    "itself")
+
+
+class Command:
+    """What a pickle of this would run when it is read."""
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+@pytest.mark.parametrize("content, message", [
+    (lambda weights: {"model": weights}, "its weights are in a part of it, 'model'; write them"),
+    (lambda weights: [weights], "not a model's weights, {name: tensor}"),
+    (lambda weights: {0: torch.zeros(1)}, "not a model's weights, {name: tensor}"),
+    (lambda weights: {**weights, "more": Command()}, "which could run any code and are not read"),
+    (lambda weights: torch.nn.Linear(1, 1), "which could run any code and are not read")])
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_other_things_that_torch_saves(folder, monkeypatch, content, message, as_zip):
+    monkeypatch.chdir(folder)
+    torch.save(content(tensors_of(folder)), folder / "pytorch_model.bin",
+               _use_new_zipfile_serialization=as_zip)
+    (folder / "model.safetensors").unlink()
+    said = refusal(folder)
+    assert message in said and "weights_only" not in said
+    assert not (folder / "ran").exists()
 
 
 @pytest.mark.parametrize("damage", ["short", "shorter", "empty", "header", "length"])
@@ -364,6 +423,36 @@ def test_the_tokens_of_a_folder(tmp_path, kind):
     rows = [{"prompt": "the", "responses": [" cat"]}]
     assert encode(rows, tokenizer)["tokens"].tolist() == [
         vocabulary["t"], vocabulary["he"], vocabulary["Ġcat"], 0]
+
+
+def test_a_tokenizer_that_loses_letters(tmp_path, hub_cache, capsys):
+    """It has no token for them, and an unknown one or none at all in their place: both are said. A
+    text that makes it stop is a bad row."""
+    tokenizers = pytest.importorskip("tokenizers")
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"prompt": "a b", "chosen": " c", "rejected": " a"}) + "\n"
+                    + json.dumps({"prompt": "a a", "chosen": " b", "rejected": " a"}) + "\n")
+    vocabulary = {END: 0, "a": 1, "b": 2}
+    models = tokenizers.models
+    for name, model, n_lost in (
+            ("unknown", models.WordLevel({**vocabulary, "?": 3}, unk_token="?"), 1),
+            ("none", models.BPE(vocabulary, []), 1),
+            ("all", models.BPE(vocabulary | {"c": 3}, []), 0),
+            ("stops", models.WordLevel(vocabulary, unk_token="?"), None)):
+        tokenizer = tokenizers.Tokenizer(model)
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        tokenizer.add_special_tokens([END])
+        (tmp_path / name).mkdir()
+        tokenizer.save(str(tmp_path / name / "tokenizer.json"))
+        own = get_tokenizer(f"{tmp_path}/{name}/")
+        if n_lost is None:
+            with pytest.raises(InputError, match="row 1: .*/stops/: the tokenizer can't read all"):
+                tokenised_file(str(path), own)
+            continue
+        SAID.clear()
+        tokenised_file(str(path), own)
+        said = f"in {n_lost} of the first 200 rows the tokenizer loses letters"
+        assert (said in capsys.readouterr().out) == (n_lost > 0)
 
 
 def test_names_of_tokenizers(tmp_path, monkeypatch):
