@@ -30,13 +30,12 @@ class TreeBatch:
     tokens     (B, T) int64   prompt, response 1, ..., response K, padding
     branch     (B, T) int64   0 in the prompt, k in response k, -1 in padding
     position   (B, T) int64   counts up; every response starts again at the prompt's length
-    predictor  (R,)   int64   where each response token is predicted: a row of the transformer's
-                              output, (B * (T - context), C)
-    target     (R,)   int64   the response token to predict there
+    own        (R,)   int64   where each response token is: row * T + column
+    predictor  (R,)   int64   where it is predicted: row * T + column
+    target     (R,)   int64   the token itself
     slot       (R,)   int64   row * K + response: the log-prob it is part of (B * K: padding)
-    last       (B, K) int64   column of each response's last token, minus the context
+    last       (B, K) int64   where each response's last token is: row * T + column
     lengths    (B, K) int64   response lengths in tokens, 0 where a row has fewer responses
-    context    int            first columns, prompt in every row, that predict no response token
 
     Dataset.batch adds these:
 
@@ -50,12 +49,12 @@ class TreeBatch:
     tokens: torch.Tensor
     branch: torch.Tensor
     position: torch.Tensor
+    own: torch.Tensor
     predictor: torch.Tensor
     target: torch.Tensor
     slot: torch.Tensor
     last: torch.Tensor
     lengths: torch.Tensor
-    context: int
     pairs: torch.Tensor = None
     pair_row: torch.Tensor = None
     pair_weight: torch.Tensor = None
@@ -78,12 +77,19 @@ class TreeBatch:
         """
         return values[self.pair_row[:, None], self.pairs]
 
+    def sum_tokens(self, values):
+        """Adds up the values of each response's tokens. values: (R,). Returns (B, K)."""
+        B, K = self.last.size()
+        sums = torch.zeros(B * K + 1, dtype=values.dtype, device=values.device)
+        sums = sums.index_add(0, self.slot, values)
+        return sums[:-1].view(B, K)                     # the last slot collects padding
+
 
 def collate(examples, multiple=1):
     """Lays out B examples, (prompt ids, [response ids, ...]) each, as a TreeBatch.
 
     K is the largest number of responses. ValueError if a prompt or a response has no token.
-    `multiple` rounds T and R up and the context down, so that shapes are few.
+    `multiple` rounds T and R up, so that shapes are few.
     """
     B, K = len(examples), max(len(responses) for _, responses in examples)
     for prompt, responses in examples:
@@ -93,13 +99,11 @@ def collate(examples, multiple=1):
     T = max(len(prompt) + sum(map(len, responses)) for prompt, responses in examples)
     R = sum(len(response) for _, responses in examples for response in responses)
     T, R = round_up(T, multiple), round_up(R, multiple)
-    context = min(len(prompt) for prompt, _ in examples) - 1
-    context = context // multiple * multiple
 
     tokens = np.zeros((B, T), np.int64)
     branch = np.full((B, T), -1, np.int64)
     position = np.zeros((B, T), np.int64)
-    predictor, target = np.zeros(R, np.int64), np.zeros(R, np.int64)
+    own, predictor, target = np.zeros((3, R), np.int64)
     slot = np.full(R, B * K, np.int64)
     last, lengths = np.zeros((B, K), np.int64), np.zeros((B, K), np.int64)
     r = 0                                                   # response tokens so far
@@ -113,18 +117,18 @@ def collate(examples, multiple=1):
             position[b, start:end] = first_position + np.arange(len(ids))
             if role > 0:
                 k = role - 1
-                predicted_from = np.arange(start, end) - 1  # the token before;
-                predicted_from[0] = len(prompt) - 1         # for the first one, the prompt's last
                 part = slice(r, r + len(ids))
-                predictor[part] = b * (T - context) + predicted_from - context
+                own[part] = b * T + np.arange(start, end)
+                predictor[part] = own[part] - 1             # the token before;
+                predictor[r] = b * T + len(prompt) - 1      # for the first one, the prompt's last
                 target[part] = ids
                 slot[part] = b * K + k
-                last[b, k] = end - 1 - context
+                last[b, k] = b * T + end - 1
                 lengths[b, k] = len(ids)
                 r += len(ids)
             start = end
-    arrays = (tokens, branch, position, predictor, target, slot, last, lengths)
-    return TreeBatch(*map(torch.from_numpy, arrays), context)
+    arrays = (tokens, branch, position, own, predictor, target, slot, last, lengths)
+    return TreeBatch(*map(torch.from_numpy, arrays))
 
 
 # ------ data sets

@@ -18,7 +18,9 @@ import inspect
 
 import torch.nn.functional as F
 
-GAMMA = (1e-4, 1e-2)    # weight of the KL: over training it grows from the first to the last
+# The weight of the KL grows over training from the first number to the last. A loss is called with
+# the number of the step, gamma=0.003 for example.
+GAMMA = (1e-4, 1e-2)
 
 
 # ------ margins
@@ -133,7 +135,7 @@ def e_dpo(logps, ref_logps, rewards, kl, beta=1.0, gamma=GAMMA):
     caution is what the paper calls pessimism.
     In the objective as the paper states it, one member serves all pairs: the minimum is outside the
     expectation. In what the paper runs, and here, each pair has its own minimum. That is a larger
-    family, whose members take turns.
+    family, whose members take turns. A pair's gradient comes from the member that fits best alone.
     logps, ref_logps: (B, 2) summed log-probs, in nats; rewards: (B, 2, M) by M members; kl: (B,),
     from forward_kl. Returns (B,).
     """
@@ -212,6 +214,9 @@ LOSSES = {
 }
 PREFERENCE_LOSSES = [name for name in LOSSES if name != "sft"]
 
+# The paper's six methods, and what each distils: one reward model ("rm") or the family ("rms").
+PAPER = {"dpo": None, "ipo": None, "d-dpo": "rm", "p-dpo": None, "dp-dpo": "rm", "e-dpo": "rms"}
+
 
 def needs(name):
     """Lists what a loss needs to know, which are its parameters without a default.
@@ -231,10 +236,11 @@ def knobs(name):
 def batch_loss(name, logps, batch, **knobs):
     """Computes a loss for every pair of a batch, times the pair's weight in its row.
 
+    A batch has B rows, each a prompt with its K responses, and P pairs of them, which are the B of
+    the functions above.
     name: a row of LOSSES. logps: (B, K) summed log-probs of all responses. batch: a TreeBatch
     (data.py), which says which responses are pairs and has the columns that the loss needs. knobs:
-    the flags of the loss; gamma is the number for this step. Returns (P,), one for each pair; for
-    sft (B,).
+    the flags of the loss; gamma is the number for this step. Returns (P,); for sft (B,).
     """
     if name == "sft":
         return sft(logps)

@@ -16,10 +16,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from support.checkpoint import load_tensors, read_checkpoint, write_checkpoint
-from support.device import compiles_every_shape, random_numbers
+from support.device import FEW_SHAPES, compiles_every_shape, random_numbers, round_up, sync
 from support.logprobs import head_weight, product_type, token_logps
-from support.sampling import draw
-from support.static import generate_static
 
 
 @dataclass
@@ -42,32 +40,21 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)   # queries, keys, values at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, mask=None, cache=None, skip=0):
-        """Self-attention over x: (B, T, C), for all columns but the first `skip`: 0 or T - Q.
-
-        mask: (B, 1, Q, keys), for the last Q columns; those before them attend causally, which
-        takes half the work of a mask. cache: see Transformer. Returns (B, T - skip, C).
-        """
+    def forward(self, x, mask=None, cache=None):
+        """Computes self-attention over x: (B, T, C). mask, cache: see Block. Returns (B, T, C)."""
         B, T, C = x.size()                                              # rows, columns, width
         heads = (B, T, self.n_head, C // self.n_head)
         q, k, v = self.c_attn(x).split(C, dim=2)                        # (B, T, C) each
         q = q.view(heads).transpose(1, 2)                               # (B, heads, T, C/heads)
         k = k.view(heads).transpose(1, 2)                               # (B, heads, T, C/heads)
         v = v.view(heads).transpose(1, 2)                               # (B, heads, T, C/heads)
-        if cache is not None:       # write these T columns, attend to everything up to them
-            cached_k, cached_v, start = cache
-            cached_k[:, :, start:start + T] = k
-            cached_v[:, :, start:start + T] = v
-            k, v = cached_k[:, :, :start + T], cached_v[:, :, :start + T]
-        context = T if mask is None else T - mask.size(2)               # columns without a mask
-        y = []
-        if skip < context:
-            y.append(F.scaled_dot_product_attention(
-                q[:, :, :context], k[:, :, :context], v[:, :, :context], is_causal=True))
-        if mask is not None:
-            y.append(F.scaled_dot_product_attention(q[:, :, context:], k, v, attn_mask=mask))
-        y = torch.cat(y, dim=2)                                         # (B, heads, T - skip, ...)
-        y = y.transpose(1, 2).reshape(B, T - skip, C)
+        if cache is not None:       # store these T columns, attend to all that are stored
+            keys, values, columns = cache                               # (B, heads, keys, C/heads)
+            keys[:, :, columns] = k
+            values[:, :, columns] = v
+            k, v = keys, values
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        y = y.transpose(1, 2).reshape(B, T, C)                          # heads side by side
         return self.c_proj(y)
 
 
@@ -83,8 +70,6 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer; Transformer.forward puts its parts together."""
-
     def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
@@ -92,19 +77,28 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
+    def forward(self, x, mask=None, cache=None, read=None):
+        """Computes one layer. x: (B, T, C). mask, read: see Transformer.forward. cache: this
+        layer's part of it. Returns (B, T, C), or (R, C) with `read`."""
+        x = x + self.attn(self.ln_1(x), mask, cache)
+        if read is not None:        # x[read], with its gradient added up in a fixed order
+            x = F.embedding(read, x.flatten(0, 1))                      # (R, C)
+        x = x + self.mlp(self.ln_2(x))
+        return x
 
-def tree_mask(branch, context, dtype):
-    """Token q sees token k iff k <= q in the row, and k is in the prompt or in q's own response.
+
+def tree_mask(branch, dtype):
+    """Builds the mask of a tree batch: token q sees token k if k is not after q in the row, and
+    belongs to the prompt or to q's own response.
 
     branch: (B, T), 0 for the prompt, k for response k, -1 for padding (which sees the prompt, so
-    that no softmax is empty, and which no response sees). context: the first columns, prompt in
-    every row, which need no mask.
-    Returns (B, 1, T - context, T), 0 where q sees k and -inf where not, to be added to the scores.
+    that no softmax is empty, and which no response sees).
+    Returns (B, 1, T, T), 0 where q sees k and -inf where not, to be added to the scores.
     """
     T = branch.size(1)
-    query, key = branch[:, context:, None], branch[:, None, :]
-    causal = torch.ones(T, T, dtype=torch.bool, device=branch.device).tril()[context:]
-    visible = causal & ((key == 0) | (key == query))                # (B, T - context, T)
+    query, key = branch[:, :, None], branch[:, None, :]
+    causal = torch.ones(T, T, dtype=torch.bool, device=branch.device).tril()
+    visible = causal & ((key == 0) | (key == query))                    # (B, T, T)
     mask = torch.zeros(visible.shape, dtype=dtype, device=branch.device)
     return mask.masked_fill(~visible, -math.inf).unsqueeze(1)
 
@@ -119,24 +113,27 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
 
-    def forward(self, tokens, position, mask=None, cache=None):
-        """tokens, position: (B, T). mask: (B, 1, Q, keys) for the last Q columns, added to their
-        attention scores, or true where they see; only these Q come out. Without one: plain causal
-        attention. cache: for each layer (keys, values, start): (B, heads, columns, C/heads) tensors
-        that this call fills from column `start`. Returns (B, Q, C), or (B, T, C) without a mask."""
-        x = self.wte(tokens) + self.wpe(position)                   # (B, T, C)
-        skip = 0
+    def forward(self, tokens, position, mask=None, cache=None, read=None):
+        """Computes the hidden states that a head reads. Returns (B, T, C), or (R, C) with `read`.
+
+        tokens, position: (B, T).
+        mask: (B, 1, T, keys), added to the attention scores, or true where a token sees a key.
+            Without a mask attention is causal.
+        cache: for each layer (keys, values, columns), two (B, heads, keys, C/heads) tensors to
+            attend to, and the columns in which this call stores its own, a slice or indices.
+        read: (R,) int64, row * T + column of the tokens that the head reads. The last layer's MLP
+            leaves the others out: most of a batch is prompt, which nobody reads.
+        """
+        x = self.wte(tokens) + self.wpe(position)                       # (B, T, C)
         for i, block in enumerate(self.h):
-            if mask is not None and i == len(self.h) - 1:
-                skip = x.size(1) - mask.size(2)     # the last layer: nobody reads the others
-            layer_cache = cache[i] if cache is not None else None
-            x = x[:, skip:] + block.attn(block.ln_1(x), mask, layer_cache, skip)
-            x = x + block.mlp(block.ln_2(x))
+            last = i == len(self.h) - 1
+            x = block(x, mask, cache[i] if cache else None, read if last else None)
         return self.ln_f(x)
 
 
 def init_weights(module, config):
-    """GPT-2's: N(0, 0.02); projections into the residual stream divided by sqrt(2 n_layer)."""
+    """Draws the weights as GPT-2 does: from N(0, 0.02), for projections into the residual stream
+    divided by sqrt(2 n_layer). Biases are 0."""
     for name, parameter in module.named_parameters():
         if name.endswith(".bias"):
             nn.init.zeros_(parameter)
@@ -158,32 +155,29 @@ class GPT(nn.Module):
         init_weights(self, config)
 
     def _apply(self, fn, recurse=True):
-        """What .to() and .double() call; on a TPU the tied weights would come apart."""
+        """Keeps tied weights tied in .to() and .double(), which call this: a TPU replaces both."""
         super()._apply(fn, recurse)
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
         return self
 
     def logits(self, tokens):
-        """Plain causal logits for every position, in the type of the weights. tokens: (B, T) int64
-        -> (B, T, vocab)."""
+        """Computes plain causal logits for every position. tokens: (B, T) int64. Returns
+        (B, T, vocab), in the type of the weights."""
         position = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)     # (B, T)
         hidden = self.transformer(tokens, position)                     # (B, T, C)
         with torch.autocast(hidden.device.type, enabled=False):     # not rounded to bfloat16
             return self.lm_head(hidden.to(self.lm_head.weight.dtype))
 
     def response_logps(self, batch, fast=True):
-        """Summed log-prob of every response given its prompt, in nats.
+        """Computes the summed log-prob of every response given its prompt, in nats.
 
-        TreeBatch -> (B, K) float32 (float64 for a float64 model). fast=False: the same numbers by
-        the plain formula.
+        batch: a TreeBatch. fast=False: the same numbers by the plain formula. Returns (B, K)
+        float32, float64 for a float64 model.
         """
-        B, K = batch.last.size()
-        mask = tree_mask(batch.branch, batch.context, self.lm_head.weight.dtype)
-        hidden = self.transformer(batch.tokens, batch.position, mask)       # (B, T - context, C)
-        # Where each response token is predicted. hidden[predictor] would do, but its gradient is
-        # added up in no fixed order: runs would not repeat to the byte.
-        hidden = F.embedding(batch.predictor, hidden.flatten(0, 1))         # (R, C)
+        mask = tree_mask(batch.branch, self.lm_head.weight.dtype)           # (B, 1, T, T)
+        hidden = self.transformer(batch.tokens, batch.position, mask,
+                                  read=batch.predictor)                     # (R, C)
         if fast and not compiles_every_shape(hidden.device):    # XLA fuses the plain formula
             logps = token_logps(hidden, self.lm_head.weight, batch.target)  # (R,)
         else:
@@ -193,109 +187,9 @@ class GPT(nn.Module):
             wide = torch.promote_types(dtype, torch.float32)
             logps = F.log_softmax(logits, dim=1, dtype=wide)                # (R, vocab)
             logps = logps.gather(1, batch.target[:, None]).squeeze(1)       # (R,)
-        slots = torch.zeros(B * K + 1, dtype=logps.dtype, device=logps.device)
-        slots = slots.index_add(0, batch.slot, logps)       # each token's to its response's slot
-        return slots[:-1].view(B, K)                        # the last slot collects padding
+        return batch.sum_tokens(logps)                                      # (B, K)
 
     forward = response_logps      # policy(batch), which torch.compile wraps
-
-    @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, temperature=1.0, stop=None, generator=None,
-                 batch_size=None, on_token=None, top_k=None, top_p=None):
-        """Samples one response for each prompt: lists of tokens in, lists of tokens out.
-
-        prompts: none empty, none longer than block_size. temperature: 0 takes the most likely
-        token. stop: the token that ends a response, and is part of it; it also ends after
-        max_new_tokens, or where it fills block_size. generator: a torch.Generator of its own, so
-        that the global random stream is left alone. batch_size: prompts at a time (default: as the
-        cache's memory allows). on_token: called after every step with the list of new tokens.
-        top_k, top_p: draw likely tokens alone (support/sampling.py).
-        """
-        if not all(0 < len(prompt) <= self.config.block_size for prompt in prompts):
-            raise ValueError(f"prompts must have 1 to {self.config.block_size} tokens")
-        if batch_size is None:      # GPT-2 small: 4.8 GB of float32 keys and values at most
-            columns = max(map(len, prompts), default=0) + max_new_tokens
-            batch_size = max(1, min(256, 65_536 // columns))
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))     # little padding
-        responses = [None] * len(prompts)
-        for first in range(0, len(prompts), batch_size):
-            rows = order[first:first + batch_size]
-            part = [prompts[i] for i in rows]
-            arguments = max_new_tokens, temperature, stop, generator, on_token, top_k, top_p
-            if compiles_every_shape(self.lm_head.weight.device):
-                sampled = generate_static(self, part, *arguments, batch_size)
-            else:
-                sampled = self._generate_batch(part, *arguments)
-            for i, response in zip(rows, sampled):
-                responses[i] = response
-        return responses
-
-    def _generate_batch(self, prompts, max_new_tokens, temperature, stop, generator, on_token,
-                        top_k, top_p):
-        config, device = self.config, self.lm_head.weight.device
-        lengths = [len(prompt) for prompt in prompts]
-        max_new_tokens = min(max_new_tokens, config.block_size - min(lengths))
-        prompts = [tuple(prompt) for prompt in prompts]
-        distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-        B, P, T = len(prompts), len(distinct), max(lengths) - 1     # equal prompts are run once
-        tokens = torch.zeros(P, T, dtype=torch.long)
-        for prompt, i in distinct.items():
-            tokens[i, :len(prompt) - 1] = torch.as_tensor(prompt[:-1], dtype=torch.long)
-        tokens = tokens.to(device)                                      # (P, T)
-        prompt_of = torch.tensor([distinct[prompt] for prompt in prompts], device=device)   # (B,)
-        length = torch.tensor(lengths, device=device)                   # (B,)
-
-        # The cache: columns 0 to T - 1 are the prompt without its last token, padded on the right;
-        # column T + t is the token that step t reads: that last one, then the new ones. It sees its
-        # row's prompt, and all columns from T on so far.
-        column = torch.arange(T + max_new_tokens, device=device)
-        visible = (column < length[:, None] - 1) | (column >= T)        # (B, columns)
-        visible = visible[:, None, None]                                # (B, 1, 1, columns)
-        dtype = product_type(self.lm_head.weight)
-        head, _ = head_weight(self.lm_head.weight, dtype)               # (vocab, C)
-        shape = (P, config.n_head, T + max_new_tokens, config.n_embd // config.n_head)
-        keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        if T > 0:       # fill the cache; the last column, which sees all, alone comes out
-            position = torch.arange(T, device=device).expand(P, T)
-            cache = [(k, v, 0) for k, v in zip(keys, values)]
-            self.transformer(tokens, position, visible.new_ones(P, 1, 1, T), cache)
-        if P < B:
-            keys, values = [k[prompt_of] for k in keys], [v[prompt_of] for v in values]
-
-        token = torch.tensor([prompt[-1] for prompt in prompts], device=device)     # (B,)
-        rows = torch.arange(B, device=device)                           # those still going
-        ended = torch.zeros(B, dtype=torch.bool, device=device)
-        new = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
-        for t in range(max_new_tokens):
-            position = (length + t - 1).clamp(max=config.block_size - 1)    # the rest is cut off
-            cache = [(k, v, T + t) for k, v in zip(keys, values)]
-            hidden = self.transformer(token[:, None], position[:, None],
-                                      visible[..., :T + t + 1], cache)[:, 0]    # (rows, C)
-            logits = F.linear(hidden, head).float()                     # (rows, vocab)
-            random = random_numbers(len(rows), generator, device)       # (rows, 1)
-            token = draw(logits, temperature, random, top_k, top_p)     # (rows,)
-            new[rows, t] = token
-            if on_token is not None:
-                on_token(token.tolist())
-            if stop is not None:
-                ended |= token == stop
-                going = int((~ended).sum())
-                if going == 0:
-                    break
-                if going <= len(rows) // 2:     # half have ended: go on with the others alone
-                    keep = torch.where(~ended)[0]
-                    rows, token, length = rows[keep], token[keep], length[keep]
-                    visible, ended = visible[keep], ended[keep]
-                    keys, values = [k[keep] for k in keys], [v[keep] for v in values]
-
-        responses = []
-        for prompt, response in zip(prompts, new.tolist()):
-            response = response[:config.block_size - len(prompt)]
-            if stop in response:
-                response = response[:response.index(stop) + 1]
-            responses.append(response)
-        return responses
 
     @classmethod
     def from_pretrained(cls, dir_or_hub_name):
@@ -310,3 +204,148 @@ class GPT(nn.Module):
         """Writes config.json and model.safetensors, for `transformers` a GPT2LMHeadModel.
         eos_token_id: the token that ends a text (default: the last one)."""
         write_checkpoint(directory, self, eos_token_id, architectures=["GPT2LMHeadModel"])
+
+    @torch.no_grad()
+    def generate(self, prompts, max_new_tokens, temperature=1.0, stop=None, generator=None,
+                 batch_size=None, on_token=None, top_k=None, top_p=None):
+        """Samples one response for each prompt: lists of tokens in, lists of tokens out.
+
+        prompts: none empty, none longer than block_size. temperature: 0 takes the most likely
+        token. stop: the token that ends a response, and is part of it; it also ends after
+        max_new_tokens, or where it fills block_size. generator: a torch.Generator of its own, so
+        that the global random stream is left alone. batch_size: prompts at a time (default: as the
+        cache's memory allows). on_token: called after every step with the list of new tokens.
+        top_k, top_p: draw likely tokens alone, see `likely`.
+        """
+        if not all(0 < len(prompt) <= self.config.block_size for prompt in prompts):
+            raise ValueError(f"prompts must have 1 to {self.config.block_size} tokens")
+        if batch_size is None:      # GPT-2 small: 4.8 GB of float32 keys and values at most
+            columns = max(map(len, prompts), default=0) + max_new_tokens
+            batch_size = max(1, min(256, 65_536 // columns))
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))     # little padding
+        responses = [None] * len(prompts)
+        for first in range(0, len(prompts), batch_size):
+            rows = order[first:first + batch_size]
+            part = [prompts[i] for i in rows]
+            sampled = self._generate_batch(part, max_new_tokens, temperature, stop, generator,
+                                           batch_size, on_token, top_k, top_p)
+            for i, response in zip(rows, sampled):
+                responses[i] = response
+        return responses
+
+    def _generate_batch(self, prompts, max_new_tokens, temperature, stop, generator, batch_size,
+                        on_token, top_k, top_p):
+        """Samples one response for each of at most batch_size prompts; see generate.
+
+        A layer's cache holds keys and values. Columns 0 to T - 1 are the prompts without their last
+        tokens, padded on the right. Column T + t is the token that step t reads: first the prompt's
+        last one, then the new ones. Equal prompts run through the model once. When half of the rows
+        have ended, the others go on alone. On a device that compiles every shape no shape depends
+        on that, nor on how far the responses have come.
+        """
+        config, device = self.config, self.lm_head.weight.device
+        few_shapes = compiles_every_shape(device)
+        prompts, n = [tuple(prompt) for prompt in prompts], len(prompts)
+        lengths = [len(prompt) for prompt in prompts]
+        T = max(1, max(lengths) - 1)
+        steps = min(max_new_tokens, config.block_size - min(lengths))
+        max_new_tokens = min(max_new_tokens, config.block_size - 1)
+        if few_shapes:          # columns of padding, and rows, which repeat a prompt
+            T = round_up(T, FEW_SHAPES // 2)
+            prompts += [prompts[0]] * ((8 if n <= 8 else batch_size) - n)
+        distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        B = len(prompts)                                    # rows, one for each response
+        P = B if few_shapes else len(distinct)              # rows of prompts
+
+        tokens = torch.zeros(P, T, dtype=torch.long)
+        for prompt, i in distinct.items():
+            tokens[i, :len(prompt) - 1] = torch.tensor(prompt[:-1], dtype=torch.long)
+        dtype = product_type(self.lm_head.weight)
+        shape = (2, P, config.n_head, T + max_new_tokens, config.n_embd // config.n_head)
+        layers = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        cache = [(*layer[..., :T, :], slice(0, T)) for layer in layers]
+        position = torch.arange(T, device=device).clamp(max=config.block_size - 1).expand(P, T)
+        nothing = torch.zeros(0, dtype=torch.long, device=device)
+        self.transformer(tokens.to(device), position, cache=cache, read=nothing)
+        if len(distinct) < B:       # a row for each response
+            prompt_of = torch.tensor([distinct[prompt] for prompt in prompts], device=device)
+            layers = [layer[:, prompt_of] for layer in layers]
+
+        token = torch.tensor([prompt[-1] for prompt in prompts], device=device)             # (B,)
+        position = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)     # (B,)
+        column = torch.arange(T + max_new_tokens, device=device)
+        in_prompt = column < position[:, None]                          # (B, columns)
+        newest = torch.tensor([T], device=device)                       # the column of `token`
+        head, _ = head_weight(self.lm_head.weight, dtype)               # (vocab, C)
+        new = torch.zeros(n, steps, dtype=torch.long)
+        going = torch.arange(n)                     # rows of the batch that still draw tokens
+        prompt_number = torch.arange(n)             # and the prompts that they answer
+        ended = torch.zeros(n, dtype=torch.bool)    # those of them that have ended since
+        for t in range(steps):
+            visible = in_prompt | (column >= T) & (column <= newest)    # (B, columns)
+            seen = len(column) if few_shapes else T + t + 1             # the others are empty
+            cache = [(*layer[..., :seen, :], newest) for layer in layers]
+            hidden = self.transformer(token[:, None], position[:, None],
+                                      visible[:, None, None, :seen], cache)[:, 0]   # (B, C)
+            logits = F.linear(hidden, head).float()                     # (B, vocab)
+            random = random_numbers(going, len(logits), generator, device)          # (B, 1)
+            token = draw(logits, temperature, random, top_k, top_p)     # (B,)
+            position = (position + 1).clamp(max=config.block_size - 1)  # the rest is cut off
+            newest = newest + 1
+            sync(device)
+            drawn = token.cpu()[going]
+            new[prompt_number, t] = drawn
+            if on_token is not None:
+                on_token(drawn.tolist())
+            ended |= drawn == stop
+            if ended.all():
+                break
+            if ended.sum() >= len(ended) / 2:       # let go of them
+                going, prompt_number, ended = going[~ended], prompt_number[~ended], ended[~ended]
+                if not few_shapes:                  # in a smaller batch
+                    token, position, in_prompt = token[going], position[going], in_prompt[going]
+                    layers = [layer[:, going] for layer in layers]
+                    going = torch.arange(len(going))
+
+        responses = []
+        for prompt, response in zip(prompts, new.tolist()):
+            response = response[:config.block_size - len(prompt)]
+            if stop in response:
+                response = response[:response.index(stop) + 1]
+            responses.append(response)
+        return responses
+
+
+def draw(logits, temperature, random, top_k=None, top_p=None):
+    """Draws one token for each row from softmax(logits / temperature), or from its `likely` part;
+    at temperature 0 it takes the most likely one.
+
+    Inverts the distribution function: that takes one random number for each row, where
+    torch.multinomial takes one for each token of the vocabulary.
+    logits: (B, vocab) float32; random: (B, 1) float64 (mps: float32) in [0, 1). Returns (B,) int64.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=1)
+    probs = F.softmax(logits / temperature, dim=1).to(random.dtype)         # (B, vocab)
+    cumulative = likely(probs, top_k, top_p).cumsum(dim=1)                  # (B, vocab)
+    token = torch.searchsorted(cumulative, random * cumulative[:, -1:], right=True)  # first above
+    return token.squeeze(1).clamp(max=logits.size(1) - 1)
+
+
+def likely(probs, top_k=None, top_p=None):
+    """Sets the probabilities of unlikely tokens to 0. Likely are the top_k most likely tokens, and
+    of these the most likely ones, no more than it takes to hold a fraction top_p of what is left.
+    Among equals the lower token comes first.
+
+    probs: (B, vocab), not changed. Returns (B, vocab), not normalised: rows may sum to less than 1.
+    """
+    if top_k is None and top_p is None:
+        return probs
+    ordered, token = probs.sort(dim=1, descending=True, stable=True)        # (B, vocab)
+    if top_k is not None:
+        rank = torch.arange(probs.size(1), device=probs.device)
+        ordered = ordered * (rank < top_k)
+    if top_p is not None:
+        before = ordered.cumsum(dim=1) - ordered        # of the tokens that are more likely
+        ordered = ordered * (before < top_p * ordered.sum(dim=1, keepdim=True))
+    return torch.zeros_like(probs).scatter(1, token, ordered)

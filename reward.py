@@ -46,17 +46,14 @@ class RewardModel(nn.Module):
         nn.init.zeros_(self.score.weight)   # all rewards start at 0: Bradley-Terry starts at ln 2
 
     def forward(self, batch):
-        """TreeBatch -> rewards (B, K), in the type of the weights."""
-        mask = tree_mask(batch.branch, batch.context, self.score.weight.dtype)
-        hidden = self.transformer(batch.tokens, batch.position, mask)       # (B, T - context, C)
+        """Computes the rewards of a TreeBatch, (B, K), in the type of the weights."""
+        mask = tree_mask(batch.branch, self.score.weight.dtype)             # (B, 1, T, T)
+        last = self.config.reward_head == "last"
+        read = batch.last.flatten() if last else batch.own
+        hidden = self.transformer(batch.tokens, batch.position, mask, read=read)    # (R, C)
         with torch.autocast(hidden.device.type, enabled=False):     # bfloat16 rewards would tie
-            rewards = self.score(hidden.to(self.score.weight.dtype)).squeeze(2)     # (B, T - ctx)
-        if self.config.reward_head == "last":
-            return rewards.gather(1, batch.last)                            # (B, K)
-        B, K = batch.last.size()
-        branch = batch.branch[:, batch.context:].clamp(min=0)       # 0: prompt, and padding here
-        sums = torch.zeros(B, 1 + K, dtype=rewards.dtype, device=rewards.device)
-        return sums.scatter_add(1, branch, rewards)[:, 1:]                  # (B, K)
+            rewards = self.score(hidden.to(self.score.weight.dtype)).squeeze(1)     # (R,)
+        return rewards.view_as(batch.last) if last else batch.sum_tokens(rewards)
 
     @classmethod
     def from_policy(cls, gpt, head="last"):

@@ -29,7 +29,7 @@ def main(argv=None):
         name = flags.get("init_from", "scratch")
         if name == "scratch":
             raise InputError(f"--compare: {args.policy} was trained from no reference policy")
-        with naming("--compare: the policy was trained from"):
+        with naming("--compare: can't read the model that the policy was trained from"):
             policies[f"the reference, {name}"] = GPT.from_pretrained(name).to(device)
 
     turns = {name: [] for name in policies}     # for --chat: each policy has its own dialogue

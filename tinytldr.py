@@ -288,7 +288,8 @@ def sample_pairs(split, n, policy, encoding, label_temperature, seed):
             order = [0, 1] if first else [1, 0]                 # the preferred one first
             rows.append({"prompt": prompt, "responses": [pair[k] for k in order],
                          "scores": [[float(r[k])] for k in order]})
-    print(f"{split} pairs: {n} sampled, {n - len(rows)} dropped (equal rewards or an empty one)")
+    print(f"{split} pairs: {n} sampled, {n - len(rows)} dropped (equal rewards, or an empty "
+          "summary)")
     return rows
 
 

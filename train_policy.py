@@ -8,7 +8,7 @@ Without --out_dir, a run goes to out/ under the name of its loss, where the spee
 too. The reference is the model of --init_from, as it was before step 0. Everything that stays fixed
 during training (the reference's log-probs, its samples for the KL term, the reward models' scores)
 is computed once before training and stored as columns of the data set. A training step is then one
-forward and one backward pass of the policy. The default numbers stand at the top of this file.
+forward and one backward pass of the policy. Default numbers stand at the top of train_policy.py.
 """
 import math
 
@@ -105,7 +105,7 @@ def with_columns(dataset, split, policy, tokenizer, reward_models, args, autocas
                          args.max_new_tokens, tokenizer.eot_token, seed=[args.seed, 3],
                          autocast=autocast, desc=f"{split} samples")
         count_cut_off(f"{split} samples for the KL term", samples, tokenizer.eot_token,
-                      args.max_new_tokens, "their KL is that of what was drawn")
+                      args.max_new_tokens, "the KL counts the tokens that were drawn")
         for first in range(0, len(samples), len(dataset)):
             dataset = dataset.with_samples(samples[first:first + len(dataset)])
     entry = key(weights, hash_examples(dataset.examples), args.dtype)
@@ -205,7 +205,7 @@ def show_samples(policy, prompts, judges, tokenizer, args, autocast):
     oracle's on TinyTLDR, elsewhere the mean of the reward models {folder: model} in `judges`. The
     random numbers are the same each time, from a generator of their own."""
     replies = sample(policy, prompts, SAMPLE_TOKENS, tokenizer.eot_token, [args.seed, 6],
-                     autocast=autocast)
+                     autocast=autocast, desc="samples to show")
     judges = {} if args.data == "tinytldr" else judges
     rewards = [None] * len(prompts)
     if judges or args.data == "tinytldr":
@@ -288,7 +288,7 @@ def main(argv=None):
     if args.compile:
         policy.compile(dynamic=True)
     print(f"{args.loss}: {sum(p.numel() for p in policy.parameters()):,} parameters, {len(train)} "
-          f"training rows, {args.max_steps} steps of {args.batch_size}, on {device}")
+          f"training rows, {args.max_steps} steps of {args.batch_size} rows, on {device}")
     # With --fsdp nothing is shown: sampling needs the whole model on one device.
     shown = [] if args.fsdp else [row[0].tolist() for row in validation.first(2).examples]
     for number, prompt in enumerate(shown, 1):

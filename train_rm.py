@@ -122,7 +122,8 @@ def train_one(args, policy, tokenizer, train, validation, device, autocast):
     if args.compile:
         reward_model.compile(dynamic=True)
     print(f"reward model: {sum(p.numel() for p in reward_model.parameters()):,} parameters, "
-          f"{len(train)} training rows, {args.max_steps} steps of {args.batch_size}, on {device}")
+          f"{len(train)} training rows, {args.max_steps} steps of {args.batch_size} rows, "
+          f"on {device}")
 
     # ---- loop
     size = args.micro_batch_size

@@ -3,8 +3,8 @@
     python dev/attention.py --device=cuda --dtype=bfloat16
     python dev/attention.py --shape=hh --n_head=20     # on a CPU: no backward pass, not compiled
 
-mask    as in model.py: the columns that are prompt in every row causally, the others with a mask
-        of numbers, which torch's kernels read and which rules out the fastest of them
+mask    as in model.py: one call with a mask of numbers, which torch's kernels read and which rules
+        out the fastest of them
 flex    one call, whose blocks that nobody may see are skipped; the mask is a function of `branch`
 
 Training uses the first. Attention is 6% to 10% of a step's operations, so that flex should replace
@@ -29,16 +29,8 @@ from support.device import setup, shape_multiple
 from support.flags import Parser, device_flags, positive_int, run_script, seed
 
 
-def with_mask(q, k, v, mask, context):
-    """What model.Attention does. q, k, v: (B, heads, T, size); mask: tree_mask's."""
-    y = F.scaled_dot_product_attention(q[:, :, :context], k[:, :, :context], v[:, :, :context],
-                                       is_causal=True)
-    return torch.cat([y, F.scaled_dot_product_attention(q[:, :, context:], k, v, attn_mask=mask)],
-                     dim=2)
-
-
 def tree_blocks(branch):
-    """model.tree_mask(branch, 0) in blocks. branch: (B, T). Returns a BlockMask."""
+    """Builds model.tree_mask in blocks. branch: (B, T). Returns a BlockMask."""
     def visible(b, head, query, key):
         return (key <= query) & ((branch[b, key] == 0) | (branch[b, key] == branch[b, query]))
 
@@ -77,11 +69,11 @@ def main(argv=None):
     B, T = batch.branch.shape
     q, k, v = (torch.randn(B, args.n_head, T, args.head_size, device=device, dtype=dtype,
                            requires_grad=backward) for _ in range(3))
-    mask, blocks = tree_mask(batch.branch, batch.context, dtype), tree_blocks(batch.branch)
+    mask, blocks = tree_mask(batch.branch, dtype), tree_blocks(batch.branch)
     flex = flex_attention if device.type == "cpu" else torch.compile(flex_attention)
     warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
 
-    attends = {"mask": lambda q, k, v: with_mask(q, k, v, mask, batch.context),
+    attends = {"mask": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
                "flex": lambda q, k, v: flex(q, k, v, block_mask=blocks)}
     with torch.no_grad():
         apart = (attends["mask"](q, k, v) - attends["flex"](q, k, v)).abs().max().item()

@@ -130,13 +130,13 @@ def needed_flops(config, examples):
     for prompt, responses in examples:
         P, lengths = len(prompt), [len(response) for response in responses]
         R = sum(lengths)
-        tokens, read = P + R, 1 + R             # read: the last prompt token and the responses
+        tokens = P + R
         causal = P * (P + 1) // 2               # pairs of tokens of which one sees the other
         tree = sum(n * P + n * (n + 1) // 2 for n in lengths)
         # 12 C^2 weights for each token; attention: scores and weighted sums
         layer = 24 * C * C * tokens + 4 * C * (causal + tree)
-        # keys and values for all tokens, the rest for those that are read
-        last_layer = 4 * C * C * tokens + 20 * C * C * read + 4 * C * (P + tree)
+        # keys and values for all tokens, the rest for those that a head reads
+        last_layer = 4 * C * C * tokens + 20 * C * C * R + 4 * C * (P + tree)
         flops += (config.n_layer - 1) * layer + last_layer + 2 * C * config.vocab_size * R
     return flops
 

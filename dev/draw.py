@@ -70,7 +70,7 @@ def draw_tree_mask(folder):
     ids = iter(range(len(tokens)))
     prompt, *responses = [[next(ids) for _ in part] for part in TREE]
     branch = collate([(prompt, responses)]).branch                          # (1, T)
-    visible = tree_mask(branch, 0, torch.float32)[0, 0] == 0                # (T, T)
+    visible = tree_mask(branch, torch.float32)[0, 0] == 0                # (T, T)
 
     T = len(tokens)
     fig, ax = pyplot().subplots(figsize=(5.6, 4.5), layout="constrained")

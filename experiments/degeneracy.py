@@ -17,6 +17,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 
 from experiments import figure2, trials
+from losses import PAPER
 from support.flags import (
     InputError,
     Parser,
@@ -43,7 +44,7 @@ def run(args, number, loss):
              "--select=oracle", *figure2.data_flags(args, RHO, number)]
     if loss != "ipo":
         flags.append(f"--beta={args.beta}")
-    rewards = {"d-dpo": "rm", "e-dpo": "rms"}.get(loss)
+    rewards = PAPER[loss]
     if rewards:
         flags.append(f"--rewards={cell}/{rewards}")
     trials.train("train_policy", f"{cell}/{loss}", *flags)

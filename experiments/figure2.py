@@ -30,6 +30,7 @@ import numpy as np
 import tinytldr
 from experiments import trials
 from experiments.world import TEMPERATURES, earned
+from losses import PAPER
 from model import GPT
 from support.columns import hash_weights
 from support.files import read_json, replacing, write_json
@@ -47,16 +48,14 @@ from support.report import pyplot, save
 from support.run import run_flags
 
 RHOS = [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, "all"]
-KNOB = {"dpo": "beta", "ipo": "tau", "d-dpo": "beta", "p-dpo": "beta", "dp-dpo": "beta",
-        "e-dpo": "beta"}
+KNOB = {loss: "tau" if loss == "ipo" else "beta" for loss in PAPER}
 VALUES = (0.03, 0.1, 0.3, 1, 3)         # of each knob
 MEAN = "dp-dpo, family's mean"          # e-DPO's members and KL, without its minimum
 BALANCED = "dp-dpo, member 0.5"         # one of them, which has seen as many long as short winners
 ORACLE = "d-dpo, oracle's rewards"      # what d-DPO would reach with perfect reward models
 METHODS = {         # its loss, and what it distils: reward models of the cell, or the oracle
-    "dpo": ("dpo", None), "ipo": ("ipo", None), "d-dpo": ("d-dpo", "rm"), "p-dpo": ("p-dpo", None),
-    "dp-dpo": ("dp-dpo", "rm"), "e-dpo": ("e-dpo", "rms"), MEAN: ("dp-dpo", "rms"),
-    BALANCED: ("dp-dpo", "rms/0.5"), ORACLE: ("d-dpo", "scores")}
+    **{loss: (loss, rewards) for loss, rewards in PAPER.items()},
+    MEAN: ("dp-dpo", "rms"), BALANCED: ("dp-dpo", "rms/0.5"), ORACLE: ("d-dpo", "scores")}
 CHOOSE_SEED = 1000
 FAMILY = "0.2,0.4,0.5,0.6,0.8"
 COLUMNS = ["rho", "seed", "method", "knob", "value", "gamma", "max_steps", "batch_size", "lr",

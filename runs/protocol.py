@@ -19,7 +19,7 @@ sys.path.insert(0, ROOT)
 import train_policy
 import train_rm
 from data import biased_subset, get_tokenizer, longer
-from losses import PREFERENCE_LOSSES, knobs, needs
+from losses import PAPER, PREFERENCE_LOSSES, knobs, needs
 from support.checkpoint import read_sizes
 from support.device import device_name
 from support.files import naming_file, read_json, write_json
@@ -45,7 +45,6 @@ from support.flags import (
 from support.processes import end_with_parent
 from support.tokens import select, tokenised_file
 
-PAPER = "dpo,ipo,d-dpo,p-dpo,dp-dpo,e-dpo"
 SAMPLING = ("max_new_tokens", "missing_eos_penalty")
 SIZES = {"n_layer": 4, "n_head": 8, "n_embd": 256, "block_size": 512}
 MAY_CHANGE = ("out", "losses", "n_prompts", "device", "dtype")      # from one call to the next
@@ -74,8 +73,8 @@ def parse_flags(argv):
         "0.2,0.4,0.5,0.6,0.8)")
     add("--seeds", type=comma_separated(seed, "seeds"), help="with --family=seeds (default: "
         "0,1,2,3,4)")
-    add("--losses", default=PAPER, help=f"the policies to train, of {','.join(PREFERENCE_LOSSES)} "
-        f"(default: the paper's, {PAPER})")
+    add("--losses", default=",".join(PAPER), help="the policies to train, of "
+        f"{', '.join(PREFERENCE_LOSSES)} (default: the paper's six)")
     add("--beta", type=positive_float, help="of the losses that have it (default: the loss's, "
         "chosen on TinyTLDR; so for --tau and --gamma)")
     add("--tau", type=positive_float, help="of the losses that have it")

@@ -6,8 +6,6 @@
     device.py           where to compute, in what precision, memory settings
     processes.py        several processes, one for each accelerator; --fsdp
     logprobs.py         the log-probs of tokens, fast
-    static.py           generation in shapes that never change, for torch_xla
-    sampling.py         draws a token, from all or from the likely ones
     columns.py          scores and sampled responses of a whole data set, kept on disk
     prompts.py          the prompts that a policy answers; prints its replies as they grow
     run.py              a run's folder: flags, metrics, state, resuming, the line on the screen

@@ -12,11 +12,11 @@ def check_rounding(policy, dataset, split, args):
     float32 forward pass, and prints by how much they differ. AssertionError if a response's differs
     by more than 0.5 nats and 0.005 for each of its tokens, which is more than rounding does.
 
-    policy: still the reference. dataset: with its column ref_logps, (N, K + S). split: its name.
+    policy: still the reference. dataset: with its column ref_logps, (N, K). split: its name.
     """
     rows = np.linspace(0, len(dataset) - 1, min(SOME, len(dataset))).astype(int)
     some = dataset.take(rows)
-    exact = score(policy, some, multiple=shape_multiple(args), desc="float32")      # (rows, K + S)
+    exact = score(policy, some, multiple=shape_multiple(args), desc="float32")      # (rows, K)
     error = np.abs(some.ref_logps - exact)
     if not (error <= 0.5 + 0.005 * some.response_lengths()).all():     # a nan is not
         raise AssertionError(f"the reference's {split} log-probs in bfloat16 differ from those in "

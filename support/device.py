@@ -136,12 +136,14 @@ def new_generator(device, seed):
     return torch.Generator("cpu" if device.type == "xla" else device).manual_seed(seed)
 
 
-def random_numbers(n, generator, device):
-    """Draws n random numbers in [0, 1), (n, 1), from the generator: in float64, which mps does not
-    have, so there in float32."""
-    where = device if generator is None else generator.device
+def random_numbers(rows, n, generator, device):
+    """Draws a random number in [0, 1) for each of these rows of n; the others get 0. Returns
+    (n, 1), float64, or float32 on mps, which has none."""
+    where = new_generator(device, 0).device if generator is None else generator.device
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    return torch.rand(n, 1, generator=generator, device=where, dtype=dtype).to(device)
+    numbers = torch.zeros(n, 1, device=where, dtype=dtype)
+    numbers[rows] = torch.rand(len(rows), 1, generator=generator, device=where, dtype=dtype)
+    return numbers.to(device)
 
 
 def sync(device):

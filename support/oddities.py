@@ -1,6 +1,6 @@
-"""What looks like a mistake in rows that can be read all the same: counted, and said once a file.
+"""Counts what looks like a mistake in rows that can be read all the same, and says it once a file.
 
-Also what a `label` says, which is a word in some files.
+Reads also what a `label` says, which is a word in some files.
 """
 import math
 import os
@@ -23,18 +23,23 @@ PROMPT_COLUMNS = {"system", "system_prompt", "system_message", "instruction", "i
                   "input", "context", "question", "query", "history", "document", "documents",
                   "passage", "tools", "functions"}
 NOT_TEXT = {"image", "images", "audio", "audios", "video", "videos"}
-# What programs write where there is nothing, if they take it for text
-GAPS = {"nan", "NaN", "None", "null", "NULL", "<NA>"}
 # A column with one of them in its name, beside chosen or rejected, says how good that is.
 SCORE_WORDS = re.compile(r"score|rating|reward", re.I)
+# What programs write where there is nothing, if it is taken for text
+GAPS = {"nan", "NaN", "NaT", "<NA>"}
 # A list, or bytes, as Python or JSON writes them
 WRITTEN_OUT = re.compile(r"""\s*(\[\s*["'].*["']\s*\]|b'.*'|b".*")\s*""", re.S)
 
 
+def is_gap(value):
+    """Returns whether a value is NaN, which is what pandas writes where there is nothing."""
+    return isinstance(value, float) and math.isnan(value)
+
+
 def is_false(label):
-    """Does the label of a demonstration say that people did not want it? None and "" say nothing.
-    ValueError if it is neither yes nor no."""
-    if label is None or (isinstance(label, float) and math.isnan(label)):
+    """Returns whether the label of a demonstration says that people did not want it. None and ""
+    say nothing. ValueError if it is neither yes nor no."""
+    if label is None or is_gap(label):
         return False
     word = str(label).strip().lower()
     if word in FALSE:
@@ -64,14 +69,13 @@ class Oddities:
 
     def __init__(self, demonstrations):
         self.read = READ_AS_DEMONSTRATIONS if demonstrations else READ
-        self.records = self.n = self.spaces = self.joined = self.scored = self.reversed = 0
+        self.n = self.spaces = self.joined = self.scored = self.reversed = 0
         self.looks = [0] * len(LOOKS)
         self.ignored, self.texts, self.rated = {}, {}, {}
         self.rows, self.without_order = array("q"), array("q")
 
     def count(self, record, rows):
-        """One record of the file, and the rows that were made of it."""
-        self.records += 1
+        """Counts one record of the file, and the rows that were made of it."""
         for column in record.keys() - self.read:
             self.count_ignored(column, record[column])
             if "chosen" in str(column) and SCORE_WORDS.search(column):
@@ -96,13 +100,13 @@ class Oddities:
                 self.reversed += sum(row["scores"][0]) < sum(row["scores"][-1])
 
     def count_ignored(self, column, value):
-        """A value in a column that is not read."""
+        """Counts a value in a column that is not read."""
         if value not in (None, "", [], {}):
             self.ignored[column] = self.ignored.get(column, 0) + 1
             self.texts[column] = self.texts.get(column, 0) + is_text(column, value)
 
     def count_rating(self, column, record):
-        """A column such as chosen_rating, which is not read, and its partner."""
+        """Compares a column such as chosen_rating, which is not read, with its partner."""
         try:
             chosen, rejected = (float(record[name])
                                 for name in (column, column.replace("chosen", "rejected")))
@@ -113,11 +117,17 @@ class Oddities:
         counts[1] += chosen < rejected
 
     def messages(self):
-        """Lines of text, none if nothing is odd."""
+        """Yields lines of text, none if nothing is odd."""
         texts = [column for column in self.texts if 2 * self.texts[column] > self.ignored[column]]
         columns = [f"{column!r}" for column in sorted(map(str, self.ignored.keys() - set(texts)))]
         if columns:
             yield f"columns that are not read: {listed(columns, 20)}"
+        no_texts = [column for column in texts if str(column).lower() in NOT_TEXT]
+        texts = [column for column in texts if column not in no_texts]
+        if no_texts:
+            counted = [f"{column!r} ({self.ignored[column]} rows)" for column in sorted(no_texts)]
+            yield (f"warning: columns that are not read: {', '.join(counted)}; models here read "
+                   "text alone")
         if texts:
             counted = [f"{column!r} ({self.ignored[column]} rows)" for column in sorted(texts)]
             yield (f"warning: columns of text that are not read: {listed(counted, 20)}; what "
@@ -142,14 +152,15 @@ class Oddities:
             if count > share * n_rows:
                 yield f"warning: in {count} of {n_rows} rows {message}"
         distinct, sets = len(np.unique(self.rows)), len(np.unique(self.without_order))
-        if distinct - sets > 0.05 * n_rows:
+        if distinct - sets >= max(10, 0.05 * n_rows):
             yield (f"warning: {distinct - sets} of {n_rows} rows prefer what an earlier row with "
                    "the same prompt and responses does not")
 
 
 def is_text(column, value):
-    """Is it a text that a person would read: several words or a list of messages; in a column that
-    is named like a part of the prompt, anything? Columns of another layout repeat what is read."""
+    """Returns whether a value is a text that a person would read: several words or a list of
+    messages; in a column that is named like a part of the prompt, anything. Columns of another
+    layout repeat what is read."""
     if column in READ_AS_DEMONSTRATIONS:
         return False
     if str(column).lower() in PROMPT_COLUMNS | NOT_TEXT:
@@ -160,16 +171,16 @@ def is_text(column, value):
 
 
 def joins(last, first):
-    """Do a prompt's last character and a response's first one run together? In Chinese or Japanese
-    they do anyway."""
+    """Returns whether a prompt's last character and a response's first one run together. In Chinese
+    or Japanese they do anyway."""
     return not (last.isspace() or first.isspace() or max(last, first) >= "\u2e80")
 
 
 # ------------------------------------------------------------------ what many rows look like
 
 def repeats_prompt(prompt, responses):
-    """Do all responses have the prompt in what they begin with, other than as the prompt is
-    written: after a name or a mark, or with other spaces or capitals?"""
+    """Returns whether all responses have the prompt in what they begin with, other than as the
+    prompt is written: after a name or a mark, or with other spaces or capitals."""
     question = prompt.rpartition("\n\nHuman:")[2].removesuffix("\n\nAssistant:")
     length = len(question.strip())
     if len(responses) == 1:     # what is said in a first sentence may well repeat some words
@@ -180,6 +191,10 @@ def repeats_prompt(prompt, responses):
         return False
     words, beginning = (" ".join(text.casefold().split()) for text in (question, beginning))
     return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", beginning) is not None
+
+
+def has_no_prompt(prompt, responses):
+    return not prompt.strip()
 
 
 def same_but_for_space(prompt, responses):
@@ -209,9 +224,9 @@ LOOKS = (
     (repeats_prompt, 0.5, "the responses repeat the prompt where they begin; what is imitated or "
      "compared begins after it"),
     (same_but_for_space, 0, "chosen and rejected differ in the white space around them alone"),
-    (has_a_gap, 0, "a prompt or a response is a word for a gap, such as 'nan' or 'None'; is "
-     "something missing there?"),
-    (lambda prompt, responses: not prompt.strip(), 0, "the prompt is empty"),
+    (has_a_gap, 0, "a prompt or a response is a word for a gap, such as 'nan'; is something "
+     "missing there?"),
+    (has_no_prompt, 0, "the prompt is empty"),
     (is_written_out, 0.5, "the responses are lists or bytes, written out as text; the text in them "
      "is probably what is meant"),
     (has_no_lines, 0.5, "there is a backslash and an n where a new line is probably meant"),

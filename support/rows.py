@@ -32,7 +32,6 @@ import functools
 import gzip
 import hashlib
 import json
-import math
 import os
 import re
 import zlib
@@ -40,22 +39,32 @@ from collections import Counter
 from itertools import takewhile
 
 from support.flags import InputError, in_a_line
-from support.oddities import Oddities, is_false
+from support.oddities import Oddities, is_false, is_gap
 from support.sources import ENDINGS, folder_files, name_and_split, open_hub
 
 PREFERENCES = (("chosen", "rejected"), ("prompt", "responses"))     # columns needed, either or
 DEMONSTRATIONS = (("prompt", "completion"), ("messages",), *PREFERENCES)
+BLANK = re.compile("[\\s\\u200b-\\u200f\\u2060\\ufeff]*")     # with characters that nobody sees
 PART = 2 ** 20          # characters of JSON that are read in one go, or more for a longer record
+
+# Chat messages that a program wrote as text: one, a list of them, an array of numpy
+WRITTEN_MESSAGES = re.compile(r"""\s*(array\()?(\[\s*\{\s*["'](role|content|from|value)["']\s*:|"""
+                              r"""\{\s*["'](role|from)["']\s*:\s*["']\w+["']\s*,\s*"""
+                              r"""["'](content|value)["']\s*:)""")
 
 # The name of a column that says which response is better has a word of the first kind, and no word
 # but these: `preferred`, `better_response_id`, `isChosen`; but not `preference_strength`.
 LABEL_WORDS = frozenset(
-    "label labels preferred preference preferences winner winning loser losing better best worse "
-    "worst safer choice selected accepted liked desirable chosen rejected rank ranks ranking "
-    "rankings pairs".split())
+    "label labels prefer prefers preferred preference preferences winner winning loser losing "
+    "better best worse worst safer choice selected accepted liked desirable chosen rejected rank "
+    "ranks ranking rankings pairs kto".split())
 WORDS_BESIDE = frozenset(
     "a b is the of response responses answer answers completion completions output outputs summary "
-    "text side id ids idx index number human gold ai gpt user annotator final overall".split())
+    "text side id ids idx index number human gold ai gpt model tie tag user annotator final "
+    "overall".split())
+# A column such as `is_good` beside a demonstration says whether it is wanted, if it says yes or no.
+QUALITY_WORDS = frozenset("good correct approved upvoted vote thumbs feedback".split())
+WORDS_BESIDE_QUALITY = frozenset("is the response completion human user".split())
 
 # ------------------------------------------------------------------ chat messages and prompts
 
@@ -97,7 +106,7 @@ def text_of(value, column, prompt=None):
         raise ValueError(f"column {column!r} is missing")
     if not isinstance(value, str):
         raise ValueError(f"column {column!r} is neither text nor chat messages")
-    if re.match(r"""\[\s*\{\s*["'](role|content)["']:""", value):     # pandas, to CSV
+    if WRITTEN_MESSAGES.match(value) and value.rstrip().endswith(("}", "]", ")")):
         raise ValueError(f"column {column!r} has a list of chat messages written out as text; save "
                          "the data as JSONL or Parquet")
     try:
@@ -142,7 +151,8 @@ def parse_rows(record, demonstrations, notes=None):
     if isinstance(record, ValueError):      # in place of a record that could not be read
         raise record
     if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
+        raise ValueError("not a JSON object" + "; an array of them belongs into a file that ends "
+                         "in .json" * isinstance(record, list))
     notes = Counter() if notes is None else notes
     layouts = DEMONSTRATIONS if demonstrations else PREFERENCES
     if not any(set(columns) <= record.keys() for columns in layouts):
@@ -168,20 +178,30 @@ def parse_rows(record, demonstrations, notes=None):
     return rows
 
 
-def is_gap(value):
-    """Returns whether a value is NaN, which is what pandas writes where there is nothing."""
-    return isinstance(value, float) and math.isnan(value)
-
-
 # ------------------------------------------------------------------ labels
 
 
-@functools.lru_cache(maxsize=1000)
 def looks_like_label(column):
     """Returns whether the name of a column says that it tells which response is better."""
+    return has_words(column, LABEL_WORDS, WORDS_BESIDE)
+
+
+@functools.lru_cache(maxsize=1000)
+def has_words(column, wanted, beside):
+    """Returns whether a name has one of the wanted words, and no others but these and those beside
+    them."""
     name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", column).lower()
     words = set(re.findall(r"[a-z]+", name))
-    return bool(words & LABEL_WORDS) and words <= LABEL_WORDS | WORDS_BESIDE
+    return bool(words & wanted) and words <= wanted | beside
+
+
+def says_no(column, value):
+    """Returns whether a column beside a demonstration says that it is not wanted, such as is_good:
+    false."""
+    try:
+        return has_words(column, QUALITY_WORDS, WORDS_BESIDE_QUALITY) and is_false(value)
+    except ValueError:      # it says something else
+        return False
 
 
 def check_labels(record, demonstration):
@@ -196,7 +216,8 @@ def check_labels(record, demonstration):
             read |= {"chosen", "rejected"}
     for column, value in record.items():
         of_a_side = has_pair and re.match("chosen|rejected", column)    # such as chosen_model
-        if value is None or column in read or of_a_side or not looks_like_label(column):
+        is_label = looks_like_label(column) or demonstration and says_no(column, value)
+        if value is None or column in read or of_a_side or not is_label:
             continue
         if column in ("chosen", "rejected") and not demonstration and not has_ranking:
             continue        # half a pair: what is missing is named later
@@ -206,6 +227,9 @@ def check_labels(record, demonstration):
                          f"would be ignored; put what it says into {advice}, or leave it out")
     if has_ranking and not demonstration:
         check_ranking_labels(record)
+    if has_pair and not has_ranking and record.get("scores") is not None:
+        raise ValueError("column 'scores' belongs to 'responses' and would be ignored; beside "
+                         "'chosen' and 'rejected' it takes 'score_chosen' and 'score_rejected'")
 
 
 def check_ranking_labels(record):
@@ -221,10 +245,26 @@ def check_ranking_labels(record):
     for column, value in record.items():
         if column == "responses":
             continue
-        if is_list_of_numbers(value, len(record["responses"])) and len(set(value)) > 1:
+        numbers = numbers_in(value)
+        if len(numbers) == len(record["responses"]) and len(set(numbers)) > 1:
             raise ValueError(f"column {column!r} has a number for each of the 'responses' and "
                              "would be ignored; call it 'scores' (the highest is best) or 'ranks' "
                              "(1 is best), or leave it out")
+
+
+def numbers_in(values):
+    """Lists the numbers of a list. They may be written as text, or stand in objects under a name
+    such as `rating`. Returns an empty list if it is no such list."""
+    numbers = []
+    for value in values if isinstance(values, list) else ():
+        if isinstance(value, dict):
+            value = next((value[name] for name in ("rating", "score", "reward", "rank", "label")
+                          if name in value), None)
+        try:
+            numbers.append(float(value))
+        except (TypeError, ValueError, OverflowError):      # none, or a text
+            return []
+    return numbers
 
 
 def check_not_rejected(record, demonstrations):
@@ -340,7 +380,23 @@ def prompt_and_completion(record):
     opening = list(takewhile(lambda message: not is_assistant(message), completion))
     if len(opening) == len(completion):
         raise ValueError(f"column {column!r} has no turn of the assistant")
+    for message in completion[len(opening):]:
+        if is_assistant(message) and (message.get("weight") == 0 or message.get("train") is False):
+            raise ValueError(f"column {column!r} has a turn of the assistant that is not to be "
+                             "imitated (weight 0, or train false); end the dialogue before it, or "
+                             "put what comes before the turn to imitate into 'prompt'")
     return {"prompt": prompt + opening, "completion": completion[len(opening):]}
+
+
+def is_dialogue(value):
+    return isinstance(value, list) and all(isinstance(message, dict) for message in value)
+
+
+def is_said(prompt, messages):
+    """Returns whether the text of a prompt is in one of the messages, or one of them in it."""
+    prompt = prompt.strip()
+    said = [str(message.get("content")).strip() for message in messages]
+    return any(prompt in text or text and text in prompt for text in said)
 
 
 def is_assistant(message):
@@ -363,12 +419,15 @@ def parse_row(record, demonstrations, notes=None):
     texts = record["responses"] if ranking else [record.get(column) for column in columns]
 
     prompt, scores = record.get("prompt"), None
-    if isinstance(prompt, str) and isinstance(texts, list) and texts and isinstance(texts[0], list):
+    if isinstance(prompt, str) and isinstance(texts, list) and texts and is_dialogue(texts[0]):
         # The responses are dialogues, which either hold the prompt themselves, or are one message
         # each; then the text is what the person says.
         before = texts[0][:-1]
         if not before or is_assistant(before[0]):
             before = [{"role": "user", "content": prompt}]
+        elif not is_said(prompt, before):
+            notes["warning: in {} rows the dialogues have another prompt than 'prompt'; theirs is "
+                  "taken"] += 1
         prompt = before
     if "prompt" in record or ranking:
         prompt = text_of(prompt, "prompt")
@@ -396,7 +455,7 @@ def parse_row(record, demonstrations, notes=None):
         prompt, responses = prompt_once(prompt, responses, notes)
     for column, response in zip(columns, responses):
         # In a whole dialogue a blank turn is what the assistant said; a blank column is a mistake.
-        empty = not response.strip() if "prompt" in record else not response
+        empty = BLANK.fullmatch(response) if "prompt" in record else not response
         if empty:
             raise ValueError(f"the response {column!r} is empty")
     if demonstrations:
@@ -430,6 +489,14 @@ def prompt_once(prompt, responses, notes):
     if all(rest and rest.strip() for rest in rests):
         notes["{} rows: the responses begin with the prompt, which is taken off there"] += 1
         return prompt, rests
+    # "... Assistant:" and "Assistant: Hello!"
+    label = text.rpartition("\n")[2]
+    if label.endswith(":") and all(response.lstrip().startswith(label) for response in responses):
+        rests = [response.lstrip().removeprefix(label) for response in responses]
+        if all(rest.strip() for rest in rests):
+            notes["{} rows: the responses begin with the prompt's last line, which is taken off "
+                  "there"] += 1
+            return prompt, rests
     if any(rest is not None for rest in rests):
         notes["{} rows: a response begins with the prompt, but not all do or nothing comes after "
               "it; they are left as they are"] += 1
@@ -454,7 +521,8 @@ def scores_of(values, columns):
     lists = [value if isinstance(value, list) else [value] for value in values]
     for numbers, column in zip(lists, columns):
         if numbers == [None]:
-            raise ValueError(f"column {column!r} is missing")
+            which = " one of its numbers" if column == "scores" else ""
+            raise ValueError(f"column {column!r} is missing{which}")
         # whose squares are finite in float32
         if not numbers or not all(isinstance(x, (int, float)) and abs(x) < 1e12 for x in numbers):
             raise ValueError(f"column {column!r} is neither a number below 1e12 nor a list of them")
@@ -479,8 +547,12 @@ def parse_ranking(record, prompt, notes):
     listed = record["responses"]
     if not isinstance(listed, list) or len(listed) < 2:
         raise ValueError("column 'responses' is not a list of two responses or more")
+    if any(response is None or is_gap(response) for response in listed):
+        raise ValueError("column 'responses' is missing one of its texts")
     responses = [text_of(response, "responses", prompt) for response in listed]
     K = len(responses)
+    if 1 < len(set(responses)) < K:
+        notes["{} rows: two of the responses are the same; neither is better"] += 1
 
     scores = record.get("scores")
     if scores is not None:
@@ -492,8 +564,11 @@ def parse_ranking(record, prompt, notes):
     elif not is_list_of_numbers(order, K):
         raise ValueError(f"column 'ranks' is not a list of {K} numbers, one for each response")
 
-    # A tie is broken by a hash of the text, which is as good as by chance.
-    ties = [hashlib.sha256(response.encode()).digest() for response in responses]
+    # A tie is broken by a hash of the text, which is as good as by chance; with the prompt in it,
+    # so that "yes" does not always win against "no".
+    if len(set(order)) < K:
+        notes["{} rows: a tie in their 'ranks' or 'scores' is broken by chance"] += 1
+    ties = [hashlib.sha256(f"{response}\0{prompt}".encode()).digest() for response in responses]
     by_rank = sorted(range(K), key=lambda k: (order[k], ties[k]))
     if scores:
         scores = [scores[k] for k in by_rank]
@@ -662,39 +737,83 @@ def read_records(data, hub=None, say=print):
         raise InputError(f"--data: {data}: {reason}") from error
 
 
+KINDS = {       # the first bytes of a file: what it is
+    b"\xff\xfe": "UTF-16 text; save it as UTF-8", b"\xfe\xff": "UTF-16 text; save it as UTF-8",
+    b"{\0": "UTF-16 text; save it as UTF-8", b"\0{": "UTF-16 text; save it as UTF-8",
+    b"\x1f\x8b": "packed with gzip",
+    b"\x28\xb5\x2f\xfd": "packed with zstd; unpack it", b"PAR1": "Parquet",
+    b"PK\x03\x04": "a zip file or a spreadsheet; unpack it, or save it as CSV",
+    b"BZh": "packed with bzip2; unpack it", b"\xfd7zXZ": "packed with xz; unpack it",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file; fetch it with git lfs pull",
+    b"<!DOCTYPE html": "a web page", b"<html": "a web page"}
+
+
 def read_file(path):
     """Yields what `read_records` does, of one file."""
-    suffix = path.removesuffix(".gz").rsplit(".", 1)[-1]
+    suffix = path.lower().removesuffix(".gz").rsplit(".", 1)[-1]
     if suffix not in ENDINGS:
         raise InputError(f"--data: {path}: files end in {', '.join(ENDINGS)}, or one of these and "
                          ".gz")
     check_is_file(path)
     if os.path.getsize(path) == 0:
         raise InputError(f"--data: {path}: the file is empty")
+    check_content(path, suffix)
     if suffix == "parquet":
         yield from enumerate(parquet_records(path), 1)
         return
-    open_text = gzip.open if path.endswith(".gz") else open
+    open_text = gzip.open if path.lower().endswith(".gz") else open
     # A byte that is not UTF-8 becomes half a letter, which `text_of` refuses where it matters.
     with open_text(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         yield from {"jsonl": json_lines, "json": json_values, "csv": csv_records}[suffix](file)
+
+
+def check_content(path, suffix):
+    """Raises InputError if a file begins like one of another kind than its name says."""
+    with open(path, "rb") as file:
+        beginning = file.read(40)
+    for signature, kind in KINDS.items():
+        right = (kind == "packed with gzip" and path.lower().endswith(".gz")
+                 or kind == "Parquet" and suffix == "parquet")
+        if beginning.startswith(signature) and not right:
+            raise InputError(f"--data: {path}: by its first bytes it is {kind}")
+
+
+def unique_names(pairs):
+    """Makes an object of some (name, value). ValueError if a name is there twice."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        check_unique([name for name, _ in pairs])
+    return record
+
+
+def check_unique(names):
+    """Raises ValueError if a column is there twice: which of them is meant?"""
+    twice = [name for name, count in Counter(names).items() if count > 1 and name]
+    if twice:
+        raise ValueError(f"column {twice[0]!r} is there twice")
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=unique_names)
 
 
 def json_lines(file):
     for number, line in enumerate(file, 1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, DECODER.decode(line.removeprefix("\ufeff"))
             except RecursionError:
                 yield number, ValueError("JSON nested too deeply")
             except ValueError as error:
+                if number == 1 and line.strip().startswith("["):
+                    raise ValueError("row 1: not JSON; an array over several lines belongs into a "
+                                     "file that ends in .json") from None
                 yield number, ValueError(f"not JSON: {error}")
 
 
 def json_values(file):
     """Yields the elements of a JSON array, or JSON values one after the other. ValueError beyond
     which nothing can be read."""
-    between, decode, number = re.compile(r"[\s,]*"), json.JSONDecoder().raw_decode, 0
+    between, decode, number = re.compile(r"[\s,]*"), DECODER.raw_decode, 0
     text = file.read(PART)
     start = between.match(text).end()
     is_array = text.startswith("[", start)
@@ -723,11 +842,15 @@ def csv_records(file):
     csv.field_size_limit(2 ** 31 - 1)       # posts may be long
     reader, number = csv.DictReader(file, strict=True), 0
     try:
+        names = [name.strip() for name in reader.fieldnames or ()]
+        if len(names) == 1 and re.search(r"[;\t|]", names[0]):
+            raise ValueError("the columns of the first line are not separated by commas")
+        check_unique(names)
+        reader.fieldnames = names
         for number, fields in enumerate(reader, 1):
             if None in fields:
-                names = len(reader.fieldnames)
-                yield number, ValueError(f"{names + len(fields[None])} fields, the header has "
-                                         f"{names}")
+                yield number, ValueError(f"{len(names) + len(fields[None])} fields, the header "
+                                         f"has {len(names)}")
             else:
                 yield number, {name: csv_value(name, text) for name, text in fields.items()}
     except csv.Error as error:
@@ -743,5 +866,7 @@ def csv_value(name, text):
 
 def parquet_records(path):
     import pyarrow.parquet  # comes with datasets
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
+    file = pyarrow.parquet.ParquetFile(path)
+    check_unique(file.schema_arrow.names)
+    for batch in file.iter_batches(1000):
         yield from batch.to_pylist()

@@ -59,8 +59,8 @@ claimed = {}            # {real path of a folder: its lock}, of this process
 
 
 class Run:
-    """A training run in its folder: config.json has its flags (under "nanopref"), metrics.jsonl its
-    numbers, state.pt what resuming needs.
+    """Keeps a training run in its folder: config.json has its flags (under "nanopref"),
+    metrics.jsonl its numbers, state.pt what resuming needs.
 
     constants: a hash of what training takes as given (reference, data, rewards), which has to be
     the same on --resume. `first_step` is 0, or where a resumed run goes on.
@@ -117,8 +117,8 @@ class Run:
         return step != self.reported and (step % self.eval_every == 0 or step == self.max_steps)
 
     def watch(self, total, **values):
-        """Adds values per example, (b,) of one micro-batch, to the means of this step. total: what
-        the whole batch's sum is divided by."""
+        """Adds values of a micro-batch, {name: one for each row or pair}, to the means of this
+        step. total: what the whole batch's sum is divided by."""
         for name, value in values.items():
             mean = (value.detach() / total).sum()
             self.sums[name] = self.sums.get(name, 0) + mean
@@ -342,7 +342,7 @@ def print_reply(number, reward, text):
     """Prints a reply in one line, cut to the terminal's width. number: its prompt's; reward: a
     number, or None."""
     reward = "" if reward is None else f"{reward:+.3g}"
-    line = f"{number:7}  {reward:>5}  {in_words(text)}"
+    line = f"{number:7}  {reward:>5}  {in_words(text) or '(empty)'}"
     tqdm.write(line[:columns_of_terminal() - 1].rstrip(), file=sys.stdout)
 
 

@@ -18,8 +18,10 @@ NO_ROWS = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_di
 PART_NUMBER = re.compile(r"(?:^|[-._ ])(?:(?:part|shard)[-._ ]?)?(\d+)"
                          r"(?:[-._ ]of[-._ ](\d+)(?:[-._ ][0-9a-f]{6,})?)?$")
 WORD = r"(?:^|[-._ /\d])(?:{})(?:[-._ /\d]|$)"
-TRAINING = re.compile(WORD.format("train|training"))
-HELD_OUT = re.compile(WORD.format("test|testing|eval|evaluation|validation|valid|dev|val"))
+TRAINING = re.compile(WORD.format("train|training"), re.I)
+HELD_OUT = re.compile(WORD.format("test|testing|eval|evaluation|validation|valid|dev|val"), re.I)
+# Files with rows in them that are not read
+OTHER_ENDINGS = (".arrow", ".tsv", ".xlsx", ".ndjson", ".jsonlines", ".zst", ".bz2", ".xz", ".zip")
 
 
 def name_and_split(data):
@@ -84,9 +86,11 @@ def folder_files(folder, split=None, say=print):
     """Finds the files of a folder that hold the rows of its training split, or of the split(s)
     named. say: is called with the names of the files, and of those that are not read. InputError if
     there is none, if there are several splits to train on, or if a split is there twice."""
-    files = data_files(folder)
+    files, unreadable = data_files(folder)
     if not files:
-        raise InputError(f"--data: {folder}: no file in it ends in {', '.join(ENDINGS)} (or .gz)")
+        there = f"; there is {listed(unreadable)}" if unreadable else ""
+        raise InputError(f"--data: {folder}: no file in it ends in {', '.join(ENDINGS)} (or .gz)"
+                         f"{there}")
     splits = declared_splits(folder)
     if splits:
         names = choose_splits(list(splits), split, folder)
@@ -98,7 +102,11 @@ def folder_files(folder, split=None, say=print):
         for name in names:
             check_parts(folder, name, splits[name], say)
     chosen = [file for name in names for file in splits[name]]
-    others = [file for file in files if file not in chosen]
+    missed = [file for file in unreadable if TRAINING.search(file)]
+    if missed and split is None and not any(map(TRAINING.search, chosen)):
+        raise InputError(f"--data: {folder}: {listed(missed)} can't be read; files end in "
+                         f"{', '.join(ENDINGS)} (or .gz); or name {listed(chosen)} itself")
+    others = [file for file in files if file not in chosen] + unreadable
     not_read = f"; not read: {listed(others)}" if others else ""
     say(f"reads {listed(chosen)}{not_read}")
     return chosen
@@ -106,31 +114,37 @@ def folder_files(folder, split=None, say=print):
 
 def data_files(folder):
     """Lists the files with rows in a folder and below it, but for hidden ones: their paths from
-    there."""
-    files = []
+    there. Returns (those that can be read, those of other kinds)."""
+    files, others = [], []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
         for name in names:
-            ending = name.removesuffix(".gz").rpartition(".")[2]
-            if ending in ENDINGS and not name.startswith((".", "__")) and name not in NO_ROWS:
-                files.append(os.path.relpath(os.path.join(place, name), folder))
-    return sorted(file.replace(os.sep, "/") for file in files)
+            _, ending = stem_and_ending(name)
+            path = os.path.relpath(os.path.join(place, name), folder).replace(os.sep, "/")
+            if name.startswith((".", "__")) or name in NO_ROWS:
+                continue
+            if ending.removesuffix(".gz") in ENDINGS:
+                files.append(path)
+            elif name.lower().endswith(OTHER_ENDINGS):
+                others.append(path)
+    return sorted(files), sorted(others)
 
 
 def stem_and_ending(file):
     """Splits the name of a file: "data/train-0.jsonl.gz" is ("data/train-0", "jsonl.gz")."""
-    gz = ".gz" if file.endswith(".gz") else ""
-    stem, _, ending = file.removesuffix(".gz").rpartition(".")
-    return stem, ending + gz
+    gz = ".gz" if file.lower().endswith(".gz") else ""
+    stem, _, ending = file[:len(file) - len(gz)].rpartition(".")
+    return stem, ending.lower() + gz
 
 
 def split_name(file):
     """Returns the name of the split that a file is, or is a part of: its own with the folders
-    before it, without the number of the part; if there is nothing else in it, the folders alone."""
+    before it, without the number of the part; if there is nothing else in it, the folders alone,
+    or "data"."""
     stem, _ = stem_and_ending(file)
     folders, _, own = stem.rpartition("/")
     own = PART_NUMBER.sub("", own)
-    return "/".join(filter(None, (folders, own))) or stem
+    return "/".join(filter(None, (folders, own))) or "data"
 
 
 def check_parts(folder, name, files, say):
@@ -151,6 +165,16 @@ def check_parts(folder, name, files, say):
                          f"{os.path.join(folder, twice[0])}, or leave one of them in the folder")
     if counted and len(files) < int(counted):
         say(f"warning: {len(files)} of the {int(counted)} files of the split {name!r} are there")
+    numbers = []
+    for file in files:
+        stem, _ = stem_and_ending(file)
+        match = PART_NUMBER.search(os.path.basename(stem))
+        if match and not match[2]:
+            numbers.append(int(match[1]))
+    gaps = sorted(set(range(min(numbers, default=0), max(numbers, default=0))) - set(numbers))
+    if 0 < len(gaps) < len(files):      # more are steps, or dates
+        say(f"warning: is a file of the split {name!r} missing? There is none with the number "
+            f"{listed([str(number) for number in gaps])}")
 
 
 def declared_splits(folder):
@@ -187,7 +211,7 @@ def open_hub(data):
     it. Returns a datasets.Dataset of the split that is named after a colon, or else of the one to
     train on. InputError says what is wrong, and which splits there are."""
     source, split = name_and_split(data)
-    suffix = source.removesuffix(".gz").rsplit(".", 1)[-1]
+    suffix = source.lower().removesuffix(".gz").rsplit(".", 1)[-1]
     if (suffix in ENDINGS or source.startswith((".", "/", "~")) or source.count("/") > 2
             or not source):
         raise InputError(f"--data: {data}: no such file")

@@ -20,7 +20,7 @@ from support.sources import name_and_split, open_hub
 from support.tokenizer import FolderTokenizer, encode_text, fingerprint, special_tokens
 
 SAID = set()    # lines that are not to be printed again
-LAYOUT = 7      # raise it when the arrays below, or what is read into them, change
+LAYOUT = 9      # raise it when the arrays below, or what is read into them, change
 not_kept = {}   # {path: arrays} of files whose tokens could not be kept on disk, in this process
 SPLITS = np.array(["validation"] * 26 + ["test"] * 26 + ["train"] * 204)    # about 10, 10 and 80%
 
@@ -82,7 +82,11 @@ def split_hashes(turns, n_turns):
 
 LONG = 100_000          # characters; shorter text can be read by every tokenizer
 SOME = 200              # rows that are read back from their tokens
-FOREIGN_END = re.compile(r"(</s>|<eos>|<end_of_turn>|\[EOS\]|<\|\w+\|>)$")
+# How other models' special tokens are written, where a text ends and where it begins
+FOREIGN_END = re.compile(r"(</s>|<eos>|<pad>|<end_of_turn>|\[EOS\]|\[PAD\]|\[SEP\]|<\|\w+\|>|"
+                         r"<\uff5c[\w\u2581]+\uff5c>)$", re.I)
+FOREIGN_START = re.compile(r"\s*(<s>|<bos>|<start_of_turn>|\[BOS\]|\[CLS\]|\[INST\]|<\|\w+\|>|"
+                           r"<\uff5c[\w\u2581]+\uff5c>)", re.I)
 
 
 def preparer(tokenizer):
@@ -114,6 +118,10 @@ def preparer(tokenizer):
                       if (match := FOREIGN_END.search(text.rstrip()[-30:]))} - written:
             notes[f"warning: a response ends in {token} in {{}} rows; to this tokenizer that is "
                   "ordinary text, which the model would learn to write"] += 1
+        for token in {match[1] for text in responses
+                      if (match := FOREIGN_START.match(text))} - written:
+            notes[f"warning: a response begins with {token} in {{}} rows; to this tokenizer that "
+                  "is ordinary text, which the model would learn to write"] += 1
         for text in texts:
             if len(text) > LONG:
                 encode_text(text, tokenizer)

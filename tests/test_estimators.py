@@ -14,7 +14,7 @@ import torch
 from data import collate
 from losses import forward_kl
 from model import GPT, GPTConfig
-from support.sampling import draw as draw_token
+from model import draw as draw_token
 
 STOP, LONGEST, PROMPT = 3, 4, [1, 0, 2]
 

@@ -395,7 +395,7 @@ def test_what_a_policy_is_trained_on_is_cached_by_name(lab, monkeypatch, capsys)
     assert bars == ["train-relabel rewards", "validation-relabel rewards",
                     "train rewards", "train rewards", "train samples", "train log-probs",
                     "validation rewards", "validation rewards", "validation samples",
-                    "validation log-probs"]
+                    "validation log-probs", "samples to show", "samples to show"]
     assert capsys.readouterr().out.count("step 0: ") == 1
 
 

@@ -24,30 +24,20 @@ CONFIG = GPTConfig(block_size=24, vocab_size=31, n_layer=2, n_head=2, n_embd=16)
 
 def test_collate_layout():
     """Two rows with two responses each; the second row ends in padding. First tokens are predicted
-    from the last prompt position: 2, and 6 + 0."""
+    from the last prompt position: 2, and 6 + 0. Whatever is in row 1 is 6 further."""
     batch = collate([([5, 6, 7], [[8, 9], [10]]), ([11], [[12], [13, 14]])])
     assert batch.tokens.tolist() == [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 0, 0]]
     assert batch.branch.tolist() == [[0, 0, 0, 1, 1, 2], [0, 1, 2, 2, -1, -1]]
     assert batch.position.tolist() == [[0, 1, 2, 3, 4, 3], [0, 1, 1, 2, 0, 0]]
+    assert batch.own.tolist() == [3, 4, 5, 7, 8, 9]
     assert batch.predictor.tolist() == [2, 3, 2, 6, 6, 8]
     assert batch.target.tolist() == [8, 9, 10, 12, 13, 14]
     assert batch.slot.tolist() == [0, 0, 1, 2, 3, 3]
-    assert batch.last.tolist() == [[4, 5], [1, 3]]
+    assert batch.last.tolist() == [[4, 5], [7, 9]]
     assert batch.lengths.tolist() == [[2, 1], [1, 2]]
-    assert batch.context == 0
     assert batch.pairs is batch.samples is batch.ref_logps is batch.rewards is None
     tensors = [value for value in vars(batch).values() if torch.is_tensor(value)]
-    assert len(tensors) == 8 and {tensor.dtype for tensor in tensors} == {torch.int64}
-
-
-def test_collate_counts_from_the_end_of_the_context():
-    """The context is what comes before the last prompt token in every row: here one column. What is
-    read is counted after it: in row 0 columns 2, 3, 2 less 1, in row 1 1, 1, 3 less 1, plus 5."""
-    batch = collate([([5, 6, 7], [[8, 9], [10]]), ([11, 15], [[12], [13, 14]])])
-    assert batch.context == 1
-    assert batch.tokens.tolist() == [[5, 6, 7, 8, 9, 10], [11, 15, 12, 13, 14, 0]]
-    assert batch.predictor.tolist() == [1, 2, 1, 5, 5, 7]
-    assert batch.last.tolist() == [[3, 4], [1, 3]]
+    assert len(tensors) == 9 and {tensor.dtype for tensor in tensors} == {torch.int64}
 
 
 def test_collate_of_three_responses():
@@ -55,10 +45,11 @@ def test_collate_of_three_responses():
     assert batch.tokens.tolist() == [[5, 6, 7, 8, 9, 10, 11, 12]]
     assert batch.branch.tolist() == [[0, 0, 1, 2, 2, 2, 3, 3]]
     assert batch.position.tolist() == [[0, 1, 2, 2, 3, 4, 2, 3]]
-    assert batch.predictor.tolist() == [0, 0, 2, 3, 0, 5]
+    assert batch.own.tolist() == [2, 3, 4, 5, 6, 7]
+    assert batch.predictor.tolist() == [1, 1, 3, 4, 1, 6]
     assert batch.target.tolist() == [7, 8, 9, 10, 11, 12]
     assert batch.slot.tolist() == [0, 1, 1, 1, 2, 2]
-    assert batch.last.tolist() == [[1, 4, 6]]
+    assert batch.last.tolist() == [[2, 5, 7]]
     assert batch.lengths.tolist() == [[1, 3, 2]]
 
 
@@ -78,18 +69,18 @@ def test_collate_pads_no_further_than_the_longest_row():
 
 
 def test_collate_rounds_shapes_up():
-    """The row and the response tokens to the multiple, the context down to it. Padding goes to slot
-    B * K, which response_logps throws away."""
+    """The row and the response tokens to the multiple. Padding goes to slot B * K, which sum_tokens
+    throws away."""
     batch = collate([([5, 6, 7, 1, 2, 3], [[8, 9, 4], [10, 0]])], multiple=4)
     assert batch.tokens.tolist() == [[5, 6, 7, 1, 2, 3, 8, 9, 4, 10, 0, 0]]
     assert batch.branch.tolist() == [[0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 2, -1]]
-    assert batch.context == 4
-    assert batch.predictor.tolist() == [1, 2, 3, 1, 5, 0, 0, 0]
+    assert batch.own.tolist() == [6, 7, 8, 9, 10, 0, 0, 0]
+    assert batch.predictor.tolist() == [5, 6, 7, 5, 9, 0, 0, 0]
     assert batch.target.tolist() == [8, 9, 4, 10, 0, 0, 0, 0]
     assert batch.slot.tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
-    assert batch.last.tolist() == [[4, 6]]
+    assert batch.last.tolist() == [[8, 10]]
     exact = collate([([5, 6, 7, 1, 2], [[8, 9], [10]])], multiple=4)    # nothing to round
-    assert exact.tokens.shape == (1, 8) and exact.context == 4
+    assert exact.tokens.shape == (1, 8)
 
 
 @pytest.mark.parametrize("bad", [
@@ -111,7 +102,7 @@ def test_a_batch_moves_to_a_device_whole():
     batch = with_columns([([5, 6, 7], [[8, 9], [10], [11]])], K=2)
     assert batch.to("meta") is batch
     tensors = [value for value in vars(batch).values() if torch.is_tensor(value)]
-    assert len(tensors) == len(vars(batch)) - 1 and batch.context == 2
+    assert len(tensors) == len(vars(batch))
     assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
@@ -135,10 +126,9 @@ def test_everything_is_computed_where_the_model_is(monkeypatch):
 
 
 def test_tree_mask():
-    """Prompt of two tokens, responses of two and one, one padding column; then without the first
-    column, as a query."""
+    """Prompt of two tokens, responses of two and one, one padding column."""
     branch = torch.tensor([[0, 0, 1, 1, 2, -1]])
-    mask = tree_mask(branch, 0, torch.float64)
+    mask = tree_mask(branch, torch.float64)
     assert mask.shape == (1, 1, 6, 6) and mask.dtype == torch.float64
     assert mask.exp()[0, 0].int().tolist() == [[1, 0, 0, 0, 0, 0],
                                                [1, 1, 0, 0, 0, 0],
@@ -147,8 +137,7 @@ def test_tree_mask():
                                                [1, 1, 0, 0, 1, 0],
                                                [1, 1, 0, 0, 0, 1]]
     assert set(mask.unique().tolist()) == {-math.inf, 0.0}
-    assert torch.equal(tree_mask(branch, 1, torch.float64), mask[:, :, 1:])
-    assert tree_mask(branch, 2, torch.float32).dtype == torch.float32
+    assert tree_mask(branch, torch.float32).dtype == torch.float32
 
 
 # ---------------------------------------------------------------- equal to separate sequences
@@ -162,17 +151,17 @@ def make(kind, seed=0, config=CONFIG):
     return model.double()
 
 
-def random_examples(K, rows=6, seed=0, shortest_prompt=1):
-    """Ragged rows; the first has one-token responses only, and the shortest prompt."""
+def random_examples(K, rows=6, seed=0):
+    """Ragged rows; the first has one-token responses only, and a one-token prompt."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low, high):
         n = torch.randint(low, high, (1,), generator=generator).item()
         return torch.randint(0, CONFIG.vocab_size, (n,), generator=generator).tolist()
 
-    examples = [(draw(shortest_prompt, shortest_prompt + 1), [draw(1, 2) for _ in range(K)])]
+    examples = [(draw(1, 2), [draw(1, 2) for _ in range(K)])]
     for _ in range(rows - 1):
-        examples.append((draw(shortest_prompt, 14), [draw(1, 10) for _ in range(K)]))
+        examples.append((draw(1, 14), [draw(1, 10) for _ in range(K)]))
     return examples
 
 
@@ -255,34 +244,27 @@ def test_tree_equals_separate_sequences(kind, brute_force, K):
 @pytest.mark.parametrize("n_layer, n_head", [(1, 1), (3, 4)])
 def test_tree_equals_separate_sequences_in_models_of_other_shapes(kind, brute_force, n_layer,
                                                                   n_head):
-    """The context ends inside all prompts, with one layer and with several."""
+    """One layer, which is the last one too, and several."""
     config = dataclasses.replace(CONFIG, n_layer=n_layer, n_head=n_head, tie_word_embeddings=False)
-    model, examples = make(kind, config=config), random_examples(2, seed=3, shortest_prompt=4)
-    batch = collate(examples)
-    assert batch.context == 3
-    assert_equal_with_gradients(model, model(batch), brute_force(model, examples), 1e-9)
+    model, examples = make(kind, config=config), random_examples(2, seed=3)
+    assert_equal_with_gradients(model, model(collate(examples)), brute_force(model, examples), 1e-9)
 
 
-@ALL_MODELS
-def test_a_long_context_changes_nothing(kind, brute_force):
-    """Prompts of eight tokens and more, so that the attention is split into a causal and a masked
-    part; together, each response in a row of its own, and without the tree."""
-    model, examples = make(kind), random_examples(2, seed=2, shortest_prompt=8)
-    batch = collate(examples)
-    assert batch.context == 7
-    together = model(batch)
+@pytest.mark.parametrize("kind", [GPT, RewardModel, summing])
+def test_responses_share_a_row_or_have_one_each(kind):
+    model, examples = make(kind), random_examples(2, seed=2)
     alone = [model(collate([(prompt, [response])]))
              for prompt, responses in examples for response in responses]
+    together = model(collate(examples))
     assert relative_error(torch.cat(alone).view_as(together), together) < 1e-9
-    assert_equal_with_gradients(model, together, brute_force(model, examples), 1e-9)
 
 
 @ALL_MODELS
 def test_padding_changes_nothing(kind, brute_force):
-    """Shapes that are rounded up, and a context that is rounded down."""
-    model, examples = make(kind), random_examples(2, seed=2, shortest_prompt=6)
+    """Shapes that are rounded up."""
+    model, examples = make(kind), random_examples(2, seed=2)
     batch = collate(examples, multiple=4)
-    assert batch.context == 4 and batch.tokens.size(1) % 4 == 0 and len(batch.target) % 4 == 0
+    assert batch.tokens.size(1) % 4 == 0 and len(batch.target) % 4 == 0
     assert_equal_with_gradients(model, model(batch), brute_force(model, examples), 1e-9)
 
 
@@ -346,13 +328,12 @@ def test_rewards_keep_float32_under_autocast():
     model, batch = make(RewardModel).float(), collate(random_examples(2))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rewards = model(batch)
-        mask = tree_mask(batch.branch, batch.context, torch.float32)
-        hidden = model.transformer(batch.tokens, batch.position, mask)
+        mask = tree_mask(batch.branch, torch.float32)
+        hidden = model.transformer(batch.tokens, batch.position, mask, read=batch.last.flatten())
     assert rewards.dtype == torch.float32
     assert not torch.equal(rewards, rewards.bfloat16().float())
-    for b, columns in enumerate(batch.last.tolist()):
-        wanted = hidden[b, columns].float() @ model.score.weight[0]
-        torch.testing.assert_close(rewards[b], wanted, rtol=1e-5, atol=1e-5)
+    wanted = (hidden.float() @ model.score.weight[0]).view_as(rewards)
+    torch.testing.assert_close(rewards, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_log_probs_under_autocast():

@@ -25,17 +25,18 @@ def micro(monkeypatch):
 @pytest.mark.parametrize("n_responses", [1, 2, 3])
 def test_needed_operations(n_responses):
     """For one row, which has no padding: the matrix products that a forward pass really does, less
-    the context's queries in the last layer (computed with the keys and values, and not needed),
-    plus two products per pair of tokens in sight."""
-    examples = [(list(range(9)), [[1, 2, 3], [4], [5, 6, 7, 8]][:n_responses])]
+    the last layer's queries and outputs of attention that no head reads, plus two products per
+    pair of tokens in sight."""
+    prompt = list(range(9))
+    examples = [(prompt, [[1, 2, 3], [4], [5, 6, 7, 8]][:n_responses])]
     batch, C = collate(examples), CONFIG.n_embd
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         GPT(CONFIG).response_logps(batch)
     counts = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
     products = counts["aten.mm"] + counts["aten.addmm"]
-    in_sight = (tree_mask(batch.branch, 0, torch.float32) == 0)[0, 0].sum(dim=1)         # (T,)
-    pairs = (CONFIG.n_layer - 1) * in_sight.sum() + in_sight[batch.context:].sum()
-    wanted = products - 2 * C * C * batch.context + 4 * C * pairs
+    in_sight = (tree_mask(batch.branch, torch.float32) == 0)[0, 0].sum(dim=1)            # (T,)
+    pairs = (CONFIG.n_layer - 1) * in_sight.sum() + in_sight[len(prompt) - 1:].sum()
+    wanted = products - 4 * C * C * len(prompt) + 4 * C * pairs
     assert bench.needed_flops(CONFIG, examples) == wanted
 
 
@@ -47,13 +48,10 @@ def test_flex_attention_is_the_mask():
         examples = [(list(range(n)), [[1, 2, 3], [4] * n, [5]][:n_responses]) for n in (9, 30, 150)]
         batch = collate(examples)
         q, k, v = torch.randn(3, 3, 2, batch.branch.size(1), 8, generator=torch.manual_seed(0))
-        mask = tree_mask(batch.branch, batch.context, torch.float32)
-        wanted = attention.with_mask(q, k, v, mask, batch.context)
-        plain = F.scaled_dot_product_attention(q, k, v,
-                                               attn_mask=tree_mask(batch.branch, 0, torch.float32))
+        mask = tree_mask(batch.branch, torch.float32)
+        wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         got = attention.flex_attention(q, k, v, block_mask=attention.tree_blocks(batch.branch))
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
-        torch.testing.assert_close(plain, wanted, rtol=0, atol=1e-5)
 
 
 def test_attention_is_timed(capsys):

@@ -111,7 +111,7 @@ def test_a_tree_equals_its_sequences(policy, examples, multiple):
     """The layout and the mask by their definitions, and the log-probs of every response equal those
     of prompt and response alone."""
     batch = collate(examples, multiple)
-    mask = tree_mask(batch.branch, 0, torch.float64)
+    mask = tree_mask(batch.branch, torch.float64)
     for b, (prompt, responses) in enumerate(examples):
         roles = [0] * len(prompt)
         positions = list(range(len(prompt)))

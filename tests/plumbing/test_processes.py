@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -192,10 +193,12 @@ def assert_same_run(folder, other):
 @pytest.mark.parametrize("run", ["sft", "rm", "e-dpo"])
 @pytest.mark.parametrize("name", ["two", "sharded"])
 def test_two_processes_compute_what_a_single_one_does(sessions, name, run):
-    """With whole weights, and with --fsdp; and each line is printed once."""
+    """With whole weights, and with --fsdp; and each line is printed once. Replies are shown with
+    whole weights alone: by sft, e-dpo, the run that is killed and the one that is resumed."""
     folder, printed = sessions
     assert_same_run(folder / "alone" / run, folder / name / run)
-    assert printed.count("step    20") == 2 * 4
+    assert len(re.findall(r"^   20 ", printed, flags=re.M)) == 2 * 4
+    assert printed.count("prompt 1: ") == printed.count("prompt 2: ") == 4
 
 
 @pytest.mark.parametrize("name", ["alone", "sharded", "two"])

@@ -304,6 +304,24 @@ def shell(tmp_path):
     return run
 
 
+def test_the_first_look(shell):
+    """A reference, DPO from it, and what it gained; in folders of its own, which a second look may
+    overwrite. The flags of the call go to every command."""
+    code, errors, commands = shell("first_look.sh", "--seed=3", OUT="my out")
+    assert code == 0 and not errors
+    for script, *flags in commands:
+        check_flags(script, flags)
+        assert flags[-1] == "--seed=3"
+    assert [script for script, *_ in commands] == ["train_policy.py"] * 2 + ["evaluate.py"]
+    folders = [flag_value(flags, "out_dir") for _, *flags in commands]
+    sft, dpo, _ = folders
+    assert folders == [f"my out/first-look/{name}" for name in ("sft", "dpo", "report")]
+    assert [flag_value(flags, "loss") for _, *flags in commands[:2]] == ["sft", "dpo"]
+    assert all("--overwrite" in flags for _, *flags in commands[:2])
+    assert f"--init_from={sft}" in commands[1] and "--select=oracle" in commands[1]
+    assert f"--ref={sft}" in commands[2] and dpo in commands[2]
+
+
 def test_the_speedrun(shell):
     """Reference, reward models, the six policies, the report; the flags of the call go to every
     command, and the folder of OUT may have a space in its name."""

@@ -24,6 +24,7 @@ from losses import LOSSES, knobs
 from model import GPT, GPTConfig
 from reward import RewardModel
 from support.flags import InputError, comparison_flags, talk_flags
+from support.run import SHOWN
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -181,10 +182,19 @@ def test_the_findings_are_those_of_the_results():
 
 def test_the_expected_output_is_the_table_of_the_results():
     """The lines that the speedrun prints last, in the README, are those of docs/results.md."""
-    lines = re.findall(r"^(\S+) +advantage (\S+ ± \S+)$", text_of(README), flags=re.M)
+    shown, = [block for block in text_of(README).split("```") if "whole speedrun took" in block]
+    lines = re.findall(r"^(\S+) +advantage (\S+ ± \S+)$", shown, flags=re.M)
     assert [name for name, _ in lines] == ["dpo", "ipo", "d-dpo", "p-dpo", "dp-dpo", "e-dpo"]
     for name, advantage in lines:
         assert f"| {name} | {advantage} |" in text_of(ROOT / "docs" / "results.md")
+
+
+def test_the_table_of_the_first_look_has_the_headings_that_a_run_prints():
+    """Those of a policy that the oracle judges; the rows fit below them."""
+    shown, = [block for block in text_of(README).split("```") if "train/chosen  " in block]
+    heading, *rows = re.findall(r"^ step .*|^ +\d+  +\d+\.\d{4}  .*", shown, flags=re.M)
+    assert heading.split() == ["step", *SHOWN, "left"]
+    assert len(rows) > 1 and all(len(row.split()) >= len(SHOWN) for row in rows)
 
 
 def test_the_post_in_the_readme_is_the_first_that_tinytldr_prints():

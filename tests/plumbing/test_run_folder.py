@@ -39,10 +39,13 @@ from support.run import (
     check_free,
     check_unused,
     claim,
+    duration,
     family_folders,
     family_to_train,
     load,
     models_named,
+    print_prompt,
+    print_reply,
     run_flags,
     run_names,
 )
@@ -194,8 +197,8 @@ def test_a_report_is_logged_and_saved_and_its_main_numbers_are_shown(tmp_path, c
     assert metrics(tmp_path) == [{"step": 0, **results}]
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 0
     assert capsys.readouterr().out == (
-        "step     0  validation/loss 0.5000  validation/accuracy 0.2500  "
-        "validation/chosen_change -2.0000  validation/reward 1.5000\n")
+        " step      loss  val/loss   val/acc  val/chosen    reward    left\n"
+        "    0              0.5000     0.250       -2.00      1.50\n")
 
 
 def test_text_is_utf_8_whatever_the_machine_says(tmp_path, monkeypatch):
@@ -213,10 +216,10 @@ def test_text_is_utf_8_whatever_the_machine_says(tmp_path, monkeypatch):
     assert {str(name).lower() for name in encodings} == {"utf-8"}
 
 
-# ------------------------------------------------------------------ the line on the screen
+# ------------------------------------------------------------------ on the screen
 
-def test_a_line_says_the_learning_rate_and_the_time_left(tmp_path, capsys, clock):
-    """Neither before the first step; no time after the last."""
+def test_a_line_says_the_time_left(tmp_path, capsys, clock):
+    """Not before the first step, nor after the last."""
     run = start(tmp_path, lr=0.00123)
     clock.now += 5      # what happens before the first step is no step's time
     run.report(0, {"loss": 0.5})
@@ -224,10 +227,11 @@ def test_a_line_says_the_learning_rate_and_the_time_left(tmp_path, capsys, clock
         clock.now = now
         run.report(step, {"loss": 0.25})
     assert capsys.readouterr().out.splitlines() == [
-        "step     0  loss 0.5000",
-        "step     1  loss 0.2500  lr 1.2e-03  60 s left",
-        "step     3  loss 0.2500  lr 1.2e-03  30 s left",
-        "step     6  loss 0.2500  lr 1.2e-03"]
+        " step      loss    left",
+        "    0    0.5000",
+        "    1    0.2500    60 s",
+        "    3    0.2500    30 s",
+        "    6    0.2500"]
 
 
 def test_a_resumed_run_measures_its_own_time(tmp_path, capsys, clock):
@@ -240,7 +244,7 @@ def test_a_resumed_run_measures_its_own_time(tmp_path, capsys, clock):
     clock.now += 10
     run.finish()
     assert capsys.readouterr().out.splitlines() == [
-        "step     3  loss 0.5000", "step     5  loss 0.5000  lr 5.0e-01  5 s left",
+        " step      loss    left", "    3    0.5000", "    5    0.5000     5 s",
         f"3 steps in 20 s -> {tmp_path}"]
 
 
@@ -252,7 +256,7 @@ def ten_steps(run):
 
 
 @pytest.mark.parametrize("seconds, line", [
-    (1, ""), (30, ""), (30.5, "step    10  loss 2.0000  lr 5.0e-01  92 s left\n")])
+    (1, ""), (30, ""), (30.5, " step      loss    left\n   10    2.0000    92 s\n")])
 def test_progress_without_a_terminal(tmp_path, capsys, clock, seconds, line):
     """If more than half a minute has passed since the last line; and no bar."""
     run = start(tmp_path, max_steps=40, eval_every=40)
@@ -262,6 +266,57 @@ def test_progress_without_a_terminal(tmp_path, capsys, clock, seconds, line):
     shown = capsys.readouterr()
     assert shown.out == line + f"40 steps in {seconds:.0f} s -> {tmp_path}\n"
     assert shown.err == ""
+
+
+def test_a_table_of_a_policy_fits_a_terminal(tmp_path, capsys, clock):
+    """All columns, in at most 90 characters: the training loss is the mean of the last ten steps.
+    Where training has begun in between, as in a resumed run, the headings are those of what there
+    is, and then those of all."""
+    run = start(tmp_path, max_steps=40, eval_every=20)
+    results = {"validation/loss": 12.5, "train/loss": 1.0, "train/margin": 2.0}
+    for split in ("train", "validation"):
+        results |= {f"{split}/accuracy": 0.75, f"{split}/chosen_change": -123.456}
+    clock.now += 31
+    ten_steps(run)
+    run.report(20, {**results, "validation/reward": -10.125, "validation/unended": 0.5})
+    clock.now += 3600
+    run.report(30, results)
+    printed = capsys.readouterr().out
+    assert printed == """\
+ step      loss    left
+   10    2.0000    93 s
+ step      loss  val/loss  train/acc   val/acc  train/chosen  val/chosen    reward    left
+   20    2.0000   12.5000      0.750     0.750       -123.46     -123.46    -10.12    31 s
+   30    2.0000   12.5000      0.750     0.750       -123.46     -123.46            20 min
+"""
+    assert max(map(len, printed.splitlines())) <= 90
+
+
+@pytest.mark.parametrize("seconds, written", [
+    (0.4, "0 s"), (99.4, "99 s"), (100, "2 min"), (3600, "60 min"), (9000, "2.5 h")])
+def test_times_are_written_in_the_unit_that_suits_them(seconds, written):
+    assert duration(seconds) == written
+
+
+def test_prompts_and_replies_fit_the_terminal(monkeypatch, capsys):
+    """Newlines, and what would steer the terminal, are spaces. Of a long prompt the last four
+    lines are shown; a reply is cut."""
+    monkeypatch.setenv("COLUMNS", "40")
+    print_prompt(1, "Who is it?\n\n\x1b[31mMy sister,\tI\u2028think. TL;DR:")
+    print_prompt(2, " ".join(map(str, range(100, 200))))
+    print_reply(1, -2.0, " my\nsister")
+    print_reply(2, None, "a reply of more than forty characters")
+    print_reply(2, 0.12345, "")
+    assert capsys.readouterr().out.splitlines() == [
+        "prompt 1:  Who is it? [31mMy",
+        "           sister, I think. TL;DR:",
+        "prompt 2:  ... 178 179 180 181 182 183",
+        "           184 185 186 187 188 189",
+        "           190 191 192 193 194 195",
+        "           196 197 198 199",
+        "      1     -2  my sister",
+        "      2         a reply of more than fo",
+        "      2  +0.123  (empty)"]
 
 
 def test_a_bar_on_a_terminal(tmp_path, monkeypatch, capsys, clock):

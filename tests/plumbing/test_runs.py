@@ -24,8 +24,11 @@ import train_policy
 import train_rm
 from losses import LOSSES, PREFERENCE_LOSSES, log_ratio_margin, needs
 from model import GPT
+from reward import RewardModel
 from runs import score
 from support import run, tokens
+from support.columns import sample as sample_replies
+from support.columns import with_end
 from support.flags import InputError, run_script, talk_flags
 from support.prompts import prompt_tokens, prompts_to_answer, stream_reply
 from support.report import accuracy_table, policy_table, training_curve, verdict
@@ -290,25 +293,101 @@ def test_a_folder_that_cannot_be_made(world, tmp_path):
 # ------------------------------------------------------------------ what is logged and printed
 
 def test_progress_without_a_terminal(world, tmp_path, monkeypatch, capsys):
-    """Every ten steps, if half a minute has passed, a line with the loss, the learning rate and the
-    time left."""
+    """Every ten steps, if half a minute has passed, a line with the loss and the time left."""
     clock = iter(range(0, 100_000, 31))
     monkeypatch.setattr(run, "time", SimpleNamespace(time=clock.__next__))
     train_policy.main(policy_flags(world, tmp_path, "dpo", max_steps=20, eval_every=100, lr=1e-3))
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
-    line, = [line for line in lines if line.split()[1] == "10"]
-    wanted = rf"step    10  loss \d+\.\d{{4}}  lr {learning_rate(9, 20, 1e-3):.1e}  \d+ s left"
-    assert re.fullmatch(wanted, line), line
+    line, = re.findall(r"^   10 .*", capsys.readouterr().out, flags=re.M)
     loss, = [m["loss"] for m in metrics(tmp_path) if m["step"] == 9]
-    assert f"loss {loss:.4f}" in line
+    assert re.fullmatch(rf"   10    {loss:.4f} +\d+ s", line), line
 
 
 def test_no_line_of_progress_in_between(world, tmp_path, monkeypatch, capsys):
     """If less than half a minute has passed since the last line."""
     monkeypatch.setattr(run, "time", SimpleNamespace(time=iter(range(1000)).__next__))
     train_policy.main(policy_flags(world, tmp_path, "dpo", max_steps=20, eval_every=100))
-    numbers = re.findall(r"^step +(\d+) ", capsys.readouterr().out, flags=re.M)
-    assert numbers == ["0", "20"]
+    assert re.findall(r"^ {3,4}(\d+) ", capsys.readouterr().out, flags=re.M) == ["0", "20"]
+
+
+REPLY = re.compile(r"^ {6}([12])  +([+-]\S+)?  (.*)$", flags=re.M)
+
+
+def test_a_policy_s_replies_are_shown_as_it_learns(world, tmp_path, monkeypatch, capsys):
+    """With each evaluation, to the first two validation posts, which are shown before: sampled as
+    ever by a generator of their own, with the oracle's points."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    train_policy.main(policy_flags(world, tmp_path, "dpo", seed=3, lr=2e-3))
+    printed = capsys.readouterr().out
+    prompts = re.findall(r"^prompt \d:  (.*)$", printed, flags=re.M)
+    posts = [tinytldr.post(3, "validation", i) for i in range(100)]
+    assert len(prompts) == 2
+    prompts = [next(post for post in posts if " ".join(post.split()) == prompt)
+               for prompt in prompts]
+    shown = REPLY.findall(printed)
+    assert [number for number, _, _ in shown] == ["1", "2"] * 3        # steps 0, 3 and 6
+
+    tokenizer = tinytldr.tokenizer()
+    for folder, replies in ((world / "sft", shown[:2]), (tmp_path, shown[-2:])):
+        samples = sample_replies(GPT.from_pretrained(str(folder)),
+                                 list(map(tokenizer.encode_ordinary, prompts)), 64,
+                                 tokenizer.eot_token, [3, 6])
+        for prompt, reply, (_, points, text) in zip(prompts, samples, replies):
+            summary = to_text(reply, tokenizer)
+            end = "" if reply[-1] == tokenizer.eot_token else " ..."
+            assert (run.in_words(summary + end) or "(empty)") == text
+            assert int(points) == tinytldr.oracle_reward(prompt, summary)
+    assert shown[:2] != shown[-2:]
+
+
+@pytest.mark.parametrize("flag", ["rewards", "select", None])
+def test_replies_to_other_prompts_have_the_mean_reward_of_the_models(world, tmp_path, monkeypatch,
+                                                                     capsys, flag):
+    """Those that are trained on, or that judge the checkpoints; without any there is no number."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    words = ["my boss", "broke", "sad", "loud music", "move out?", "tell others?", "my cat"]
+    rows = [{"prompt": f"{words[i % 7]}: {i}", "chosen": words[i % 5], "rejected": words[-i % 7]}
+            for i in range(120) if words[i % 5] != words[-i % 7]]
+    data_file = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    flags = [] if flag is None else [f"--{flag}={world}/rms"]
+    train_policy.main([f"--loss={'d-dpo' if flag == 'rewards' else 'dpo'}", f"--data={data_file}",
+                       f"--init_from={world}/sft", f"--out_dir={tmp_path}/run", "--max_steps=1",
+                       "--batch_size=8", *flags])
+    printed = capsys.readouterr().out
+    rewards = [reward for _, reward, _ in REPLY.findall(printed)]
+    assert len(rewards) == 4
+    if flag is None:
+        assert rewards == [""] * 4
+        return
+    tokenizer = tinytldr.tokenizer()
+    prompts = re.findall(r"^prompt \d:  (.*)$", printed, flags=re.M)
+    prompts = [tokenizer.encode_ordinary(prompt) for prompt in prompts]
+    samples = sample_replies(GPT.from_pretrained(f"{world}/sft"), prompts, 64, tokenizer.eot_token,
+                             [0, 6])
+    examples = [(prompt, [with_end(prompt, reply, tokenizer.eot_token, 192)[1]])
+                for prompt, reply in zip(prompts, samples)]
+    for number, example in enumerate(examples):
+        scores = [RewardModel.from_pretrained(f"{world}/rms/{bias}")(data.collate([example]))
+                  for bias in (0.2, 0.6)]
+        mean = sum(scores).item() / 2
+        assert float(rewards[number]) == pytest.approx(mean, rel=0.01, abs=1e-4)
+
+
+def test_what_is_watched_changes_nothing(world, tmp_path, monkeypatch):
+    """A run that is evaluated three times as often, or that shows no replies, ends in the same
+    weights, and logs the same of its steps."""
+    runs = {"seldom": 6, "often": 2, "silent": 6}
+    for name, every in runs.items():
+        if name == "silent":
+            monkeypatch.setattr(train_policy, "show_samples", lambda *_: None)
+        train_policy.main(policy_flags(world, tmp_path / name, "dpo", eval_every=every, lr=2e-3,
+                                       max_steps=12))
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in runs]
+    assert weights[0] == weights[1] == weights[2]
+    logged = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in runs]
+    assert logged[0] == logged[2]
+    of_evaluations = [[line for line in metrics(tmp_path / name) if "validation/loss" in line]
+                      for name in runs]
+    assert of_evaluations[0] == of_evaluations[1][::3]
 
 
 def test_metrics_are_in_the_glossary_and_have_no_times(world, tmp_path):

@@ -1,0 +1,323 @@
+"""Preferences gone wrong in ways that people have met: read rightly, refused, or counted and said.
+"""
+import gzip
+import io
+import json
+import re
+
+import pytest
+
+from data import get_tokenizer
+from support.flags import InputError
+from support.rows import load_rows, parse_row, parse_rows
+from support.tokens import preparer
+
+PAIR = {"prompt": "Say hello.", "chosen": " Hello!", "rejected": " Go away."}
+TWO = {"prompt": "Say hello.", "responses": [" Go away.", " Hello!"]}
+TURN = {"prompt": "Say hello.", "completion": " Hello!"}
+HI = "\n\nHuman: Hi\n\nAssistant:"
+
+
+def says(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+def read(path, content, demonstrations=False):
+    """The rows of a file with this content, bytes or records, and what is said of it."""
+    if not isinstance(content, bytes):
+        content = "".join(json.dumps(record) + "\n" for record in content).encode()
+    path.write_bytes(content)
+    said = []
+    rows = list(load_rows(str(path), demonstrations, say=said.append,
+                          prepare=preparer(get_tokenizer("tinytldr"))))
+    return rows, said
+
+
+# ------------------------------------------------------------------ labels that would be ignored
+
+@pytest.mark.parametrize("more", [
+    {"winner_model_a": 0}, {"winner_tie": True}, {"human_prefers_chosen": False},
+    {"preferred_model": "a"}, {"kto_tag": True}])
+@pytest.mark.parametrize("layout", [PAIR, TWO])
+def test_names_of_labels(layout, more):
+    with pytest.raises(ValueError, match=f"^column '{[*more][0]}' looks like a label"):
+        parse_rows({**layout, **more}, False)
+
+
+@pytest.mark.parametrize("more", [
+    {"rating": ["1", "5"]}, {"annotations": [{"rating": 1}, {"rating": "5"}]},
+    {"judge": [{"why": "It is rude.", "score": 1}, {"why": "", "score": 5.0}]}])
+def test_numbers_for_each_response(more):
+    """Also written as text, or in objects."""
+    with pytest.raises(ValueError, match="has a number for each of the 'responses' and would be"):
+        parse_rows({**TWO, **more}, False)
+    assert parse_rows({**TWO, "model": ["a", "b"], "notes": [{"by": 1}, {"by": 2}]}, False)
+
+
+def test_scores_beside_a_pair():
+    with pytest.raises(ValueError, match="beside 'chosen' and 'rejected' it takes 'score_chosen'"):
+        parse_rows({**PAIR, "scores": [1, 5]}, False)
+
+
+@pytest.mark.parametrize("column, value", [
+    ("is_good", False), ("kto_tag", False), ("thumbs", -1), ("feedback", "negative"),
+    ("upvoted", "no"), ("is_correct", 0)])
+def test_a_demonstration_that_is_not_wanted(column, value):
+    with pytest.raises(ValueError, match=f"^column '{column}' looks like a label .*'label'"):
+        parse_rows({**TURN, column: value}, True)
+
+
+@pytest.mark.parametrize("column, value", [
+    ("is_good", True), ("feedback", "It is polite."), ("correct_answer", "no"), ("score", 0)])
+def test_a_demonstration_that_may_be_wanted(column, value):
+    assert len(parse_rows({**TURN, column: value}, True)) == 1
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}])
+def test_a_turn_that_is_not_to_be_imitated(mark):
+    messages = [says("user", "Hi"), says("assistant", "No.", **mark), says("user", "Please?"),
+                says("assistant", "Hello!")]
+    with pytest.raises(ValueError, match="a turn of the assistant that is not to be imitated"):
+        parse_rows({"messages": messages}, True)
+    del messages[1][[*mark][0]]
+    assert len(parse_rows({"messages": messages}, True)) == 2
+
+
+def test_a_column_that_is_there_twice(tmp_path, hub_cache):
+    """Either may be the one that is meant."""
+    import pyarrow
+    import pyarrow.parquet
+    line = b'{"prompt": "a", "chosen": " b", "rejected": " c", "chosen": " d"}\n'
+    names, parquet = ["prompt", "chosen", "rejected", "chosen"], io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays([["a"], [" b"], [" c"], [" d"]], names),
+                                parquet)
+    table = (",".join(names) + "\na, b, c, d\n").encode()
+    for name, content in (("a.jsonl", line), ("a.json", b"[" + line + b"]"), ("a.csv", table),
+                          ("a.parquet", parquet.getvalue())):
+        with pytest.raises(InputError, match="column 'chosen' is there twice"):
+            read(tmp_path / name, content)
+
+
+def test_ties_and_equal_responses_are_counted(tmp_path, hub_cache):
+    tied = {**TWO, "ranks": [1, 1]}
+    _, said = read(tmp_path / "a.jsonl", [tied, tied, {**TWO, "ranks": [2, 1]}])
+    assert said == ["2 rows: a tie in their 'ranks' or 'scores' is broken by chance"]
+    _, said = read(tmp_path / "a.jsonl", [{"prompt": "a", "responses": [" b", " b", " c"]}])
+    assert said == ["1 row: two of the responses are the same; neither is better"]
+
+
+def test_the_same_words_do_not_win_every_tie():
+    """Or a preference for one of them would be learned from ties."""
+    best = [parse_row({**TWO, "prompt": str(i), "ranks": [1, 1]}, False)["responses"][0]
+            for i in range(40)]
+    assert 8 <= best.count(" Hello!") <= 32
+
+
+def test_labels_that_contradict_each_other(tmp_path, hub_cache):
+    """A file in which both orders of each pair have the same label."""
+    pairs = [{"prompt": f"{i}?", "chosen": " a", "rejected": " b"} for i in range(20)]
+    turned = [{**pair, "chosen": " b", "rejected": " a"} for pair in pairs]
+    _, said = read(tmp_path / "a.jsonl", pairs + turned)
+    assert said == ["warning: 20 of 40 rows prefer what an earlier row with the same prompt and "
+                    "responses does not"]
+    assert read(tmp_path / "a.jsonl", pairs + pairs + turned[:1])[1] == []
+
+
+@pytest.mark.parametrize("column", ["chosen_score", "chosen-rating", "reward_chosen"])
+def test_ratings_under_other_names(tmp_path, hub_cache, column):
+    worse = {**PAIR, column: "1", column.replace("chosen", "rejected"): 5.0}
+    _, said = read(tmp_path / "a.jsonl", [worse] * 3)
+    assert any(f"warning: in 3 of 3 rows {column!r} is lower than" in line for line in said)
+    better = {**PAIR, column: 5, column.replace("chosen", "rejected"): 1}
+    assert not any("lower" in line for line in read(tmp_path / "a.jsonl", [better])[1])
+
+
+# ------------------------------------------------------------------ prompts and texts
+
+@pytest.mark.parametrize("begin", [
+    "<|im_start|>user\nSay hello.<|im_end|>\n<|im_start|>assistant\n", "[INST] Say hello. [/INST]",
+    "### Instruction:\nSay hello.\n\n### Response:\n", "User: Say hello.\nAssistant:",
+    "say\u00a0 HELLO. "])
+@pytest.mark.parametrize("prompt", ["Say hello.", [says("user", "Say hello.")]])
+def test_the_prompt_again_in_other_clothes(tmp_path, hub_cache, begin, prompt):
+    record = {"prompt": prompt, "chosen": begin + " Hello!", "rejected": begin + " No."}
+    _, said = read(tmp_path / "a.jsonl", [record])
+    assert any("in 1 of 1 rows the responses repeat the prompt" in line for line in said)
+
+
+def test_responses_that_only_seem_to_repeat_the_prompt(tmp_path, hub_cache):
+    pairs = [{"prompt": "Name a town", "chosen": " A town is Bergen.", "rejected": " Name one!"},
+             {"prompt": "a", "chosen": " an apple", "rejected": " an ape"}]
+    assert read(tmp_path / "a.jsonl", pairs)[1] == []
+
+
+@pytest.mark.parametrize("prompt, begin", [
+    (HI, "Assistant:"), (HI, "\n\nAssistant:"), ("POST: Goats\nTL;DR:", "TL;DR:"),
+    ("Q: Which?\nA:", "A:")])
+def test_the_last_line_of_the_prompt_again(tmp_path, hub_cache, prompt, begin):
+    record = {"prompt": prompt, "chosen": begin + " Yes", "rejected": begin + " No"}
+    rows, said = read(tmp_path / "a.jsonl", [record])
+    assert rows == [{"prompt": prompt, "responses": [" Yes", " No"]}]
+    assert said == ["1 row: the responses begin with the prompt's last line, which is taken off "
+                    "there"]
+
+
+def test_dialogues_with_another_prompt(tmp_path, hub_cache):
+    def record(prompt):
+        return {"prompt": prompt, "chosen": [says("user", "Hi"), says("assistant", "Yes")],
+                "rejected": [says("user", "Hi"), says("assistant", "No")]}
+    for prompt in ("Hi", " Hi\n", "<|user|>Hi"):
+        assert read(tmp_path / "a.jsonl", [record(prompt)])[1] == []
+    assert read(tmp_path / "a.jsonl", [record("What?")])[1] == [
+        "warning: in 1 row the dialogues have another prompt than 'prompt'; theirs is taken"]
+
+
+@pytest.mark.parametrize("response", ["\u200b", " \ufeff", "\u200e\n"])
+def test_a_response_that_nobody_sees_is_empty(response):
+    with pytest.raises(ValueError, match="^the response 'rejected' is empty$"):
+        parse_row({**PAIR, "rejected": response}, False)
+
+
+@pytest.mark.parametrize("text", [
+    '{"role": "user", "content": "Hi"}', '[{"from": "human", "value": "Hi"}]',
+    " [{'content': 'Hi', 'role': 'user'}\n {'content': 'Yes', 'role': 'assistant'}]",
+    "array([{'content': 'Hi', 'role': 'user'}], dtype=object)"])
+def test_messages_that_were_written_as_text(text):
+    with pytest.raises(ValueError, match="has a list of chat messages written out as text"):
+        parse_row({**PAIR, "prompt": text}, False)
+
+
+@pytest.mark.parametrize("text", [
+    '{"content": "goat", "price": 3}', '{"role": "user"}', '[{"role": "user"', "[1, 2]"])
+def test_text_that_is_json_all_the_same(text):
+    assert parse_row({**PAIR, "chosen": text}, False)["responses"][0] == text
+
+
+@pytest.mark.parametrize("more, message", [
+    ({"chosen": " a", "rejected": " a\n"}, "differ in the white space around them alone"),
+    ({"rejected": " nan"}, "is a word for a gap, such as 'nan'"),
+    ({"prompt": ""}, "the prompt is empty"),
+    ({"chosen": " ['Yes']", "rejected": ' ["No"]'}, "are lists or bytes, written out as text"),
+    ({"chosen": " b'Yes'", "rejected": " b'No'"}, "are lists or bytes, written out as text"),
+    ({"chosen": " one\\ntwo"}, "there is a backslash and an n where a new line is probably meant"),
+    ({"chosen": " caf\ufffd"}, "letters that look misread"),
+    ({"chosen": " don\u00e2\u20ac\u2122t"}, "letters that look misread")])
+def test_what_rows_look_like(tmp_path, hub_cache, more, message):
+    """It is said with a count, and nothing else is."""
+    _, said = read(tmp_path / "a.jsonl", [{**PAIR, **more}] * 2)
+    assert len(said) == 1 and said[0].startswith("warning: in 2 of 2 rows ") and message in said[0]
+
+
+@pytest.mark.parametrize("token", [
+    "<pad>", "<EOS>", "[PAD]", "<\uff5cend\u2581of\u2581text\uff5c>"])
+def test_other_models_special_tokens_at_the_end(tmp_path, hub_cache, token):
+    _, said = read(tmp_path / "a.jsonl", [{**PAIR, "chosen": " Hello!" + token}])
+    assert said[0].startswith(f"warning: a response ends in {token} in 1 row")
+
+
+@pytest.mark.parametrize("token", ["<s>", "<bos>", "[INST]", "<|begin_of_text|>"])
+def test_other_models_special_tokens_at_the_beginning(tmp_path, hub_cache, token):
+    _, said = read(tmp_path / "a.jsonl", [{**PAIR, "chosen": f" {token} Hello!"}])
+    assert said == [f"warning: a response begins with {token} in 1 row; to this tokenizer that is "
+                    "ordinary text, which the model would learn to write"]
+
+
+def test_parts_of_messages_and_pictures_that_are_not_read(tmp_path, hub_cache):
+    record = {"prompt": [says("user", "Hi", name=None)], "images": ["a.png"], "context": ["Goats."],
+              "chosen": [says("assistant", "Yes", reasoning_content="Hm")],
+              "rejected": [says("assistant", "No")]}
+    assert read(tmp_path / "a.jsonl", [record])[1] == [
+        "columns that are not read: 'reasoning_content in chosen'",
+        "warning: columns that are not read: 'images' (1 rows); models here read text alone",
+        "warning: columns of text that are not read: 'context' (1 rows); what belongs to the "
+        "prompt has to stand in 'prompt'"]
+
+
+def test_many_columns_are_one_line(tmp_path, hub_cache):
+    _, said = read(tmp_path / "a.jsonl", [{**PAIR, **{f"c{i}": 1 for i in range(1000)}}])
+    assert len(said) == 1 and said[0].endswith(" and 980 more")
+
+
+@pytest.mark.parametrize("record, message", [
+    ({**PAIR, "chosen": [" Hello!", " Hi!"]}, "^column 'chosen' is not a list of chat messages"),
+    ({"prompt": "a", "responses": [" b", None]}, "^column 'responses' is missing one of its texts"),
+    ({**TWO, "scores": [1, None]}, "^column 'scores' is missing one of its numbers")])
+def test_the_column_that_is_named(record, message):
+    with pytest.raises(ValueError, match=message):
+        parse_row(record, False)
+
+
+# ------------------------------------------------------------------ files
+
+LINE = (json.dumps(PAIR) + "\n").encode()
+FIELDS, BOM = b"Say hello., Hello!, Go away.\n", b"\xef\xbb\xbf"
+PACKED = gzip.compress(LINE, mtime=0)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.jsonl", BOM + LINE + BOM + LINE),       # two files, one after the other
+    ("A.JSONL", LINE * 2), ("A.CSV", b"prompt,chosen,rejected\n" + FIELDS * 2),
+    ("a.Jsonl.GZ", PACKED * 2), ("a.csv", b"prompt, chosen ,rejected\n" + FIELDS * 2)])
+def test_files_that_are_read(tmp_path, hub_cache, name, content):
+    wanted = {"prompt": "Say hello.", "responses": [" Hello!", " Go away."]}
+    assert read(tmp_path / name, content) == ([wanted] * 2, [])
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.jsonl", LINE.decode().encode("utf-16"), "it is UTF-16 text; save it as UTF-8"),
+    ("a.csv", LINE.decode().encode("utf-16-be"), "it is UTF-16 text; save it as UTF-8"),
+    ("a.jsonl", LINE.decode().encode("utf-16-le"), "it is UTF-16 text; save it as UTF-8"),
+    ("a.jsonl", PACKED, "it is packed with gzip"),
+    ("a.parquet", PACKED, "it is packed with gzip"),
+    ("a.jsonl", b"\x28\xb5\x2f\xfd", "it is packed with zstd; unpack it"),
+    ("a.json", b"PAR1", "it is Parquet"), ("a.csv", b"PK\x03\x04", "it is a zip file or a spread"),
+    ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "it is a pointer of Git LFS"),
+    ("a.jsonl", b"<!DOCTYPE html><html>", "it is a web page"),
+    ("a.csv", b"prompt;chosen;rejected\na; b; c\n", "not separated by commas"),
+    ("a.csv", b"prompt\tchosen\trejected\na\t b\t c\n", "not separated by commas"),
+    ("a.jsonl", json.dumps([PAIR], indent=1).encode(), "belongs into a file that ends in .json"),
+    ("a.jsonl", json.dumps([PAIR]).encode(), "belongs into a file that ends in .json")])
+def test_files_that_are_something_else(tmp_path, hub_cache, name, content, message):
+    with pytest.raises(InputError, match=message) as refusal:
+        read(tmp_path / name, content)
+    assert "\n" not in str(refusal.value)
+
+
+def folder_said(folder, *names):
+    for name in names:
+        (folder / name).write_bytes(LINE)
+    said = []
+    rows = list(load_rows(str(folder), say=said.append))
+    return len(rows), said
+
+
+@pytest.mark.parametrize("names", [
+    ["part-1.jsonl", "part-2.jsonl", "part-10.jsonl"], ["0000.jsonl", "0001.jsonl"]])
+def test_parts_of_a_split_without_a_name(tmp_path, names):
+    assert folder_said(tmp_path, *names)[0] == len(names)
+
+
+def test_names_in_capitals(tmp_path):
+    assert folder_said(tmp_path, "Train.JSONL", "Test.JSONL") == (
+        1, ["reads Train.JSONL; not read: Test.JSONL"])
+
+
+def test_a_number_that_is_missing(tmp_path):
+    assert folder_said(tmp_path, "train_0.jsonl", "train_1.jsonl", "train_3.jsonl")[1][0] == (
+        "warning: is a file of the split 'train' missing? There is none with the number 2")
+
+
+def test_steps_are_no_gaps(tmp_path):
+    _, said = folder_said(tmp_path, "train_100.jsonl", "train_200.jsonl")
+    assert not any("missing" in line for line in said)
+
+
+def test_a_train_split_that_cannot_be_read(tmp_path):
+    """Nothing else is taken in its place."""
+    with pytest.raises(InputError, match=r"train.jsonl.zst can't be read; .* or name extra.jsonl"):
+        folder_said(tmp_path, "train.jsonl.zst", "extra.jsonl")
+    _, said = folder_said(tmp_path, "train.jsonl.zst", "extra.jsonl", "train.jsonl")
+    assert said[0] == "reads train.jsonl; not read: extra.jsonl, train.jsonl.zst"
+    (tmp_path / "arrow").mkdir()
+    with pytest.raises(InputError, match=re.escape("(or .gz); there is data-0.arrow")):
+        folder_said(tmp_path / "arrow", "data-0.arrow")
