@@ -307,6 +307,8 @@ class Run:
             claim(self.dir)
         path = self._path("state.pt")
         state = load(path, STATE)
+        if not 0 <= state["step"] <= self.max_steps:
+            raise InputError(of_another_version(path))
         if state["constants"] != self.constants:
             raise InputError("--resume: the reference, the data or the rewards have changed since "
                              "the run began; start it again")
@@ -368,6 +370,8 @@ def duration(seconds):
 def load(path, layout):
     """Reads a file of torch.save's onto the CPU. layout: {name: type} of what has to be in it.
     InputError if it is damaged or something else."""
+    if os.path.exists(path) and not os.path.isfile(path):      # a FIFO would be waited for
+        raise InputError(f"--resume: {path} is not a file")
     try:
         check_zip(path)
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -477,6 +477,7 @@ def without(state, name):
 @pytest.mark.parametrize("change", [
     lambda state: without(state, "rng"), lambda state: without(state, "metrics"),
     lambda state: {**state, "scheduler": {}}, lambda state: {**state, "step": "3"},
+    lambda state: {**state, "step": -1}, lambda state: {**state, "step": 10 ** 9},
     lambda state: {**state, "model": None}, lambda state: {**state, "metrics": {}},
     lambda state: {**state, "model": without(state["model"], "bias")},
     lambda state: {**state, "model": {**state["model"], "bias": torch.zeros(7)}},
@@ -493,6 +494,14 @@ def test_a_state_of_another_version(tmp_path, change):
     assert refusal(start, tmp_path, resume=True).startswith(
         f"--resume: {path} is not what this version of nanoPref writes there; resume with the "
         "version that wrote it, or start again with --overwrite")
+
+
+def test_a_state_that_is_no_file(tmp_path):
+    """A FIFO would be waited for."""
+    start(tmp_path).report(3, {"loss": 0.5})
+    (tmp_path / "state.pt").unlink()
+    os.mkfifo(tmp_path / "state.pt")
+    assert refusal(start, tmp_path, resume=True) == f"--resume: {tmp_path}/state.pt is not a file"
 
 
 def test_a_best_model_of_another_version(tmp_path):
