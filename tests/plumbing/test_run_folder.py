@@ -757,7 +757,7 @@ def test_a_reference_that_cannot_be_written_to(tmp_path, monkeypatch):
 def train_and_select(folder, select, results):
     """A run that is evaluated at steps 0, 1, ... with the given results; its model's bias is the
     step. Returns the bias that is chosen."""
-    run = start(folder, select=select, max_steps=len(results) - 1, eval_every=1)
+    run = start(folder, select=select, max_steps=4, eval_every=1)
     for step, values in enumerate(results):
         run.model.bias.data.fill_(step)
         run.report(step, values)
@@ -783,7 +783,7 @@ def test_a_resumed_run_selects_among_the_steps_of_before_too(tmp_path):
     """An evaluation that is made again replaces its own, though it is no better."""
     train_and_select(tmp_path, "loss", LOSSES[:3])
     for steps, chosen in (((3,), 2), ((2, 3), 7)):      # in the same process: as if killed
-        run = start(tmp_path, select="loss", max_steps=2, eval_every=1, resume=True)
+        run = start(tmp_path, select="loss", max_steps=4, eval_every=1, resume=True)
         run.model.bias.data.fill_(7)
         for step in steps:
             run.report(step, {"validation/loss": 0.25})
