@@ -287,7 +287,9 @@ def test_training_selects_by_samples_with_an_end(toy, tmp_path, monkeypatch, cap
     train_policy.main([*flags, "--max_new_tokens=6", "--resume"])
 
 
-def test_distillation_that_samples_nothing_needs_no_limit():
+def test_distillation_that_samples_nothing_needs_no_limit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)         # where no speedrun has been
+
     def parsed(*flags):
         return train_policy.parse_flags(list(flags))
 

@@ -356,8 +356,9 @@ def test_nanogpt_that_is_damaged_or_none(tmp_path):
         refusal(path)
 
 
-def test_tokens_of_nanogpt(tmp_path, capsys):
+def test_tokens_of_nanogpt(tmp_path, monkeypatch, capsys):
     """GPT-2's vocabulary, rounded up to a multiple of 64; another one is not guessed."""
+    monkeypatch.chdir(tmp_path)         # where no speedrun has been
     write_nanogpt(tmp_path / "run/ckpt.pt", random_model(vocab_size=50304, n_embd=2, n_layer=1))
     args = train_policy.parse_flags([f"--init_from={tmp_path}/run", "--data=pairs.jsonl"])
     assert args.tokenizer == "gpt2" and args.lr == 2e-4
@@ -596,8 +597,9 @@ def test_training_reads_and_saves_the_tokenizer_of_the_folder(tmp_path, kind, ca
     assert tokenizer.decode([token for token in reply if token != 0]) in capsys.readouterr().out
 
 
-def test_a_tokenizer_in_place_of_the_model_s_own(tmp_path, capsys):
+def test_a_tokenizer_in_place_of_the_model_s_own(tmp_path, monkeypatch, capsys):
     """--tokenizer is done as asked, and said."""
+    monkeypatch.chdir(tmp_path)         # where no speedrun has been
     write_tokenizer(tmp_path, "vocab.json")
     args = train_policy.parse_flags([f"--init_from={tmp_path}", "--tokenizer=gpt2"])
     assert args.tokenizer == "gpt2"
