@@ -597,9 +597,9 @@ def test_training_reads_and_saves_the_tokenizer_of_the_folder(tmp_path, kind, ca
     assert tokenizer.decode([token for token in reply if token != 0]) in capsys.readouterr().out
 
 
-def test_a_tokenizer_in_place_of_the_model_s_own(tmp_path, monkeypatch, capsys):
+def test_a_tokenizer_in_place_of_the_model_s_own(tmp_path, tmp_path_factory, monkeypatch, capsys):
     """--tokenizer is done as asked, and said."""
-    monkeypatch.chdir(tmp_path)         # where no speedrun has been
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))     # where no speedrun has been
     write_tokenizer(tmp_path, "vocab.json")
     args = train_policy.parse_flags([f"--init_from={tmp_path}", "--tokenizer=gpt2"])
     assert args.tokenizer == "gpt2"
