@@ -1,4 +1,4 @@
-"""The rules of the house: three floors, the step in plain sight, plain lines. All of it is read
+"""The rules of the house: five floors, the step in plain sight, plain lines. All of it is read
 from the source, nothing is imported."""
 import ast
 from pathlib import Path
