@@ -1,10 +1,11 @@
 """Turns preference data into batches: the tree batch, batch order, biased subsets (D_rho).
 
-A row of text is {"prompt": str, "responses": [str, ...]}. The responses are the chosen and the
-rejected one, or K of them, the best first, or a demonstration. As token ids, a row is an *example*:
-(prompt ids, [response ids, ...]), where each response ends in the end-of-text token. Everything
-about an example that stays fixed during training (the reference's log-probs, rewards) is a column
-of the `Dataset`.
+A row is {"prompt": ..., "responses": [..., ...]}, in text or chat messages. The responses are the
+chosen and the rejected one, or K of them, the best first, or a demonstration. As token ids, a row
+is an *example*: (prompt ids, [response ids, ...]), where each response ends in the end-of-text
+token. A token of a response that is only read, not learnt (what a person says between two turns of
+the assistant), is written there as its complement, ~token. Everything about an example that stays
+fixed during training (the reference's log-probs, rewards) is a column of the `Dataset`.
 
     python runs/show.py --data=prefs.jsonl      # one batch in colour, and what became of every row
 """
@@ -25,17 +26,18 @@ from support.tokens import encode, example_lengths, reorder, select, select_file
 
 @dataclass
 class TreeBatch:
-    """Holds B rows, each of them a prompt followed by its K responses; R response tokens in all.
+    """Holds B rows, each of them a prompt followed by its K responses; R tokens of responses that
+    are learnt in all.
 
     tokens     (B, T) int64   prompt, response 1, ..., response K, padding
     branch     (B, T) int64   0 in the prompt, k in response k, -1 in padding
     position   (B, T) int64   counts up; every response starts again at the prompt's length
-    own        (R,)   int64   where each response token is: row * T + column
+    own        (R,)   int64   where each learnt token is: row * T + column
     predictor  (R,)   int64   where it is predicted: row * T + column
     target     (R,)   int64   the token itself
     slot       (R,)   int64   row * K + response: the log-prob it is part of (B * K: padding)
     last       (B, K) int64   where each response's last token is: row * T + column
-    lengths    (B, K) int64   response lengths in tokens, 0 where a row has fewer responses
+    lengths    (B, K) int64   learnt tokens of each response, 0 where a row has fewer responses
 
     Dataset.batch adds these:
 
@@ -78,7 +80,7 @@ class TreeBatch:
         return values[self.pair_row[:, None], self.pairs]
 
     def sum_tokens(self, values):
-        """Adds up the values of each response's tokens. values: (R,). Returns (B, K)."""
+        """Adds up the values of each response's learnt tokens. values: (R,). Returns (B, K)."""
         B, K = self.last.size()
         sums = torch.zeros(B * K + 1, dtype=values.dtype, device=values.device)
         sums = sums.index_add(0, self.slot, values)
@@ -88,8 +90,9 @@ class TreeBatch:
 def collate(examples, multiple=1):
     """Lays out B examples, (prompt ids, [response ids, ...]) each, as a TreeBatch.
 
-    K is the largest number of responses. ValueError if a prompt or a response has no token.
-    `multiple` rounds T and R up, so that shapes are few.
+    K is the largest number of responses. A token that is written as ~token is in the tree, where
+    the others see it, but its log-prob counts nowhere. ValueError if a prompt or a response has no
+    token. `multiple` rounds T and R up, so that shapes are few.
     """
     B, K = len(examples), max(len(responses) for _, responses in examples)
     for prompt, responses in examples:
@@ -97,7 +100,7 @@ def collate(examples, multiple=1):
             raise ValueError("prompts and responses need at least one token")
 
     T = max(len(prompt) + sum(map(len, responses)) for prompt, responses in examples)
-    R = sum(len(response) for _, responses in examples for response in responses)
+    R = sum(np.sum(np.asarray(ids) >= 0) for _, responses in examples for ids in responses)
     T, R = round_up(T, multiple), round_up(R, multiple)
 
     tokens = np.zeros((B, T), np.int64)
@@ -110,6 +113,9 @@ def collate(examples, multiple=1):
     for b, (prompt, responses) in enumerate(examples):
         start = 0                                           # the column where the next part begins
         for role, ids in enumerate([prompt, *responses]):   # 0: the prompt; k: response k
+            ids = np.asarray(ids, np.int64)
+            learnt = ids >= 0                               # the others are written as ~token
+            ids = np.where(learnt, ids, ~ids)
             end = start + len(ids)
             first_position = 0 if role == 0 else len(prompt)
             tokens[b, start:end] = ids
@@ -117,15 +123,16 @@ def collate(examples, multiple=1):
             position[b, start:end] = first_position + np.arange(len(ids))
             if role > 0:
                 k = role - 1
-                part = slice(r, r + len(ids))
-                own[part] = b * T + np.arange(start, end)
-                predictor[part] = own[part] - 1             # the token before;
-                predictor[r] = b * T + len(prompt) - 1      # for the first one, the prompt's last
-                target[part] = ids
+                before = b * T + np.arange(start - 1, end - 1)      # the token before each;
+                before[0] = b * T + len(prompt) - 1         # for the first one, the prompt's last
+                part = slice(r, r + learnt.sum())
+                own[part] = b * T + np.arange(start, end)[learnt]
+                predictor[part] = before[learnt]
+                target[part] = ids[learnt]
                 slot[part] = b * K + k
                 last[b, k] = b * T + end - 1
-                lengths[b, k] = len(ids)
-                r += len(ids)
+                lengths[b, k] = learnt.sum()
+                r += learnt.sum()
             start = end
     arrays = (tokens, branch, position, own, predictor, target, slot, last, lengths)
     return TreeBatch(*map(torch.from_numpy, arrays))
@@ -139,8 +146,9 @@ class Dataset:
     """Holds N examples, and a column for everything about them that training takes as given.
 
     examples    N (prompt ids, [response ids, ...]): the best response first, and after the last one
-                S samples from the reference. Rows may have different numbers of responses. K is the
-                largest, and the columns below are padded to it.
+                S samples from the reference. A token of a response that is read but not learnt is
+                written as its complement, ~token, which is negative. Rows may have different
+                numbers of responses. K is the largest, and the columns below are padded to it.
     rewards     (N, K - S, M) float32: rewards of the responses by M reward models, or from the file
     ref_logps   (N, K) float32: the reference's log-probs of the responses, in nats
     n_samples   S, which is 0 where the loss has no KL term

@@ -12,10 +12,10 @@
     files.py            files and folders that are written whole or not at all; JSON
     checkpoint.py       reads and writes weights in Hugging Face's GPT-2 layout
     tokenizer.py        reads tiktoken's and models' own tokenizers, writes tokenizer.json
-    sources.py          finds the rows: a file, a folder, a data set on the hub, their splits
-    oddities.py         counts what looks like a mistake in rows that can be read all the same
-    rows.py             reads rows of text in every layout of preferences and demonstrations
-    tokens.py           turns rows of text into arrays of token ids, kept on disk
+    sources.py          finds and reads records: in a file, a folder, a data set on the hub
+    rows.py             turns records of every layout into rows: a prompt and its responses
+    chat.py             turns chat messages into text by a model's own template
+    tokens.py           turns rows into arrays of token ids, kept on disk
     report.py           the evaluation report: tables and figures
 
 It knows nothing of the files in the root: models, functions and arrays come as arguments.

@@ -4,8 +4,7 @@ import sys
 
 from support.device import new_generator
 from support.flags import InputError
-from support.rows import chat_text
-from support.tokenizer import encode_text, to_text
+from support.tokenizer import prompt_ids, to_text
 from support.tokens import SPLITS, prompts_of, tokenised_file
 
 
@@ -97,20 +96,20 @@ def prompt_tokens(turns, tokenizer, room, chat):
     where they do not fit, the oldest are taken out of the list.
     """
     if not chat:
-        return end_of(prompt_ids(turns[-1], tokenizer) or [tokenizer.eot_token], room)
+        return end_of(read_prompt(turns[-1], tokenizer), room)
     while True:
         messages = [{"role": ("user", "assistant")[i % 2], "content": turn.strip()}
                     for i, turn in enumerate(turns)]
-        ids = prompt_ids(chat_text(messages) + "\n\nAssistant:", tokenizer)
+        ids = read_prompt(messages, tokenizer)
         if len(ids) <= room or len(turns) == 1:
             return end_of(ids, room)
         del turns[:2]           # what the person said, and the reply to it
 
 
-def prompt_ids(text, tokenizer):
-    """Returns the token ids of a prompt. InputError if the tokenizer can't read it."""
+def read_prompt(prompt, tokenizer):
+    """Returns the token ids of a prompt, text or messages. InputError if it can't be read."""
     try:
-        return encode_text(text, tokenizer)
+        return prompt_ids(prompt, tokenizer)
     except ValueError as error:
         raise InputError(f"the prompt: {error}") from error
 

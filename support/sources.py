@@ -5,8 +5,14 @@ them with a plus, `folder:train_a+train_b`. In a folder the splits go by the nam
 (`train.jsonl`, `data/test-00000-of-00002.parquet`, `train/0000.parquet`), unless its README
 declares others, as on the hub. Where it is not clear what to train on, nothing is read.
 """
+import contextlib
+import csv
+import gzip
+import json
 import os
 import re
+import zlib
+from collections import Counter
 
 from support.flags import InputError, in_a_line
 
@@ -236,3 +242,177 @@ def hub_splits(owner_name, where):
         return list(map(str, builder.info.splits or builder.config.data_files or ()))
     except Exception:       # the error of reading says what is wrong
         return []
+
+
+# ------------------------------------------------------------------ records
+
+def check_is_file(path):
+    """Raises InputError if there is something with this name that is neither a file nor a folder: a
+    pipe or a device may have no end."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise InputError(f"--data: {path}: a pipe, socket or device, not a file; save what comes "
+                         "out of it in a file first")
+
+
+def read_records(data, hub=None, say=print):
+    """Yields (row number, record) of a JSONL, JSON, CSV or Parquet file (text also gzipped), of the
+    files of one split of a folder, or of a hub data set; say: is called with the files or the split
+    that are read. In place of a record that can't be read stands the ValueError that says why.
+    InputError if the rest can't be read either."""
+    try:
+        source, split = name_and_split(data)
+        check_is_file(source)
+        if os.path.isfile(source):
+            yield from read_file(source)
+        elif os.path.isdir(source):
+            for file in folder_files(source, split, say):
+                for number, record in read_file(os.path.join(source, file)):
+                    yield f"{number} of {file}", record
+        else:
+            hub = hub or open_hub(data)
+            if hub.split:
+                others = [name for name in hub.info.splits or () if name != str(hub.split)]
+                not_read = f"; not read: {', '.join(others)}" if others else ""
+                say(f"reads the split {hub.split}{not_read}")
+            batches = hub.iter(1000)        # {name: list of values}
+            records = (dict(zip(batch, values)) for batch in batches
+                       for values in zip(*batch.values()))
+            yield from enumerate(records, 1)
+    except InputError:
+        raise
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"--data: {data}: not a whole gzip file: {error}") from error
+    except Exception as error:     # pyarrow and datasets raise whatever their readers do
+        reason = in_a_line(error.__cause__ or error)
+        raise InputError(f"--data: {data}: {reason}") from error
+
+
+KINDS = {       # the first bytes of a file: what it is
+    b"\xff\xfe": "UTF-16 text; save it as UTF-8", b"\xfe\xff": "UTF-16 text; save it as UTF-8",
+    b"{\0": "UTF-16 text; save it as UTF-8", b"\0{": "UTF-16 text; save it as UTF-8",
+    b"\x1f\x8b": "packed with gzip",
+    b"\x28\xb5\x2f\xfd": "packed with zstd; unpack it", b"PAR1": "Parquet",
+    b"PK\x03\x04": "a zip file or a spreadsheet; unpack it, or save it as CSV",
+    b"BZh": "packed with bzip2; unpack it", b"\xfd7zXZ": "packed with xz; unpack it",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file; fetch it with git lfs pull",
+    b"<!DOCTYPE html": "a web page", b"<html": "a web page"}
+
+
+def read_file(path):
+    """Yields what `read_records` does, of one file."""
+    suffix = path.lower().removesuffix(".gz").rsplit(".", 1)[-1]
+    if suffix not in ENDINGS:
+        raise InputError(f"--data: {path}: files end in {', '.join(ENDINGS)}, or one of these and "
+                         ".gz")
+    check_is_file(path)
+    if os.path.getsize(path) == 0:
+        raise InputError(f"--data: {path}: the file is empty")
+    check_content(path, suffix)
+    if suffix == "parquet":
+        yield from enumerate(parquet_records(path), 1)
+        return
+    open_text = gzip.open if path.lower().endswith(".gz") else open
+    # A byte that is not UTF-8 becomes half a letter, which `text_of` refuses where it matters.
+    with open_text(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        yield from {"jsonl": json_lines, "json": json_values, "csv": csv_records}[suffix](file)
+
+
+def check_content(path, suffix):
+    """Raises InputError if a file begins like one of another kind than its name says."""
+    with open(path, "rb") as file:
+        beginning = file.read(40)
+    for signature, kind in KINDS.items():
+        right = (kind == "packed with gzip" and path.lower().endswith(".gz")
+                 or kind == "Parquet" and suffix == "parquet")
+        if beginning.startswith(signature) and not right:
+            raise InputError(f"--data: {path}: by its first bytes it is {kind}")
+
+
+def unique_names(pairs):
+    """Makes an object of some (name, value). ValueError if a name is there twice."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        check_unique([name for name, _ in pairs])
+    return record
+
+
+def check_unique(names):
+    """Raises ValueError if a column is there twice: which of them is meant?"""
+    twice = [name for name, count in Counter(names).items() if count > 1 and name]
+    if twice:
+        raise ValueError(f"column {twice[0]!r} is there twice")
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=unique_names)
+
+
+def json_lines(file):
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            try:
+                yield number, DECODER.decode(line.removeprefix("\ufeff"))
+            except RecursionError:
+                yield number, ValueError("JSON nested too deeply")
+            except ValueError as error:
+                if number == 1 and line.strip().startswith("["):
+                    raise ValueError("row 1: not JSON; an array over several lines belongs into a "
+                                     "file that ends in .json") from None
+                yield number, ValueError(f"not JSON: {error}")
+
+
+def json_values(file):
+    """Yields the elements of a JSON array, or JSON values one after the other. ValueError beyond
+    which nothing can be read."""
+    between, number, text = re.compile(r"[\s,]*"), 0, file.read()
+    start = between.match(text).end()
+    is_array = text.startswith("[", start)
+    start += is_array
+    while True:
+        start = between.match(text, start).end()
+        is_over = text.startswith("]", start) if is_array else start == len(text)
+        if is_over and not text[start + is_array:].strip():
+            return
+        number += 1
+        try:
+            value, start = DECODER.raw_decode(text, start)
+        except RecursionError:
+            raise ValueError(f"row {number}: JSON nested too deeply") from None
+        except ValueError as error:
+            raise ValueError(f"row {number}: not JSON: {error}") from None
+        yield number, value
+
+
+def csv_records(file):
+    """Yields the records of a CSV file. All fields are text but scores; an empty one is missing,
+    and one too many is a mistake."""
+    csv.field_size_limit(2 ** 31 - 1)       # posts may be long
+    reader, number = csv.DictReader(file, strict=True), 0
+    try:
+        names = [name.strip() for name in reader.fieldnames or ()]
+        if len(names) == 1 and re.search(r"[;\t|]", names[0]):
+            raise ValueError("the columns of the first line are not separated by commas")
+        check_unique(names)
+        reader.fieldnames = names
+        for number, fields in enumerate(reader, 1):
+            if None in fields:
+                yield number, ValueError(f"{len(names) + len(fields[None])} fields, the header "
+                                         f"has {len(names)}")
+            else:
+                yield number, {name: csv_value(name, text) for name, text in fields.items()}
+    except csv.Error as error:
+        raise ValueError(f"row {number + 1}: not CSV: {error}") from None
+
+
+def csv_value(name, text):
+    if name in ("score_chosen", "score_rejected"):
+        with contextlib.suppress(ValueError, TypeError):    # of what is no number, or missing
+            return float(text)
+    return text or None
+
+
+def parquet_records(path):
+    import pyarrow.parquet  # comes with datasets
+    file = pyarrow.parquet.ParquetFile(path)
+    check_unique(file.schema_arrow.names)
+    for batch in file.iter_batches(1000):
+        yield from batch.to_pylist()

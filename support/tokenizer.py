@@ -5,20 +5,21 @@ path that ends in "/" for a model's own, which is in this folder (or on the hub)
 """
 import os
 import re
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 
 import tiktoken
 
+from support.chat import HH, MARK, ChatTemplate, template_of
 from support.checkpoint import Finder, read_sizes
 from support.files import json_object, read_json, replacing, write_json
-from support.flags import InputError, in_a_line
+from support.flags import InputError, in_a_line, naming
 from support.processes import is_first, starts_as_first
 from support.run import run_flags
 
 MAIN_FILES = ("tokenizer.json", "vocab.json")       # a folder with one of them has a tokenizer
 OTHER_FILES = ("merges.txt", "added_tokens.json", "tokenizer_config.json",
-               "special_tokens_map.json", "chat_template.jinja")
+               "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 
 
 def read_tokenizer(name):
@@ -58,9 +59,7 @@ def known_tokenizer(model):
     if isinstance(name, str) and not name.endswith("/"):
         return name
     find = Finder(model)
-    if any(find.optional(filename) for filename in MAIN_FILES):
-        return model.rstrip("/") + "/"
-    return None
+    return model.rstrip("/") + "/" if any(map(find.optional, MAIN_FILES)) else None
 
 
 def own_tokenizer(model, data=None):
@@ -86,24 +85,28 @@ def own_tokenizer(model, data=None):
 
 
 class FolderTokenizer:
-    """Reads a model's own tokenizer, by Hugging Face's `tokenizers`, and has what is used here of a
-    tiktoken.Encoding. Special tokens that are written in a text are read as text.
+    """Reads a model's own tokenizer.json, or the vocab.json and merges.txt of older ones, by Hugging
+    Face's `tokenizers`, and has what is used here of a tiktoken.Encoding. Special tokens that are
+    written in a text are read as text.
 
     name: a folder or hub name and "/". files: {file name: bytes}, for a copy next to what is
-    trained. eot_token: the token that ends a text.
+    trained. start: the tokens with which a text begins, such as Llama 3's BOS. template: the
+    model's ChatTemplate, or HH's layout. eot_token: the token that ends a response.
     """
 
     def __init__(self, name):
-        find = Finder(name.rstrip("/") or "/")
-        self.name, self.files = name, {}
-        for filename in MAIN_FILES + OTHER_FILES:
-            path = find.optional(filename)
-            if path is not None:
-                with open(path, "rb") as file:
-                    self.files[filename] = file.read()
+        self.name, self.files, find = name, {}, Finder(name.rstrip("/") or "/")
+        paths = {filename: find.optional(filename) for filename in MAIN_FILES + OTHER_FILES}
+        self.files = {filename: Path(path).read_bytes() for filename, path in paths.items()
+                      if path is not None}
         if not set(MAIN_FILES) & set(self.files):
             raise InputError(f"{name}: no tokenizer in this folder (no tokenizer.json, no "
                              "vocab.json)")
+        if "tokenizer.json" not in self.files and (
+                "merges.txt" not in self.files or "added_tokens.json" in self.files):
+            raise InputError(f"{name}: transformers can make a tokenizer.json of vocab.json and "
+                             "what is next to it: AutoTokenizer.from_pretrained(...)"
+                             ".save_pretrained(...)")
         try:
             import tokenizers
         except ImportError as error:
@@ -113,84 +116,73 @@ class FolderTokenizer:
             if "tokenizer.json" in self.files:
                 self.tokenizer = tokenizers.Tokenizer.from_buffer(self.files["tokenizer.json"])
             else:
-                self.tokenizer = self._from_vocabulary(tokenizers)
+                model = tokenizers.models.BPE.from_file(paths["vocab.json"], paths["merges.txt"])
+                self.tokenizer = tokenizers.Tokenizer(model)
+                self.tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(False)
+                self.tokenizer.decoder = tokenizers.decoders.ByteLevel()
             self.tokenizer.no_truncation()
             self.tokenizer.no_padding()
+            if getattr(self.tokenizer.model, "dropout", None):
+                self.tokenizer.model.dropout = None         # the same text, the same tokens
             self.tokenizer.encode_special_tokens = True     # as ordinary text
             self.vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
-        except InputError:
-            raise
+            added = self.tokenizer.get_added_tokens_decoder()
+            example = self.tokenizer.encode("a", add_special_tokens=True)
         except Exception as error:      # a damaged file raises many kinds
             raise InputError(f"{name}: unreadable tokenizer: {in_a_line(error)}") from error
-        if getattr(self.tokenizer.model, "dropout", None):
-            self.tokenizer.model.dropout = None             # the same text, the same tokens
         self.n_vocab = max(self.vocabulary.values(), default=-1) + 1
-        added = self.tokenizer.get_added_tokens_decoder()
         self.special = {number: token.content for number, token in added.items() if token.special}
-        self.eot_token = self._end_of_text(find)
+        is_special = zip(example.ids, example.special_tokens_mask)
+        self.start = [token for token, _ in takewhile(lambda pair: pair[1], is_special)]
+        self._read_settings(find)
         self.special[self.eot_token] = self.decode([self.eot_token])
 
-    def _settings(self, filename):
-        """Returns the JSON object in one of the files; {} if there is none."""
-        return json_object(self.files.get(filename, b"{}"), self.name + filename)
-
-    def _from_vocabulary(self, tokenizers):
-        """Makes GPT-2's kind of tokenizer, byte-level BPE, from vocab.json and merges.txt."""
-        if "merges.txt" not in self.files:
-            raise InputError(f"{self.name}: vocab.json is there, but no merges.txt")
-        settings = self._settings("tokenizer_config.json")
-        lines = self.files["merges.txt"].decode("utf-8").splitlines()
-        merges = [tuple(line.split(" ")) for line in lines
-                  if line.strip() and not line.startswith("#version")]
-        model = tokenizers.models.BPE(self._settings("vocab.json"), merges)
-        tokenizer = tokenizers.Tokenizer(model)
-        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-            add_prefix_space=bool(settings.get("add_prefix_space", False)))
-        tokenizer.decoder = tokenizers.decoders.ByteLevel()
-
-        added = {number: text for text, number in self._settings("added_tokens.json").items()}
-        special = set(map(text_of, self._settings("special_tokens_map.json").values()))
-        for number, token in settings.get("added_tokens_decoder", {}).items():
-            added[int(number)] = text_of(token)
-            special |= {text_of(token)} if token.get("special") else set()
-        for number, text in sorted(added.items()):
-            if tokenizer.token_to_id(text) is None:
-                token = tokenizers.AddedToken(text, special=text in special, normalized=False)
-                tokenizer.add_tokens([token])
-            if tokenizer.token_to_id(text) != number:
-                raise InputError(f"{self.name}: the added token {text!r} has the number {number}, "
-                                 "which does not follow those of vocab.json")
-        return tokenizer
-
-    def _end_of_text(self, find):
-        """Returns the token that ends a text: the tokenizer's eos_token, or <|endoftext|>, or the
-        model's eos_token_id. Says so where the model has another one than its tokenizer."""
-        of_tokenizer = self.vocabulary.get(END_OF_TEXT)
+    def _read_settings(self, find):
+        """Finds the chat template, and the token that ends a response: the template's end of a
+        turn, or the tokenizer's eos_token, or <|endoftext|>, or the model's eos_token_id, which may
+        be a list. Says so where it is none of the model's."""
+        settings, variables = {}, {}
         for filename in ("special_tokens_map.json", "tokenizer_config.json"):
-            text = text_of(self._settings(filename).get("eos_token"))
-            if text is not None and text not in self.vocabulary:
-                raise InputError(f"{self.name}{filename}: its eos_token, {text!r}, is no token of "
+            settings = json_object(self.files.get(filename, b"{}"), self.name + filename)
+            variables |= {key: text_of(value) for key, value in settings.items()
+                          if key.endswith("_token") and text_of(value) is not None}
+            eos = variables.get("eos_token")
+            if eos is not None and eos not in self.vocabulary:
+                raise InputError(f"{self.name}{filename}: its eos_token, {eos!r}, is no token of "
                                  "this tokenizer")
-            of_tokenizer = self.vocabulary.get(text, of_tokenizer)
-        of_model = None
-        for filename in ("generation_config.json", "config.json"):
+        template = settings.get("chat_template")
+        if isinstance(template, list):      # of {"name": ..., "template": ...}
+            template = {each["name"]: each["template"] for each in template}.get("default")
+        if "chat_template.jinja" in self.files:
+            template = self.files["chat_template.jinja"].decode()
+        self.template, end = HH, None
+        if template:
+            self.template = ChatTemplate(template, variables, self.special.values())
+            with naming(self.name):
+                try:
+                    end = self.vocabulary.get(self.template.end_of_turn())
+                except ValueError as error:
+                    raise InputError(in_a_line(error)) from error
+        if end is None:
+            end = self.vocabulary.get(variables.get("eos_token", END_OF_TEXT))
+
+        ends = []           # of the model
+        for filename in ("config.json", "generation_config.json"):
             path = find.optional(filename)
             if path is not None:
-                settings = read_json(path)
-                of_model = settings.get("eos_token_id", of_model)
+                value = read_json(path).get("eos_token_id")
+                ends = value if isinstance(value, list) else [value]
         # A config.json has GPT-2's 50256 by default, whatever it is in another vocabulary.
-        by_default = of_model == 50256 and of_model not in self.special
-        if type(of_model) is not int or not 0 <= of_model < self.n_vocab or by_default:
-            of_model = None
-        if of_tokenizer is None and of_model is None:
+        ends = [number for number in ends if type(number) is int and 0 <= number < self.n_vocab
+                and (number != 50256 or number in self.special)]
+        if end is None and not ends:
             raise InputError(f"{self.name}: which token ends a text? Give tokenizer_config.json an "
                              "eos_token")
-        if of_tokenizer is None:
-            return of_model
-        if of_model not in (None, of_tokenizer):
-            print(f"{self.name}: a text ends in token {of_tokenizer}, the tokenizer's eos_token, "
-                  f"and not in {of_model}, the model's eos_token_id")
-        return of_tokenizer
+        self.eot_token = ends[0] if end is None else end
+        if ends and end not in (None, *ends):
+            print(f"{self.name}: a response ends in token {end}, as its tokenizer says, and not in "
+                  f"{ends[0]}, the model's eos_token_id")
+            self.files.pop("generation_config.json", None)      # what is trained ends otherwise
 
     @property
     def special_tokens_set(self):
@@ -202,12 +194,40 @@ class FolderTokenizer:
     def encode_ordinary_batch(self, texts, num_threads=None):
         """Returns lists of token ids, one for each text. `tokenizers` chooses the number of
         threads."""
+        return [encoding.ids for encoding in self._encode(texts, self.tokenizer.encode_batch_fast)]
+
+    def encode_rendered(self, texts):
+        """Encodes what a chat template wrote, in which its special tokens are tokens. Returns for
+        each text (token ids, where each of them ends in the text)."""
+        self.tokenizer.encode_special_tokens = False
         try:
-            encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            encodings = self._encode([text for text in texts if MARK not in text])
+        finally:
+            self.tokenizer.encode_special_tokens = True
+        plain = ((each.ids, [end for _, end in each.offsets]) for each in encodings)
+        return [self._encode_marked(text) if MARK in text else next(plain) for text in texts]
+
+    def _encode_marked(self, text):
+        """Encodes a rendered text in which people wrote special tokens; see ChatTemplate.guard."""
+        ids, ends, place = [], [], 0
+        for piece in re.split(f"({self.template.special.pattern})", text):
+            if self.template.special.fullmatch(piece):
+                ids.append(self.vocabulary[piece])
+                ends.append(place + len(piece))
+            elif piece:
+                encoding, = self._encode([piece.replace(MARK, "")])
+                kept = [place + i for i, letter in enumerate(piece) if letter != MARK]
+                ids += encoding.ids
+                ends += [kept[end - 1] + 1 if end else place for _, end in encoding.offsets]
+            place += len(piece)
+        return ids, ends
+
+    def _encode(self, texts, encode_batch=None):
+        try:
+            return (encode_batch or self.tokenizer.encode_batch)(texts, add_special_tokens=False)
         except Exception as error:      # it has no type of its own
             raise InputError(f"{self.name}: the tokenizer can't read all text: "
                              f"{in_a_line(error)}") from error
-        return [text_encoding.ids for text_encoding in encoded]
 
     def decode(self, tokens):
         return self.tokenizer.decode(tokens, skip_special_tokens=False)
@@ -231,6 +251,22 @@ def encode_text(text, tokenizer):
             raise
         raise ValueError("the tokenizer can't read this text; is it very long and without "
                          "spaces?") from None
+
+
+def prompt_ids(prompt, tokenizer):
+    """Returns the token ids of a prompt, text or chat messages: with the BOS that some models begin
+    with; of an empty one the end-of-text token alone. ValueError if it can't be read."""
+    template = template_of(tokenizer)
+    if not isinstance(prompt, str):
+        prompt = template.render([template.guard(each) for each in prompt], generate=True)
+        if template is not HH:
+            return tokenizer.encode_rendered([prompt])[0][0]
+    return text_start(tokenizer) + encode_text(prompt, tokenizer) or [tokenizer.eot_token]
+
+
+def text_start(tokenizer):
+    """Returns the tokens with which a text begins: [], or a model's BOS."""
+    return getattr(tokenizer, "start", [])
 
 
 def to_text(response, tokenizer):

@@ -1,5 +1,6 @@
 """Turns rows of text into flat arrays of token ids, kept on disk; and picks the rows that are of
 use."""
+import bisect
 import errno
 import hashlib
 import json
@@ -8,19 +9,27 @@ import os
 import re
 import zlib
 from array import array
+from collections import Counter
 from itertools import chain, islice
 
 import numpy as np
 
+from support.chat import HH, segments_of, template_of
 from support.columns import key
 from support.files import remove, remove_leftovers, replacing
 from support.flags import InputError, in_a_line
-from support.rows import check_is_file, load_rows
-from support.sources import name_and_split, open_hub
-from support.tokenizer import FolderTokenizer, encode_text, fingerprint, special_tokens
+from support.rows import load_rows, row_texts
+from support.sources import check_is_file, name_and_split, open_hub
+from support.tokenizer import (
+    FolderTokenizer,
+    encode_text,
+    fingerprint,
+    special_tokens,
+    text_start,
+)
 
 SAID = set()    # lines that are not to be printed again
-LAYOUT = 9      # raise it when the arrays below, or what is read into them, change
+LAYOUT = 10     # raise it when the arrays below, or what is read into them, change
 not_kept = {}   # {path: arrays} of files whose tokens could not be kept on disk, in this process
 SPLITS = np.array(["validation"] * 26 + ["test"] * 26 + ["train"] * 204)    # about 10, 10 and 80%
 
@@ -30,18 +39,26 @@ SPLITS = np.array(["validation"] * 26 + ["test"] * 26 + ["train"] * 204)    # ab
 
 def turn_hashes(prompt):
     """Returns a list of 64-bit hashes of a prompt's beginnings: of a dialogue, what was said before
-    each reply of the assistant to a person, and so the whole at last; of other prompts the
-    whole."""
-    person = prompt.find("\n\nHuman:")
-    ends = [match.start() for match in re.finditer("\n\nAssistant:", prompt)
-            if match.start() > person >= 0]
-    if not ends or prompt[ends[-1]:].strip() != "Assistant:":
-        ends.append(len(prompt))
-    digest, start, hashes = hashlib.sha256(), 0, []
-    for end in ends:
-        digest.update(prompt[start:end].encode())
-        start = end
-        hashes.append(int.from_bytes(digest.digest()[:8], "big"))
+    each reply of the assistant to a person, and so the whole at last; of other prompts the whole.
+    Messages have the hashes of the same dialogue in HH's layout."""
+    if isinstance(prompt, str):
+        pieces = re.split("(?=\n\nAssistant:)", prompt)
+        if pieces[-1].strip() == "Assistant:" and "\n\nHuman:" in prompt:
+            del pieces[-1]          # which waits for its text
+    else:
+        pieces = [""]
+        for message in prompt:
+            text = HH.render([message])
+            if message["role"] == "assistant":
+                pieces.append(text)
+            else:
+                pieces[-1] += text
+    digest, hashes, person = hashlib.sha256(), [], False
+    for number, piece in enumerate(pieces, 1):
+        digest.update(piece.encode())
+        person = person or "\n\nHuman:" in piece
+        if person or number == len(pieces):
+            hashes.append(int.from_bytes(digest.digest()[:8], "big"))
     return hashes
 
 
@@ -82,46 +99,61 @@ def split_hashes(turns, n_turns):
 
 LONG = 100_000          # characters; shorter text can be read by every tokenizer
 SOME = 200              # rows that are read back from their tokens
-# How other models' special tokens are written, where a text ends and where it begins
-FOREIGN_END = re.compile(r"(</s>|<eos>|<pad>|<end_of_turn>|\[EOS\]|\[PAD\]|\[SEP\]|<\|\w+\|>|"
-                         r"<\uff5c[\w\u2581]+\uff5c>)$", re.I)
-FOREIGN_START = re.compile(r"\s*(<s>|<bos>|<start_of_turn>|\[BOS\]|\[CLS\]|\[INST\]|<\|\w+\|>|"
-                           r"<\uff5c[\w\u2581]+\uff5c>)", re.I)
+# How special tokens of other models are written, where a text ends or begins
+FOREIGN = r"</?s>|<(?:eos|bos|pad|end_of_turn|start_of_turn)>|\[/?(?:EOS|BOS|PAD|SEP|CLS|INST)\]|" \
+          r"<\|\w+\|>|<\uff5c[\w\u2581]+\uff5c>"
+FOREIGN_END, FOREIGN_START = re.compile(f"(?:{FOREIGN})$", re.I), re.compile(FOREIGN, re.I)
 
 
 def preparer(tokenizer):
     """Returns prepare(row, notes) for `load_rows`. It takes the tokenizer's special tokens off the
     end of responses, and counts in `notes` where it did, and where else special tokens are written
-    in the text. ValueError for a row with text that the tokenizer can't read."""
+    in the text. A row of chat messages gets its "segments". ValueError for a row that the tokenizer
+    or its chat template can't read."""
     specials = special_tokens(tokenizer)
     either = "|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)"
     anywhere, end = re.compile(either), re.compile(rf"((?:{either})\s*)+$")
-
     n_rows = 0
+
+    def without_end(text, notes):
+        stripped = text.rstrip()
+        if not stripped.endswith(tuple(specials)):
+            return text
+        notes["{} rows: a special token such as end-of-text is written at the end of a response; "
+              "it is taken off"] += 1
+        if not end.sub("", stripped).strip():
+            raise ValueError(f"a response is nothing but {stripped.strip()}")
+        return end.sub("", stripped)
 
     def prepare(row, notes):
         nonlocal n_rows
-        responses = [without_end(text) for text in row["responses"]]
-        if responses != row["responses"]:
-            notes["{} rows: a special token such as end-of-text is written at the end of a "
-                  "response; it is taken off"] += 1
-        for text, before in zip(responses, row["responses"]):
-            if text != before and not text.strip():
-                raise ValueError(f"a response is nothing but {before.strip()}")
-        row["responses"] = responses
-        texts = (row["prompt"], *responses)
+        found = Counter()
+        is_chat = not isinstance(row["prompt"], str)
+        if is_chat:
+            for response in row["responses"]:
+                response[-1] = {**response[-1], "content": without_end(response[-1]["content"],
+                                                                       found)}
+            row["segments"] = segments_of(row, tokenizer)
+            source = template_of(tokenizer).source
+            for name in {name for message in chain(row["prompt"], *row["responses"])
+                         for name in message if name not in source}:
+                notes[f"{{}} rows: {name!r} of their messages is not read by the chat layout"] += 1
+        else:
+            row["responses"] = [without_end(text, found) for text in row["responses"]]
+        notes.update(found.keys())
+        prompt, responses = row_texts(row)
+        texts = (prompt, *responses)
         written = {match for text in texts for match in anywhere.findall(text)}
         if written:
             notes["warning: special tokens of the tokenizer are written in the text of {} rows; "
                   "there they are read as ordinary text"] += 1
-        for token in {match[0] for text in responses
-                      if (match := FOREIGN_END.search(text.rstrip()[-30:]))} - written:
-            notes[f"warning: a response ends in {token} in {{}} rows; to this tokenizer that is "
+        foreign = {(kind, match[0]) for text in responses
+                   for kind, match in (("ends in", FOREIGN_END.search(text.rstrip()[-30:])),
+                                       ("begins with", FOREIGN_START.match(text.lstrip()[:30])))
+                   if match and match[0] not in written}
+        for kind, token in foreign:
+            notes[f"warning: a response {kind} {token} in {{}} rows; to this tokenizer that is "
                   "ordinary text, which the model would learn to write"] += 1
-        for token in {match[1] for text in responses
-                      if (match := FOREIGN_START.match(text))} - written:
-            notes[f"warning: a response begins with {token} in {{}} rows; to this tokenizer that "
-                  "is ordinary text, which the model would learn to write"] += 1
         for text in texts:
             if len(text) > LONG:
                 encode_text(text, tokenizer)
@@ -130,10 +162,6 @@ def preparer(tokenizer):
             notes[f"warning: in {{}} of the first {SOME} rows the tokenizer loses letters: "
                   "read back from its tokens, which are all that the model sees, they are other "
                   "text"] += 1
-
-    def without_end(text):
-        stripped = text.rstrip()
-        return end.sub("", stripped) if stripped.endswith(tuple(specials)) else text
 
     return prepare
 
@@ -152,27 +180,24 @@ def loses_letters(text, tokenizer):
 
 
 def encode(rows, tokenizer):
-    """Turns rows of text into token ids. Every response ends in the end-of-text token; an empty
-    prompt is that token alone.
+    """Turns rows into token ids. Every response ends in the end-of-text token, which for a model
+    with a chat template is its end of a turn; an empty prompt is that token alone.
 
-    rows: an iterable of {"prompt": str, "responses": [str, ...]}, maybe with "scores", as many in
-    each. Returns {"tokens": all prompts and responses one after the other, "lengths": (N, 1 + K)
-    tokens in each row's prompt and responses, "hash": (N,) `split_hashes`, by which rows are split,
-    and "scores": (N, K, M) if all rows have them}.
+    rows: an iterable of {"prompt": ..., "responses": [...]}, text or chat messages, maybe with
+    "scores", as many in each. Returns {"tokens": all prompts and responses one after the other,
+    "lengths": (N, 1 + K) tokens in each row's prompt and responses, "hash": (N,) `split_hashes`, by
+    which rows are split, and "scores": (N, K, M) if all rows have them}. A token of a response that
+    is not learnt is written as its complement, ~token, which is negative.
     """
     dtype = np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.int32
     tokens, lengths, scores, n_unscored = [], [], [], 0
     turns, n_turns = array("Q"), array("i")
     rows = iter(rows)
     while part := list(islice(rows, 1000)):
-        texts = list(chain.from_iterable((row["prompt"], *row["responses"]) for row in part))
-        ids = tokenizer.encode_ordinary_batch(texts, num_threads=os.cpu_count())
-        columns = len(texts) // len(part)       # 1 + K
-        for i, text_ids in enumerate(ids):
-            is_prompt = i % columns == 0
-            if not is_prompt or not text_ids:
-                text_ids.append(tokenizer.eot_token)
-        tokens.append(np.fromiter(chain.from_iterable(ids), dtype))
+        ids = list(chain.from_iterable(encode_part(part, tokenizer)))
+        columns = len(ids) // len(part)         # 1 + K
+        part_tokens = np.fromiter(chain.from_iterable(ids), np.int32)
+        tokens.append(part_tokens.astype(dtype if part_tokens.min() >= 0 else np.int32))
         lengths.append(np.array(list(map(len, ids)), np.int32).reshape(-1, columns))
         for row in part:
             hashes = turn_hashes(row["prompt"])
@@ -189,6 +214,58 @@ def encode(rows, tokenizer):
     elif scores:
         arrays["scores"] = np.concatenate(scores)
     return arrays
+
+
+def encode_part(rows, tokenizer):
+    """Yields [prompt ids, response ids, ...] of some rows; see `encode`."""
+    segments = [row.get("segments") or segments_of(row, tokenizer) for row in rows]
+    by_template = [template_of(tokenizer) is not HH and not isinstance(row["prompt"], str)
+                   for row in rows]
+    texts, rendered = [], []        # what is text all through; what has a template's special tokens
+    for is_rendered, (prompt, responses) in zip(by_template, segments):
+        if is_rendered:
+            rendered += [prompt, *(prompt + joined(response) for response in responses)]
+        else:
+            texts += [prompt, *(text for response in responses for text, _ in response)]
+    texts = iter(tokenizer.encode_ordinary_batch(texts, num_threads=os.cpu_count()))
+    rendered = iter(tokenizer.encode_rendered(rendered) if rendered else ())
+    end = tokenizer.eot_token
+    for is_rendered, (prompt, responses) in zip(by_template, segments):
+        if is_rendered:
+            prompt_ids, _ = next(rendered)
+        else:
+            prompt_ids = text_start(tokenizer) + next(texts) or [end]
+        parts = [prompt_ids]
+        for response in responses:
+            if is_rendered:
+                ids = cut_out(prompt, prompt_ids, response, *next(rendered), tokenizer)
+            else:
+                ids = [next(texts) for _ in response]
+            ids = [part if learnt else [~token for token in part]
+                   for part, (_, learnt) in zip(ids, response)]
+            ids = list(chain.from_iterable(ids))
+            if not (is_rendered and ids[-1] == end):
+                ids.append(end)
+            parts.append(ids)
+        yield parts
+
+
+def cut_out(prompt, prompt_ids, response, ids, ends, tokenizer):
+    """Cuts the tokens of a rendered prompt and response, which end at `ends`, where the segments
+    of the response do. Returns lists of ids, one for each segment."""
+    if ids[:len(prompt_ids)] != prompt_ids:     # a token across the border between the two
+        return [part for part, _ in tokenizer.encode_rendered([text for text, _ in response])]
+    place, parts, first = len(prompt), [], len(prompt_ids)
+    for text, _ in response:
+        place += len(text)
+        last = bisect.bisect_right(ends, place)
+        parts.append(ids[first:last])
+        first = last
+    return parts
+
+
+def joined(segments):
+    return "".join(text for text, _ in segments)
 
 
 # ------------------------------------------------------------------ kept on disk
@@ -323,7 +400,7 @@ class Examples:
     """Holds rows of `encode`'s arrays: a sequence of (prompt ids, [response ids, ...]), which are
     cut out of the tokens when they are asked for, so that a million rows are a few numbers each.
 
-    tokens   all prompts and responses one after the other
+    tokens   all prompts and responses one after the other; ~token where it is not learnt
     ends     (N, 1 + K) where each row's prompt and responses end
     lengths  (N, 1 + K) how long they are; a prompt may be shorter here, it loses its start
     """

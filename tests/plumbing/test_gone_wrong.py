@@ -9,7 +9,7 @@ import pytest
 
 from data import get_tokenizer
 from support.flags import InputError
-from support.rows import load_rows, parse_row, parse_rows
+from support.rows import load_rows, parse_rows
 from support.tokens import preparer
 
 PAIR = {"prompt": "Say hello.", "chosen": " Hello!", "rejected": " Go away."}
@@ -20,6 +20,11 @@ HI = "\n\nHuman: Hi\n\nAssistant:"
 
 def says(role, content, **more):
     return {"role": role, "content": content, **more}
+
+
+def parse_row(record, demonstrations):
+    row, = parse_rows(record, demonstrations)
+    return row
 
 
 def read(path, content, demonstrations=False):
@@ -44,11 +49,8 @@ def test_names_of_labels(layout, more):
         parse_rows({**layout, **more}, False)
 
 
-@pytest.mark.parametrize("more", [
-    {"rating": ["1", "5"]}, {"annotations": [{"rating": 1}, {"rating": "5"}]},
-    {"judge": [{"why": "It is rude.", "score": 1}, {"why": "", "score": 5.0}]}])
+@pytest.mark.parametrize("more", [{"rating": [1, 5]}, {"judge": [0.5, 1]}])
 def test_numbers_for_each_response(more):
-    """Also written as text, or in objects."""
     with pytest.raises(ValueError, match="has a number for each of the 'responses' and would be"):
         parse_rows({**TWO, **more}, False)
     assert parse_rows({**TWO, "model": ["a", "b"], "notes": [{"by": 1}, {"by": 2}]}, False)
@@ -59,26 +61,12 @@ def test_scores_beside_a_pair():
         parse_rows({**PAIR, "scores": [1, 5]}, False)
 
 
-@pytest.mark.parametrize("column, value", [
-    ("is_good", False), ("kto_tag", False), ("thumbs", -1), ("feedback", "negative"),
-    ("upvoted", "no"), ("is_correct", 0)])
-def test_a_demonstration_that_is_not_wanted(column, value):
-    with pytest.raises(ValueError, match=f"^column '{column}' looks like a label .*'label'"):
-        parse_rows({**TURN, column: value}, True)
-
-
-@pytest.mark.parametrize("column, value", [
-    ("is_good", True), ("feedback", "It is polite."), ("correct_answer", "no"), ("score", 0)])
-def test_a_demonstration_that_may_be_wanted(column, value):
-    assert len(parse_rows({**TURN, column: value}, True)) == 1
-
-
 @pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}])
 def test_a_turn_that_is_not_to_be_imitated(mark):
     messages = [says("user", "Hi"), says("assistant", "No.", **mark), says("user", "Please?"),
                 says("assistant", "Hello!")]
-    with pytest.raises(ValueError, match="a turn of the assistant that is not to be imitated"):
-        parse_rows({"messages": messages}, True)
+    rows = parse_rows({"messages": messages}, True)
+    assert rows == [{"prompt": messages[:3], "responses": [messages[3:]]}]
     del messages[1][[*mark][0]]
     assert len(parse_rows({"messages": messages}, True)) == 2
 
@@ -123,15 +111,6 @@ def test_labels_that_contradict_each_other(tmp_path, hub_cache):
     assert read(tmp_path / "a.jsonl", pairs + pairs + turned[:1])[1] == []
 
 
-@pytest.mark.parametrize("column", ["chosen_score", "chosen-rating", "reward_chosen"])
-def test_ratings_under_other_names(tmp_path, hub_cache, column):
-    worse = {**PAIR, column: "1", column.replace("chosen", "rejected"): 5.0}
-    _, said = read(tmp_path / "a.jsonl", [worse] * 3)
-    assert any(f"warning: in 3 of 3 rows {column!r} is lower than" in line for line in said)
-    better = {**PAIR, column: 5, column.replace("chosen", "rejected"): 1}
-    assert not any("lower" in line for line in read(tmp_path / "a.jsonl", [better])[1])
-
-
 # ------------------------------------------------------------------ prompts and texts
 
 @pytest.mark.parametrize("begin", [
@@ -149,17 +128,6 @@ def test_responses_that_only_seem_to_repeat_the_prompt(tmp_path, hub_cache):
     pairs = [{"prompt": "Name a town", "chosen": " A town is Bergen.", "rejected": " Name one!"},
              {"prompt": "a", "chosen": " an apple", "rejected": " an ape"}]
     assert read(tmp_path / "a.jsonl", pairs)[1] == []
-
-
-@pytest.mark.parametrize("prompt, begin", [
-    (HI, "Assistant:"), (HI, "\n\nAssistant:"), ("POST: Goats\nTL;DR:", "TL;DR:"),
-    ("Q: Which?\nA:", "A:")])
-def test_the_last_line_of_the_prompt_again(tmp_path, hub_cache, prompt, begin):
-    record = {"prompt": prompt, "chosen": begin + " Yes", "rejected": begin + " No"}
-    rows, said = read(tmp_path / "a.jsonl", [record])
-    assert rows == [{"prompt": prompt, "responses": [" Yes", " No"]}]
-    assert said == ["1 row: the responses begin with the prompt's last line, which is taken off "
-                    "there"]
 
 
 def test_dialogues_with_another_prompt(tmp_path, hub_cache):
@@ -227,10 +195,9 @@ def test_parts_of_messages_and_pictures_that_are_not_read(tmp_path, hub_cache):
               "chosen": [says("assistant", "Yes", reasoning_content="Hm")],
               "rejected": [says("assistant", "No")]}
     assert read(tmp_path / "a.jsonl", [record])[1] == [
-        "columns that are not read: 'reasoning_content in chosen'",
-        "warning: columns that are not read: 'images' (1 rows); models here read text alone",
-        "warning: columns of text that are not read: 'context' (1 rows); what belongs to the "
-        "prompt has to stand in 'prompt'"]
+        "1 row: 'reasoning_content' of their messages is not read by the chat layout",
+        "warning: columns of text that are not read: 'context' (1 rows), 'images' (1 rows); what "
+        "belongs to the prompt has to stand in 'prompt'"]
 
 
 def test_many_columns_are_one_line(tmp_path, hub_cache):

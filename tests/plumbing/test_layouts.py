@@ -17,6 +17,16 @@ def dialogue(question):
     return f"\n\nHuman: {question}\n\nAssistant:"
 
 
+def asked(*turns):
+    """Messages of a person and the assistant, in turn."""
+    return [{"role": ("user", "assistant")[i % 2], "content": turn}
+            for i, turn in enumerate(turns)]
+
+
+def replies(*texts):
+    return [[{"role": "assistant", "content": text}] for text in texts]
+
+
 def nectar(*answers):
     answers = [{"answer": text, "model": "gpt-4", "rank": rank} for text, rank in answers]
     return {"prompt": "\n\nHuman: Where is Bergen?\n\nAssistant: ", "answers": answers, "turns": 1,
@@ -91,23 +101,23 @@ LAYOUTS = {
         [{"prompt": dialogue("Where is Bergen?"), "responses": [" In Norway.", " On Mars."]}]),
     "Stanford SHP": (
         [shp(1, 20, 10), shp(0, 3, 30)],
-        [{"prompt": dialogue("How long do eggs boil?"),
-          "responses": [" Seven minutes.", " An hour."], "scores": [[20], [10]]},
-         {"prompt": dialogue("How long do eggs boil?"),
-          "responses": [" An hour.", " Seven minutes."], "scores": [[30], [3]]}]),
+        [{"prompt": asked("How long do eggs boil?"),
+          "responses": replies("Seven minutes.", "An hour."), "scores": [[20], [10]]},
+         {"prompt": asked("How long do eggs boil?"),
+          "responses": replies("An hour.", "Seven minutes."), "scores": [[30], [3]]}]),
     "PKU-SafeRLHF": (
         [safer(0, 1), safer(1, 1)],
-        [{"prompt": dialogue("May I?"), "responses": [" Do.", " Don't."]},
-         {"prompt": dialogue("May I?"), "responses": [" Don't.", " Do."]}]),
+        [{"prompt": asked("May I?"), "responses": replies("Do.", "Don't.")},
+         {"prompt": asked("May I?"), "responses": replies("Don't.", "Do.")}]),
     "HelpSteer3": (
         [helpsteer(-3), helpsteer(0), helpsteer(1)],
-        [{"prompt": "\n\nHuman: Hi\n\nAssistant: Yes?" + dialogue("Sum up."), "responses": pair}
-         for pair in ([" One.", " Two."], [" Two.", " One."])]),
+        [{"prompt": asked("Hi", "Yes?", "Sum up."), "responses": replies(*pair)}
+         for pair in (["One.", "Two."], ["Two.", "One."])]),
     "WebGPT comparisons": (
         [webgpt(0.5), webgpt(0.0), webgpt(-1.0)],
-        [{"prompt": dialogue("Why is the sky blue?"), "responses": [" Air [1].", " The sea [1]."],
+        [{"prompt": asked("Why is the sky blue?"), "responses": replies("Air [1].", "The sea [1]."),
           "scores": [[0.5], [-0.5]]},
-         {"prompt": dialogue("Why is the sky blue?"), "responses": [" The sea [1].", " Air [1]."],
+         {"prompt": asked("Why is the sky blue?"), "responses": replies("The sea [1].", "Air [1]."),
           "scores": [[1.0], [-1.0]]}]),
     "OpenAI's summaries": (
         [comparison(0, **POST), comparison(1, **POST), comparison(0, article="News.")],
@@ -117,18 +127,19 @@ LAYOUTS = {
         [distilabel(["one", "two", "three", "four"], [3, 5, None, 1]),
          distilabel(["one", "two"], [4, 4]), distilabel(["one", "two"], ["10", "9"]),
          distilabel(["one"], [None])],
-        [{"prompt": dialogue("Count."), "responses": [" two", " four"], "scores": [[5], [1]]},
-         {"prompt": dialogue("Count."), "responses": [" one", " two"], "scores": [[10], [9]]}]),
+        [{"prompt": asked("Count."), "responses": replies("two", "four"), "scores": [[5], [1]]},
+         {"prompt": asked("Count."), "responses": replies("one", "two"), "scores": [[10], [9]]}]),
     "KTO: single responses with a label": (
         [kto("Hi", "Go.", False), kto("Hi", "Yes?", True), kto("Alone", "Yes.", True),
          kto("Hi", "Hello!", True)],
-        [{"prompt": dialogue("Hi"), "responses": [" Yes?", " Go."]}]),
+        [{"prompt": asked("Hi"), "responses": replies("Yes?", "Go.")}]),
     "ShareGPT": (
         [turns(("system", "Be kind."), ("human", "Hi"), ("gpt", "Yes?")),
          turns(("gpt", "As I said."), ("human", "Go."), ("gpt", "No.")),
          turns(("human", "Hi")), turns(("human", "Hi"), ("gpt", "Wait."), ("tool", "42"))],
-        [{"prompt": "\n\nSystem: Be kind." + dialogue("Hi"), "responses": [" Yes?"]},
-         {"prompt": dialogue("Go."), "responses": [" No."]}]),
+        [{"prompt": [{"role": "system", "content": "Be kind."}, *asked("Hi")],
+          "responses": replies("Yes?")},
+         {"prompt": asked("Go."), "responses": replies("No.")}]),
 }
 
 

@@ -471,13 +471,13 @@ def test_names_of_tokenizers(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("file, content, message", [
     ("tokenizer.json", "{}", "unreadable tokenizer"),
-    ("vocab.json", "[]", "vocab.json: not a JSON object"),
+    ("vocab.json", "[]", "unreadable tokenizer"),
     ("vocab.json", '{"a": "b"}', "unreadable tokenizer"),
     ("merges.txt", "a b c", "unreadable tokenizer"),
-    ("merges.txt", None, "vocab.json is there, but no merges.txt"),
+    ("merges.txt", None, "transformers can make a tokenizer.json of vocab.json and what is next"),
     ("tokenizer_config.json", "{", "tokenizer_config.json: not JSON"),
     ("tokenizer_config.json", '{"eos_token": "</s>"}', "its eos_token, '</s>', is no token"),
-    ("added_tokens.json", '{"<sep>": 900}', "'<sep>' has the number 900, which does not follow")])
+    ("added_tokens.json", '{"<sep>": 900}', "transformers can make a tokenizer.json of vocab.j")])
 def test_damaged_tokenizers(tmp_path, file, content, message):
     write_tokenizer(tmp_path, "vocab.json")
     if content is None:
@@ -494,7 +494,7 @@ def test_the_token_that_ends_a_text(tmp_path, capsys):
     config, settings = tmp_path / "config.json", tmp_path / "tokenizer_config.json"
     config.write_text('{"eos_token_id": 7}')
     assert get_tokenizer(str(tmp_path)).eot_token == 0
-    assert "a text ends in token 0, the tokenizer's eos_token, and not in 7" in (
+    assert "a response ends in token 0, as its tokenizer says, and not in 7, the model's" in (
         capsys.readouterr().out)
     settings.write_text(json.dumps({"eos_token": {"content": "!"}}))
     assert get_tokenizer(str(tmp_path)).eot_token == vocabulary["!"]
@@ -503,18 +503,26 @@ def test_the_token_that_ends_a_text(tmp_path, capsys):
     vocabulary["#!"] = 0
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     assert get_tokenizer(str(tmp_path)).eot_token == 7
-    for unclear in (50256, None, [7, 8], True, -1, 10 ** 9):
+    config.write_text('{"eos_token_id": [8, 7]}')
+    assert get_tokenizer(str(tmp_path)).eot_token == 8
+    generation = tmp_path / "generation_config.json"
+    generation.write_text('{"eos_token_id": [7, 8]}')           # of the two it is the one that counts
+    assert get_tokenizer(str(tmp_path)).eot_token == 7
+    generation.unlink()
+    for unclear in (50256, None, [], True, -1, 10 ** 9):
         config.write_text(json.dumps({"eos_token_id": unclear}))
         assert "which token ends a text?" in refusal(tmp_path, get_tokenizer)
 
 
 def test_added_tokens(tmp_path):
-    """Those that follow vocab.json, in the old file and in the new one."""
-    n = len(write_tokenizer(tmp_path, "vocab.json"))
-    (tmp_path / "added_tokens.json").write_text(json.dumps({"<sep>": n}))
-    settings = {"eos_token": "<end>", "added_tokens_decoder": {
-        str(n + 1): {"content": "<end>", "special": True}, "0": {"content": END, "special": True}}}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    """Ordinary ones are tokens wherever they are written, special ones are not."""
+    tokenizers = pytest.importorskip("tokenizers")
+    n = len(write_tokenizer(tmp_path, "tokenizer.json", eos_token="<end>"))
+    path = str(tmp_path / "tokenizer.json")
+    tokenizer = tokenizers.Tokenizer.from_file(path)
+    tokenizer.add_tokens(["<sep>"])
+    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.save(path)
     tokenizer = get_tokenizer(str(tmp_path))
     assert (tokenizer.n_vocab, tokenizer.eot_token) == (n + 2, n + 1)
     assert n in tokenizer.encode_ordinary("a<sep>b")

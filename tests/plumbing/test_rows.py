@@ -6,9 +6,8 @@ from collections import Counter
 
 import pytest
 
-from support import rows as rows_file
 from support.flags import InputError
-from support.rows import describe, implicit_prompt, load_rows, parse_row, parse_rows
+from support.rows import describe, implicit_prompt, load_rows, parse_rows
 from support.tokens import hash_content
 
 PAIR = {"prompt": "Say hello.", "chosen": " Hello!", "rejected": " Go away."}
@@ -17,6 +16,15 @@ SIDES = ("chosen", "rejected")
 
 def says(role, content):
     return {"role": role, "content": content}
+
+
+def replies(*texts):
+    return [[says("assistant", text)] for text in texts]
+
+
+def parse_row(record, demonstrations):
+    row, = parse_rows(record, demonstrations)
+    return row
 
 
 # ------------------------------------------------------------------ one record
@@ -51,12 +59,14 @@ def test_layouts_of_chat_messages():
     out."""
     chat = {"prompt": [says("user", "Hi")], "chosen": [says("assistant", "Yes?")],
             "rejected": [says("assistant", "No.")]}
-    as_text = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "responses": [" Yes?", " No."]}
-    assert parse_row(chat, False) == as_text
+    row = {"prompt": chat["prompt"], "responses": replies("Yes?", "No.")}
+    assert parse_row(chat, False) == row
     implicit = {side: chat["prompt"] + chat[side] for side in SIDES}
-    assert parse_row(implicit, False) == as_text
-    assert parse_row({**implicit, "prompt": chat["prompt"]}, False) == as_text  # as UltraFeedback
-    assert parse_row({**implicit, "prompt": "Hi"}, False) == as_text
+    assert parse_row(implicit, False) == row
+    assert parse_row({**implicit, "prompt": chat["prompt"]}, False) == row
+    assert parse_row({**implicit, "prompt": "Hi"}, False) == row        # as UltraFeedback
+    assert parse_row({**chat, "prompt": "Hi"}, False) == row
+    assert parse_row({**chat, "chosen": "Yes?", "rejected": "No."}, False) == row
 
 
 def test_a_text_prompt_beside_dialogues_that_begin_with_the_reply():
@@ -65,8 +75,8 @@ def test_a_text_prompt_beside_dialogues_that_begin_with_the_reply():
     record = {"prompt": "Hi", "chosen": after + [says("assistant", "Well.")],
               "rejected": after + [says("assistant", "No.")]}
     assert parse_row(record, False) == {
-        "prompt": "\n\nHuman: Hi\n\nAssistant:",
-        "responses": [f" Yes?\n\nHuman: So?\n\nAssistant: {last}" for last in ("Well.", "No.")]}
+        "prompt": [says("user", "Hi")],
+        "responses": [[*after, says("assistant", last)] for last in ("Well.", "No.")]}
 
 
 def test_what_other_programs_write():
@@ -81,7 +91,7 @@ def test_what_other_programs_write():
     asked = [says("user", "Hi,\r\nyou")]
     assert parse_row({"prompt": asked, "chosen": asked + [says("assistant", "Yes")],
                       "rejected": asked + [says("assistant", "No")]}, False) == {
-        "prompt": "\n\nHuman: Hi,\nyou\n\nAssistant:", "responses": [" Yes", " No"]}
+        "prompt": [says("user", "Hi,\nyou")], "responses": replies("Yes", "No")}
 
 
 def test_a_text_prompt_beside_longer_dialogues():
@@ -90,12 +100,54 @@ def test_a_text_prompt_beside_longer_dialogues():
     record = {"prompt": "Hi", "chosen": before + [says("assistant", "Yes?")],
               "rejected": before + [says("assistant", "No.")]}
     assert parse_row(record, False) == {
-        "prompt": "\n\nSystem: Be kind.\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Hi\n\nAssistant:",
-        "responses": [" Yes?", " No."]}
-    message = "^column 'rejected' is a dialogue that does not begin with the prompt"
+        "prompt": before, "responses": replies("Yes?", "No.")}
+    message = "^column 'chosen' is a dialogue that does not begin with the prompt"
     for start in (hi, [says("system", "Be brief."), *hi]):
         with pytest.raises(ValueError, match=message):
             parse_row({**record, "rejected": start + [says("assistant", "No.")]}, False)
+
+
+@pytest.mark.parametrize("more, prompt, chosen", [
+    ([says("user", "So?")], [], "Yes?"),                # a person has the last word: left out
+    ([], [says("system", "Be kind.")], "Yes?"),
+    ([], [says("user", "2+2?"), says("assistant", "4")], "Yes?"),
+    ([says("tool", "42"), says("assistant", "42!")], [], "42!")])
+def test_dialogues_of_any_turns(more, prompt, chosen):
+    """The prompt is what the dialogues have in common, up to a turn of the assistant."""
+    prompt = [*prompt, says("user", "Hi")]
+    whole = {"chosen": [*prompt, says("assistant", "Yes?"), *more],
+             "rejected": [*prompt, says("assistant", "No.")]}
+    row = parse_row(whole, False)
+    assert row["prompt"] == prompt and row["responses"][0][-1] == says("assistant", chosen)
+    assert row["responses"][1] == [says("assistant", "No.")]
+
+
+def test_dialogues_that_part_in_a_turn_of_the_person():
+    """They go on with the assistant's turn before it, which both have."""
+    hi = [says("user", "Hi"), says("assistant", "Yes?")]
+    sides = [[*hi, says("user", text), says("assistant", text)] for text in "ab"]
+    assert parse_row(dict(zip(SIDES, sides)), False) == {
+        "prompt": hi[:1], "responses": [side[1:] for side in sides]}
+
+
+def test_content_in_parts():
+    parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": " you"}]
+    record = {**PAIR, "prompt": [says("user", parts)]}
+    assert parse_row(record, False)["prompt"] == [says("user", "Hi you")]
+    parts.append({"type": "image", "url": "a.png"})
+    with pytest.raises(ValueError, match="^column 'prompt' has a message with a part of type 'image"
+                                         "'; models here read text alone$"):
+        parse_row(record, False)
+
+
+def test_calls_of_tools_stay_in_their_messages():
+    """Parquet fills up what a message does not have with gaps."""
+    call = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+    asks = {"role": "assistant", "content": None, "tool_calls": call, "name": None}
+    record = {"prompt": [says("user", "1+1?"), asks, says("tool", "2")], "chosen": "2",
+              "rejected": [says("assistant", "3")]}
+    assert parse_row(record, False)["prompt"][1] == {"role": "assistant", "content": "",
+                                                     "tool_calls": call}
 
 
 @pytest.mark.parametrize("record, message", [
@@ -112,8 +164,8 @@ def test_a_text_prompt_beside_longer_dialogues():
      "column 'prompt'$"),
     ({**PAIR, "chosen": [says("robot", "x")]}, "column 'chosen' is not a list of chat messages"),
     ({**PAIR, "chosen": [says("assistant", None)]},
-     r"column 'chosen' is not a list of chat messages with a role \(user, assistant or system\) "
-     "and a text as content$")])
+     r"column 'chosen' is not a list of chat messages with a role \(user, assistant, system, "
+     r"developer, tool\) and a text as content$")])
 def test_parse_row_refuses(record, message):
     with pytest.raises(ValueError, match=message):
         parse_row(record, False)
@@ -121,7 +173,7 @@ def test_parse_row_refuses(record, message):
 
 def test_a_demonstration_needs_its_prompt():
     with pytest.raises(ValueError, match="^column 'prompt' is missing$"):
-        parse_row({"completion": " b"}, True)
+        parse_row({"prompt": None, "completion": " b"}, True)
 
 
 # ------------------------------------------------------------------ scores and rankings
@@ -174,10 +226,10 @@ def test_ties_in_a_ranking_do_not_go_by_place():
 def test_ranked_chat_messages():
     record = {"prompt": [says("user", "Hi")],
               "responses": [[says("assistant", text)] for text in "ab"]}
-    as_text = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "responses": [" a", " b"]}
-    assert parse_row(record, False) == as_text
+    row = {"prompt": [says("user", "Hi")], "responses": replies("a", "b")}
+    assert parse_row(record, False) == row
     whole = [record["prompt"] + response for response in record["responses"]]
-    assert parse_row({"prompt": "Hi", "responses": whole}, False) == as_text
+    assert parse_row({"prompt": "Hi", "responses": whole}, False) == row
 
 
 @pytest.mark.parametrize("record, message", [
@@ -185,7 +237,7 @@ def test_ranked_chat_messages():
     ({**PAIR, "score_chosen": "x", "score_rejected": 1}, "'score_chosen' is neither"),
     ({**PAIR, "score_chosen": [1, 2], "score_rejected": [1]},
      "'score_rejected' has 1 numbers for one response, 2"),
-    ({**PAIR, "score_chosen": float("nan"), "score_rejected": 1}, "'score_chosen' is neither"),
+    ({**PAIR, "score_chosen": float("nan"), "score_rejected": 1}, "'score_chosen' is missing"),
     ({**PAIR, "score_chosen": 1e39, "score_rejected": 1}, "'score_chosen' is neither"),
     ({**RANKING, "scores": 1}, "'scores' is not"),
     ({**RANKING, "scores": [1, 2]},
@@ -199,7 +251,7 @@ def test_ranked_chat_messages():
     ({**RANKING, "responses": " a"}, "two responses or more"),
     ({**RANKING, "responses": [" a", None]}, "^column 'responses' is missing"),
     ({**RANKING, "responses": [" a", " ", " b"]}, "the response 'responses' is empty"),
-    ({"responses": [" a", " b"]}, "^column 'prompt' is missing")])
+    ({"prompt": None, "responses": [" a", " b"]}, "^column 'prompt' is missing")])
 def test_bad_scores_and_rankings(record, message):
     with pytest.raises(ValueError, match=message):
         parse_row(record, False)
@@ -212,7 +264,6 @@ THREE = {**RANKING, "responses": [" a", " b", " c"]}
 
 
 @pytest.mark.parametrize("more, wanted, best", [
-    ({"pairs": [[1, 0]], "sft_target": " b"}, [" b a"], [" b"]),
     ({"pairs": [[2, 0], [0, 1]]}, [" c a", " a b"], [" c"]),
     ({"pairs": [[2, 0], [1, 0]]}, [" c a", " b a"], [" c", " b"]),
     ({"pairs": [[2, 1], [2, 0]]}, [" c b", " c a"], [" c"]),
@@ -242,7 +293,7 @@ def test_labels_beside_chat_messages():
     hi = [says("user", "Hi")]
     record = {"prompt": hi, "pairs": [[1, 0]],
               "responses": [[says("assistant", text)] for text in "ab"]}
-    row = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "responses": [" b", " a"]}
+    row = {"prompt": hi, "responses": replies("b", "a")}
     assert parse_rows(record, False) == [row]
     whole = [hi + response for response in record["responses"]]
     by_text = {"prompt": hi, "responses": record["responses"], "chosen": whole[1],
@@ -319,22 +370,8 @@ def test_a_dialogue_whose_label_is_false_is_not_imitated():
     assert len(parse_rows({**record, "label": True}, True)) == 1
 
 
-def test_a_demonstration_that_was_rejected():
-    """By the preference in the same record. What it prefers, or does not know, is imitated."""
-    with pytest.raises(ValueError, match="^column 'completion' is what was rejected in the prefer"):
-        parse_rows({**PAIR, "completion": PAIR["rejected"]}, True)
-    with pytest.raises(ValueError, match="^column 'completion' is what was rejected in the prefer"):
-        parse_rows({**THREE, "ranks": [2, 1, 3], "completion": " a"}, True)
-    hi = [says("user", "Hi")]
-    sides = {"chosen": hi + [says("assistant", "Yes")], "rejected": hi + [says("assistant", "No")]}
-    with pytest.raises(ValueError, match="^column 'messages' is what was rejected in the prefer"):
-        parse_rows({**sides, "messages": sides["rejected"]}, True)
-    row, = parse_rows({**sides, "messages": sides["chosen"]}, True)
-    assert row["responses"] == [" Yes"]
-    for text in (PAIR["chosen"], " Good day!"):
-        row, = parse_rows({**PAIR, "completion": text}, True)
-        assert row["responses"] == [text]
-    row, = parse_rows({**PAIR, "completion": None}, True)       # a gap beside a preference
+def test_a_gap_beside_a_preference():
+    row, = parse_rows({**PAIR, "completion": None}, True)
     assert row["responses"] == [PAIR["chosen"]]
 
 
@@ -383,24 +420,6 @@ def test_responses_that_begin_like_the_prompt_stay(prompt, texts, counted):
     notes = Counter()
     row, = parse_rows({"prompt": prompt, "chosen": texts[0], "rejected": texts[1]}, False, notes)
     assert row == {"prompt": prompt, "responses": texts} and notes.total() == counted
-
-
-@pytest.mark.parametrize("prompt", ["Hi", "\n\nHuman: Hi\n\nAssistant:", "Well?"])
-def test_a_text_prompt_beside_dialogues_in_text(prompt):
-    """It is what the person says, at first or at last; or all that comes before the reply."""
-    before = "\n\nHuman: Hi\n\nAssistant:"
-    if prompt == "Well?":
-        before += " Yes.\n\nHuman: Well?\n\nAssistant:"
-    for start in ("\n\n", ""):
-        sides = {side: start + before.strip() + text for side, text in zip(SIDES, (" a", " b"))}
-        wanted = {"prompt": before, "responses": [" a", " b"]}
-        if prompt.startswith("\n\nHuman"):
-            wanted["prompt"] = prompt
-        assert parse_row({"prompt": prompt, **sides}, False) == wanted
-    if prompt == "Hi":
-        completion = before + " a\n\nHuman: So?\n\nAssistant: b"
-        assert [row["responses"] for row in parse_rows({"prompt": prompt, "completion": completion},
-                                                       True)] == [[" a"], [" b"]]
 
 
 def test_the_rows_with_the_prompt_twice_are_said(tmp_path, hub_cache, capsys):
@@ -529,7 +548,7 @@ def test_values_that_are_no_text(tmp_path, hub_cache):
         {"prompt": 12, "chosen": True, "rejected": 0.5},
         {"prompt": [says("user", "Hi")], "responses": [1, False]}])))
     assert rows == [{"prompt": "12", "responses": ["true", "0.5"]},
-                    {"prompt": "\n\nHuman: Hi\n\nAssistant:", "responses": ["1", "false"]}]
+                    {"prompt": [says("user", "Hi")], "responses": replies("1", "false")}]
     import pandas
     day = pandas.Timestamp("2024-05-06").date()
     frame = pandas.DataFrame({"prompt": [day], "chosen": [1], "rejected": [True]})
@@ -549,9 +568,7 @@ def test_scores_of_csv_are_numbers(tmp_path, hub_cache):
 
 
 @pytest.mark.parametrize("layout", ["array", "array on lines", "values"])
-def test_json_is_read_in_parts(tmp_path, hub_cache, monkeypatch, layout):
-    """Records that are longer than a part, or lie across two, are whole."""
-    monkeypatch.setattr(rows_file, "PART", 50)
+def test_layouts_of_json(tmp_path, hub_cache, layout):
     rows = [{**PAIR, "prompt": "é [{" * n} for n in range(1, 60)]
     path = tmp_path / "a.json"
     if layout == "values":
@@ -663,23 +680,28 @@ def test_what_is_no_file_is_refused(tmp_path, hub_cache):
 
 HI, YES, GO, NO = (says("user", "Hi"), says("assistant", "Yes?"), says("user", "Go."),
                    says("assistant", "No."))
-FIRST = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "responses": [" Yes?"]}
-SECOND = {"prompt": FIRST["prompt"] + " Yes?\n\nHuman: Go.\n\nAssistant:", "responses": [" No."]}
+FIRST = {"prompt": [HI], "responses": [[YES]]}
+SECOND = {"prompt": [HI, YES, GO], "responses": [[NO]]}
+IN_TEXT = "\n\nHuman: Hi\n\nAssistant:"
 
 
 @pytest.mark.parametrize("record, wanted", [
     ({"messages": [HI, YES, GO, NO]}, [FIRST, SECOND]),
     ({"messages": [HI, YES, GO]}, [FIRST]),
+    ({"messages": [HI, {**YES, "weight": 0}, GO, NO]},
+     [{**SECOND, "prompt": [HI, {**YES, "weight": 0}, GO]}]),
     ({"messages": [HI, YES], "prompt": None, "completion": None}, [FIRST]),
     ({"prompt": [HI], "completion": [YES]}, [FIRST]),
     ({"prompt": [HI, YES, GO], "completion": [NO]}, [SECOND]),
     ({"prompt": [HI], "completion": [YES, GO, NO]}, [FIRST, SECOND]),
     ({"prompt": [HI], "completion": [HI, YES, GO, NO]}, [FIRST, SECOND]),
     ({"prompt": [HI, YES], "completion": [GO, NO]}, [SECOND]),
+    ({"prompt": [HI], "completion": "Yes?"}, [FIRST]),
     ({"prompt": "Hi", "completion": [YES, GO, NO]}, [FIRST, SECOND]),
     ({"prompt": "Hi", "completion": [HI, YES, GO, NO]}, [FIRST, SECOND]),
-    ({"prompt": FIRST["prompt"], "completion": " Yes?\n\nHuman: Go.\n\nAssistant: No."},
-     [FIRST, SECOND]),
+    ({"prompt": IN_TEXT, "completion": " Yes?\n\nHuman: Go.\n\nAssistant: No."},
+     [{"prompt": IN_TEXT, "responses": [" Yes?"]},
+      {"prompt": IN_TEXT + " Yes?\n\nHuman: Go.\n\nAssistant:", "responses": [" No."]}]),
     ({"chosen": [HI, YES, GO, NO], "rejected": [HI, NO]}, [FIRST, SECOND]),
     ({"prompt": "a", "completion": " b\n\nHuman: c"},
      [{"prompt": "a", "responses": [" b\n\nHuman: c"]}])])
@@ -690,17 +712,18 @@ def test_demonstrations_are_the_turns_of_the_assistant(record, wanted):
 
 
 def test_an_opening_of_the_system_is_a_prompt():
-    row, = parse_rows({"prompt": [says("system", "Be kind.")], "completion": [HI, YES]}, True)
-    assert row == {"prompt": "\n\nSystem: Be kind." + FIRST["prompt"], "responses": [" Yes?"]}
+    system = says("system", "Be kind.")
+    row, = parse_rows({"prompt": [system], "completion": [HI, YES]}, True)
+    assert row == {"prompt": [system, HI], "responses": [[YES]]}
 
 
 @pytest.mark.parametrize("record, message", [
     ({"messages": [HI]}, "^column 'messages' has no turn of the assistant$"),
-    ({"messages": []}, "^column 'messages' is missing, or is no list of chat messages$"),
+    ({"messages": []}, "^column 'messages' has no turn of the assistant$"),
     ({"prompt": [HI, YES], "completion": [HI, YES]}, "^column 'completion' has no turn of the"),
-    ({"prompt": FIRST["prompt"], "completion": "\n\nHuman: Go."}, "^the assistant says nothing"),
-    ({"prompt": [HI], "completion": []}, "^the response 'completion' is empty$"),
-    ({"messages": [3]}, "^column 'messages' has no turn of the assistant$"),
+    ({"prompt": IN_TEXT, "completion": "\n\nHuman: Go."}, "^the assistant says nothing"),
+    ({"prompt": [HI], "completion": []}, "^column 'completion' has no turn of the assistant$"),
+    ({"messages": [3]}, "^column 'messages' is not a list of chat messages"),
     ({"prompt": [HI], "completion": [GO]}, "^column 'completion' has no turn of the assistant$"),
     ({"messages": [HI, says("assistant", None)]}, "is not a list of chat messages"),
     ({"messages": None}, "^column 'messages' is missing, or is no list of chat messages$"),
@@ -759,8 +782,7 @@ def test_a_folder_of_files(tmp_path, hub_cache):
     write(tmp_path / "data" / "train.jsonl.gz", [record])
     write(tmp_path / "data" / "test.jsonl.gz", [record, record])
     assert list(load_rows(str(tmp_path / "data"))) == [
-        {"prompt": "\n\nHuman: Hi\n\nAssistant:", "responses": [" Yes?", " No."],
-         "scores": [[8.5], [3.0]]}]
+        {"prompt": [hi], "responses": replies("Yes?", "No."), "scores": [[8.5], [3.0]]}]
 
 
 def test_a_bad_row_in_a_folder_of_files(tmp_path, hub_cache):

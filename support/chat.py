@@ -1,0 +1,166 @@
+"""Turns chat messages into segments of text, each with its say whether it is learnt from.
+
+A model's own chat template renders messages, as it does in `transformers`. Models without one get
+the layout of Anthropic's HH dialogues: "Human: ..." and "Assistant: ...", each after an empty line.
+A *segment* is (text, learnt): what the assistant says in a response is learnt; what a person or a
+tool says between two of its turns is context, which the model reads but does not learn to write.
+"""
+import datetime
+import functools
+import json
+import re
+
+ROLES = {"user": "Human", "assistant": "Assistant", "system": "System", "developer": "System",
+         "tool": "Tool"}            # as messages have them, and as HH's layout names them
+HH_SOURCE = ("{% for message in messages %}{{ '\n\n' + names[message['role']] + ': ' + "
+             "message['content'] }}{% endfor %}"
+             "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}")
+PERSON = re.compile(r"(\n\n(?:Human|System):.*?(?:\n\nAssistant:|\Z))", re.S)
+MARK = "\ufdd0"         # no character of any text; see ChatTemplate.guard
+A_DAY = datetime.date(2024, 7, 26)      # Llama 3's own default; with the real date, runs on two
+                                        # days would read different tokens
+
+# ------------------------------------------------------------------ templates
+
+
+class ChatTemplate:
+    """Renders messages, [{"role": "user", "content": "Hi"}, ...], as a template in jinja2's
+    language says.
+
+    source: the template. variables: what it may read besides the messages, such as bos_token.
+    specials: the texts of the tokenizer's special tokens.
+    """
+
+    def __init__(self, source, variables, specials=()):
+        self.source, self.variables = source, variables
+        longest_first = sorted(filter(None, specials), key=len, reverse=True)
+        self.special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    def render(self, messages, generate=False):
+        """Returns the text of messages; with `generate` it ends where the assistant's next turn
+        begins. ValueError if the template does not take them."""
+        try:
+            return compile_template(self.source).render(
+                messages=messages, add_generation_prompt=generate, tools=None, documents=None,
+                enable_thinking=False, **self.variables)
+        except Exception as error:      # jinja2's own, and whatever the template's code raises
+            raise ValueError(f"the chat template does not take these messages: {error}") from error
+
+    def guard(self, message):
+        """Returns a message in which special tokens are written with a MARK, so that they can be
+        told from those of the template: in what people wrote, they are text."""
+        def marked(match):
+            return match[0][0] + MARK + match[0][1:]
+        return {name: self.special.sub(marked, value) if isinstance(value, str) else value
+                for name, value in message.items()}
+
+    def end_of_turn(self):
+        """Returns the text of the special token that ends a turn of the assistant, or None."""
+        asked = [{"role": "user", "content": "a"}]
+        head = self.render(asked, generate=True)
+        whole = self.render([*asked, {"role": "assistant", "content": "b"}])
+        tail = whole[len(head):].removeprefix("b").lstrip()
+        match = self.special.match(tail) if whole.startswith(head) else None
+        return match and match[0]
+
+
+@functools.lru_cache
+def compile_template(source):
+    """Compiles a chat template, with what `transformers` gives it and no more."""
+    from jinja2 import ext, nodes, sandbox  # comes with torch
+
+    class Generation(ext.Extension):
+        """Reads {% generation %}, with which some templates mark the assistant's turns."""
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    def to_json(value, ensure_ascii=False, **options):
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    def refuse(message):
+        raise ValueError(message)
+
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols])
+    environment.filters["tojson"] = to_json
+    environment.globals |= {"raise_exception": refuse, "strftime_now": A_DAY.strftime}
+    return environment.from_string(source)
+
+
+HH = ChatTemplate(HH_SOURCE, {"names": ROLES})
+
+
+def template_of(tokenizer):
+    """Returns the chat template of a tokenizer, or HH's layout."""
+    return getattr(tokenizer, "template", HH)
+
+
+# ------------------------------------------------------------------ segments
+
+
+def segments_of(row, tokenizer):
+    """Turns a row into segments. Returns (the prompt's text, for each response a list of (text,
+    learnt)). ValueError if the chat template does not take it."""
+    prompt, responses = row["prompt"], row["responses"]
+    if isinstance(prompt, str):
+        return prompt, [text_segments(prompt, response) for response in responses]
+    template = template_of(tokenizer)
+    rendered = [chat_segments(template, prompt, response) for response in responses]
+    if any(text != rendered[0][0] for text, _ in rendered):
+        raise ValueError("the chat template writes the prompt in another way for each response")
+    return rendered[0][0], [segments for _, segments in rendered]
+
+
+def text_segments(prompt, response):
+    """Divides a response in text. If the prompt waits for the assistant of an HH dialogue, what a
+    person says further on is context."""
+    if not prompt.endswith("\n\nAssistant:"):
+        return [(response, True)]
+    parts = [(text, i % 2 == 0) for i, text in enumerate(PERSON.split(response))]
+    if len(parts) > 1 and not parts[-1][0]:     # the person has the last word
+        parts = parts[:-2]
+    return [(text, learnt) for text, learnt in parts if text]
+
+
+def chat_segments(template, prompt, response):
+    """Renders a prompt and a response that begins with the assistant, lists of messages.
+
+    Returns (the prompt's text, [(text, learnt), ...]). White space around a reply is taken off: its
+    first token would otherwise be one with the template's new line, and so another one. The
+    response ends with the last turn's own end; the new line that templates write after it is
+    nobody's. If the prompt ends with the assistant, the response goes on with that turn.
+    """
+    prompt = [template.guard(message) for message in prompt]
+    response = [template.guard(message) for message in response]
+    begun = ""
+    if prompt[-1]["role"] == "assistant":
+        *prompt, last = prompt
+        begun = last["content"].strip()
+        response[0] = {**last, **response[0],
+                       "content": last["content"] + response[0]["content"]}
+    response = [{**message, "content": message["content"].strip()}
+                if message["role"] == "assistant" else message for message in response]
+    dialogue = prompt + response
+    turns = []                              # where each of the assistant's turns begins and ends
+    for i in range(len(prompt), len(dialogue)):
+        if dialogue[i]["role"] == "assistant":
+            head = template.render(dialogue[:i], generate=True)
+            tail = template.render(dialogue[:i + 1]).rstrip()
+            if begun and not turns:
+                head = tail[:tail.find(begun, len(head)) + len(begun)]
+            turns.append((head, tail))
+    whole = turns[-1][1]
+    segments, end = [], len(turns[0][0])
+    for head, tail in turns:
+        if not (whole.startswith(tail) and tail.startswith(head)):
+            raise ValueError(
+                "the chat template writes a turn of the assistant in another way than it asks for "
+                "it, or in another way when the dialogue goes on; end the response at its first "
+                "turn, or put the earlier turns into the prompt")
+        segments += [(whole[end:len(head)], False), (whole[len(head):len(tail)], True)]
+        end = len(tail)
+    return turns[0][0], [(text, learnt) for text, learnt in segments if text]
