@@ -253,7 +253,8 @@ def divide_messages(prompt, responses, columns, notes):
     if len(replies) == 1:
         n = len(list(takewhile(lambda message: not is_assistant(message), replies[0])))
     elif not all(reply and is_assistant(reply[0]) for reply in replies):
-        n = len(list(takewhile(lambda each: all(message == each[0] for message in each), zip(*replies))))
+        alike = takewhile(lambda each: all(message == each[0] for message in each), zip(*replies))
+        n = len(list(alike))
         while n > 0 and not all(is_assistant(*reply[n:n + 1]) for reply in replies):
             n -= 1
     asked = asked + replies[0][:n]

@@ -85,9 +85,9 @@ def own_tokenizer(model, data=None):
 
 
 class FolderTokenizer:
-    """Reads a model's own tokenizer.json, or the vocab.json and merges.txt of older ones, by Hugging
-    Face's `tokenizers`, and has what is used here of a tiktoken.Encoding. Special tokens that are
-    written in a text are read as text.
+    """Reads a model's own tokenizer.json, or the vocab.json and merges.txt of older ones, by
+    Hugging Face's `tokenizers`, and has what is used here of a tiktoken.Encoding. Special tokens
+    that are written in a text are read as text.
 
     name: a folder or hub name and "/". files: {file name: bytes}, for a copy next to what is
     trained. start: the tokens with which a text begins, such as Llama 3's BOS. template: the

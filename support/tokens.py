@@ -127,20 +127,20 @@ def preparer(tokenizer):
 
     def prepare(row, notes):
         nonlocal n_rows
-        found = Counter()
+        taken_off = Counter()
         is_chat = not isinstance(row["prompt"], str)
         if is_chat:
             for response in row["responses"]:
-                response[-1] = {**response[-1], "content": without_end(response[-1]["content"],
-                                                                       found)}
+                last = without_end(response[-1]["content"], taken_off)
+                response[-1] = response[-1] | {"content": last}
             row["segments"] = segments_of(row, tokenizer)
             source = template_of(tokenizer).source
             for name in {name for message in chain(row["prompt"], *row["responses"])
                          for name in message if name not in source}:
                 notes[f"{{}} rows: {name!r} of their messages is not read by the chat layout"] += 1
         else:
-            row["responses"] = [without_end(text, found) for text in row["responses"]]
-        notes.update(found.keys())
+            row["responses"] = [without_end(text, taken_off) for text in row["responses"]]
+        notes.update(taken_off.keys())
         prompt, responses = row_texts(row)
         texts = (prompt, *responses)
         written = {match for text in texts for match in anywhere.findall(text)}

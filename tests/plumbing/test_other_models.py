@@ -506,7 +506,7 @@ def test_the_token_that_ends_a_text(tmp_path, capsys):
     config.write_text('{"eos_token_id": [8, 7]}')
     assert get_tokenizer(str(tmp_path)).eot_token == 8
     generation = tmp_path / "generation_config.json"
-    generation.write_text('{"eos_token_id": [7, 8]}')           # of the two it is the one that counts
+    generation.write_text('{"eos_token_id": [7, 8]}')       # it counts more than config.json
     assert get_tokenizer(str(tmp_path)).eot_token == 7
     generation.unlink()
     for unclear in (50256, None, [], True, -1, 10 ** 9):

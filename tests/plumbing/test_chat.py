@@ -1,0 +1,393 @@
+"""Chats: messages become tokens by a model's own template, and only what the assistant says is
+learnt. Expected ids and masks are exact, on a made-up tokenizer of bytes with ChatML's tokens."""
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import sample
+from data import collate, get_tokenizer
+from model import GPT, GPTConfig
+from support.chat import HH, ChatTemplate, chat_segments, segments_of, text_segments
+from support.prompts import prompt_tokens
+from support.tokenizer import save_tokenizer
+from support.tokens import encode, fit, prompts_of, tokenised_file
+
+pytestmark = pytest.mark.usefixtures("hub_cache")
+
+START, END, BOS = "<|im_start|>", "<|im_end|>", "<s>"
+SPECIALS = (BOS, START, END)        # tokens 256, 257, 258
+CHATML = ("{% for m in messages %}\n{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + "
+          "'<|im_end|>' + '\n' }}{% endfor %}\n"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+# As Qwen3's: thoughts stand in the last reply alone, and an empty one where none is wanted.
+THINKING = CHATML.replace("m['content'] +", "(('<think>\n\n</think>\n\n' if loop.last and m['role'] "
+                          "== 'assistant' else '') + m['content']) +").replace(
+    "assistant\n' }}", "assistant\n' }}{% if enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}")
+
+
+def says(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+HI, YES, GO, NO = (says("user", "Hi"), says("assistant", "Yes"), says("user", "Go"),
+                   says("assistant", "No"))
+
+
+def write_tokenizer(folder, template=CHATML, bos=False, **settings):
+    """A model's tokenizer: of bytes, token b being byte b."""
+    tokenizers = pytest.importorskip("tokenizers")
+    letters = {chr(b): b for b in (*range(33, 127), *range(161, 173), *range(174, 256))}
+    others = sorted(set(range(256)) - set(letters.values()))
+    letters |= {chr(256 + i): b for i, b in enumerate(others)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(letters, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIALS))
+    if bos:
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[(BOS, 256)])
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": BOS, "eos_token": {"content": BOS}, **settings}
+    if template is not None:
+        settings["chat_template"] = template
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return get_tokenizer(f"{folder}/")
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    return write_tokenizer(tmp_path / "own")
+
+
+def ids_of(text):
+    """The tokens of a text in which special tokens are tokens."""
+    for number, special in enumerate(SPECIALS):
+        text = text.replace(special, chr(0xE000 + number))
+    return [token for letter in text for token in
+            ([256 + ord(letter) - 0xE000] if letter in "\ue000\ue001\ue002" else letter.encode())]
+
+
+def example(row, tokenizer):
+    """The example of a row: its prompt and its responses, lists of token ids."""
+    (prompt, responses), = fit(encode([row], tokenizer), 10_000)
+    return prompt.tolist(), [ids.tolist() for ids in responses]
+
+
+# ------------------------------------------------------------------ exact ids and masks
+
+def test_a_chat_in_the_template(tokenizer):
+    """The prompt ends where the reply is asked for; a reply ends in the template's end of turn, and
+    the new line after it is nobody's."""
+    assert tokenizer.eot_token == 258
+    prompt, responses = example({"prompt": [says("system", "Be kind"), HI],
+                                 "responses": [[YES], [says("assistant", " No!\n")]]}, tokenizer)
+    assert prompt == ids_of(f"{START}system\nBe kind{END}\n{START}user\nHi{END}\n"
+                            f"{START}assistant\n")
+    assert responses == [ids_of(f"Yes{END}"), ids_of(f"No!{END}")]
+
+
+def test_what_a_person_says_in_a_response_is_not_learnt(tokenizer):
+    """It is written as complements: the model reads it, no log-prob of it counts."""
+    row = {"prompt": [HI], "responses": [[YES, GO, NO], [NO]]}
+    _, responses = example(row, tokenizer)
+    between = ids_of(f"\n{START}user\nGo{END}\n{START}assistant\n")
+    assert responses == [ids_of(f"Yes{END}") + [~token for token in between] + ids_of(f"No{END}"),
+                         ids_of(f"No{END}")]
+
+
+def test_the_layout_of_hh_is_the_template_of_models_without_one(tmp_path):
+    """Every letter as today, and the same mask whether the dialogue comes as messages or text."""
+    tokenizer = write_tokenizer(tmp_path / "own", template=None)
+    assert tokenizer.eot_token == 256
+    rows = [{"prompt": [HI], "responses": [[YES, GO, NO], [NO]]},
+            {"prompt": "\n\nHuman: Hi\n\nAssistant:",
+             "responses": [" Yes\n\nHuman: Go\n\nAssistant: No", " No"]}]
+    for row in rows:
+        prompt, responses = example(row, tokenizer)
+        assert prompt == ids_of("\n\nHuman: Hi\n\nAssistant:")
+        between = [~token for token in b"\n\nHuman: Go\n\nAssistant:"]
+        assert responses == [[*b" Yes", *between, *b" No", 256], [*b" No", 256]]
+    first, second = (encode([row], tokenizer)["hash"] for row in rows)
+    assert first == second                                      # and the same split
+
+
+def test_names_inside_a_message_do_not_split_it(tokenizer, tmp_path):
+    text = "Write\n\nHuman: x\n\nAssistant: y"
+    row = {"prompt": [says("user", text)], "responses": [[says("assistant", text)]]}
+    for own in (tokenizer, write_tokenizer(tmp_path / "bare", template=None)):
+        _, (response,) = example(row, own)
+        assert min(response) >= 0 and own.decode(response[:-1]).strip() == text
+
+
+@pytest.mark.parametrize("response, wanted", [
+    (" a", [(" a", True)]),
+    (" a\n\nHuman: b\n\nAssistant: c",
+     [(" a", True), ("\n\nHuman: b\n\nAssistant:", False), (" c", True)]),
+    (" a\n\nHuman: b", [(" a", True)]),
+    ("\n\nSystem: b\n\nAssistant: c", [("\n\nSystem: b\n\nAssistant:", False), (" c", True)])])
+def test_segments_of_text(response, wanted):
+    """A dialogue in text; other text is not looked into."""
+    assert text_segments("\n\nHuman: Hi\n\nAssistant:", response) == wanted
+    assert text_segments("Post:", response) == [(response, True)]
+
+
+@pytest.mark.parametrize("begun, reply", [("Sure,", " here"), ("Sure, ", "here"),
+                                          ("  Sure,", " here")])
+def test_a_prompt_that_ends_with_the_assistant(tokenizer, begun, reply):
+    """Its turn goes on, there is no second one, and a space between is the reply's."""
+    row = {"prompt": [HI, says("assistant", begun)], "responses": [[says("assistant", reply)]]}
+    prompt, responses = example(row, tokenizer)
+    assert prompt == ids_of(f"{START}user\nHi{END}\n{START}assistant\nSure,")
+    assert responses == [ids_of(f" here{END}")]
+    assert segments_of(row, None) == ("\n\nHuman: Hi\n\nAssistant: Sure,", [[(" here", True)]])
+
+
+def test_special_tokens_in_what_people_write_are_text(tokenizer):
+    """Those of the template around them are tokens."""
+    text = f"What is {END}?{BOS}"
+    prompt, (response,) = example({"prompt": [says("user", text)],
+                                   "responses": [[says("assistant", f"It ends {START}."), GO, NO]]},
+                                  tokenizer)
+    assert prompt == [257, *b"user\n", *text.encode(), 258, *b"\n", 257, *b"assistant\n"]
+    between = [*b"\n", 257, *b"user\nGo", 258, *b"\n", 257, *b"assistant\n"]
+    assert response == [*f"It ends {START}.".encode(), 258, *[~token for token in between],
+                        *b"No", 258]
+
+
+def test_a_template_that_drops_thoughts(tmp_path):
+    """Thinking is off in prompt and reply, so the prompt is where the reply begins. Where earlier
+    replies would be written otherwise than they were drawn, a row is refused; SFT has a row for
+    each turn, as it is drawn."""
+    tokenizer = write_tokenizer(tmp_path / "own", THINKING)
+    assert tokenizer.eot_token == 258
+    empty = "<think>\n\n</think>\n\n"
+    prompt, responses = example({"prompt": [HI], "responses": [[YES]]}, tokenizer)
+    assert prompt == ids_of(f"{START}user\nHi{END}\n{START}assistant\n{empty}")
+    assert responses == [ids_of(f"Yes{END}")]
+    prompt, responses = example({"prompt": [HI, YES, GO], "responses": [[NO]]}, tokenizer)
+    assert prompt == ids_of(f"{START}user\nHi{END}\n{START}assistant\nYes{END}\n{START}user\nGo"
+                            f"{END}\n{START}assistant\n{empty}")
+    with pytest.raises(ValueError, match="^the chat template writes a turn of the assistant in an"):
+        segments_of({"prompt": [HI], "responses": [[YES, GO, NO]]}, tokenizer)
+
+
+def test_a_bad_row_of_a_template(tmp_path, capsys):
+    """What the template refuses is a bad row, and so is a fault in the template itself."""
+    path, rows = tmp_path / "a.jsonl", [{"prompt": [HI], "chosen": "a", "rejected": "b"}] * 2
+    rows[1] = {**rows[1], "prompt": [says("system", "x"), HI]}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    strict = ("{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}"
+              "{% endif %}" + CHATML)
+    own = write_tokenizer(tmp_path / "strict", strict)
+    with pytest.raises(ValueError, match="row 2: the chat template does not take these messages: "
+                                         "no system here; --skip_bad_rows leaves them out$"):
+        tokenised_file(str(path), own)
+    assert len(tokenised_file(str(path), own, skip_bad_rows=True)["hash"]) == 1
+    for broken in ("{% if %}", "{{ messages.nothing() }}", "{{ ''.__class__.__mro__ }}x"):
+        with pytest.raises(ValueError, match="own/: .*chat template"):
+            write_tokenizer(tmp_path / "own", broken)
+
+
+def test_keys_of_messages_that_the_layout_does_not_read(tmp_path, capsys):
+    row = {"prompt": [HI | {"name": "Ann"}], "chosen": "a", "rejected": "b"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    tokenised_file(str(tmp_path / "a.jsonl"), write_tokenizer(tmp_path / "own"))
+    assert "1 row: 'name' of their messages is not read by the chat layout" in (
+        capsys.readouterr().out)
+
+
+def test_what_templates_may_use():
+    """What `transformers` gives them; but no date of today, or runs on two days would differ."""
+    template = ChatTemplate(
+        "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{% generation %}"
+        "{{ m | tojson }}{% endgeneration %}{% endfor %}{{ strftime_now('%d %b %Y') }}"
+        "{{ bos_token }}", {"bos_token": BOS})
+    assert template.render([HI, says("user", "é")]) == (
+        '{"role": "user", "content": "é"}26 Jul 2024<s>')
+
+
+@pytest.mark.parametrize("where", ["jinja", "list"])
+def test_where_templates_are(tmp_path, where):
+    """In a file of their own, which goes first, or among several."""
+    if where == "list":
+        own = write_tokenizer(tmp_path / "own", [{"name": "tools", "template": "x"},
+                                                 {"name": "default", "template": CHATML}])
+    else:
+        (tmp_path / "own").mkdir()
+        (tmp_path / "own/chat_template.jinja").write_text(CHATML)
+        own = write_tokenizer(tmp_path / "own", "x")
+    assert example({"prompt": [HI], "responses": [[YES]]}, own)[1] == [ids_of(f"Yes{END}")]
+
+
+# ------------------------------------------------------------------ text, and what is saved
+
+def test_a_text_begins_with_bos_where_the_model_has_one(tmp_path):
+    """As in Llama 3. A template writes its own. An empty prompt is BOS alone."""
+    own = write_tokenizer(tmp_path / "own", "{{ bos_token }}" + CHATML, bos=True)
+    assert own.start == [256]
+    assert example({"prompt": "Hi", "responses": [" you"]}, own) == (
+        [256, *b"Hi"], [[*b" you", 258]])
+    assert example({"prompt": "", "responses": ["a"]}, own)[0] == [256]
+    prompt, _ = example({"prompt": [HI], "responses": [[YES]]}, own)
+    assert prompt == ids_of(f"{BOS}{START}user\nHi{END}\n{START}assistant\n")
+    assert prompt_tokens(["Hi"], own, 99, chat=False) == [256, *b"Hi"]
+
+
+def test_the_end_of_turn_and_the_model_s_list_of_ends(tmp_path, capsys):
+    """generation_config.json goes along if its ends have the template's; else what is trained would
+    not stop there."""
+    for ends, kept in (([256, 258], True), (258, True), ([256], False)):
+        folder = tmp_path / str(ends)
+        folder.mkdir()
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        own = write_tokenizer(folder)
+        assert own.eot_token == 258 and ("and not in 256" in capsys.readouterr().out) != kept
+        save_tokenizer(tmp_path / "saved", own, 20)
+        files = {"tokenizer.json", "tokenizer_config.json"}
+        files |= {"generation_config.json"} if kept else set()
+        assert set(own.files) == files
+        for name in files:
+            assert (tmp_path / "saved" / name).read_bytes() == (folder / name).read_bytes()
+
+
+# ------------------------------------------------------------------ the model sees all, learns some
+
+def test_log_probs_add_up_learnt_tokens_alone():
+    """By hand, from the plain logits; context is read: another one changes what comes after it."""
+    torch.manual_seed(0)
+    policy = GPT(GPTConfig(block_size=16, vocab_size=20, n_layer=1, n_head=2, n_embd=8)).double()
+    for parameter in policy.parameters():
+        parameter.data.normal_(0, 0.5)
+    prompt, response = [3, 1, 4], [5, ~9, ~2, 6, 7]
+    batch = collate([(prompt, [response, [8]])])
+    assert batch.tokens.tolist() == [[3, 1, 4, 5, 9, 2, 6, 7, 8]]
+    assert batch.own.tolist() == [3, 6, 7, 8] and batch.predictor.tolist() == [2, 5, 6, 2]
+    assert batch.target.tolist() == [5, 6, 7, 8] and batch.slot.tolist() == [0, 0, 0, 1]
+    assert batch.lengths.tolist() == [[3, 1]] and batch.last.tolist() == [[7, 8]]
+    logps = policy.logits(batch.tokens[:, :8])[0].log_softmax(dim=1)
+    wanted = logps[2, 5] + logps[5, 6] + logps[6, 7]
+    assert torch.allclose(policy.response_logps(batch)[0, 0], wanted)
+    other = collate([(prompt, [[5, ~9, ~3, 6, 7], [8]])])
+    assert policy.response_logps(other)[0, 0] != policy.response_logps(batch)[0, 0]
+
+
+def test_a_response_of_context_first():
+    """The prompt's last token predicts nothing then."""
+    batch = collate([([1, 2], [np.array([~3, 4], np.int32)])])
+    assert batch.predictor.tolist() == [2] and batch.target.tolist() == [4]
+
+
+# ------------------------------------------------------------------ talking
+
+class Echo:
+    """A policy that keeps what it was asked, and answers "Yes"."""
+
+    def __init__(self, config):
+        self.config, self.asked = config, []
+
+    def to(self, device):
+        return self
+
+    def parameters(self):
+        return iter([torch.zeros(1)])
+
+    def generate(self, prompts, max_new_tokens, temperature, stop, *args, on_token=None, **more):
+        self.asked.append((prompts[0], stop))
+        for token in (*b"Yes", 258):
+            on_token([token])
+        return [[*b"Yes", 258]]
+
+
+def test_sample_talks_in_the_template(tmp_path, monkeypatch, capsys):
+    """Each turn with all that was said before, and it stops at the template's end of a turn."""
+    folder = str(tmp_path / "own")
+    write_tokenizer(tmp_path / "own")
+    GPT(GPTConfig(block_size=200, vocab_size=259, n_layer=1, n_head=1, n_embd=4)).save_pretrained(
+        folder)
+    echo = Echo(GPTConfig(block_size=200))
+    monkeypatch.setattr(sample.GPT, "from_pretrained", lambda name: echo)
+    monkeypatch.setattr(sample, "check_vocabulary", lambda *args: None)
+    monkeypatch.setattr(sample, "prompts_to_answer", lambda *args: iter(["Hi", "Go"]))
+    sample.main([folder, "--chat", "--max_new_tokens=5"])
+    first = f"{START}user\nHi{END}\n{START}assistant\n"
+    second = first + f"Yes{END}\n{START}user\nGo{END}\n{START}assistant\n"
+    assert echo.asked == [(ids_of(first), 258), (ids_of(second), 258)]
+    assert f"[{folder}]Yes\n" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ transformers, real weights
+
+FOLDER, DATA = os.environ.get("NANOPREF_SMOLLM2", ""), os.environ.get("NANOPREF_DATA", "")
+TEXTS = ["", "Hello  world\n\n\n x  1234567 ", "def f(x):\n\treturn x**2  # é", "😀👩‍👩‍👧 naïve 日本語",
+         f"{END} ﬁ \u200b \x00\x7f \r\n{START}user"]
+TOOL = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+CHATS = [([HI], [YES, GO, NO]), ([says("system", "Be kind."), HI, YES, GO], [NO]),
+         ([HI, YES, says("tool", "42"), GO], [says("assistant", "\n Well…\n")]),
+         ([says("user", "\n\nHuman: 😀 ")], [says("assistant", "code:\n```\nx\n```")])]
+
+
+def check_parity(own, theirs, prompt, response):
+    """Our tokens of a dialogue are those of `apply_chat_template`, and end with the last turn."""
+    spoken = [{**message, "content": message["content"].strip()}
+              if message["role"] == "assistant" else message for message in response]
+    whole = theirs.apply_chat_template(prompt + spoken, return_dict=False)
+    asked = theirs.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    start, (ids,) = example({"prompt": prompt, "responses": [response]}, own)
+    assert start == asked
+    ids = [token if token >= 0 else ~token for token in ids]
+    assert whole[:len(asked) + len(ids)] == asked + ids
+    assert theirs.decode(whole[len(asked) + len(ids):]).strip() == ""
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_parity_with_transformers(tmp_path, bos):
+    transformers = pytest.importorskip("transformers")
+    own = write_tokenizer(tmp_path / "own", "{{ bos_token }}" * bos + CHATML, bos)
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "own"))
+    for text in TEXTS:
+        ids = theirs.encode(text, split_special_tokens=True)
+        assert own.start + own.encode_ordinary(text) == ids
+    for chat in CHATS:
+        check_parity(own, theirs, *chat)
+
+
+@pytest.mark.real_data
+@pytest.mark.skipif(not os.path.isdir(FOLDER), reason="NANOPREF_SMOLLM2 names no folder")
+def test_smollm2(tmp_path):
+    """Its ids of any text and of dialogues, HH's among them where NANOPREF_DATA has some; and what
+    is saved is its files."""
+    own = get_tokenizer(f"{FOLDER}/")
+    assert own.decode([own.eot_token]) == END and own.start == []
+    save_tokenizer(tmp_path, own, 20)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        with open(os.path.join(FOLDER, name), "rb") as file:
+            assert (tmp_path / name).read_bytes() == file.read()
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(FOLDER)
+    chats, path = list(CHATS), os.path.join(DATA, "hh_helpful-base.jsonl.gz")
+    if os.path.isfile(path):
+        tokens = tokenised_file(path, get_tokenizer("tinytldr"))
+        for text in map(get_tokenizer("tinytldr").decode, prompts_of(tokens, "test")[:100]):
+            turns = [turn for turn in text.split("\n\nHuman:")[1:]]
+            prompt = []
+            for turn in turns:
+                asked, *answered = turn.split("\n\nAssistant:")
+                prompt += [says("user", asked), *(says("assistant", each) for each in answered)]
+            if prompt[-1]["role"] == "assistant":
+                del prompt[-1]
+            chats.append((prompt, [says("assistant", f" {text[-60:]} ")]))
+            TEXTS.append(text)
+    for text in TEXTS:
+        assert own.encode_ordinary(text) == theirs.encode(text, split_special_tokens=True)
+    for chat in chats:
+        check_parity(own, theirs, *chat)
+
+
+def test_hh_has_no_end_of_turn():
+    assert HH.end_of_turn() is None
+    assert chat_segments(HH, [HI], [YES]) == ("\n\nHuman: Hi\n\nAssistant:", [(" Yes", True)])
