@@ -10,9 +10,7 @@ some:
     chosen, rejected            whole dialogues, or posts with their TL;DR: the prompt is what they
                                 have in common
     prompt, responses           K of them, the best first; or in the order of `ranks` (1 is best);
-                                or of `scores` (as above); or with `pairs`, [[i, j], ...] for
-                                "response i is better than j", or with `chosen` and `rejected` (one
-                                of them each, or its index): then a pair each
+                                or of `scores` (as above)
     prompt, completion          a demonstration, for supervised fine-tuning; but not if `label` is
                                 false (or 0, no, undesirable, ...)
     messages                    a dialogue: each turn of the assistant is a demonstration
@@ -40,13 +38,12 @@ from support.sources import listed, read_records
 PREFERENCES = (("chosen", "rejected"), ("prompt", "responses"))     # columns needed, either or
 DEMONSTRATIONS = (("prompt", "completion"), ("messages",), *PREFERENCES)
 READ = {"prompt", "chosen", "rejected", "score_chosen", "score_rejected", "responses", "ranks",
-        "scores", "pairs"}
+        "scores"}
 READ_AS_DEMONSTRATIONS = READ | {"completion", "messages", "label"}
 BLANK = re.compile("[\\s\\u200b-\\u200f\\u2060\\ufeff]*")     # with characters that nobody sees
-# Chat messages that a program wrote as text: one, a list of them, an array of numpy
-WRITTEN_MESSAGES = re.compile(r"""\s*(array\()?(\[\s*\{\s*["'](role|content|from|value)["']\s*:|"""
-                              r"""\{\s*["'](role|from)["']\s*:\s*["']\w+["']\s*,\s*"""
-                              r"""["'](content|value)["']\s*:).*[\]})]\s*""", re.S)
+# A list of chat messages that a program wrote as text
+WRITTEN_MESSAGES = re.compile(r"""\s*(array\()?\[\s*\{\s*["'](role|content|from|value)["']\s*:.*"""
+                              r"""[\])]\s*""", re.S)
 TRUE = {"true", "yes", "y", "t", "1", "1.0", "desirable", "good", "chosen", "positive", "accepted",
         "liked", "thumbs_up", "thumbs up"}
 FALSE = {"false", "no", "n", "f", "0", "0.0", "-1", "-1.0", "undesirable", "bad", "rejected",
@@ -66,45 +63,46 @@ WORDS_BESIDE = frozenset(
 
 
 def parse_rows(record, demonstrations, notes=None):
-    """Returns the rows in one record of a file: preferences, one or one for each of its `pairs`; or
-    demonstrations, one for each turn of the assistant, none if the label is false. ValueError says
-    what is wrong. notes: a Counter of what was done to rows, each "{} rows ..." for a number."""
+    """Returns the rows in one record of a file: a preference; or demonstrations, one for each turn
+    of the assistant, none if the label is false. ValueError says what is wrong. notes: a Counter of
+    what was done to rows, each "{} rows ..." for a number."""
     if isinstance(record, ValueError):      # in place of a record that could not be read
         raise record
     if not isinstance(record, dict):
         raise ValueError("not a JSON object" + "; an array of them belongs into a file that ends "
                          "in .json" * isinstance(record, list))
-    notes = Counter() if notes is None else notes
     layouts = DEMONSTRATIONS if demonstrations else PREFERENCES
     if not any(set(columns) <= record.keys() for columns in layouts):
         wanted = ", or ".join(" and ".join(columns) for columns in layouts)
         raise ValueError(f"needs columns {wanted}; has {', '.join(map(str, record)) or 'none'}")
+    notes = Counter() if notes is None else notes
     record = {str(name): None if is_gap(value) else value for name, value in record.items()}
-    column = next((name for name in ("completion", "messages") if record.get(name)), None)
-    if not demonstrations or column is None and not is_missing(record):
-        check_labels(record, demonstration=False)
-        rows = [parse_preference(part, notes) for part in pairs_of(record)]
-        return turns_of_the_best(rows) if demonstrations else rows
+    there = [name for name, value in record.items() if value is not None]
+    has_preference = bool({"chosen", "responses"} & set(there))
+    column = next((name for name in ("completion", "messages") if name in there),
+                  "completion" if "completion" in record else "messages")
+    if demonstrations and (column in there or not has_preference):
+        check_labels(record, column)
+        if is_false(record.get("label")):
+            return []
+        if column == "messages" and not isinstance(record[column], list):
+            raise ValueError("column 'messages' is missing, or is no list of chat messages")
+        prompt = record.get("prompt") if column == "completion" else None
+        prompt, (response,) = divide(prompt, [record[column]], [column], notes)
+        return turns_of(prompt, response)
 
-    check_labels(record, demonstration=True)
-    if is_false(record.get("label")):
-        return []
-    column = column or ("completion" if "completion" in record else "messages")
-    prompt = record.get("prompt") if column == "completion" else None
-    if column == "messages" and not isinstance(record[column], list):
-        raise ValueError("column 'messages' is missing, or is no list of chat messages")
-    prompt, (response,) = divide(prompt, [record[column]], [column], notes)
-    return turns_of(prompt, response, record[column])
+    ranked = "responses" in there
+    check_labels(record, "responses" if ranked else "chosen")
+    responses, columns, scores = (ranking if ranked else pair)(record, notes)
+    if ranked or "prompt" in record:
+        part_of(record.get("prompt"), "prompt")         # it must be there
+    prompt, responses = divide(record.get("prompt"), responses, columns, notes)
+    if demonstrations:
+        return turns_of(prompt, responses[0])
+    return [{"prompt": prompt, "responses": responses} | ({"scores": scores} if scores else {})]
 
 
-def is_missing(record):
-    """Returns whether a record has a column for a demonstration, with nothing in it, and no
-    preference."""
-    return (bool({"completion", "messages"} & record.keys())
-            and record.get("chosen") is None and record.get("responses") is None)
-
-
-def turns_of(prompt, response, messages=()):
+def turns_of(prompt, response):
     """Makes a demonstration of each turn of the assistant in a response that goes on with the
     dialogue of its prompt, each prompt being all that was said before."""
     rows = []
@@ -118,42 +116,9 @@ def turns_of(prompt, response, messages=()):
     else:
         for i, message in enumerate(response):
             wanted = message.get("weight") != 0 and message.get("train") is not False
-            if message["role"] == "assistant" and wanted:
+            if is_assistant(message) and wanted:
                 rows.append({"prompt": prompt + response[:i], "responses": [[message]]})
     return rows
-
-
-def turns_of_the_best(rows):
-    """Makes demonstrations of the responses that are never the worse one. rows: of one record."""
-    worse = [row["responses"][1] for row in rows] if len(rows) > 1 else []
-    best = []
-    for row in rows:
-        if row["responses"][0] not in (*worse, *(each["responses"][0] for each in best)):
-            best.append(row)
-    if not best:
-        raise ValueError("column 'pairs' goes round in a circle: no response is the best")
-    return [turn for row in best for turn in turns_of(row["prompt"], row["responses"][0])]
-
-
-def parse_preference(record, notes):
-    """Turns one record with `chosen` and `rejected`, or with `responses`, into a row."""
-    if record.get("responses") is None:
-        columns, scores = ["chosen", "rejected"], None
-        responses = [record.get(column) for column in columns]
-        score_columns = [f"score_{column}" for column in columns]
-        values = [record.get(column) for column in score_columns]
-        if values != [None, None]:
-            scores = scores_of(values, score_columns)
-    else:
-        responses, scores = in_order(record, notes)
-        columns = ["responses"] * len(responses)
-        if record.get("prompt") is None:
-            raise ValueError("column 'prompt' is missing")
-    if "prompt" in record and record["prompt"] is None:
-        raise ValueError("column 'prompt' is missing")
-    prompt, responses = divide(record.get("prompt"), responses, columns, notes)
-    row = {"prompt": prompt, "responses": responses}
-    return row | {"scores": scores} if scores else row
 
 
 # ------------------------------------------------------------------ text and messages
@@ -325,69 +290,27 @@ def after_prompt(prompt, response):
     return None
 
 
-# ------------------------------------------------------------------ rankings, scores
+# ------------------------------------------------------------------ pairs, rankings, scores
 
 
-def pairs_of(record):
-    """Splits a record whose labels of `responses` stand in `pairs`, or in `chosen` and `rejected`,
-    into one record for each pair, with columns `chosen` and `rejected`; returns other records
-    unchanged."""
-    responses, pairs = record.get("responses"), record.get("pairs")
-    sides = {side: record[side] for side in ("chosen", "rejected") if record.get(side) is not None}
-    if responses is None or pairs is None and not sides:
-        return [record]
-    K = check_responses(responses)
-    if pairs is None:
-        pairs = [pair_among(responses, sides)]
-    elif not (isinstance(pairs, list) and pairs and all(
-            isinstance(pair, list) and len(pair) == 2 and pair[0] != pair[1]
-            and all(type(k) is int and 0 <= k < K for k in pair) for pair in pairs)):
-        raise ValueError("column 'pairs' is not a list of [better, worse], two different numbers "
-                         f"from 0 to {K - 1} which count the 'responses'")
-    scores = check_scores(record.get("scores"), K)
-    records = []
-    for better, worse in pairs:
-        pair = {"chosen": responses[better], "rejected": responses[worse]}
-        if scores:
-            pair |= {"score_chosen": scores[better], "score_rejected": scores[worse]}
-        records.append({"prompt": record.get("prompt"), **pair})
-    return records
+def pair(record, notes):
+    """Returns the responses of a pair, their columns and their scores, or None."""
+    columns, score_columns = ["chosen", "rejected"], ["score_chosen", "score_rejected"]
+    scores = [record.get(column) for column in score_columns]
+    scores = None if scores == [None, None] else scores_of(scores, score_columns)
+    return [record.get(column) for column in columns], columns, scores
 
 
-def pair_among(responses, sides):
-    """Returns [index of `chosen`, index of `rejected`] among a list of responses. sides: the
-    columns that there are, one of `responses` or its index each; of two responses one is enough."""
-    texts, places = [last_text(response) for response in responses], {}
-    for side, value in sides.items():
-        if type(value) is int and 0 <= value < len(responses) and value not in responses:
-            places[side] = value
-        elif last_text(value) in texts:
-            places[side] = texts.index(last_text(value))
-        else:
-            raise ValueError(f"column {side!r} is none of the 'responses', nor the index of one")
-    if len(places) == 1 and len(responses) == 2:
-        places |= {side: 1 - place for place in places.values()
-                   for side in ("chosen", "rejected") if side not in places}
-    if len(set(places.values())) != 2:
-        raise ValueError("columns 'chosen' and 'rejected' do not name two of the 'responses'")
-    return [places["chosen"], places["rejected"]]
-
-
-def last_text(value):
-    """Returns a response without the white space around it; of a dialogue, its last message."""
-    if isinstance(value, list) and value and isinstance(value[-1], dict):
-        value = value[-1].get("content")
-    return value.strip() if isinstance(value, str) else value
-
-
-def in_order(record, notes):
+def ranking(record, notes):
     """Orders a list of responses, which come the best first, or with `ranks` (1 is best) or else
-    `scores` that say which is best. Returns (responses, the best first, and their scores or
-    None)."""
-    K = check_responses(record["responses"])
-    responses, ranks = record["responses"], record.get("ranks")
-    scores = check_scores(record.get("scores"), K)
-    texts = [response if isinstance(response, str) else str(last_text(response))
+    `scores` that say which is best. Returns the responses, the best first, their columns and their
+    scores, or None."""
+    responses, ranks, scores = (record.get(name) for name in ("responses", "ranks", "scores"))
+    if not isinstance(responses, list) or len(responses) < 2:
+        raise ValueError("column 'responses' is not a list of two responses or more")
+    K = len(responses)
+    scores = check_scores(scores, K)
+    texts = [response if isinstance(response, str) else json.dumps(response, default=str)
              for response in responses]
     if 1 < len(set(texts)) < K:
         notes["{} rows: two of the responses are the same; neither is better"] += 1
@@ -407,14 +330,7 @@ def in_order(record, notes):
         if sum(scores[0]) < max(map(sum, scores)):
             notes["{} rows: 'ranks' and 'scores' have another response as the best; the ranks "
                   "decide"] += 1
-    return [responses[k] for k in by_rank], scores
-
-
-def check_responses(responses):
-    """Returns how many `responses` there are. ValueError if it is no list of two or more."""
-    if not isinstance(responses, list) or len(responses) < 2:
-        raise ValueError("column 'responses' is not a list of two responses or more")
-    return len(responses)
+    return [responses[k] for k in by_rank], ["responses"] * K, scores
 
 
 def check_scores(scores, K):
@@ -475,40 +391,28 @@ def looks_like_label(column):
     return bool(words & LABEL_WORDS) and words <= LABEL_WORDS | WORDS_BESIDE
 
 
-def check_labels(record, demonstration):
-    """Raises ValueError if a record has a column with a label that would be ignored, or two that
-    say which response is better. demonstration: is it read as one, from `completion` or
-    `messages`?"""
-    has_pair = record.get("chosen") is not None and record.get("rejected") is not None
-    has_ranking = record.get("responses") is not None
-    read = {"label"} if demonstration else {"chosen", "rejected"}
-    if has_ranking and not demonstration:
-        read |= {"ranks", "pairs"}
-    for column, value in record.items():
-        of_a_side = has_pair and re.match("chosen|rejected", column)    # such as chosen_model
-        if value is None or column in read or of_a_side or not looks_like_label(column):
+def check_labels(record, column):
+    """Raises ValueError if a record has a column with a label that would be ignored. column: in
+    which its response is, "completion", "messages", "chosen" or "responses"."""
+    read = {"chosen": {"chosen", "rejected"}, "responses": {"ranks"}}.get(column, {"label"})
+    for name, value in record.items():
+        of_a_side = column == "chosen" and re.match("chosen|rejected", name)    # chosen_model
+        if value is None or name in read or of_a_side or not looks_like_label(name):
             continue
-        advice = ("'label', which is false for what is not to be imitated" if demonstration
-                  else "'chosen' and 'rejected'")
-        raise ValueError(f"column {column!r} looks like a label of which response is better, and "
+        advice = {"chosen": "'chosen' and 'rejected'", "responses": "'ranks'"}.get(
+            column, "'label', which is false for what is not to be imitated")
+        raise ValueError(f"column {name!r} looks like a label of which response is better, and "
                          f"would be ignored; put what it says into {advice}, or leave it out")
-    if has_pair and not has_ranking and record.get("scores") is not None:
+    if column == "chosen" and record.get("scores") is not None:
         raise ValueError("column 'scores' belongs to 'responses' and would be ignored; beside "
                          "'chosen' and 'rejected' it takes 'score_chosen' and 'score_rejected'")
-    if not has_ranking or demonstration:
+    if column != "responses" or (record.get("ranks"), record.get("scores")) != (None, None):
         return
-    labels = [column for column in ("ranks", "pairs") if record.get(column) is not None]
-    labels += [column for column in ("chosen", "rejected") if record.get(column) is not None][:1]
-    if len(labels) > 1:
-        raise ValueError(f"columns {labels[0]!r} and {labels[1]!r} both say which of the "
-                         "'responses' is better; keep one of them")
-    for column, value in record.items():
-        if labels or record.get("scores") is not None or column == "responses":
-            continue
-        if (isinstance(value, list) and isinstance(record["responses"], list)
-                and len(value) == len(record["responses"]) and all(map(is_number, value))
+    for name, value in record.items():
+        if (name != column and isinstance(value, list) and isinstance(record[column], list)
+                and len(value) == len(record[column]) and all(map(is_number, value))
                 and len(set(value)) > 1):
-            raise ValueError(f"column {column!r} has a number for each of the 'responses' and "
+            raise ValueError(f"column {name!r} has a number for each of the 'responses' and "
                              "would be ignored; call it 'scores' (the highest is best) or 'ranks' "
                              "(1 is best), or leave it out")
 
@@ -566,21 +470,19 @@ def load_rows(data, demonstrations=False, skip_bad_rows=False, hub=None, say=pri
 def usual_sizes(records):
     """Counts how many responses, and scores for each, most records of preferences have: {name:
     number}."""
-    responses, scores = Counter(), Counter()
+    counts = {"responses": Counter(), "scores for each response": Counter()}
     for record in records:
-        if not isinstance(record, dict):
-            continue
-        is_ranking = isinstance(record.get("responses"), list) and all(
-            record.get(label) is None for label in ("pairs", "chosen", "rejected"))
-        K = len(record["responses"]) if is_ranking else 2
-        score = record.get("score_chosen")
-        if isinstance(record.get("scores"), list) and record["scores"]:
-            score = record["scores"][0]
-        responses[K] += 1
-        if score is not None and not is_gap(score):
-            scores[len(score) if isinstance(score, list) else 1] += 1
-    usual = {"responses": responses, "scores for each response": scores}
-    return {name: counts.most_common(1)[0][0] for name, counts in usual.items() if counts}
+        if isinstance(record, dict):
+            responses, scores = record.get("responses"), record.get("scores")
+            is_ranking = isinstance(responses, list)
+            counts["responses"][len(responses) if is_ranking else 2] += 1
+            score = record.get("score_chosen")
+            if is_ranking:
+                score = scores[0] if isinstance(scores, list) and scores else None
+            if score is not None and not is_gap(score):
+                size = len(score) if isinstance(score, list) else 1
+                counts["scores for each response"][size] += 1
+    return {name: count.most_common(1)[0][0] for name, count in counts.items() if count}
 
 
 def check_sizes(row, sizes):
@@ -628,8 +530,6 @@ PROMPT_COLUMNS = {"system", "system_prompt", "system_message", "instruction", "i
                   "input", "context", "question", "query", "history", "document", "documents",
                   "passage", "tools", "functions", "image", "images", "audio", "video", "videos"}
 GAPS = {"nan", "NaN", "NaT", "<NA>"}        # what programs write where there is nothing
-# A list, or bytes, as Python or JSON writes them
-WRITTEN_OUT = re.compile(r"""\s*(\[\s*["'].*["']\s*\]|b'.*'|b".*")\s*""", re.S)
 
 
 def ends_in_a_space(prompt, responses):
@@ -648,14 +548,10 @@ def repeats_prompt(prompt, responses):
     """Returns whether all responses have the prompt in what they begin with, other than as the
     prompt is written: after a name or a mark, or with other spaces or capitals."""
     question = prompt.rpartition("\n\nHuman:")[2].removesuffix("\n\nAssistant:")
-    length = len(question.strip())
-    beginning = os.path.commonprefix(responses)
-    if len(responses) == 1:     # what is said in a first sentence may well repeat some words
-        beginning = responses[0][:length + 100] if length >= 20 else ""
-    if not 0 < 0.8 * length <= len(beginning):
-        return False
-    words, beginning = (" ".join(text.casefold().split()) for text in (question, beginning))
-    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", beginning) is not None
+    words, beginning = (" ".join(text.casefold().split())
+                        for text in (question, os.path.commonprefix(responses)))
+    return len(responses) > 1 and bool(words) and re.search(
+        rf"(?<!\w){re.escape(words)}(?!\w)", beginning) is not None
 
 
 def same_but_for_space(prompt, responses):
@@ -668,19 +564,6 @@ def has_no_prompt(prompt, responses):
 
 def has_a_gap(prompt, responses):
     return any(text.strip() in GAPS for text in (prompt, *responses))
-
-
-def is_written_out(prompt, responses):
-    return all(WRITTEN_OUT.fullmatch(response) for response in responses)
-
-
-def has_no_lines(prompt, responses):
-    text = prompt + "".join(responses)
-    return "\\n" in text and "\n" not in text
-
-
-def is_misread(prompt, responses):
-    return any(mark in text for text in (prompt, *responses) for mark in ("\ufffd", "\u00e2\u20ac"))
 
 
 # (what a row looks like, above which part of the rows it is said, what is said)
@@ -696,13 +579,7 @@ LOOKS = (
      "alone"),
     (has_a_gap, 0, "in {} rows a prompt or a response is a word for a gap, such as 'nan'; is "
      "something missing there?"),
-    (has_no_prompt, 0, "in {} rows the prompt is empty"),
-    (is_written_out, 0.5, "in {} rows the responses are lists or bytes, written out as text; the "
-     "text in them is probably what is meant"),
-    (has_no_lines, 0.5, "in {} rows there is a backslash and an n where a new line is probably "
-     "meant"),
-    (is_misread, 0.05, "in {} rows there are letters that look misread, such as \ufffd or "
-     "\u00e2\u20ac\u2122; was the file written in another encoding than UTF-8?"))
+    (has_no_prompt, 0, "in {} rows the prompt is empty"))
 
 
 class Oddities:

@@ -1,9 +1,13 @@
-"""Finds rows: in a file, a folder with files of several splits, or a data set on the hub.
+"""Finds and reads records: a file, a folder with files of several splits, a data set on the hub.
 
 A split of a folder or of a hub data set is named after a colon, `folder:train_prefs`; several of
 them with a plus, `folder:train_a+train_b`. In a folder the splits go by the names of the files
-(`train.jsonl`, `data/test-00000-of-00002.parquet`, `train/0000.parquet`), unless its README
-declares others, as on the hub. Where it is not clear what to train on, nothing is read.
+(`train.jsonl`, `data/test-00000-of-00002.parquet`, `train/0000.parquet`). Where it is not clear
+what to train on, nothing is read.
+
+JSON, CSV and Parquet files are read here and nothing of them is kept: what is trained on is what is
+in the file now. (`datasets` would keep a copy, named by path and time, and guess types: it is asked
+for the hub alone.)
 """
 import contextlib
 import csv
@@ -12,7 +16,6 @@ import json
 import os
 import re
 import zlib
-from collections import Counter
 
 from support.flags import InputError, in_a_line
 
@@ -23,11 +26,10 @@ NO_ROWS = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_di
 # What stands at the end of the names of the parts of one split: "-00000-of-00003-a1b2c3", "_2"
 PART_NUMBER = re.compile(r"(?:^|[-._ ])(?:(?:part|shard)[-._ ]?)?(\d+)"
                          r"(?:[-._ ]of[-._ ](\d+)(?:[-._ ][0-9a-f]{6,})?)?$")
+HIDDEN = re.compile(r"(^|/)(\.|__)")
 WORD = r"(?:^|[-._ /\d])(?:{})(?:[-._ /\d]|$)"
 TRAINING = re.compile(WORD.format("train|training"), re.I)
 HELD_OUT = re.compile(WORD.format("test|testing|eval|evaluation|validation|valid|dev|val"), re.I)
-# Files with rows in them that are not read
-OTHER_ENDINGS = (".arrow", ".tsv", ".xlsx", ".ndjson", ".jsonlines", ".zst", ".bz2", ".xz", ".zip")
 
 
 def name_and_split(data):
@@ -92,48 +94,23 @@ def folder_files(folder, split=None, say=print):
     """Finds the files of a folder that hold the rows of its training split, or of the split(s)
     named. say: is called with the names of the files, and of those that are not read. InputError if
     there is none, if there are several splits to train on, or if a split is there twice."""
-    files, unreadable = data_files(folder)
-    if not files:
-        there = f"; there is {listed(unreadable)}" if unreadable else ""
-        raise InputError(f"--data: {folder}: no file in it ends in {', '.join(ENDINGS)} (or .gz)"
-                         f"{there}")
-    splits = declared_splits(folder)
-    if splits:
-        names = choose_splits(list(splits), split, folder)
-    else:
-        splits = {}
-        for file in files:
-            splits.setdefault(split_name(file), []).append(file)
-        names = choose_splits(list(splits), split, folder)
-        for name in names:
-            check_parts(folder, name, splits[name], say)
-    chosen = [file for name in names for file in splits[name]]
-    missed = [file for file in unreadable if TRAINING.search(file)]
-    if missed and split is None and not any(map(TRAINING.search, chosen)):
-        raise InputError(f"--data: {folder}: {listed(missed)} can't be read; files end in "
-                         f"{', '.join(ENDINGS)} (or .gz); or name {listed(chosen)} itself")
-    others = [file for file in files if file not in chosen] + unreadable
-    not_read = f"; not read: {listed(others)}" if others else ""
+    splits = {}         # {split: its files}, below the folder, hidden ones left out
+    for place, folders, names in sorted(os.walk(folder)):
+        for name in sorted(names):
+            file = os.path.relpath(os.path.join(place, name), folder).replace(os.sep, "/")
+            ending = stem_and_ending(name)[1].removesuffix(".gz")
+            if ending in ENDINGS and name not in NO_ROWS and not HIDDEN.search(file):
+                splits.setdefault(split_name(file), []).append(file)
+    if not splits:
+        raise InputError(f"--data: {folder}: no file in it ends in {', '.join(ENDINGS)} (or .gz)")
+    chosen = []
+    for name in choose_splits(list(splits), split, folder):
+        check_parts(folder, name, splits[name], say)
+        chosen += splits[name]
+    others = [file for files in splits.values() for file in files if file not in chosen]
+    not_read = f"; not read: {listed(sorted(others))}" if others else ""
     say(f"reads {listed(chosen)}{not_read}")
     return chosen
-
-
-def data_files(folder):
-    """Lists the files with rows in a folder and below it, but for hidden ones: their paths from
-    there. Returns (those that can be read, those of other kinds)."""
-    files, others = [], []
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
-        for name in names:
-            _, ending = stem_and_ending(name)
-            path = os.path.relpath(os.path.join(place, name), folder).replace(os.sep, "/")
-            if name.startswith((".", "__")) or name in NO_ROWS:
-                continue
-            if ending.removesuffix(".gz") in ENDINGS:
-                files.append(path)
-            elif name.lower().endswith(OTHER_ENDINGS):
-                others.append(path)
-    return sorted(files), sorted(others)
 
 
 def stem_and_ending(file):
@@ -156,50 +133,19 @@ def split_name(file):
 def check_parts(folder, name, files, say):
     """Raises InputError if the files of a split are not the parts of one data set: if it is there
     in two formats, plain and packed, whole and in parts, or exported twice."""
-    kinds, totals = {}, set()
+    kinds = {}          # {(ending, has a number, of how many): a file}
     for file in files:
         stem, ending = stem_and_ending(file)
         number = PART_NUMBER.search(os.path.basename(stem))
-        total = number[2] if number else None
-        totals.add(total)
-        kinds.setdefault((ending, number is not None, total), file)
-    counted = totals.pop() if len(totals) == 1 else None
-    if len(kinds) > 1 or (counted and len(files) > int(counted)):
+        kinds.setdefault((ending, number is not None, number and number[2]), file)
+    total = int(list(kinds)[0][2] or len(files))
+    if len(kinds) > 1 or len(files) > total:
         twice = list(kinds.values()) if len(kinds) > 1 else files
         raise InputError(f"--data: {folder}: the split {name!r} is there more than once "
                          f"({listed(twice)}); name one file, such as --data="
                          f"{os.path.join(folder, twice[0])}, or leave one of them in the folder")
-    if counted and len(files) < int(counted):
-        say(f"warning: {len(files)} of the {int(counted)} files of the split {name!r} are there")
-    numbers = []
-    for file in files:
-        stem, _ = stem_and_ending(file)
-        match = PART_NUMBER.search(os.path.basename(stem))
-        if match and not match[2]:
-            numbers.append(int(match[1]))
-    gaps = sorted(set(range(min(numbers, default=0), max(numbers, default=0))) - set(numbers))
-    if 0 < len(gaps) < len(files):      # more are steps, or dates
-        say(f"warning: is a file of the split {name!r} missing? There is none with the number "
-            f"{listed([str(number) for number in gaps])}")
-
-
-def declared_splits(folder):
-    """Returns {split: its files} if the README of a copy of a hub data set declares them, else
-    {}."""
-    try:
-        with open(os.path.join(folder, "README.md"), encoding="utf-8") as file:
-            head = re.match(r"---\n.*?\n---", file.read(2 ** 20), re.S)
-    except (OSError, ValueError):
-        return {}
-    if not head or "\nconfigs:" not in head[0] or "data_files:" not in head[0]:
-        return {}
-    try:
-        declared = quiet_datasets().load_dataset_builder(folder).config.data_files or {}
-    except Exception:       # several configurations, or files that are not there: go by the names
-        return {}
-    root = os.path.realpath(folder)
-    return {str(split): [os.path.relpath(os.path.realpath(file), root).replace(os.sep, "/")
-                         for file in files] for split, files in declared.items()}
+    if len(files) < total:
+        say(f"warning: {len(files)} of the {total} files of the split {name!r} are there")
 
 
 # ------------------------------------------------------------------ the hub
@@ -290,10 +236,8 @@ def read_records(data, hub=None, say=print):
 KINDS = {       # the first bytes of a file: what it is
     b"\xff\xfe": "UTF-16 text; save it as UTF-8", b"\xfe\xff": "UTF-16 text; save it as UTF-8",
     b"{\0": "UTF-16 text; save it as UTF-8", b"\0{": "UTF-16 text; save it as UTF-8",
-    b"\x1f\x8b": "packed with gzip",
-    b"\x28\xb5\x2f\xfd": "packed with zstd; unpack it", b"PAR1": "Parquet",
-    b"PK\x03\x04": "a zip file or a spreadsheet; unpack it, or save it as CSV",
-    b"BZh": "packed with bzip2; unpack it", b"\xfd7zXZ": "packed with xz; unpack it",
+    b"\x1f\x8b": "packed with gzip", b"\x28\xb5\x2f\xfd": "packed with zstd; unpack it",
+    b"PAR1": "Parquet", b"PK\x03\x04": "a zip file or a spreadsheet; unpack it",
     b"version https://git-lfs": "a pointer of Git LFS, not the file; fetch it with git lfs pull",
     b"<!DOCTYPE html": "a web page", b"<html": "a web page"}
 
@@ -329,18 +273,14 @@ def check_content(path, suffix):
 
 
 def unique_names(pairs):
-    """Makes an object of some (name, value). ValueError if a name is there twice."""
+    """Makes an object of some (name, value). ValueError if a name is there twice: which of them is
+    meant?"""
     record = dict(pairs)
     if len(record) < len(pairs):
-        check_unique([name for name, _ in pairs])
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"column {twice!r} is there twice")
     return record
-
-
-def check_unique(names):
-    """Raises ValueError if a column is there twice: which of them is meant?"""
-    twice = [name for name, count in Counter(names).items() if count > 1 and name]
-    if twice:
-        raise ValueError(f"column {twice[0]!r} is there twice")
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=unique_names)
@@ -391,7 +331,7 @@ def csv_records(file):
         names = [name.strip() for name in reader.fieldnames or ()]
         if len(names) == 1 and re.search(r"[;\t|]", names[0]):
             raise ValueError("the columns of the first line are not separated by commas")
-        check_unique(names)
+        unique_names([(name, None) for name in names if name])
         reader.fieldnames = names
         for number, fields in enumerate(reader, 1):
             if None in fields:
@@ -413,6 +353,6 @@ def csv_value(name, text):
 def parquet_records(path):
     import pyarrow.parquet  # comes with datasets
     file = pyarrow.parquet.ParquetFile(path)
-    check_unique(file.schema_arrow.names)
+    unique_names([(name, None) for name in file.schema_arrow.names])
     for batch in file.iter_batches(1000):
         yield from batch.to_pylist()

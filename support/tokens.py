@@ -20,13 +20,7 @@ from support.files import remove, remove_leftovers, replacing
 from support.flags import InputError, in_a_line
 from support.rows import load_rows, row_texts
 from support.sources import check_is_file, name_and_split, open_hub
-from support.tokenizer import (
-    FolderTokenizer,
-    encode_text,
-    fingerprint,
-    special_tokens,
-    text_start,
-)
+from support.tokenizer import encode_text, fingerprint, special_tokens, text_start
 
 SAID = set()    # lines that are not to be printed again
 LAYOUT = 10     # raise it when the arrays below, or what is read into them, change
@@ -98,11 +92,9 @@ def split_hashes(turns, n_turns):
 # ------------------------------------------------------------------ text that a tokenizer can read
 
 LONG = 100_000          # characters; shorter text can be read by every tokenizer
-SOME = 200              # rows that are read back from their tokens
-# How special tokens of other models are written, where a text ends or begins
-FOREIGN = r"</?s>|<(?:eos|bos|pad|end_of_turn|start_of_turn)>|\[/?(?:EOS|BOS|PAD|SEP|CLS|INST)\]|" \
-          r"<\|\w+\|>|<\uff5c[\w\u2581]+\uff5c>"
-FOREIGN_END, FOREIGN_START = re.compile(f"(?:{FOREIGN})$", re.I), re.compile(FOREIGN, re.I)
+# How other models' special tokens are written, where a text ends
+FOREIGN_END = re.compile(r"(</s>|<eos>|<pad>|<end_of_turn>|\[EOS\]|\[PAD\]|\[SEP\]|<\|\w+\|>|"
+                         r"<\uff5c[\w\u2581]+\uff5c>)$", re.I)
 
 
 def preparer(tokenizer):
@@ -113,7 +105,6 @@ def preparer(tokenizer):
     specials = special_tokens(tokenizer)
     either = "|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)"
     anywhere, end = re.compile(either), re.compile(rf"((?:{either})\s*)+$")
-    n_rows = 0
 
     def without_end(text, notes):
         stripped = text.rstrip()
@@ -126,7 +117,6 @@ def preparer(tokenizer):
         return end.sub("", stripped)
 
     def prepare(row, notes):
-        nonlocal n_rows
         taken_off = Counter()
         is_chat = not isinstance(row["prompt"], str)
         if is_chat:
@@ -147,33 +137,15 @@ def preparer(tokenizer):
         if written:
             notes["warning: special tokens of the tokenizer are written in the text of {} rows; "
                   "there they are read as ordinary text"] += 1
-        foreign = {(kind, match[0]) for text in responses
-                   for kind, match in (("ends in", FOREIGN_END.search(text.rstrip()[-30:])),
-                                       ("begins with", FOREIGN_START.match(text.lstrip()[:30])))
-                   if match and match[0] not in written}
-        for kind, token in foreign:
-            notes[f"warning: a response {kind} {token} in {{}} rows; to this tokenizer that is "
+        for token in {match[0] for text in responses
+                      if (match := FOREIGN_END.search(text.rstrip()[-30:]))} - written:
+            notes[f"warning: a response ends in {token} in {{}} rows; to this tokenizer that is "
                   "ordinary text, which the model would learn to write"] += 1
         for text in texts:
             if len(text) > LONG:
                 encode_text(text, tokenizer)
-        n_rows += 1
-        if n_rows <= SOME and loses_letters("".join(texts), tokenizer):
-            notes[f"warning: in {{}} of the first {SOME} rows the tokenizer loses letters: "
-                  "read back from its tokens, which are all that the model sees, they are other "
-                  "text"] += 1
 
     return prepare
-
-
-def loses_letters(text, tokenizer):
-    """Tells whether a text, read back from its tokens, has other letters. Byte-level tokenizers,
-    tiktoken's too, lose none; another kind may have an unknown token, or drop what it has no token
-    for."""
-    if not isinstance(tokenizer, FolderTokenizer):
-        return False
-    back = tokenizer.decode(tokenizer.encode_ordinary(text))
-    return "".join(back.split()) != "".join(text.split())
 
 
 # ------------------------------------------------------------------ token ids

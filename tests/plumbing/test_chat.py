@@ -23,8 +23,8 @@ CHATML = ("{% for m in messages %}\n{{ '<|im_start|>' + m['role'] + '\n' + m['co
           "'<|im_end|>' + '\n' }}{% endfor %}\n"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 # As Qwen3's: thoughts stand in the last reply alone, and an empty one where none is wanted.
-THINKING = CHATML.replace("m['content'] +", "(('<think>\n\n</think>\n\n' if loop.last and m['role'] "
-                          "== 'assistant' else '') + m['content']) +").replace(
+THINKING = CHATML.replace("m['content'] +", "(('<think>\n\n</think>\n\n' if loop.last and "
+                          "m['role'] == 'assistant' else '') + m['content']) +").replace(
     "assistant\n' }}", "assistant\n' }}{% if enable_thinking is false %}"
     "{{ '<think>\n\n</think>\n\n' }}{% endif %}")
 
@@ -52,7 +52,7 @@ def write_tokenizer(folder, template=CHATML, bos=False, **settings):
             single="<s> $A", pair="<s> $A $B", special_tokens=[(BOS, 256)])
     folder.mkdir(exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"bos_token": BOS, "eos_token": {"content": BOS}, **settings}
+    settings = {"bos_token": BOS, "eos_token": BOS, **settings}
     if template is not None:
         settings["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -323,9 +323,8 @@ def test_sample_talks_in_the_template(tmp_path, monkeypatch, capsys):
 # ------------------------------------------------------------------ transformers, real weights
 
 FOLDER, DATA = os.environ.get("NANOPREF_SMOLLM2", ""), os.environ.get("NANOPREF_DATA", "")
-TEXTS = ["", "Hello  world\n\n\n x  1234567 ", "def f(x):\n\treturn x**2  # é", "😀👩‍👩‍👧 naïve 日本語",
-         f"{END} ﬁ \u200b \x00\x7f \r\n{START}user"]
-TOOL = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+TEXTS = ["", "Hello  world\n\n\n x  1234567 ", "def f(x):\n\treturn x**2  # é", "😀👩‍👩‍👧 naïve",
+         "日本語", f"{END} ﬁ \u200b \x00\x7f \r\n{START}user"]
 CHATS = [([HI], [YES, GO, NO]), ([says("system", "Be kind."), HI, YES, GO], [NO]),
          ([HI, YES, says("tool", "42"), GO], [says("assistant", "\n Well…\n")]),
          ([says("user", "\n\nHuman: 😀 ")], [says("assistant", "code:\n```\nx\n```")])]

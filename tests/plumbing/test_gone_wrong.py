@@ -147,7 +147,7 @@ def test_a_response_that_nobody_sees_is_empty(response):
 
 
 @pytest.mark.parametrize("text", [
-    '{"role": "user", "content": "Hi"}', '[{"from": "human", "value": "Hi"}]',
+    '[{"from": "human", "value": "Hi"}]',
     " [{'content': 'Hi', 'role': 'user'}\n {'content': 'Yes', 'role': 'assistant'}]",
     "array([{'content': 'Hi', 'role': 'user'}], dtype=object)"])
 def test_messages_that_were_written_as_text(text):
@@ -156,7 +156,7 @@ def test_messages_that_were_written_as_text(text):
 
 
 @pytest.mark.parametrize("text", [
-    '{"content": "goat", "price": 3}', '{"role": "user"}', '[{"role": "user"', "[1, 2]"])
+    '{"role": "user", "content": "Hi"}', '{"content": "goat", "price": 3}', '{"role": "user"}', '[{"role": "user"', "[1, 2]"])
 def test_text_that_is_json_all_the_same(text):
     assert parse_row({**PAIR, "chosen": text}, False)["responses"][0] == text
 
@@ -164,12 +164,7 @@ def test_text_that_is_json_all_the_same(text):
 @pytest.mark.parametrize("more, message", [
     ({"chosen": " a", "rejected": " a\n"}, "differ in the white space around them alone"),
     ({"rejected": " nan"}, "is a word for a gap, such as 'nan'"),
-    ({"prompt": ""}, "the prompt is empty"),
-    ({"chosen": " ['Yes']", "rejected": ' ["No"]'}, "are lists or bytes, written out as text"),
-    ({"chosen": " b'Yes'", "rejected": " b'No'"}, "are lists or bytes, written out as text"),
-    ({"chosen": " one\\ntwo"}, "there is a backslash and an n where a new line is probably meant"),
-    ({"chosen": " caf\ufffd"}, "letters that look misread"),
-    ({"chosen": " don\u00e2\u20ac\u2122t"}, "letters that look misread")])
+    ({"prompt": ""}, "the prompt is empty")])
 def test_what_rows_look_like(tmp_path, hub_cache, more, message):
     """It is said with a count, and nothing else is."""
     _, said = read(tmp_path / "a.jsonl", [{**PAIR, **more}] * 2)
@@ -181,13 +176,6 @@ def test_what_rows_look_like(tmp_path, hub_cache, more, message):
 def test_other_models_special_tokens_at_the_end(tmp_path, hub_cache, token):
     _, said = read(tmp_path / "a.jsonl", [{**PAIR, "chosen": " Hello!" + token}])
     assert said[0].startswith(f"warning: a response ends in {token} in 1 row")
-
-
-@pytest.mark.parametrize("token", ["<s>", "<bos>", "[INST]", "<|begin_of_text|>"])
-def test_other_models_special_tokens_at_the_beginning(tmp_path, hub_cache, token):
-    _, said = read(tmp_path / "a.jsonl", [{**PAIR, "chosen": f" {token} Hello!"}])
-    assert said == [f"warning: a response begins with {token} in 1 row; to this tokenizer that is "
-                    "ordinary text, which the model would learn to write"]
 
 
 def test_parts_of_messages_and_pictures_that_are_not_read(tmp_path, hub_cache):
@@ -267,24 +255,3 @@ def test_parts_of_a_split_without_a_name(tmp_path, names):
 def test_names_in_capitals(tmp_path):
     assert folder_said(tmp_path, "Train.JSONL", "Test.JSONL") == (
         1, ["reads Train.JSONL; not read: Test.JSONL"])
-
-
-def test_a_number_that_is_missing(tmp_path):
-    assert folder_said(tmp_path, "train_0.jsonl", "train_1.jsonl", "train_3.jsonl")[1][0] == (
-        "warning: is a file of the split 'train' missing? There is none with the number 2")
-
-
-def test_steps_are_no_gaps(tmp_path):
-    _, said = folder_said(tmp_path, "train_100.jsonl", "train_200.jsonl")
-    assert not any("missing" in line for line in said)
-
-
-def test_a_train_split_that_cannot_be_read(tmp_path):
-    """Nothing else is taken in its place."""
-    with pytest.raises(InputError, match=r"train.jsonl.zst can't be read; .* or name extra.jsonl"):
-        folder_said(tmp_path, "train.jsonl.zst", "extra.jsonl")
-    _, said = folder_said(tmp_path, "train.jsonl.zst", "extra.jsonl", "train.jsonl")
-    assert said[0] == "reads train.jsonl; not read: extra.jsonl, train.jsonl.zst"
-    (tmp_path / "arrow").mkdir()
-    with pytest.raises(InputError, match=re.escape("(or .gz); there is data-0.arrow")):
-        folder_said(tmp_path / "arrow", "data-0.arrow")

@@ -260,60 +260,11 @@ def test_bad_scores_and_rankings(record, message):
 # ------------------------------------------------------------------ labels
 
 TWO = {"prompt": "Say hello.", "responses": [" a", " b"]}
-THREE = {**RANKING, "responses": [" a", " b", " c"]}
-
-
-@pytest.mark.parametrize("more, wanted, best", [
-    ({"pairs": [[2, 0], [0, 1]]}, [" c a", " a b"], [" c"]),
-    ({"pairs": [[2, 0], [1, 0]]}, [" c a", " b a"], [" c", " b"]),
-    ({"pairs": [[2, 1], [2, 0]]}, [" c b", " c a"], [" c"]),
-    ({"chosen": " c", "rejected": " b"}, [" c b"], [" c"]),
-    ({"chosen": "c", "rejected": "a ", "chosen_model": "big"}, [" c a"], [" c"]),
-    ({"chosen": 2, "rejected": 1}, [" c b"], [" c"])])
-def test_labels_beside_responses(more, wanted, best):
-    """They decide, not the order of the responses: a pair each in preferences; SFT imitates the
-    responses that are never the worse one."""
-    record = {**THREE, **more}
-    assert ["".join(row["responses"]) for row in parse_rows(record, False)] == wanted
-    assert [row["responses"] for row in parse_rows(record, True)] == [[text] for text in best]
-
-
-def test_of_two_responses_one_label_is_enough():
-    for more in ({"chosen": " b"}, {"chosen": 1}, {"rejected": " a"}, {"rejected": 0}):
-        row, = parse_rows({**TWO, **more}, False)
-        assert row["responses"] == [" b", " a"]
-
-
-def test_scores_stay_with_the_responses_of_pairs():
-    record = {**THREE, "pairs": [[1, 0], [2, 1]], "scores": [0, [5], 7]}
-    assert [row["scores"] for row in parse_rows(record, False)] == [[[5], [0]], [[7], [5]]]
-
-
-def test_labels_beside_chat_messages():
-    hi = [says("user", "Hi")]
-    record = {"prompt": hi, "pairs": [[1, 0]],
-              "responses": [[says("assistant", text)] for text in "ab"]}
-    row = {"prompt": hi, "responses": replies("b", "a")}
-    assert parse_rows(record, False) == [row]
-    whole = [hi + response for response in record["responses"]]
-    by_text = {"prompt": hi, "responses": record["responses"], "chosen": whole[1],
-               "rejected": whole[0]}
-    assert parse_rows(by_text, False) == [row]
 
 
 @pytest.mark.parametrize("record, message", [
-    ({**TWO, "pairs": []}, "^column 'pairs' is not a list of .better, worse., two different "
-                           "numbers from 0 to 1 which count the 'responses'$"),
-    ({**TWO, "pairs": [[0, 2]]}, "column 'pairs' is not a list of"),
-    ({**TWO, "pairs": [[1, 1]]}, "column 'pairs' is not a list of"),
-    ({**TWO, "pairs": [[True, False]]}, "column 'pairs' is not a list of"),
-    ({**TWO, "pairs": [0, 1]}, "column 'pairs' is not a list of"),
-    ({**TWO, "pairs": [[1, 0]], "ranks": [1, 2]}, "columns 'ranks' and 'pairs' both say which"),
-    ({**TWO, "chosen": " b", "rejected": " a", "ranks": [1, 2]}, "'ranks' and 'chosen' both say"),
-    ({**TWO, "chosen": " x", "rejected": " a"}, "column 'chosen' is none of the 'responses'"),
-    ({**TWO, "chosen": 2, "rejected": 0}, "column 'chosen' is none of the 'responses'"),
-    ({**TWO, "chosen": " a", "rejected": "a"}, "do not name two of the 'responses'"),
-    ({**THREE, "chosen": " a"}, "do not name two of the 'responses'"),
+    ({**TWO, "pairs": [[1, 0]]}, "column 'pairs' looks like a label .* into 'ranks', or leave it"),
+    ({**TWO, "chosen": " b", "rejected": " a"}, "column 'chosen' looks like a label"),
     ({**TWO, "ratings": [1, 5]}, "^column 'ratings' has a number for each of the 'responses' and "
      "would be ignored; call it 'scores' .* or 'ranks' "),
     ({**TWO, "ranks": [1, 10 ** 400]}, "column 'ranks' is not a list of 2 numbers"),
@@ -322,13 +273,6 @@ def test_labels_beside_chat_messages():
 def test_labels_that_do_not_agree(record, message, demonstrations):
     with pytest.raises(ValueError, match=message):
         parse_rows(record, demonstrations)
-
-
-def test_pairs_in_a_circle_have_no_best_response():
-    record = {**THREE, "pairs": [[0, 1], [1, 2], [2, 0]]}
-    assert len(parse_rows(record, False)) == 3
-    with pytest.raises(ValueError, match="column 'pairs' goes round in a circle"):
-        parse_rows(record, True)
 
 
 @pytest.mark.parametrize("column", [

@@ -135,19 +135,6 @@ def test_a_split_that_is_not_there(tmp_path):
         read(f"{data}/none.jsonl")
 
 
-def test_the_readme_of_a_copy_declares_its_splits(tmp_path, hub_cache):
-    """As on the hub; where it declares several sets of them, the names of the files decide."""
-    data = fill(tmp_path, "one.jsonl", "two.jsonl")
-    declared = "\n".join(["---", "configs:", "- config_name: default", "  data_files:",
-                          "  - split: train", "    path: one.jsonl",
-                          "  - split: extra", "    path: two.jsonl", "---", "# A data set"])
-    (tmp_path / "README.md").write_text(declared)
-    assert read(data) == ["one.jsonl"] and read(f"{data}:extra") == ["two.jsonl"]
-    (tmp_path / "README.md").write_text("---\nconfigs:\n- broken\n  data_files: [\n---\n")
-    with pytest.raises(InputError, match="has one, two; name one with --split=one"):
-        read(data)
-
-
 def test_cached_tokens_know_the_split(tmp_path, hub_cache, capsys):
     data = fill(tmp_path, "train_a.jsonl", "train_b.jsonl")
     tokenizer = get_tokenizer("tinytldr")
