@@ -3,7 +3,6 @@
 import gzip
 import io
 import json
-import re
 
 import pytest
 
@@ -156,7 +155,8 @@ def test_messages_that_were_written_as_text(text):
 
 
 @pytest.mark.parametrize("text", [
-    '{"role": "user", "content": "Hi"}', '{"content": "goat", "price": 3}', '{"role": "user"}', '[{"role": "user"', "[1, 2]"])
+    '{"role": "user", "content": "Hi"}', '{"content": "goat", "price": 3}', '{"role": "user"}',
+    '[{"role": "user"', "[1, 2]"])
 def test_text_that_is_json_all_the_same(text):
     assert parse_row({**PAIR, "chosen": text}, False)["responses"][0] == text
 

@@ -140,6 +140,12 @@ LAYOUTS = {
         [{"prompt": [{"role": "system", "content": "Be kind."}, *asked("Hi")],
           "responses": replies("Yes?")},
          {"prompt": asked("Go."), "responses": replies("No.")}]),
+    "HH's dialogues, as messages": (
+        [{side: dialogue("Hi") + text for side, text in (("chosen", first), ("rejected", " No."))}
+         for first in (" Yes?\n\nHuman: Go\n\nAssistant: Well.", " ")],
+        [{"prompt": asked("Hi"), "responses": [
+            [{"role": "assistant", "content": "Yes?"}, *asked("Go", "Well.")],
+            *replies("No.")]}]),
 }
 
 

