@@ -33,13 +33,14 @@ from support.processes import (
     processes,
     progress_bar,
     starts_as_first,
+    trained_state,
     wait,
     whole,
 )
 
 # Flags that may differ on --resume
 MAY_CHANGE = ("out_dir", "resume", "overwrite", "device", "compile", "fsdp", "log",
-              "gradient_checkpointing")
+              "gradient_checkpointing", "merge_lora")
 LOG_EVERY = 10                                              # steps
 # The columns on the screen, docs/glossary.md: {heading: (name in metrics.jsonl, format)}
 SHOWN = {"loss": ("loss", ".4f"),
@@ -225,7 +226,7 @@ class Run:
             best = load(path, BEST)
             if best["value"] >= value and best["step"] != step:
                 return
-        self._save(path, {"model": self.model.state_dict(), "value": value, "step": step})
+        self._save(path, {"model": trained_state(self.model), "value": value, "step": step})
 
     def restore_selected(self):
         """Gives the model the weights that --select asks for, once training is over."""
@@ -268,7 +269,7 @@ class Run:
     def save_state(self, step, reported=False):
         """Saves all that resuming needs in one file, so that its parts always belong together.
         reported: whether the evaluation before this step is logged already."""
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+        state = {"model": trained_state(self.model), "optimizer": self.optimizer.state_dict(),
                  "step": step, "reported": reported,
                  "window": [add_up_numbers(numbers) for numbers in self._numbers_of_window()],
                  "constants": self.constants, "rng": torch.get_rng_state()}
@@ -327,6 +328,13 @@ class Run:
 
 
 # ------------------------------------------------------------------ on the screen
+
+
+def count_parameters(model):
+    """Writes how many parameters a model has, and how many of them are trained if not all are."""
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{total:,} parameters" + (f" ({trained:,} trained)" if trained < total else "")
 
 
 def print_prompt(number, text):
@@ -406,9 +414,10 @@ def check_free(folder, resume=False, overwrite=False):
         raise InputError(f"--resume: there is no state.pt in {folder!r}; leave --resume out to "
                          "start from the beginning")
     not_ours = "config.json" in there and LOCK not in there
-    if resume or overwrite or not ("state.pt" in there or MODELS & there or not_ours):
+    model = MODELS & there or "adapter_config.json" in there or not_ours
+    if resume or overwrite or not ("state.pt" in there or model):
         return
-    what = "a model" if MODELS & there or not_ours else "an unfinished run (go on with --resume)"
+    what = "a model" if model else "an unfinished run (go on with --resume)"
     raise InputError(f"--out_dir: {folder!r} holds {what}; name another folder, or --overwrite, "
                      "which sets the old one aside")
 
@@ -482,19 +491,26 @@ def run_flags(folder):
 
 def family_folders(folders, flag="--rewards"):
     """Returns the folders of the reward models that `--rewards=A,B` means: each of these is one (it
-    holds a config.json), or has one in each of its subfolders, which are sorted by name."""
+    holds a config.json, or an adapter of PEFT's alone), or has one in each of its subfolders, which
+    are sorted by name."""
     models = []
     for folder in folders.split(","):
         inside = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
         members = [os.path.join(folder, name) for name in inside]
-        members = [member for member in members if os.path.exists(f"{member}/config.json")]
-        if "config.json" in inside:
+        members = [member for member in members if holds_model(member)]
+        if holds_model(folder):
             members = [folder]
         if not members:
             raise InputError(f"{flag}: no reward model in {folder!r}: train one with python "
                              f"train_rm.py --out_dir={folder}")
         models += members
     return models
+
+
+def holds_model(folder):
+    """Returns whether a folder holds a model, or a run that may have one."""
+    names = ("config.json", "adapter_config.json")
+    return any(os.path.exists(os.path.join(folder, name)) for name in names)
 
 
 def models_named(folders, flag):
@@ -516,8 +532,7 @@ def family_to_train(args):
     if os.path.isdir(args.out_dir):
         there += [os.path.join(args.out_dir, name) for name in sorted(os.listdir(args.out_dir))]
     for folder in there:
-        is_model = os.path.exists(os.path.join(folder, "config.json"))
-        if is_model and folder not in folders.values():
+        if holds_model(folder) and folder not in folders.values():
             raise InputError(f"--out_dir: {folder} holds another reward model, which would join "
                              "this family; name another folder")
     return [(bias, folder, args.resume and folder in begun) for bias, folder in folders.items()]
