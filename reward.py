@@ -17,7 +17,7 @@ from data import Dataset, d_rho, preferences, relabel
 from lora import copy_around_frozen, load_lora, put_lora
 from model import GPT, GPTConfig, Transformer, init_weights, tree_mask
 from support.adapters import base_of, reward_head, write_adapter
-from support.checkpoint import load_tensors, read_checkpoint, write_checkpoint
+from support.checkpoint import load_model, read_checkpoint, write_checkpoint
 from support.columns import (
     cache_folder,
     cached,
@@ -36,7 +36,7 @@ from support.tokenizer import check_same_tokens, to_text
 
 
 class RewardModel(nn.Module):
-    """r(x, y). Laid out as Hugging Face's GPT2ForSequenceClassification with one label, and the
+    """r(x, y). Laid out as Hugging Face's sequence classifier of the family with one label, and the
     same thing where config.reward_head is "last"; "sum" adds up the numbers of all its tokens."""
 
     def __init__(self, config):
@@ -76,9 +76,7 @@ class RewardModel(nn.Module):
         base, bases = base_of(dir_or_hub_name), {} if bases is None else bases
         if base is None:
             config, tensors = read_checkpoint(dir_or_hub_name, head="score")
-            model = cls(GPTConfig(**config))
-            load_tensors(model, tensors, dir_or_hub_name)
-            return model
+            return load_model(lambda: cls(GPTConfig(**config)), tensors, dir_or_hub_name)
         if base not in bases:
             bases[base] = GPT.from_pretrained(base)
             put_lora(bases[base], {}, base)
@@ -92,11 +90,7 @@ class RewardModel(nn.Module):
         pad_token_id; a response ends in end-of-text, so that is another one.)"""
         if self.lora_base is not None:
             return write_adapter(directory, self)
-        fields = dict(reward_head="sum")        # which transformers does not know
-        if self.config.reward_head == "last":
-            fields = dict(id2label={"0": "reward"}, label2id={"reward": 0}, pad_token_id=0,
-                          architectures=["GPT2ForSequenceClassification"])
-        write_checkpoint(directory, self, eos_token_id, **fields)
+        write_checkpoint(directory, self, eos_token_id)
 
 
 def read_reward_models(folders, device):
