@@ -255,7 +255,8 @@ class Finder:
         """Returns whether a file is looked for next to an adapter: its tokenizer's, if it has one.
         All others belong to the model."""
         own = any(map(self._in_folder, ("tokenizer.json", "vocab.json")))
-        return own and filename not in ("config.json", "generation_config.json")
+        of_model = ("config", "generation_config", "model", "pytorch_model")
+        return own and not filename.startswith(of_model)
 
     def required(self, filename):
         path = self.optional(filename)
