@@ -89,7 +89,7 @@ class RewardModel(nn.Module):
         alone, with its head, for PEFT. (transformers reads the reward at the last token that is not
         pad_token_id; a response ends in end-of-text, so that is another one.)"""
         if self.lora_base is not None:
-            return write_adapter(directory, self)
+            return write_adapter(directory, self, eos_token_id)
         write_checkpoint(directory, self, eos_token_id)
 
 
@@ -103,8 +103,9 @@ def read_reward_models(folders, device):
 def load_reward_models(folders, flag, policy, tokenizer, device):
     """{folder: RewardModel} of comma-separated folders, each a run or a family; {} for None.
     tokenizer: the policy's. InputError, naming the flag, if one can't read what that writes."""
+    folders = models_named(folders, flag)
     with naming(flag):
-        models = read_reward_models(models_named(folders, flag), device)
+        models = read_reward_models(folders, device)
         for folder, model in models.items():
             check_same_tokens(folder, folder, model.config, policy.config, tokenizer)
     return models

@@ -14,11 +14,11 @@ from support.checkpoint import (
     load_state_dict,
     naming_damage,
     parts_in_files,
+    write_config,
 )
 from support.files import read_json, replacing, write_json
 from support.flags import InputError
 from support.processes import is_first, whole
-from support.run import run_flags
 
 PREFIX = "base_model.model."        # before the names of all tensors
 HEAD = "score.weight"
@@ -111,9 +111,9 @@ def read_tensors(folder):
                      "whole?)")
 
 
-def write_adapter(directory, model):
-    """Writes the adapter of a model (lora.py), for PEFT to load, and config.json, where the flags
-    of a run stay."""
+def write_adapter(directory, model, eos_token_id):
+    """Writes the adapter of a model (lora.py), for PEFT to load, and config.json: the base's, where
+    the flags of a run stay."""
     score = getattr(model, "score", None)
     layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
     rank, scale = {(len(layer.lora_A), layer.scale) for layer in layers.values()}.pop()
@@ -128,13 +128,9 @@ def write_adapter(directory, model):
     if score is not None:
         tensors[PREFIX + HEAD] = score.weight.detach()
     tensors = whole(tensors, keep=is_first())
-    config = {"nanopref": run_flags(directory), "base_fingerprint": fingerprint(model)}
-    if score is not None:
-        config["reward_head"] = model.config.reward_head
     if not is_first():
         return
-    os.makedirs(directory, exist_ok=True)
-    write_json(os.path.join(directory, "config.json"), config, indent=2)
+    write_config(directory, model, eos_token_id, base_fingerprint=fingerprint(model))
     with replacing(os.path.join(directory, "adapter_model.safetensors")) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     write_json(os.path.join(directory, "adapter_config.json"), {
