@@ -305,7 +305,7 @@ class GPT(nn.Module):
         model with a LoRA adapter the adapter alone, for PEFT. eos_token_id: the token that ends a
         text (default: what was read, or the last one)."""
         if self.lora_base is not None:
-            return write_adapter(directory, self, eos_token_id)
+            return write_adapter(directory, self)
         write_checkpoint(directory, self, eos_token_id)
 
     @torch.no_grad()

@@ -89,7 +89,7 @@ class RewardModel(nn.Module):
         alone, with its head, for PEFT. (transformers reads the reward at the last token that is not
         pad_token_id; a response ends in end-of-text, so that is another one.)"""
         if self.lora_base is not None:
-            return write_adapter(directory, self, eos_token_id)
+            return write_adapter(directory, self)
         write_checkpoint(directory, self, eos_token_id)
 
 

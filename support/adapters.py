@@ -14,11 +14,11 @@ from support.checkpoint import (
     load_state_dict,
     naming_damage,
     parts_in_files,
-    write_config,
 )
 from support.files import read_json, replacing, write_json
 from support.flags import InputError
 from support.processes import is_first, whole
+from support.run import run_flags
 
 PREFIX = "base_model.model."        # before the names of all tensors
 HEAD = "score.weight"
@@ -26,12 +26,12 @@ HEAD = "score.weight"
 
 def reward_head(folder):
     """Returns where a reward model that is an adapter reads its reward, "last" or "sum"."""
-    return own_config(folder).get("reward_head", "last")
+    return about_run(folder).get("reward_head", "last")
 
 
-def own_config(folder):
-    """Returns the content of the config.json next to an adapter of ours; {} if there is none."""
-    path = os.path.join(folder, "config.json")
+def about_run(folder):
+    """Returns the content of the run.json next to an adapter of ours; {} if there is none."""
+    path = os.path.join(folder, "run.json")
     return read_json(path) if os.path.exists(path) else {}
 
 
@@ -43,7 +43,7 @@ def read_adapter(folder, model, layers):
     alpha / r is in B. InputError says what is wrong with it.
     """
     config = adapter_config(folder)
-    if own_config(folder).get("base_fingerprint", fingerprint(model)) != fingerprint(model):
+    if about_run(folder).get("base_fingerprint", fingerprint(model)) != fingerprint(model):
         raise InputError(f"{folder}: an adapter of other weights than {base_of(folder)!r} has now; "
                          "train it again, or bring the old ones back")
     tensors = read_tensors(folder)
@@ -111,9 +111,9 @@ def read_tensors(folder):
                      "whole?)")
 
 
-def write_adapter(directory, model, eos_token_id):
-    """Writes the adapter of a model (lora.py), for PEFT to load, and config.json: the base's, where
-    the flags of a run stay."""
+def write_adapter(directory, model):
+    """Writes the adapter of a model (lora.py), for PEFT to load, and run.json, where the flags of
+    a run stay: next to a config.json, transformers would look for a whole model."""
     score = getattr(model, "score", None)
     layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
     rank, scale = {(len(layer.lora_A), layer.scale) for layer in layers.values()}.pop()
@@ -130,7 +130,11 @@ def write_adapter(directory, model, eos_token_id):
     tensors = whole(tensors, keep=is_first())
     if not is_first():
         return
-    write_config(directory, model, eos_token_id, base_fingerprint=fingerprint(model))
+    os.makedirs(directory, exist_ok=True)
+    about = {"nanopref": run_flags(directory), "base_fingerprint": fingerprint(model)}
+    if score is not None:
+        about["reward_head"] = model.config.reward_head
+    write_json(os.path.join(directory, "run.json"), about, indent=2)
     with replacing(os.path.join(directory, "adapter_model.safetensors")) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     write_json(os.path.join(directory, "adapter_config.json"), {

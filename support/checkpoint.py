@@ -551,19 +551,12 @@ def write_checkpoint(directory, model, eos_token_id):
     weights = whole(model.state_dict(), keep=is_first())
     if not is_first():
         return
-    write_config(directory, model, eos_token_id)
-    with replacing(os.path.join(directory, "model.safetensors")) as temporary:
-        save_file(file_tensors(weights, model.config), temporary, metadata={"format": "pt"})
-
-
-def write_config(directory, model, eos_token_id, **fields):
-    """Writes config.json, with these fields as well. The flags of a run stay there."""
     os.makedirs(directory, exist_ok=True)
     config, flags = model.config, run_flags(directory)
     written = {"nanopref": flags} if flags else {}
-    written |= config_fields(config, eos_token_id) | fields
+    written |= config_fields(config, eos_token_id)
     title = FAMILIES[config.family].title
-    if not hasattr(model, "score"):
+    if HEAD in weights:
         written["architectures"] = [title + ("LMHeadModel" if title == "GPT2" else "ForCausalLM")]
     elif config.reward_head == "last":
         ends = written["eos_token_id"]
@@ -574,6 +567,8 @@ def write_config(directory, model, eos_token_id, **fields):
     else:
         written["reward_head"] = "sum"          # which transformers does not know
     write_json(os.path.join(directory, "config.json"), written, indent=2)
+    with replacing(os.path.join(directory, "model.safetensors")) as temporary:
+        save_file(file_tensors(weights, config), temporary, metadata={"format": "pt"})
 
 
 def config_fields(config, eos_token_id):

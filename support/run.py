@@ -60,8 +60,8 @@ claimed = {}            # {real path of a folder: its lock}, of this process
 
 
 class Run:
-    """Keeps a training run in its folder: config.json has its flags (under "nanopref"),
-    metrics.jsonl its numbers, state.pt what resuming needs.
+    """Keeps a training run in its folder: config.json (with --lora run.json) has its flags (under
+    "nanopref"), metrics.jsonl its numbers, state.pt what resuming needs.
 
     constants: a hash of what training takes as given (reference, data, rewards), which has to be
     the same on --resume. `first_step` is 0, or where a resumed run goes on.
@@ -106,10 +106,11 @@ class Run:
             return
         if flags.get("overwrite"):
             set_aside(self.dir)
-        for name in ("best.pt", "metrics.jsonl"):   # of a run that never came to a state.pt
+        for name in ("best.pt", "metrics.jsonl", "config.json", "run.json"):    # without a state.pt
             with contextlib.suppress(FileNotFoundError):
                 os.remove(self._path(name))
-        write_json(self._path("config.json"), {"nanopref": flags}, indent=2)
+        name = "run.json" if flags.get("lora") else "config.json"
+        write_json(self._path(name), {"nanopref": flags}, indent=2)
 
     # ---- in the loop
 
@@ -478,21 +479,19 @@ def set_aside(folder):
 
 
 def run_flags(folder):
-    """Returns the flags that a run was started with, from its config.json; {} if it is no run of
-    ours."""
-    path = os.path.join(folder, "config.json")
-    if not os.path.exists(path):
-        return {}
-    flags = read_json(path).get("nanopref") or {}
+    """Returns the flags that a run was started with, from its config.json, or run.json with --lora;
+    {} if it is no run of ours."""
+    paths = [os.path.join(folder, name) for name in ("run.json", "config.json")]
+    path = next(filter(os.path.exists, paths), None)
+    flags = read_json(path).get("nanopref") or {} if path is not None else {}
     if not isinstance(flags, dict):
         raise InputError(f"{path}: 'nanopref' is not an object of flags")
     return flags
 
 
 def family_folders(folders, flag="--rewards"):
-    """Returns the folders of the reward models that `--rewards=A,B` means: each of these is one (it
-    holds a config.json, or an adapter of PEFT's alone), or has one in each of its subfolders, which
-    are sorted by name."""
+    """Returns the folders of the reward models that `--rewards=A,B` means: each of these is one, or
+    has one in each of its subfolders, which are sorted by name."""
     models = []
     for folder in folders.split(","):
         inside = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
@@ -509,7 +508,7 @@ def family_folders(folders, flag="--rewards"):
 
 def holds_model(folder):
     """Returns whether a folder holds a model, or a run that may have one."""
-    names = ("config.json", "adapter_config.json")
+    names = ("config.json", "adapter_config.json", "run.json")
     return any(os.path.exists(os.path.join(folder, name)) for name in names)
 
 
