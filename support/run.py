@@ -106,7 +106,8 @@ class Run:
             return
         if flags.get("overwrite"):
             set_aside(self.dir)
-        for name in ("best.pt", "metrics.jsonl", "config.json", "run.json"):    # without a state.pt
+        # of a run that never came to a state.pt
+        for name in ("best.pt", "metrics.jsonl", "config.json", "run.json"):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(self._path(name))
         name = "run.json" if flags.get("lora") else "config.json"
