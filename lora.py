@@ -30,8 +30,10 @@ class LoRALinear(nn.Linear):
         self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
 
     def forward(self, x):
-        few = self.scale * F.linear(x, self.lora_A)                          # (..., rank)
-        return super().forward(x) + F.linear(few, self.lora_B)          # (..., out)
+        few = self.scale * F.linear(x.flatten(0, -2), self.lora_A)      # (R, rank)
+        y = F.linear(x.flatten(0, -2), self.weight, self.bias)          # (R, out)
+        y.addmm_(few, self.lora_B.t().to(y.dtype))      # in place: saves an array and two passes
+        return y.unflatten(0, x.shape[:-1])                             # (..., out)
 
     def merged(self):
         """Returns a plain linear layer that computes the same. This one is not changed."""
