@@ -62,13 +62,16 @@ from support.flags import (
 from support.tokens import select, tokenised_file
 from train_policy import adamw, row_terms
 
+LLAMA = dict(family="llama", block_size=8192, mlp="swiglu", norm="rms", qkv_bias=False,
+             proj_bias=False, mlp_bias=False, rope_theta=100_000.0)
 MODELS = {"tiny": dict(n_layer=4, n_head=4, n_embd=128, vocab_size=1024),
           "small": dict(n_layer=6, n_head=6, n_embd=384),
           "gpt2": {}, "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
           "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
-          "smollm2": dict(family="llama", block_size=8192, vocab_size=49152, n_layer=30, n_head=9,
-                          n_kv_head=3, n_embd=576, n_inner=1536, mlp="swiglu", norm="rms",
-                          qkv_bias=False, proj_bias=False, mlp_bias=False, rope_theta=100_000.0)}
+          "tiny-llama": dict(LLAMA, n_layer=4, n_head=4, n_kv_head=2, n_embd=128, n_inner=384,
+                             vocab_size=1024),
+          "smollm2": dict(LLAMA, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_inner=1536,
+                          vocab_size=49152)}
 PEAKS = {"H100 80GB HBM3": 989e12, "H200": 989e12}      # dense bfloat16; parts of a card's name
 SHAPES = {"tldr": (340, [25, 55]), "hh": (150, [60, 140])}      # tokens of a prompt, of a response
 GENERATE = ("generate", "generate, no cache")

@@ -60,7 +60,7 @@ def always(device):
 
 def warm_up_steps(args):
     """How many steps come before those that count: few where one takes a minute."""
-    return 1 if args.device == "cpu" and args.model != "tiny" else 5
+    return 1 if args.device == "cpu" and "tiny" not in args.model else 5
 
 
 def our_steps(pipe):
@@ -91,12 +91,13 @@ def forget(device):
 
 
 def start_our_process():
-    """Returns the pipe to a process that runs our_steps."""
+    """Starts the process that runs our_steps. Returns it, and the pipe to it."""
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
-    context.Process(target=our_steps, args=(theirs,), daemon=True).start()
+    process = context.Process(target=our_steps, args=(theirs,), daemon=True)
+    process.start()
     theirs.close()      # so that recv() fails if that process does
-    return pipe
+    return process, pipe
 
 
 def peer_config(sizes):
@@ -175,7 +176,8 @@ def race(line, flags, pipe):
         rows = datasets.Dataset.from_list(peer.features(examples))
         racer = peer.PreparedDPOTrainer(policy, ref, trl_args, train_dataset=rows, **common)
     else:
-        reward_model = transformers.AutoModelForSequenceClassification.from_config(config)
+        with device:
+            reward_model = transformers.AutoModelForSequenceClassification.from_config(config)
         trl_args = trl.RewardConfig(out, **options)
         rows = datasets.Dataset.from_list(peer.reward_features(examples))
         racer = peer.PreparedRewardTrainer(reward_model, trl_args, train_dataset=rows, **common)
@@ -284,7 +286,7 @@ def race_in_processes(args, argv):
 def race_on_gpu(args):
     """Prints the row of each line. All are raced by the same two processes, since a GPU can tell
     the peak memory of each: importing transformers and TRL takes longer than a race."""
-    pipe = start_our_process()
+    process, pipe = start_our_process()
     for line in lines_to_race(args):
         try:
             with contextlib.redirect_stdout(sys.stderr):        # what TRL prints
@@ -294,6 +296,8 @@ def race_on_gpu(args):
             reason = " ".join(str(error).split())[:200]
             print(f"| {' | '.join(line[:2])} | {', '.join(line[2:])} | failed: {reason} |",
                   flush=True)
+            process.kill()      # it may wait for a turn that won't come
+            process, pipe = start_our_process()
     pipe.send(None)
 
 
@@ -318,7 +322,7 @@ def main(argv=None):
         race_generation(args)
         return
     if args.line:
-        pipe = start_our_process()
+        _, pipe = start_our_process()
         print(json.dumps(race(args.line.split(","), args, pipe)))
         pipe.send(None)
         return

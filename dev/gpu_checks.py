@@ -36,11 +36,12 @@ from support.flags import InputError, Parser, comma_separated, run_script, seed
 from train_policy import adamw
 
 TINY = dict(block_size=128, vocab_size=300, n_layer=3, n_embd=64)
-MODELS = {"gpt2": dict(TINY, n_head=4)}
+MODELS = {"gpt2": dict(TINY, n_head=4),
+          "llama": {**bench.LLAMA, **TINY, "n_head": 4, "n_kv_head": 2, "n_inner": 160}}
 REAL = "NANOPREF_SMOLLM2"       # the variable with the folder of "real"
 
-# Tolerances. float32 and float64 differ by 1e-6 and, in gradients, 4e-5 on the tiny models.
-NUMBERS, GRADIENTS = 2e-5, 5e-4
+# Tolerances. float32 and float64 differ by up to 1e-5, and in gradients 1e-4.
+NUMBERS, GRADIENTS = 5e-5, 1e-3
 NATS_PER_TOKEN, BFLOAT16 = 0.05, 0.02
 N_ROWS, N_NEW = 4, 24
 
