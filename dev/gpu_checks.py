@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import Dataset
+from data import Dataset, collate
 from dev import attention, bench
 from losses import LOSSES, batch_loss, bradley_terry, knobs, needs
 from model import GPT, GPTConfig, tree_mask
@@ -257,7 +257,7 @@ def flex(pair):
     and the gradient of queries, keys and values. On a CPU it is not compiled and has no backward
     pass."""
     on_cpu = pair.device.type == "cpu"
-    batch = pair.dataset.batch(range(N_ROWS), 32).to(pair.device)
+    batch = collate(pair.dataset.examples, 32).to(pair.device)
     dtype = torch.float32 if on_cpu else torch.bfloat16
     shape = (3, N_ROWS, 4, batch.branch.size(1), 64)
     qkv = torch.randn(shape, generator=pair.generator.manual_seed(0)).to(pair.device, dtype)
@@ -303,7 +303,7 @@ def run_check(check, pair):
 
 def main(argv=None):
     args = parse_flags(argv)
-    device, _ = setup(args)
+    device = setup(args)
     torch.set_float32_matmul_precision("highest")       # no TF32
     print(f"{bench.device_name(device)}, torch {torch.__version__}\n\n"
           "| model | what | difference | tolerance | |\n|---|---|---|---|---|", flush=True)
