@@ -14,6 +14,7 @@ the line says bfloat16. Of generated tokens none may differ: those drawn at rand
 numbers from a generator on the CPU.
 """
 import copy
+import importlib.util
 import os
 import sys
 import time
@@ -237,6 +238,27 @@ def reward_models(pair):
         yield f"rewards ({head}): gradient", vectors_apart(grads[1], grads[0]), GRADIENTS
 
 
+def lora_adapters(pair):
+    """Log-probs and the gradient of a model with an adapter."""
+    if importlib.util.find_spec("lora") is None:
+        return
+    from lora import add_lora
+    first = copy.deepcopy(pair.cpu)
+    add_lora(first, 4, "base")
+    generator = pair.generator.manual_seed(0)
+    with torch.no_grad():       # which are zero at first
+        for parameter in first.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    logps, grads = [], []
+    for model, device in ((first, "cpu"), (copy.deepcopy(first).to(pair.device), pair.device)):
+        logps.append(model(pair.dataset.batch(range(N_ROWS)).to(device)))
+        logps[-1].sum().backward()
+        grads.append(gradients(model))
+    yield "LoRA: log-probs", apart(logps[1], logps[0]), NUMBERS
+    yield "LoRA: gradient", vectors_apart(grads[1], grads[0]), GRADIENTS
+
+
 def compiled(pair):
     """--compile against eager, on the device, with two shapes."""
     model = copy.deepcopy(pair.there)
@@ -277,7 +299,8 @@ def flex(pair):
 
 
 CHECKS = {"logps": response_logps, "losses": losses_and_gradients, "steps": optimizer_steps,
-          "generation": generation, "reward": reward_models, "flex": flex, "compile": compiled}
+          "generation": generation, "reward": reward_models, "lora": lora_adapters, "flex": flex,
+          "compile": compiled}
 
 
 # ---------------- the report
