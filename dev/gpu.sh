@@ -41,7 +41,7 @@ say() {     # a command, what it prints, and its time; within what is left of th
         failed=1
         return
     fi
-    timeout $left "$@" || code=$?
+    timeout -k 5 $left "$@" || code=$?
     case $code in
         0) echo -e "\n($((SECONDS - before)) s)" ;;
         124) echo -e "\nstopped after $left s: no time was left" ;;

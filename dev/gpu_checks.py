@@ -26,6 +26,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data import Dataset, collate
 from dev import attention, bench
@@ -175,6 +176,20 @@ def response_logps(pair):
     yield "log-probs in bfloat16, nats a token", per_token.max().item(), NATS_PER_TOKEN
 
 
+def fused_attention(pair):
+    """The same with torch's fused kernels for attention alone, which don't keep the scores. Where
+    none of them will do (for a mask with fewer heads of keys, say), torch falls back without a
+    word, and a step takes several times the memory."""
+    batch = pair.dataset.batch(range(N_ROWS)).to(pair.device)
+    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast(pair.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            wanted = pair.there(batch)
+            with sdpa_kernel(fused):
+                got = pair.there(batch)
+            yield f"fused attention, {str(dtype)[6:]}", apart(got, wanted), NUMBERS
+
+
 def losses_and_gradients(pair):
     """One backward pass of every loss."""
     for task in LOSSES:
@@ -298,9 +313,9 @@ def flex(pair):
         yield "FlexAttention: gradient", vectors_apart(*(g.double() for g in grads[::-1])), BFLOAT16
 
 
-CHECKS = {"logps": response_logps, "losses": losses_and_gradients, "steps": optimizer_steps,
-          "generation": generation, "reward": reward_models, "lora": lora_adapters, "flex": flex,
-          "compile": compiled}
+CHECKS = {"logps": response_logps, "fused": fused_attention, "losses": losses_and_gradients,
+          "steps": optimizer_steps, "generation": generation, "reward": reward_models,
+          "lora": lora_adapters, "flex": flex, "compile": compiled}
 
 
 # ---------------- the report
