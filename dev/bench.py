@@ -17,8 +17,8 @@ step        median seconds of an optimizer step as in train_policy.py (collate, 
 useful      tokens that had to be looked at: every prompt and every response once, no padding
 needed      floating-point operations that the step has to do: the prompt once, the last layer only
             where something is read, the vocabulary projection on response tokens only, causal
-            attention; the backward pass twice the forward. Norms, rotations, activations and the
-            optimizer are not counted
+            attention; the backward pass twice the forward (with --lora once). Norms, rotations,
+            activations and the optimizer are not counted
 MFU         needed operations per second over the machine's rate for the model's own matrix
             products, measured in the same turns
 of peak     the same over what the card's maker promises: for H100 and H200 (SXM) in bfloat16
@@ -43,6 +43,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from data import BatchOrder, Dataset, get_tokenizer
+from lora import add_lora
 from losses import LOSSES, PREFERENCE_LOSSES, batch_loss, bradley_terry, knobs, needs
 from model import GPT, GPTConfig
 from reward import RewardModel
@@ -102,6 +103,7 @@ def parse_flags(argv):
     device_flags(parser)
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="use torch.compile")
     add("--gradient_checkpointing", action="store_true", help="as in train_policy.py")
+    add("--lora", type=positive_int, help="train adapters of this rank, as in train_policy.py")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--profile", action="store_true", help="where the first task's time goes")
     output.add_argument("--scaling", action="store_true", help="time and memory against four sizes")
@@ -285,6 +287,9 @@ class Bench:
         if "reward model" in args.only:
             self.models["reward model"] = RewardModel.from_policy(self.policy).to(self.device)
         networks = set(self.models.values())
+        if args.lora:
+            for network in networks:
+                add_lora(network, args.lora, args.model)
         if args.gradient_checkpointing:
             for network in networks:
                 recompute_layers(network)
@@ -334,7 +339,11 @@ class Bench:
         """Needed operations of a task in a turn."""
         examples = [self.datasets[task].examples[i] for i in self.order.rows(turn)]
         config = self.config if task != "reward model" else replace(self.config, vocab_size=0)
-        passes = 1 if task == "score" else 3
+        passes = 3                  # forward, the inputs' gradients, the weights' gradients
+        if task == "score":
+            passes = 1
+        elif self.args.lora:
+            passes = 2              # and the adapters', which are thin
         return passes * needed_flops(config, examples)
 
 

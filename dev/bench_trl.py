@@ -17,6 +17,8 @@ settings   default   gradient checkpointing, the reference model run in every st
 
            bf16 best  best, in bfloat16
            recompute  default, and ours with --gradient_checkpointing too
+           lora       best, both with LoRA of rank 16 on all linear layers
+           bf16 lora  the same in bfloat16
 
     bash dev/bench_trl.sh --models=smollm2 --batch_size=4 --only=dpo
     python dev/bench_trl.py --models=gpt2,gpt2-large --device=cuda     # "head" is TRL's own there
@@ -50,8 +52,10 @@ from support.flags import Parser, positive_int, run_script
 
 # transformers and TRL are imported in the process that runs them: ours measures its own memory.
 
-SETTINGS = {"dpo": ("default", "best", "head", "bf16", "bf16 best", "recompute"),
+SETTINGS = {"dpo": ("default", "best", "head", "bf16", "bf16 best", "recompute", "lora",
+                    "bf16 lora"),
             "reward": ("default", "best")}
+RANK = 16       # of LoRA
 
 
 def always(device):
@@ -66,6 +70,7 @@ def warm_up_steps(args):
 def our_steps(pipe):
     """The second process. For each line that comes: warms up, tells its peak memory, then does a
     step whenever it is asked to and says how long it took."""
+    sys.stdout = sys.stderr         # the table is the other one's
     while (args := pipe.recv()) is not None:
         ours, (task,) = bench.Bench(args), args.only
         warm_up = 2 + warm_up_steps(args)
@@ -133,7 +138,8 @@ def race(line, flags, pipe):
         f"--batch_size={flags.batch_size}",
         f"--only={'reward model' if trainer == 'reward' else 'dpo'}",
         f"--dtype={'bfloat16' if 'bf16' in settings else 'float32'}",
-        *(["--gradient_checkpointing"] if settings == "recompute" else [])])
+        *(["--gradient_checkpointing"] if settings == "recompute" else []),
+        *([f"--lora={RANK}"] if "lora" in settings else [])])
     device = torch.device(flags.device)
     warm_up = warm_up_steps(args)
     config = bench.GPTConfig(**bench.MODELS[model])
@@ -174,6 +180,10 @@ def race(line, flags, pipe):
         trl_args = trl.DPOConfig(out, precompute_ref_log_probs=not as_trl_comes,
                                  precompute_ref_batch_size=args.batch_size, **options)
         rows = datasets.Dataset.from_list(peer.features(examples))
+        if "lora" in settings:
+            import peft
+            common["peft_config"] = peft.LoraConfig(
+                r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
         racer = peer.PreparedDPOTrainer(policy, ref, trl_args, train_dataset=rows, **common)
     else:
         with device:
@@ -219,6 +229,7 @@ def race_generation(args):
     ours = GPT.from_pretrained(args.policy).float()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(args.policy, dtype=torch.float32)
     theirs.eval()
+    rows = list(generation_rows(args, ours.config))
 
     def with_transformers(prompts, stop, batch_size, max_new_tokens):
         theirs.generation_config.eos_token_id = stop            # and not what the file says
@@ -233,7 +244,7 @@ def race_generation(args):
 
     print("| responses to a prompt | transformers, s | here, s | times faster |\n"
           "|---|---|---|---|")
-    for n, prompts, stop, batch_size, new, n_turns in generation_rows(args, ours.config):
+    for n, prompts, stop, batch_size, new, n_turns in rows:
         turns = []
         for turn in range(1 + n_turns):                         # the first warms up
             few = prompts[:1] if turn == 0 else prompts

@@ -75,7 +75,8 @@ case $part in
         fi
         say python3 dev/bench_trl.py --device="$device" --batch_size=16 --steps=5 "${rows[@]}" \
             --models=smollm2,gpt2,gpt2-medium,gpt2-large --only=smollm2,dpo,default \
-            --only=smollm2,dpo,best --only=dpo,bf16 --only="dpo,bf16 best" "$@"
+            --only=smollm2,dpo,best --only=dpo,bf16 --only="dpo,bf16 best" \
+            --only="smollm2,bf16 lora" "$@"
         ;;
     experiment)
         say python3 experiments/real_text.py --device="$device" "$@"

@@ -14,7 +14,6 @@ the line says bfloat16. Of generated tokens none may differ: those drawn at rand
 numbers from a generator on the CPU.
 """
 import copy
-import importlib.util
 import os
 import sys
 import time
@@ -30,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data import Dataset, collate
 from dev import attention, bench
+from lora import add_lora
 from losses import LOSSES, batch_loss, bradley_terry, knobs, needs
 from model import GPT, GPTConfig, tree_mask
 from reward import RewardModel
@@ -255,9 +255,6 @@ def reward_models(pair):
 
 def lora_adapters(pair):
     """Log-probs and the gradient of a model with an adapter."""
-    if importlib.util.find_spec("lora") is None:
-        return
-    from lora import add_lora
     first = copy.deepcopy(pair.cpu)
     add_lora(first, 4, "base")
     generator = pair.generator.manual_seed(0)

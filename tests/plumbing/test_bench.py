@@ -66,10 +66,10 @@ def test_peak_rate(monkeypatch):
 def test_gpu_checks_agree_on_one_device(capsys):
     """Everything but the GPU and the compiler: the CPU against itself, both families, every
     loss."""
-    gpu_checks.main(["--device=cpu", "--only=logps,fused,losses,steps,generation,reward,flex"])
+    gpu_checks.main(["--device=cpu", "--only=logps,fused,losses,steps,generation,reward,lora,flex"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("all ok")
-    n_comparisons = 3 + 2 + 2 * len(LOSSES) + 2 + 3 + 4 + 1
+    n_comparisons = 3 + 2 + 2 * len(LOSSES) + 2 + 3 + 4 + 2 + 1
     assert sum(line.endswith("| ok |") for line in lines) == 2 * n_comparisons
 
 
