@@ -15,7 +15,7 @@ import torch.nn as nn
 import tinytldr
 from data import Dataset, d_rho, preferences, relabel
 from model import GPTConfig, Transformer, init_weights, tree_mask
-from support.checkpoint import load_tensors, read_checkpoint, write_checkpoint
+from support.checkpoint import load_model, read_checkpoint, write_checkpoint
 from support.columns import (
     cache_folder,
     cached,
@@ -34,7 +34,7 @@ from support.tokenizer import check_same_tokens, to_text
 
 
 class RewardModel(nn.Module):
-    """r(x, y). Laid out as Hugging Face's GPT2ForSequenceClassification with one label, and the
+    """r(x, y). Laid out as Hugging Face's sequence classifier of the family with one label, and the
     same thing where config.reward_head is "last"; "sum" adds up the numbers of all its tokens."""
 
     def __init__(self, config):
@@ -66,18 +66,12 @@ class RewardModel(nn.Module):
     def from_pretrained(cls, dir_or_hub_name):
         """Reads a checkpoint as GPT.from_pretrained does."""
         config, tensors = read_checkpoint(dir_or_hub_name, head="score")
-        model = cls(GPTConfig(**config))
-        load_tensors(model, tensors, dir_or_hub_name)
-        return model
+        return load_model(lambda: cls(GPTConfig(**config)), tensors, dir_or_hub_name)
 
     def save_pretrained(self, directory, eos_token_id=None):
         """Writes config.json and model.safetensors. (transformers reads the reward at the last
         token that is not pad_token_id; a response ends in end-of-text, so that is another one.)"""
-        fields = dict(reward_head="sum")        # which transformers does not know
-        if self.config.reward_head == "last":
-            fields = dict(id2label={"0": "reward"}, label2id={"reward": 0}, pad_token_id=0,
-                          architectures=["GPT2ForSequenceClassification"])
-        write_checkpoint(directory, self, eos_token_id, **fields)
+        write_checkpoint(directory, self, eos_token_id)
 
 
 def load_reward_models(folders, flag, policy, tokenizer, device):

@@ -366,7 +366,7 @@ def edit_config(folder, **changes):
     ({"n_layer": 1}, "config.json: n_layer is 1 there, 2 in the weights"),
     ({"vocab_size": 10 ** 12}, "config.json: vocab_size is 1000000000000 there, "),
     ({"n_positions": 10 ** 12}, "config.json: n_positions is 1000000000000 there, "),
-    ({"model_type": "llama"}, "only 'gpt2'"),
+    ({"model_type": "bert"}, "only 'gpt2', 'llama', 'mistral', "),
     ({"activation_function": "relu"}, "only 'gelu_new'")])
 def test_checkpoint_of_another_shape(tmp_path, model, changes, message):
     model.save_pretrained(tmp_path)

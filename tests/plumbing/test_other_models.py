@@ -240,7 +240,7 @@ def test_a_damaged_torch_file(folder):
     ({"n_head": [2]}, "n_head [2], which is not a positive whole number"),
     ({"vocab_size": None}, "vocab_size None, which is not a positive whole number"),
     ({"n_positions": {}}, "n_positions {}, which is not a positive whole number"),
-    ({"model_type": ["gpt2"]}, "only 'gpt2' is supported"),
+    ({"model_type": ["gpt2"]}, "only 'gpt2', 'llama', 'mistral', "),
     ({"activation_function": {"gelu": 1}}, "only 'gelu_new' and 'gelu' are supported"),
     ({"reward_head": []}, "only 'last' and 'sum' are supported"),
     ({"layer_norm_epsilon": "small"}, "only 1e-05 is supported"),
