@@ -26,7 +26,7 @@ from support.columns import (
     score,
     with_end,
 )
-from support.device import shape_multiple
+from support.device import computing
 from support.flags import naming
 from support.processes import whole
 from support.run import models_named
@@ -85,27 +85,26 @@ def load_reward_models(folders, flag, policy, tokenizer, device):
     return models
 
 
-def family_scores(models, dataset, args, autocast, name):
+def family_scores(models, dataset, out_dir, name):
     """Every reward model's rewards for a data set, cached next to the model. models: {folder:
-    RewardModel}. Returns (N, K, M) float32: a data set's column `rewards`."""
+    RewardModel}; out_dir: the run's folder, for the cache of a model where it can't be. name: of
+    the data set. Returns (N, K, M) float32: a data set's column `rewards`."""
     columns = []
     for folder, model in models.items():
         entry = key(hash_weights(model), model.config.reward_head, hash_examples(dataset.examples),
-                    args.dtype)
-        rewards = cached(cache_folder(folder, args.out_dir), f"{name}-rewards", entry, score, model,
-                         dataset, autocast, shape_multiple(args), f"{name} rewards")
+                    computing.dtype)
+        rewards = cached(cache_folder(folder, out_dir), f"{name}-rewards", entry, score, model,
+                         dataset, f"{name} rewards")
         columns.append(np.array(rewards, np.float32))       # (N, K)
     return np.stack(columns, axis=2)
 
 
-def mean_reward(models, dataset, args, autocast):
+def mean_reward(models, dataset):
     """The mean reward of some reward models {folder: model} for each response. Returns (N, K)."""
-    multiple = shape_multiple(args)
-    return np.mean([score(model, dataset, autocast, multiple, desc=folder)
-                    for folder, model in models.items()], axis=0)
+    return np.mean([score(model, dataset, folder) for folder, model in models.items()], axis=0)
 
 
-def reward_samples(judges, texts, prompts, samples, tokenizer, args, autocast):
+def reward_samples(judges, texts, prompts, samples, tokenizer):
     """Rewards samples, one for each prompt: by the mean of the reward models {folder: model} in
     `judges`, or with none by TinyTLDR's oracle, which reads their text. Reward models were trained
     to be read at the end-of-text token: a sample that was cut off gets one. texts: the N prompts as
@@ -116,10 +115,10 @@ def reward_samples(judges, texts, prompts, samples, tokenizer, args, autocast):
     block_size = min(judge.config.block_size for judge in judges.values())
     pairs = [with_end(*pair, tokenizer.eot_token, block_size) for pair in zip(prompts, samples)]
     dataset = Dataset([(prompt, [sample]) for prompt, sample in pairs])
-    return mean_reward(judges, dataset, args, autocast)[:, 0]
+    return mean_reward(judges, dataset)[:, 0]
 
 
-def judge_samples(name, judges, texts, prompts, samples, tokenizer, args, autocast):
+def judge_samples(name, judges, texts, prompts, samples, tokenizer, args):
     """Computes `reward_samples`, prints how many samples were cut off, and takes
     --missing_eos_penalty off the reward of each of these. name: whose samples they are. Returns
     (rewards (N,), which samples were cut off (N,) bool)."""
@@ -127,13 +126,13 @@ def judge_samples(name, judges, texts, prompts, samples, tokenizer, args, autoca
     then = "judged with one appended" if judges else "the oracle judges the text that there is"
     then += f", minus --missing_eos_penalty={penalty:g}" if penalty else ""
     cut = count_cut_off(name, samples, end, args.max_new_tokens, then)
-    rewards = reward_samples(judges, texts, prompts, samples, tokenizer, args, autocast)
+    rewards = reward_samples(judges, texts, prompts, samples, tokenizer)
     if penalty:
         rewards = rewards - penalty * cut
     return rewards, cut
 
 
-def training_pairs(args, tokenizer, policy, device, autocast):
+def training_pairs(args, tokenizer, policy, device):
     """What a reward model or a policy learns from: (D_rho of the training pairs, validation pairs
     as they come), relabelled by the reward model of --relabel, if there is one. policy: the
     reference, from which TinyTLDR's pairs are sampled."""
@@ -144,7 +143,7 @@ def training_pairs(args, tokenizer, policy, device, autocast):
         dataset = preferences(args.data, split, tokenizer, policy, cache, args.pool,
                               args.label_temperature, args.seed, args.skip_bad_rows)
         if labellers:
-            rewards = family_scores(labellers, dataset, args, autocast, f"{split}-relabel")
+            rewards = family_scores(labellers, dataset, args.out_dir, f"{split}-relabel")
             dataset = relabel(dataset, rewards.mean(axis=2))
         pairs.append(dataset)
     train, validation = pairs

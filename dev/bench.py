@@ -40,7 +40,7 @@ from data import BatchOrder, Dataset, get_tokenizer
 from losses import LOSSES, PREFERENCE_LOSSES, batch_loss, bradley_terry, knobs, needs
 from model import GPT, GPTConfig
 from reward import RewardModel
-from support.device import recompute_layers, setup, shape_multiple, sync
+from support.device import compute, recompute_layers, setup, sync
 from support.flags import (
     InputError,
     Parser,
@@ -226,8 +226,7 @@ class Bench:
 
     def __init__(self, args):
         self.args = argparse.Namespace(**vars(args), lr=LR)
-        self.device, self.autocast = setup(self.args)
-        self.multiple = shape_multiple(self.args)
+        self.device = setup(self.args)
         self.dtype = getattr(torch, self.args.dtype)
         self.config = GPTConfig(**MODELS[args.model])
         examples = self.examples()
@@ -270,15 +269,15 @@ class Bench:
         if task in GENERATE:
             shortest = min(len(dataset.examples[i][0]) for i in rows)
             prompts = [dataset.examples[i][0][-shortest:].tolist() for i in rows]
-            with self.autocast():
+            with compute():
                 if task == "generate":
                     model.generate(prompts, N_NEW, temperature=0)
                 else:
                     generate_without_cache(model, prompts, N_NEW)
             return
 
-        batch = dataset.batch(rows, self.multiple).to(self.device)
-        with torch.set_grad_enabled(task != "score"), self.autocast():
+        batch = dataset.batch(rows).to(self.device)
+        with torch.set_grad_enabled(task != "score"), compute():
             outputs = model(batch)                  # (B, K + S) log-probs, or (B, K) rewards
         if task == "score":
             return
