@@ -40,7 +40,7 @@ from experiments import figure2, trials
 from model import GPT, GPTConfig
 from reward import RewardModel, judge_samples
 from support.columns import sample, score, was_cut_off
-from support.device import device_name, setup, shape_multiple
+from support.device import device_name, setup
 from support.files import read_json, remove, replacing, write_json
 from support.flags import (
     InputError,
@@ -211,14 +211,13 @@ def model_of(folder, kind, device):
 
 
 class Worker:
-    """What a job computes with: device, autocast, tokenizer, the reference and the two oracles."""
+    """What a job computes with: device, precision, tokenizer, the reference, the two oracles."""
 
     def __init__(self, args, number):
         self.args = argparse.Namespace(
             device=args.device, dtype=args.dtype, seed=number, temperature=1.0,
             max_new_tokens=args.max_new_tokens, missing_eos_penalty=args.missing_eos_penalty)
-        self.device, self.autocast = setup(self.args)
-        self.multiple = shape_multiple(self.args)
+        self.device = setup(self.args)
         self.tokenizer = get_tokenizer(own_tokenizer(f"{args.out_dir}/sft"))
         self.folder = args.out_dir
 
@@ -230,9 +229,6 @@ class Worker:
 
     def encode(self, text):
         return self.tokenizer.encode_ordinary(text)
-
-    def score(self, model, dataset):
-        return score(model, dataset, self.autocast, self.multiple)
 
 
 def train(args, script, folder, *flags):
@@ -280,8 +276,7 @@ def draw_samples(args, part, shard, n_shards):
     n = args.samples if part == "pool" else 2
     copies = [prompt for prompt in prompts for _ in range(n)]
     end = worker.tokenizer.eot_token
-    replies = sample(worker.reference(), copies, args.max_new_tokens, end, [7, shard],
-                     autocast=worker.autocast)
+    replies = sample(worker.reference(), copies, args.max_new_tokens, end, [7, shard])
     texts = [None if was_cut_off(reply, end) else to_text(reply, worker.tokenizer)
              for reply in replies]
     write_json(path, {"texts": [texts[i:i + n] for i in range(0, len(texts), n)]})
@@ -315,7 +310,7 @@ def label(args):
         end = [worker.tokenizer.eot_token]
         examples = [(worker.encode(prompt), [worker.encode(text) + end for text in pair])
                     for prompt, pair in pairs]
-        rewards = worker.score(worker.oracle("oracle"), Dataset(examples))          # (N, 2)
+        rewards = score(worker.oracle("oracle"), Dataset(examples))          # (N, 2)
         labelled[part] = []
         for (prompt, pair), (_, ids), values in zip(pairs, examples, rewards):
             if values[0] != values[1]:
@@ -398,7 +393,7 @@ def rate_judges(args, cell, rho, number):
         model = RewardModel.from_pretrained(folder).to(worker.device)
         row = {"run": name, "rho": rho, "seed": number, "model": name.removeprefix(f"{cell}/")}
         for kind, datasets in (("human", human), ("oracle", labelled)):
-            margins = np.concatenate([np.subtract(*worker.score(model, dataset).T)
+            margins = np.concatenate([np.subtract(*score(model, dataset).T)
                                       for dataset in datasets])
             lengths = np.concatenate([dataset.response_lengths() for dataset in datasets])
             values = agreement(margins, lengths[:, 0] - lengths[:, 1])
@@ -439,11 +434,11 @@ def judge(worker, policy, posts, copies):
     with trials.silence():
         own, replies, rewards, _ = answer(
             "", policy, texts, prompts, {"oracle": worker.oracle("oracle")}, worker.tokenizer,
-            worker.args, worker.autocast)
+            worker.args)
         ids = [reply for _, (reply,) in own.examples]
         second, cut = judge_samples(
             "", {"second": worker.oracle("second")}, texts, prompts, ids, worker.tokenizer,
-            worker.args, worker.autocast)
+            worker.args)
     rouge = [rouge_l(reply, summary) for reply, (_, summary) in zip(replies, posts * copies)]
     values = {"oracle": rewards, "second": second, "rouge": np.array(rouge),
               "length": np.array(list(map(len, ids))), "unended": cut}
@@ -461,7 +456,7 @@ def judge_reference(args, split, number):
     worker, posts = Worker(args, number), posts_of(args, split)
     ref = worker.reference()
     values, own = judge(worker, ref, posts, args.test_samples if split == "test" else 1)
-    logps = worker.score(ref, own)
+    logps = score(ref, own)
     write_json(reference_file(args, split, number), {
         "values": {name: value.tolist() for name, value in values.items()},
         "replies": [list(map(int, reply)) for _, (reply,) in own.examples],
@@ -470,7 +465,7 @@ def judge_reference(args, split, number):
     authors = [worker.encode(summary) + end for _, summary in posts]
     dataset = Dataset([(worker.encode(prompt), [reply])
                        for (prompt, _), reply in zip(posts, authors)])
-    by_authors = {name: worker.score(worker.oracle(name), dataset)[:, 0]
+    by_authors = {name: score(worker.oracle(name), dataset)[:, 0]
                   for name in ("oracle", "second")}
     by_authors["length"] = np.array(list(map(len, authors)))
     rows = []
@@ -521,8 +516,7 @@ def policy_run(args, run, purpose, cell, number, method, value, lr):
     of_ref = Dataset([(prompt, [reply]) for prompt, reply in zip(prompts, before["replies"])],
                      ref_logps=np.array(before["logps"], np.float32))
     difference = values["oracle"] - before["values"]["oracle"]
-    numbers = compare(policy, worker.reference(), own, of_ref, difference, worker.args,
-                      worker.autocast)
+    numbers = compare(policy, worker.reference(), own, of_ref, difference, 1)
     row = {"run": run, "purpose": purpose, "rho": cell.split("/")[0], "seed": number,
            "method": method, "loss": loss, "rewards": rewards, "knob": knob, "value": value,
            "lr": lr, "lora": args.lora, "n_prompts": len(posts), "win_rate": numbers["win_rate"],
@@ -974,10 +968,10 @@ def show_samples(args):
         with trials.silence():
             _, replies, first, _ = answer(
                 name, policy, POSTS, prompts, {"oracle": worker.oracle("oracle")},
-                worker.tokenizer, worker.args, worker.autocast)
+                worker.tokenizer, worker.args)
             ids = [worker.encode(reply) + [worker.tokenizer.eot_token] for reply in replies]
             second, _ = judge_samples(name, {"second": worker.oracle("second")}, POSTS, prompts,
-                                      ids, worker.tokenizer, worker.args, worker.autocast)
+                                      ids, worker.tokenizer, worker.args)
         answers[name] = list(zip(replies, first, second))
     for i, post in enumerate(POSTS):
         quoted = post.replace("\n", "\n> ")
@@ -1011,7 +1005,9 @@ def make_smoke(args):
         return
     torch.manual_seed(0)
     config = GPTConfig(block_size=1024, vocab_size=tokenizer.n_vocab, n_layer=2, n_head=4,
-                       n_embd=32)
+                       n_embd=32, family="llama", n_kv_head=2, n_inner=64, mlp="swiglu",
+                       norm="rms", qkv_bias=False, proj_bias=False, mlp_bias=False,
+                       rope_theta=10000.0)
     GPT(config).save_pretrained(args.init_from, tokenizer.eot_token)
     save_tokenizer(args.init_from, tokenizer, config.block_size)
     posts = [tinytldr.post(0, "train", i) for i in range(150)]
