@@ -73,7 +73,8 @@ NUMBERS = dict(
     n_pairs=1000,           # training pairs of a cell
     rm_steps=125,           # of each reward model: 2 epochs; the family's on smaller subsets less
     rm_batch_size=16,       # pairs in a step, of the oracles too
-    steps=125,              # of each policy: 2 epochs
+    steps=125,              # of each policy: 2 epochs;
+    long_steps=375,         # of those at a tenth of the chosen beta: 6 epochs
     batch_size=16,          # its pairs in a step
     checkpoints=3,          # of each policy, of which validation chooses,
     n_eval=128,             # on so many posts
@@ -502,9 +503,10 @@ def policy_run(args, run, purpose, cell, number, method, value, lr):
                   f"--missing_eos_penalty={args.missing_eos_penalty:g}"]
     if select or "p-dpo" in loss or loss == "e-dpo":            # it samples
         flags.append(f"--max_new_tokens={args.max_new_tokens}")
-    train(args, "train_policy", folder, *flags, f"--max_steps={args.steps}",
+    steps = args.long_steps if purpose == "collapse" else args.steps
+    train(args, "train_policy", folder, *flags, f"--max_steps={steps}",
           f"--batch_size={args.batch_size}", f"--lr={lr:g}",
-          f"--eval_every={-(-args.steps // args.checkpoints)}")
+          f"--eval_every={-(-steps // args.checkpoints)}")
 
     split = "validation" if purpose in ("rate", "grid") else "test"
     worker, posts = Worker(args, number), posts_of(args, split)
@@ -605,6 +607,12 @@ def plan(args):
         jobs[run] = (policy_run, (run, purpose, cell, number, method, value, lr),
                      [*needed, f"reference {split} {number}", *after])
 
+    def add_long_runs(numbers):
+        for number in numbers:
+            for method in [method for method in COLLAPSING if method in args.methods]:
+                add_policy(f"collapse/{number}/{method}", "collapse", f"{args.rhos[0]}/{number}",
+                           number, method, after=["choose values"])
+
     # The learning rate, then each loss's beta, on pairs of a seed of their own.
     cell = f"{CHOOSE_RHO}/{CHOOSE_SEED}"
     jobs[f"reference validation {CHOOSE_SEED}"] = (
@@ -646,10 +654,8 @@ def plan(args):
             jobs[f"judges: {cell}"] = (rate_judges, (cell, rho, number),
                                        [f"{cell}/rm", f"{cell}/rms"])
         if rho == args.rhos[0]:
-            for number in args.seeds:
-                for method in [method for method in COLLAPSING if method in args.methods]:
-                    add_policy(f"collapse/{number}/{method}", "collapse", f"{rho}/{number}",
-                               number, method, after=["choose values"])
+            add_long_runs(args.seeds[:1])
+    add_long_runs(args.seeds)
     jobs["samples"] = (show_samples, (), [run_name(args.rhos[0], args.seeds[0], method)
                                          for method in args.methods])
     return jobs
@@ -826,17 +832,17 @@ def comparison_table(rows, by_prompt):
 
 def collapse_table(rows):
     """Markdown: changes of the training pairs' log-probs after the last step, at the chosen beta
-    and at a tenth of it."""
+    and, in more steps, at a tenth of it."""
     table = []
     usual = cells(rows)
     for (rho, method), found in cells(rows, "collapse").items():
         for what, runs in (("chosen", usual.get((rho, method), [])), ("a tenth", found)):
             if runs:
-                table.append([method, what, runs[0]["value"], *[
+                table.append([method, what, runs[0]["value"], runs[0]["max_steps"], *[
                     with_interval(column(runs, name), ".1f")
                     for name in ("last_chosen_change", "last_rejected_change")],
                     with_interval(column(runs, "oracle"))])
-    return markdown_table(["loss", "beta or tau", "", "chosen change", "rejected change",
+    return markdown_table(["loss", "beta or tau", "", "steps", "chosen change", "rejected change",
                            "advantage, oracle"], table)
 
 
@@ -990,8 +996,9 @@ def show_samples(args):
 
 SMOKE = dict(max_prompt=120, sft_prompt=200, sft_steps=60, sft_batch_size=8, sft_lr=1e-2,
              rm_lr=1e-2, oracle_steps=4, pool=40, samples=8, n_pairs=24, rm_steps=4,
-             rm_batch_size=8, steps=4, batch_size=8, checkpoints=2, n_eval=8, n_validation=8,
-             n_test=8, test_samples=2, max_new_tokens=40, lrs=[1e-4, 1e-3], values=[0.1, 1.0])
+             rm_batch_size=8, steps=4, batch_size=8, long_steps=6, checkpoints=2, n_eval=8,
+             n_validation=8, n_test=8, test_samples=2, max_new_tokens=40, lrs=[1e-4, 1e-3],
+             values=[0.1, 1.0])
 
 
 def make_smoke(args):
