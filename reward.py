@@ -15,7 +15,7 @@ import torch.nn as nn
 import tinytldr
 from data import Dataset, d_rho, preferences, relabel
 from model import GPTConfig, Transformer, init_weights, tree_mask
-from support.checkpoint import load_model, read_checkpoint, write_checkpoint
+from support.checkpoint import load_model, read_checkpoint, undrawn, write_checkpoint
 from support.columns import (
     cache_folder,
     cached,
@@ -58,7 +58,8 @@ class RewardModel(nn.Module):
     @classmethod
     def from_policy(cls, gpt, head="last"):
         """A reward model whose transformer starts from a language model's; its head is zero."""
-        model = cls(replace(gpt.config, reward_head=head))
+        model = undrawn(lambda: cls(replace(gpt.config, reward_head=head)))
+        nn.init.zeros_(model.score.weight)
         model.transformer.load_state_dict(whole(gpt.transformer.state_dict()))
         return model
 

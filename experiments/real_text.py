@@ -666,13 +666,15 @@ def timed(function, *args):
     start, on_gpu = time.time(), torch.cuda.is_initialized()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    result = function(*args)
-    gc.collect()
-    if torch.cuda.is_initialized():
-        memory = torch.cuda.max_memory_allocated() / 2 ** 30
-        torch.cuda.empty_cache()
-    else:
+    try:
+        result = function(*args)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+        if torch.cuda.is_initialized():
+            memory = torch.cuda.max_memory_allocated() / 2 ** 30
+    finally:                    # leave room for the others
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
     return result, time.time() - start, memory
 
 
@@ -1074,6 +1076,7 @@ def main(argv=None):
         make_smoke(args)
     check_settings(args)
     prepare(args)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # what workers, forked, may not use
     jobs = plan(args)
     failed, missing = run_jobs(args, jobs, finished_before(args))
     draw(args)
