@@ -671,9 +671,9 @@ def timed(function, *args):
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
         if torch.cuda.is_initialized():
             memory = torch.cuda.max_memory_allocated() / 2 ** 30
-    finally:                    # leave room for the others
-        gc.collect()
-        if torch.cuda.is_initialized():
+    finally:
+        if torch.cuda.is_initialized():     # leave room for the others
+            gc.collect()
             torch.cuda.empty_cache()
     return result, time.time() - start, memory
 

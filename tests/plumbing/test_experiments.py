@@ -292,6 +292,7 @@ def test_real_text_on_made_up_posts(tmp_path, monkeypatch, hub_cache, capsys):
     anew, tables and figure from what is in the files."""
     monkeypatch.setattr(real_text.trials, "workers", lambda n: SerialPool())
     monkeypatch.setattr(real_text.figure2, "FAMILY", "0.4,0.6")
+    monkeypatch.setattr(real_text, "SHARDS", 1)
     monkeypatch.setattr(real_text, "SMOKE", {**real_text.SMOKE, "lrs": [1e-3], "values": [0.5],
                                              "samples": 4, "steps": 2, "checkpoints": 1})
     flags = ["--smoke", "--rhos=0.4", "--seeds=0", "--methods=e-dpo,balanced",
