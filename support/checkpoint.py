@@ -541,9 +541,17 @@ def load_model(new_model, tensors, where):
     except (RuntimeError, AttributeError, TypeError, IndexError) as error:
         raise InputError(f"{where}: not the model of its config.json: {in_a_line(error)}"
                          ) from error
-    model = new_model()
+    model = undrawn(new_model)
     model.load_state_dict(tensors)
     return model
+
+
+def undrawn(new_model):
+    """Returns new_model(), a model, with room for its weights on the CPU. None are drawn at random,
+    which would take longer than to read them."""
+    with torch.device("meta"):
+        model = new_model()
+    return model.to_empty(device="cpu")
 
 
 def write_checkpoint(directory, model, eos_token_id):
