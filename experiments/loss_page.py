@@ -136,13 +136,14 @@ def property_table():
     """Returns the table of what the losses do."""
     rows = []
     for name in [*PREFERENCE_LOSSES, *zoo.ZOO]:
-        found = properties(name)
+        of_loss = properties(name)
         rows.append([
-            name, ", ".join(NEEDS[need] for need in found["needs"]) or "nothing",
-            number(found["value"]), ", ".join(map(number, found["gradient"])),
-            YES[found["h alone"]], where_lowest(found["minimum"]), YES[found["bounded"]],
-            YES[found["convex"]], found["both fall"], ", ".join(map(number, found["slopes"])),
-            "unused" if found["even"] else "used"])
+            name, ", ".join(NEEDS[need] for need in of_loss["needs"]) or "nothing",
+            number(of_loss["value"]), ", ".join(map(number, of_loss["gradient"])),
+            YES[of_loss["h alone"]], where_lowest(of_loss["minimum"]), YES[of_loss["bounded"]],
+            YES[of_loss["convex"]], of_loss["both fall"],
+            ", ".join(map(number, of_loss["slopes"])),
+            "unused" if of_loss["even"] else "used"])
     return markdown_table(["loss", "needs", "value", "gradient", "h alone", "lowest at", "bounded",
                            "convex", "both fall", "slopes", "label"], rows)
 
@@ -185,8 +186,8 @@ def measured(methods, knob_of, rows, chosen):
         f"`python experiments/zoo.py` trained {len(rows)} policies from the reference {reference}, "
         f"in {seconds / 60:.0f} minutes of one core. Each went over 1,000 pairs twice (124 steps "
         "of 16, where the speedrun has 320). Of three values of one knob, each method took the one "
-        "with the largest advantage on validation prompts, on pairs of another seed. That number "
-        "is the oracle's reward of samples for 1,000 test prompts, less that of the reference. ± is "
+        "with the largest advantage on validation prompts, on pairs of another seed. The advantage "
+        "is the oracle's reward of samples for 1,000 test prompts, less the reference's, and ± is "
         "a 95% interval over three seeds. The chosen change is in nats, on training pairs. At rho "
         "0.2 the shorter response is preferred in 80% of the pairs, although the oracle likes "
         "longer ones. [dev/LOG.md](../dev/LOG.md) has the questions that were written down before, "

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_losses import COLUMNS, EXTREME, M, assert_gives, h_by_hand, make_batch
 
 import losses
 import zoo
@@ -16,7 +17,6 @@ from experiments import loss_page, properties
 from experiments import zoo as runner
 from losses import PREFERENCE_LOSSES, batch_loss, knobs, needs
 from support.flags import InputError
-from test_losses import COLUMNS, EXTREME, M, assert_gives, h_by_hand, make_batch
 
 ROOT = Path(__file__).parents[1]
 SOME = {"beta": 0.3, "eta": 2.5, "epsilon": 0.2, "weight": 0.6, "alpha": 0.7, "blend": 0.4,
@@ -55,6 +55,11 @@ def discopop_by_hand(pair, beta, blend):
     return (1 - s) * nls(beta * pair.h) + s * math.exp(-beta * pair.h)
 
 
+def robust_dpo_by_hand(pair, beta, epsilon):
+    right, flipped = nls(beta * pair.h), nls(-beta * pair.h)
+    return ((1 - epsilon) * right - epsilon * flipped) / (1 - 2 * epsilon)
+
+
 def exo_by_hand(pair, beta, epsilon):
     p, q = sigma(beta * pair.h), sigma(-beta * pair.h)
     return p * math.log(p / (1 - epsilon)) + q * math.log(q / epsilon)
@@ -70,6 +75,10 @@ def alpha_dpo_by_hand(pair, beta, alpha):
     return nls(beta * f_of_u - beta * f_of_v)
 
 
+def r_dpo_by_hand(pair, beta, per_token):
+    return nls(beta * pair.h + per_token * (pair.tokens[0] - pair.tokens[1]))
+
+
 def orpo_by_hand(pair, weight):
     odds_of_p, odds_of_q = [math.exp(x) / (1 - math.exp(x)) for x in (pair.p, pair.q)]
     return -pair.p + weight * nls(math.log(odds_of_p / odds_of_q))
@@ -81,8 +90,7 @@ BY_HAND = {
     "exponential": lambda x, beta: math.exp(-beta * x.h),
     "discopop": discopop_by_hand,
     "cdpo": lambda x, beta, epsilon: (1 - epsilon) * nls(beta * x.h) + epsilon * nls(-beta * x.h),
-    "robust-dpo": lambda x, beta, epsilon: (
-        (1 - epsilon) * nls(beta * x.h) - epsilon * nls(-beta * x.h)) / (1 - 2 * epsilon),
+    "robust-dpo": robust_dpo_by_hand,
     "exo": exo_by_hand,
     "nca": lambda x, beta: nls(beta * x.u) + nls(-beta * x.u) / 2 + nls(-beta * x.v) / 2,
     "apo-zero": lambda x, beta: sigma(beta * x.v) - sigma(beta * x.u),
@@ -94,13 +102,11 @@ BY_HAND = {
     "js-dpo": lambda x, beta: nls(beta * (nls(x.v) - nls(x.u))),
     "chi-po": chi_po_by_hand,
     "ln-dpo": lambda x, beta: nls(beta * (x.u / x.tokens[0] - x.v / x.tokens[1])),
-    "r-dpo": lambda x, beta, per_token: nls(
-        beta * x.h + per_token * (x.tokens[0] - x.tokens[1])),
+    "r-dpo": r_dpo_by_hand,
     "simpo": lambda x, beta, target: nls(beta * (x.p - x.q) - target),
     "orpo": orpo_by_hand,
     "cpo": lambda x, beta, weight: nls(beta * (x.chosen - x.rejected)) - weight * x.chosen,
-    "slic": lambda x, target, weight: (
-        max(0, target - x.chosen + x.rejected) - weight * x.chosen),
+    "slic": lambda x, target, weight: max(0, target - x.chosen + x.rejected) - weight * x.chosen,
     "rrhf": lambda x, weight: max(0, x.q - x.p) - weight * x.chosen,
     "odpo": lambda x, beta, offset: nls(beta * x.h - offset * x.gap),
     "rebel": lambda x, eta: (x.h / eta - x.gap) ** 2,
@@ -178,11 +184,9 @@ def test_what_papers_say_of_their_own():
 
 # What the papers' equations give at the defaults, of the pair in experiments/properties.py: value
 # at the reference; gradient there on the two log-probs; is it of h alone? where along h is it
-# lowest? bounded below? convex? what does it do where both log-probs fall? slopes at h = -50 and 50;
-# is the label used?
-LN2, SAT = math.log(2), 1e-9        # SAT: a slope that has faded out
-E_PAIR = [1, 1.5, 2, 2.5, 3]
-STAYS_UP = "rises"
+# lowest? bounded below? convex? what does it do where both log-probs fall? slopes at h = -50 and
+# at 50; is the label used?
+LN2 = math.log(2)
 EXPECTED = {
     "dpo": (LN2, -.5, .5, True, "inf", True, True, "flat", -1, 0, True),
     "ipo": (25, -10, 10, True, [5], True, True, "flat", -110, 90, True),
@@ -190,7 +194,7 @@ EXPECTED = {
     "d-dpo": (4, -4, 4, True, [2], True, True, "flat", -104, 96, False),
     "p-dpo": (LN2, -.5, .5, True, "inf", True, True, "flat", -1, 0, True),
     "dp-dpo": (4, -4, 4, True, [2], True, True, "flat", -104, 96, False),
-    "e-dpo": (1, -2, 2, True, E_PAIR, True, False, "flat", -102, 94, False),
+    "e-dpo": (1, -2, 2, True, [1, 1.5, 2, 2.5, 3], True, False, "flat", -102, 94, False),
     "hinge": (1, -1, 1, True, [1, "beyond"], True, True, "flat", -1, 0, True),
     "squared-hinge": (1, -2, 2, True, [1, "beyond"], True, True, "flat", -102, 0, True),
     "exponential": (1, -1, 1, True, "inf", True, True, "flat", -math.exp(50), 0, True),
@@ -199,14 +203,14 @@ EXPECTED = {
     "robust-dpo": (LN2, -.625, .625, True, "inf", False, True, "flat", -1.125, -.125, True),
     "exo": (2.761, -math.log(999) / 4, math.log(999) / 4, True, [math.log(999)], True, False,
             "flat", 0, 0, True),
-    "nca": (2 * LN2, -.25, .25, False, [2 * math.log(3)], True, True, STAYS_UP, -.75, .25, True),
+    "nca": (2 * LN2, -.25, .25, False, [2 * math.log(3)], True, True, "rises", -.75, .25, True),
     "bco": (2 * LN2, -.5, .5, False, "inf", True, True, "flat", -1, 0, True),
     "kto": (1, -.25, .25, False, "inf", True, False, "rises to a limit", 0, 0, True),
     "apo-zero": (0, -.25, .25, False, "inf", True, False, "rises to a limit", 0, 0, True),
     "apo-down": (0, 0, .25, False, [2.12], True, False, "falls to a limit", 0, 0, True),
-    "sppo": (4.5, -3, 3, False, [3], True, True, STAYS_UP, -53, 47, True),
-    "dpop": (LN2, -.5, .5, False, "inf", True, True, STAYS_UP, -3.5, 0, True),
-    "rpo": (LN2 + 3, -.55, .5, False, "inf", True, True, STAYS_UP, -1.025, -.025, True),
+    "sppo": (4.5, -3, 3, False, [3], True, True, "rises", -53, 47, True),
+    "dpop": (LN2, -.5, .5, False, "inf", True, True, "rises", -3.5, 0, True),
+    "rpo": (LN2 + 3, -.55, .5, False, "inf", True, True, "rises", -1.025, -.025, True),
     "alpha-dpo": (LN2, -.5, .5, False, "inf", True, False, "falls", -134168.6, 0, True),
     "js-dpo": (LN2, -.25, .25, False, "inf", True, False, "falls to a limit", -.5, 0, True),
     "chi-po": (LN2, -1, 1, False, [5.4, "beyond"], True, False, "rises to a limit", 0, 0, True),
@@ -216,10 +220,10 @@ EXPECTED = {
     "r-dpo": (LN2, -.5, .5, True, "inf", True, True, "flat", -1, 0, True),
     "simpo": (nls(-1), -.5 * sigma(1), .5 * sigma(1), False, "inf", True, True, "flat", -.5, 0,
               True),
-    "orpo": (LN2 + 3, -.0763, .0263, False, "inf", True, False, STAYS_UP, -.0770, -.0286, True),
-    "cpo": (LN2 + 60, -1.5, .5, False, "inf", True, True, STAYS_UP, -1.5, -.5, True),
-    "slic": (7, -1.1, 1, False, "inf", True, True, STAYS_UP, -1.05, -.05, True),
-    "rrhf": (6, -.1, 0, False, "inf", True, True, STAYS_UP, -.1, -.05, True),
+    "orpo": (LN2 + 3, -.0763, .0263, False, "inf", True, False, "rises", -.0770, -.0286, True),
+    "cpo": (LN2 + 60, -1.5, .5, False, "inf", True, True, "rises", -1.5, -.5, True),
+    "slic": (7, -1.1, 1, False, "inf", True, True, "rises", -1.05, -.05, True),
+    "rrhf": (6, -.1, 0, False, "inf", True, True, "rises", -.1, -.05, True),
     "odpo": (nls(-2), -sigma(2), sigma(2), True, "inf", True, True, "flat", -1, 0, True),
     "rebel": (4, -4, 4, True, [2], True, True, "flat", -104, 96, False),
 }
@@ -235,15 +239,15 @@ NEEDED = {
 
 
 @pytest.fixture(scope="module")
-def found():
+def measured():
     return {name: properties.properties(name) for name in [*PREFERENCE_LOSSES, *zoo.ZOO]}
 
 
 @pytest.mark.parametrize("name", [*PREFERENCE_LOSSES, *zoo.ZOO])
-def test_a_loss_has_the_properties_of_its_equation(name, found):
+def test_a_loss_has_the_properties_of_its_equation(name, measured):
     (value, chosen, rejected, h_alone, minimum, bounded, convex, both_fall, wrong_side, right_side,
      label) = EXPECTED[name]
-    loss = found[name]
+    loss = measured[name]
     gradient = *loss["gradient"], loss["slopes"][0], loss["slopes"][2]
     wanted = chosen, rejected, wrong_side, right_side
     assert loss["value"] == pytest.approx(value, abs=1e-3)
@@ -263,9 +267,9 @@ def test_a_loss_has_the_properties_of_its_equation(name, found):
                           "reference")
 
 
-def test_the_degeneracy(found):
+def test_the_degeneracy(measured):
     """A loss of h alone does not notice that the chosen response loses its probability."""
-    for name, loss in found.items():
+    for name, loss in measured.items():
         assert loss["both fall"] == "flat" or not loss["h alone"], name
 
 
@@ -322,9 +326,9 @@ def test_a_loss_is_short_and_says_where_it_is_from(name):
 
 
 def row(method, value, advantage, split="validation", rho="0.2", seed="1000"):
-    return {"split": split, "rho": rho, "seed": seed, "method": method, "value": str(value),
-            "advantage": advantage, "chosen_change": "-1", "length": "12", "seconds": "6",
-            "reference": "abc"}
+    return {"split": split, "rho": rho, "seed": seed, "method": method, "knob": "",
+            "value": str(value), "advantage": advantage, "chosen_change": "-1", "length": "12",
+            "seconds": "6", "reference": "abc"}
 
 
 def test_a_knob_is_chosen_from_all_its_trials():
