@@ -15,7 +15,7 @@ ROLES = {"user": "Human", "assistant": "Assistant", "system": "System", "develop
 HH_SOURCE = ("{% for message in messages %}{{ '\n\n' + names[message['role']] + ': ' + "
              "message['content'] }}{% endfor %}"
              "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}")
-PERSON = re.compile(r"(\n\n(?:Human|System):.*?(?:\n\nAssistant:|\Z))", re.S)
+PERSON = r"\n\n(?:Human|System):.*?(?:\n\nAssistant:|\Z)"      # in a dialogue in text
 MARK = "\ufdd0"         # no character of any text; see ChatTemplate.guard
 A_DAY = datetime.date(2024, 7, 26)      # Llama 3's own default; with the real date, runs on two
                                         # days would read different tokens
@@ -115,12 +115,13 @@ def segments_of(row, tokenizer):
     return rendered[0][0], [segments for _, segments in rendered]
 
 
-def text_segments(prompt, response):
+def text_segments(prompt, response, context=PERSON):
     """Divides a response in text. If the prompt waits for the assistant of an HH dialogue, what a
-    person says further on is context."""
+    person says further on is context. context: a regular expression without groups."""
     if not prompt.endswith("\n\nAssistant:"):
         return [(response, True)]
-    parts = [(text, i % 2 == 0) for i, text in enumerate(PERSON.split(response))]
+    pieces = re.split(f"({context})", response, flags=re.S)
+    parts = [(text, i % 2 == 0) for i, text in enumerate(pieces)]
     if len(parts) > 1 and not parts[-1][0]:     # the person has the last word
         parts = parts[:-2]
     return [(text, learnt) for text, learnt in parts if text]

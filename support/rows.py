@@ -31,7 +31,7 @@ from itertools import chain, islice, takewhile
 
 import numpy as np
 
-from support.chat import ROLES, text_segments
+from support.chat import PERSON, ROLES, text_segments
 from support.flags import InputError, in_a_line
 from support.sources import listed, read_records
 
@@ -107,7 +107,7 @@ def turns_of(prompt, response):
     dialogue of its prompt, each prompt being all that was said before."""
     rows = []
     if isinstance(prompt, str):
-        for text, learnt in text_segments(prompt, response):
+        for text, learnt in text_segments(prompt, response, rf"{PERSON}|\n\nAssistant:"):
             if learnt:
                 rows.append({"prompt": prompt, "responses": [text]})
             prompt += text
@@ -548,10 +548,11 @@ def repeats_prompt(prompt, responses):
     """Returns whether all responses have the prompt in what they begin with, other than as the
     prompt is written: after a name or a mark, or with other spaces or capitals."""
     question = prompt.rpartition("\n\nHuman:")[2].removesuffix("\n\nAssistant:")
-    words, beginning = (" ".join(text.casefold().split())
-                        for text in (question, os.path.commonprefix(responses)))
-    return len(responses) > 1 and bool(words) and re.search(
-        rf"(?<!\w){re.escape(words)}(?!\w)", beginning) is not None
+    beginning = os.path.commonprefix(responses)
+    if len(responses) == 1 or not 0 < 0.8 * len(question.strip()) <= len(beginning):
+        return False
+    words, beginning = (" ".join(text.casefold().split()) for text in (question, beginning))
+    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", beginning) is not None
 
 
 def same_but_for_space(prompt, responses):
