@@ -25,11 +25,8 @@ import json
 import math
 import os
 import re
-from array import array
 from collections import Counter
 from itertools import chain, islice, takewhile
-
-import numpy as np
 
 from support.chat import PERSON, ROLES, text_segments
 from support.flags import InputError, in_a_line
@@ -525,12 +522,6 @@ def row_texts(row):
 
 # ------------------------------------------------------------------ what looks like a mistake
 
-# Columns that belong to the prompt, whatever is in them
-PROMPT_COLUMNS = {"system", "system_prompt", "system_message", "instruction", "instructions",
-                  "input", "context", "question", "query", "history", "document", "documents",
-                  "passage", "tools", "functions", "image", "images", "audio", "video", "videos"}
-GAPS = {"nan", "NaN", "NaT", "<NA>"}        # what programs write where there is nothing
-
 
 def ends_in_a_space(prompt, responses):
     return prompt[-1:] in (" ", "\t")
@@ -548,23 +539,11 @@ def repeats_prompt(prompt, responses):
     """Returns whether all responses have the prompt in what they begin with, other than as the
     prompt is written: after a name or a mark, or with other spaces or capitals."""
     question = prompt.rpartition("\n\nHuman:")[2].removesuffix("\n\nAssistant:")
-    beginning = os.path.commonprefix(responses)
-    if len(responses) == 1 or not 0 < 0.8 * len(question.strip()) <= len(beginning):
+    beginning = os.path.commonprefix(responses) if len(responses) > 1 else ""
+    if not 0 < 0.8 * len(question.strip()) <= len(beginning):
         return False
     words, beginning = (" ".join(text.casefold().split()) for text in (question, beginning))
     return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", beginning) is not None
-
-
-def same_but_for_space(prompt, responses):
-    return len({response.strip() for response in responses}) == 1 < len(set(responses))
-
-
-def has_no_prompt(prompt, responses):
-    return not prompt.strip()
-
-
-def has_a_gap(prompt, responses):
-    return any(text.strip() in GAPS for text in (prompt, *responses))
 
 
 # (what a row looks like, above which part of the rows it is said, what is said)
@@ -576,28 +555,18 @@ LOOKS = (
      "in a new line"),
     (repeats_prompt, 0.5, "in {} rows the responses repeat the prompt where they begin; what is "
      "imitated or compared begins after it"),
-    (same_but_for_space, 0, "in {} rows chosen and rejected differ in the white space around them "
-     "alone"),
-    (has_a_gap, 0, "in {} rows a prompt or a response is a word for a gap, such as 'nan'; is "
-     "something missing there?"),
-    (has_no_prompt, 0, "in {} rows the prompt is empty"))
+    (lambda prompt, responses: not prompt.strip(), 0, "in {} rows the prompt is empty"))
 
 
 class Oddities:
-    """Counts, over the rows of a file, what looks like a mistake; `messages` says what was found.
-
-    looks    rows that look like each of `LOOKS`
-    scored, reversed    preferences with scores; those whose best has a lower score than the worst
-    rows     a hash of each row; without_order, the same whatever the order of its responses
-    ignored  {column that is not read: in how many records it has something}; texts, in how many it
-             is a text that a person would read
-    """
+    """Counts, over the rows of a file, what looks like a mistake; `messages` says what was found."""
 
     def __init__(self, demonstrations):
         self.read = READ_AS_DEMONSTRATIONS if demonstrations else READ
-        self.looks, self.scored, self.reversed = [0] * len(LOOKS), 0, 0
+        self.n, self.scored, self.reversed = 0, 0, 0
+        self.looks = [0] * len(LOOKS)                   # rows that look like each of them
+        # {column that is not read: in how many records it has something, or several words}
         self.ignored, self.texts = Counter(), Counter()
-        self.rows, self.without_order = array("q"), array("q")
 
     def count(self, record, rows):
         """Counts one record of the file, and the rows that were made of it."""
@@ -606,11 +575,10 @@ class Oddities:
                 self.ignored[column] += 1
                 self.texts[column] += is_text(column, record[column])
         for row in rows:
-            prompt, responses = row_texts(row)
-            self.rows.append(hash((prompt, *responses)))
-            self.without_order.append(hash((prompt, frozenset(responses))))
+            self.n += 1
+            texts = row_texts(row)
             for i, (looks_so, _, _) in enumerate(LOOKS):
-                self.looks[i] += looks_so(prompt, responses)
+                self.looks[i] += looks_so(*texts)
             if "scores" in row and "ranks" not in record:     # ranks decide, and say so
                 self.scored += 1
                 self.reversed += sum(row["scores"][0]) < sum(row["scores"][-1])
@@ -625,26 +593,18 @@ class Oddities:
             counted = sorted(f"{column!r} ({self.ignored[column]} rows)" for column in texts)
             yield (f"warning: columns of text that are not read: {listed(counted, 20)}; what "
                    "belongs to the prompt has to stand in 'prompt'")
-        n = len(self.rows)
         for count, (_, share, message) in zip(self.looks, LOOKS):
-            if count > share * n:
-                yield f"warning: {message.format(f'{count} of {n}')}"
+            if count > share * self.n:
+                yield f"warning: {message.format(f'{count} of {self.n}')}"
         if 2 * self.reversed > self.scored:
             yield (f"warning: in {self.reversed} of {self.scored} rows the chosen response has the "
                    "lower score; are the columns swapped, or is a lower score better?")
-        distinct, sets = len(np.unique(self.rows)), len(np.unique(self.without_order))
-        if distinct - sets >= max(10, 0.05 * n):
-            yield (f"warning: {distinct - sets} of {n} rows prefer what an earlier row with the "
-                   "same prompt and responses does not")
 
 
 def is_text(column, value):
-    """Returns whether a value is a text that a person would read: several words or a list of
-    messages; in a column that is named like a part of the prompt, anything. Columns of another
+    """Returns whether a person would read a value: several words, or messages. Columns of another
     layout repeat what is read."""
-    if column in READ_AS_DEMONSTRATIONS:
-        return False
-    if isinstance(value, list) and isinstance(value[0], dict):
-        return "content" in value[0]
-    return (str(column).lower() in PROMPT_COLUMNS
-            or isinstance(value, str) and len(value.split()) > 1)
+    if isinstance(value, list):
+        value = value[0].get("content") and "messages of text" if isinstance(value[0], dict) else ""
+    return (column not in READ_AS_DEMONSTRATIONS
+            and isinstance(value, str) and len(value.split()) > 1)

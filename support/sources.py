@@ -235,11 +235,9 @@ def read_records(data, hub=None, say=print):
 
 KINDS = {       # the first bytes of a file: what it is
     b"\xff\xfe": "UTF-16 text; save it as UTF-8", b"\xfe\xff": "UTF-16 text; save it as UTF-8",
-    b"{\0": "UTF-16 text; save it as UTF-8", b"\0{": "UTF-16 text; save it as UTF-8",
     b"\x1f\x8b": "packed with gzip", b"\x28\xb5\x2f\xfd": "packed with zstd; unpack it",
     b"PAR1": "Parquet", b"PK\x03\x04": "a zip file or a spreadsheet; unpack it",
-    b"version https://git-lfs": "a pointer of Git LFS, not the file; fetch it with git lfs pull",
-    b"<!DOCTYPE html": "a web page", b"<html": "a web page"}
+    b"version https://git-lfs": "a pointer of Git LFS, not the file; fetch it with git lfs pull"}
 
 
 def read_file(path):

@@ -100,16 +100,6 @@ def test_the_same_words_do_not_win_every_tie():
     assert 8 <= best.count(" Hello!") <= 32
 
 
-def test_labels_that_contradict_each_other(tmp_path, hub_cache):
-    """A file in which both orders of each pair have the same label."""
-    pairs = [{"prompt": f"{i}?", "chosen": " a", "rejected": " b"} for i in range(20)]
-    turned = [{**pair, "chosen": " b", "rejected": " a"} for pair in pairs]
-    _, said = read(tmp_path / "a.jsonl", pairs + turned)
-    assert said == ["warning: 20 of 40 rows prefer what an earlier row with the same prompt and "
-                    "responses does not"]
-    assert read(tmp_path / "a.jsonl", pairs + pairs + turned[:1])[1] == []
-
-
 # ------------------------------------------------------------------ prompts and texts
 
 @pytest.mark.parametrize("begin", [
@@ -161,14 +151,9 @@ def test_text_that_is_json_all_the_same(text):
     assert parse_row({**PAIR, "chosen": text}, False)["responses"][0] == text
 
 
-@pytest.mark.parametrize("more, message", [
-    ({"chosen": " a", "rejected": " a\n"}, "differ in the white space around them alone"),
-    ({"rejected": " nan"}, "is a word for a gap, such as 'nan'"),
-    ({"prompt": ""}, "the prompt is empty")])
-def test_what_rows_look_like(tmp_path, hub_cache, more, message):
-    """It is said with a count, and nothing else is."""
-    _, said = read(tmp_path / "a.jsonl", [{**PAIR, **more}] * 2)
-    assert len(said) == 1 and said[0].startswith("warning: in 2 of 2 rows ") and message in said[0]
+def test_an_empty_prompt(tmp_path, hub_cache):
+    _, said = read(tmp_path / "a.jsonl", [{**PAIR, "prompt": ""}] * 2)
+    assert said == ["warning: in 2 of 2 rows the prompt is empty"]
 
 
 @pytest.mark.parametrize("token", [
@@ -184,8 +169,7 @@ def test_parts_of_messages_and_pictures_that_are_not_read(tmp_path, hub_cache):
               "rejected": [says("assistant", "No")]}
     assert read(tmp_path / "a.jsonl", [record])[1] == [
         "1 row: 'reasoning_content' of their messages is not read by the chat layout",
-        "warning: columns of text that are not read: 'context' (1 rows), 'images' (1 rows); what "
-        "belongs to the prompt has to stand in 'prompt'"]
+        "columns that are not read: 'context', 'images'"]
 
 
 def test_many_columns_are_one_line(tmp_path, hub_cache):
@@ -220,14 +204,12 @@ def test_files_that_are_read(tmp_path, hub_cache, name, content):
 
 @pytest.mark.parametrize("name, content, message", [
     ("a.jsonl", LINE.decode().encode("utf-16"), "it is UTF-16 text; save it as UTF-8"),
-    ("a.csv", LINE.decode().encode("utf-16-be"), "it is UTF-16 text; save it as UTF-8"),
-    ("a.jsonl", LINE.decode().encode("utf-16-le"), "it is UTF-16 text; save it as UTF-8"),
+    ("a.csv", b"\xfe\xff" + LINE.decode().encode("utf-16-be"), "it is UTF-16 text; save it as"),
     ("a.jsonl", PACKED, "it is packed with gzip"),
     ("a.parquet", PACKED, "it is packed with gzip"),
     ("a.jsonl", b"\x28\xb5\x2f\xfd", "it is packed with zstd; unpack it"),
     ("a.json", b"PAR1", "it is Parquet"), ("a.csv", b"PK\x03\x04", "it is a zip file or a spread"),
     ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "it is a pointer of Git LFS"),
-    ("a.jsonl", b"<!DOCTYPE html><html>", "it is a web page"),
     ("a.csv", b"prompt;chosen;rejected\na; b; c\n", "not separated by commas"),
     ("a.csv", b"prompt\tchosen\trejected\na\t b\t c\n", "not separated by commas"),
     ("a.jsonl", json.dumps([PAIR], indent=1).encode(), "belongs into a file that ends in .json"),

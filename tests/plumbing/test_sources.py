@@ -265,8 +265,8 @@ IN_LISTS = {**PAIR, "score_chosen": [1, 1], "score_rejected": [3, 0]}
     ([IN_LISTS], "in 1 of 1 rows the chosen response has the lower score"),
     ([{**PAIR, "system": "Be kind."}] * 2 + [PAIR], "columns of text that are not read: 'system' "
      r"\(2 rows\); what belongs to the prompt has to stand in 'prompt'"),
-    ([{**PAIR, "instruction": "Translate", "title": "My first day"}],
-     r"columns of text that are not read: 'instruction' \(1 rows\), 'title' \(1 rows\)"),
+    ([{**PAIR, "title": "My first day", "intro": "Hi you"}],
+     r"columns of text that are not read: 'intro' \(1 rows\), 'title' \(1 rows\)"),
     ([{**PAIR, "history": [{"role": "user", "content": "Hi"}]}], "not read: 'history'")])
 def test_what_is_warned_of(tmp_path, records, message):
     """Once for the file, with the count, where most rows are like this."""
