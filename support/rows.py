@@ -605,6 +605,7 @@ def is_text(column, value):
     """Returns whether a person would read a value: several words, or messages. Columns of another
     layout repeat what is read."""
     if isinstance(value, list):
-        value = value[0].get("content") and "messages of text" if isinstance(value[0], dict) else ""
-    return (column not in READ_AS_DEMONSTRATIONS
-            and isinstance(value, str) and len(value.split()) > 1)
+        is_words = isinstance(value[0], dict) and "content" in value[0]
+    else:
+        is_words = isinstance(value, str) and len(value.split()) > 1
+    return is_words and column not in READ_AS_DEMONSTRATIONS

@@ -215,7 +215,7 @@ def encode_part(rows, tokenizer):
                 ids = [next(texts) for _ in response]
             ids = [part if learnt else [~token for token in part]
                    for part, (_, learnt) in zip(ids, response)]
-            ids = list(chain.from_iterable(ids))
+            ids = ids[0] if len(ids) == 1 else list(chain.from_iterable(ids))
             if not (is_rendered and ids[-1] == end):
                 ids.append(end)
             parts.append(ids)
