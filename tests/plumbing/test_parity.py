@@ -21,7 +21,7 @@ from data import BatchOrder, Dataset, collate, get_tokenizer, preferences
 from losses import batch_loss, bradley_terry
 from model import GPT, GPTConfig
 from reward import RewardModel
-from support.checkpoint import TRANSPOSED
+from support.families import TRANSPOSED
 from support.flags import InputError
 from support.tokenizer import save_tokenizer
 from train_policy import learning_rate
