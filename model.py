@@ -17,6 +17,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from lora import load_lora, merge_lora
+from support.adapters import write_adapter
 from support.checkpoint import load_model, read_checkpoint, write_checkpoint
 from support.device import FEW_SHAPES, compiles_every_shape, random_numbers, round_up, sync
 from support.logprobs import head_weight, product_type, token_logps
@@ -254,7 +256,7 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.lora_base = config, None      # of lora.py: the model that it adapts
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -299,15 +301,25 @@ class GPT(nn.Module):
     forward = response_logps      # policy(batch), which torch.compile wraps
 
     @classmethod
-    def from_pretrained(cls, dir_or_hub_name):
-        """Reads a checkpoint in Hugging Face's layout from a folder or else from the hub; families:
-        docs/models.md. InputError says what is wrong with it."""
+    def from_pretrained(cls, dir_or_hub_name, merge=True):
+        """Reads a checkpoint in Hugging Face's layout from a folder or else from the hub, or a LoRA
+        adapter and its model; families: docs/models.md. InputError says what is wrong with it.
+
+        merge: add the adapter to the model's weights. If not, it goes on as an adapter.
+        """
         config, tensors = read_checkpoint(dir_or_hub_name, head="lm_head")
-        return load_model(lambda: cls(GPTConfig(**config)), tensors, dir_or_hub_name)
+        model = load_model(lambda: cls(GPTConfig(**config)), tensors, dir_or_hub_name)
+        load_lora(model, dir_or_hub_name)
+        if merge:
+            merge_lora(model)
+        return model
 
     def save_pretrained(self, directory, eos_token_id=None):
-        """Writes config.json and model.safetensors, for `transformers` a model of its family.
-        eos_token_id: the token that ends a text (default: what was read, or the last one)."""
+        """Writes config.json and model.safetensors, for `transformers` a model of its family; of a
+        model with a LoRA adapter the adapter alone, for PEFT. eos_token_id: the token that ends a
+        text (default: what was read, or the last one)."""
+        if self.lora_base is not None:
+            return write_adapter(directory, self)
         write_checkpoint(directory, self, eos_token_id)
 
     @torch.no_grad()

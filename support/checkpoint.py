@@ -26,13 +26,17 @@ from support.families import (
 from support.files import check_zip, read_json, replacing, write_json
 from support.flags import InputError, in_a_line, naming
 from support.processes import is_first, whole
-from support.run import run_flags
+from support.run import MODELS, run_flags
 
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
             "_forward_module", "base_model"}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 GIT_LFS = b"version https://git-lfs"
 EMBEDDING = "transformer.wte.weight"
+ADAPTER = "adapter_config.json"
+ONLY = {"peft_type": ("LORA",), "bias": ("none",), "use_dora": (False,), "alpha_pattern": ({},),
+        "layer_replication": (None,), "lora_bias": (False,),        # the values that are supported
+        "init_lora_weights": (True, "gaussian", "eva", "orthogonal")}   # others change the model
 
 
 def read_checkpoint(dir_or_hub_name, head):
@@ -114,8 +118,30 @@ def hub_file(name, filename):
         return None, reason
 
 
+def adapter_config(folder):
+    """Returns the content of a folder's adapter_config.json, of a LoRA adapter in PEFT's layout;
+    None if there is none. InputError if it is of another kind."""
+    path = os.path.join(folder, ADAPTER)
+    if not os.path.isfile(path):
+        return None
+    config = read_json(path)
+    for name, supported in ONLY.items():
+        value = config.get(name, supported[0])
+        if value not in supported and value:
+            raise InputError(f"{path}: {name} {value!r} is not supported, only "
+                             f"{supported[0]!r}: merge the adapter into its model (PEFT: "
+                             "merge_and_unload, then save_pretrained) and name that folder")
+    kinds = {"base_model_name_or_path": (str,), "lora_alpha": (int, float)}
+    for name, kind in kinds.items():
+        value = config.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool) or not value:
+            raise InputError(f"{path}: {name} is {value!r}")
+    return config
+
+
 class Finder:
-    """Finds the files of a checkpoint: in a folder, or copies of them from the hub.
+    """Finds the files of a checkpoint: in a folder, or copies of them from the hub. In the place of
+    an adapter's folder: those of the model that it belongs to.
 
     nanogpt: the path of nanoGPT's ckpt.pt, where the checkpoint is one; last: the name of the file
     that was found last, for messages.
@@ -132,9 +158,23 @@ class Finder:
         if os.path.exists(self.name) and not self.is_folder and self.nanogpt is None:
             kind = other_kind([os.path.basename(self.name)])
             raise InputError(f"{self.name}: {kind or 'a file: name the folder that holds it'}")
-        kind = other_kind(name for name in ["adapter_config.json"] if self._in_folder(name))
-        if kind is not None:        # transformers would add it to the model of the same folder
-            raise InputError(f"{self.name}: {kind}")
+        self.base = None            # of an adapter: the Finder of the model that it belongs to
+        config = adapter_config(self.name)
+        if config is not None:
+            self.base = self._base(config["base_model_name_or_path"])
+            self.nanogpt = self.base.nanogpt
+
+    def _base(self, name):
+        both = [file for file in sorted(MODELS) if self._in_folder(file)]
+        if both:                    # transformers would add the adapter to it
+            raise InputError(f"{self.name}: it holds both {both[0]} and {ADAPTER}, a LoRA adapter, "
+                             "which belongs to another model; leave one of them there")
+        with naming(f"{self.name}: {ADAPTER} names a model that is not to be had"):
+            base = Finder(name)
+        if base.base is not None:
+            raise InputError(f"{self.name}: the adapter of a model that is an adapter itself, "
+                             f"{name!r}: merge that one into its model first")
+        return base
 
     def _in_folder(self, filename):
         return self.is_folder and os.path.isfile(os.path.join(self.name, filename))
@@ -150,7 +190,9 @@ class Finder:
     def optional(self, filename):
         """Returns the file's path, or None if there is no such file."""
         path = None
-        if self.is_folder:
+        if self.base is not None and not self._of_adapter(filename):
+            path = self.base.optional(filename)
+        elif self.is_folder:
             path = os.path.join(self.name, filename) if self._in_folder(filename) else None
         elif self.nanogpt is None:
             path, reason = hub_file(self.name, filename)
@@ -158,10 +200,19 @@ class Finder:
         self.last = filename if path is not None else self.last
         return path
 
+    def _of_adapter(self, filename):
+        """Returns whether a file is looked for next to an adapter: its tokenizer's, if it has one.
+        All others belong to the model."""
+        own = any(map(self._in_folder, ("tokenizer.json", "vocab.json")))
+        of_model = ("config", "generation_config", "model", "pytorch_model")
+        return own and not filename.startswith(of_model)
+
     def required(self, filename):
         path = self.optional(filename)
         if path is not None:
             return path
+        if self.base is not None:
+            return self.base.required(filename)
         if self.is_folder:
             kind = other_kind(sorted(os.listdir(self.name)))
             unfinished = filename in ("config.json", "model.safetensors")
@@ -279,9 +330,17 @@ def load_model(new_model, tensors, where):
     except (RuntimeError, AttributeError, TypeError, IndexError) as error:
         raise InputError(f"{where}: not the model of its config.json: {in_a_line(error)}"
                          ) from error
-    model = new_model()
+    model = undrawn(new_model)
     model.load_state_dict(tensors)
     return model
+
+
+def undrawn(new_model):
+    """Returns new_model(), a model, with room for its weights on the CPU. None are drawn at random,
+    which would take longer than to read them."""
+    with torch.device("meta"):
+        model = new_model()
+    return model.to_empty(device="cpu")
 
 
 def write_checkpoint(directory, model, eos_token_id):
@@ -302,10 +361,7 @@ def write_checkpoint(directory, model, eos_token_id):
 # ------------------------------------------------------------------ other kinds of checkpoints
 
 OTHER_KINDS = {         # a file's name: what it is, and what to do
-    "adapter_config.json": "a LoRA adapter, not a whole model: merge it into its model first "
-                           "(PEFT: merge_and_unload, then save_pretrained) and name that folder",
-    "adapter_model.*": "a LoRA adapter, not a whole model: merge it into its model first "
-                       "(PEFT: merge_and_unload, then save_pretrained) and name that folder",
+    "adapter_model.*": "a LoRA adapter without its adapter_config.json: copy that there too",
     "*.gguf": "a model of llama.cpp: name the folder of the model that it was made from",
     "tf_model.h5": "weights of TensorFlow: save the model with PyTorch's (transformers before 5: "
                    "from_pretrained(..., from_tf=True), then save_pretrained) and name that folder",
