@@ -134,7 +134,8 @@ def parse_flags(argv):
         help="betas and taus to choose from")
     add("--missing_eos_penalty", type=not_negative_float, default=1.0, help="what a sample that "
         "did not end loses of its reward, everywhere")
-    add("--lora", type=positive_int, help="train adapters of this rank, not the whole model")
+    add("--lora", type=positive_int, help="reward models and policies are adapters of "
+        "this rank, next to the reference (default: whole models)")
     add("--flags", default="", help="more flags for all training runs")
     add("--jobs", type=positive_int, default=2, help="runs at a time, on a GPU too")
     add("--minutes", type=positive_float, help="no run begins later than this")
@@ -233,9 +234,9 @@ class Worker:
 
 
 def train(args, script, folder, *flags):
-    """A training run with the flags that all of them have. On a GPU, where it takes seconds, no
-    state is saved for resuming."""
-    lora = [f"--lora={args.lora}"] if args.lora else []
+    """A training run with the flags that all of them have; the reference is never an adapter. On a
+    GPU, where it takes seconds, no state is saved for resuming."""
+    lora = [f"--lora={args.lora}"] if args.lora and "--loss=sft" not in flags else []
     states = device_name(args.device) != "cuda"
     seconds = trials.train(script, folder, *flags, *lora, f"--device={args.device}",
                            f"--dtype={args.dtype}", f"--n_eval={args.n_eval}",
@@ -884,7 +885,7 @@ def figure(rows, folder):
         axes[1].errorbar(
             [mean(column(runs, "length")) for runs in found], [j - 0.1 for j in y], fmt="o",
             markersize=4, xerr=[figure2.half_width(column(runs, "length")) for runs in found],
-            color=f"C{i}", linewidth=0.8)
+            color=f"C{i}", linewidth=0.8, label=f"rho {rho}")
     for method, style in (("sft", "-"), ("authors", ":")):
         lengths = [float(row["length"]) for row in rows if row["purpose"] == "reference"
                    and row["method"] == method and row["run"].startswith("test/")]
@@ -957,8 +958,8 @@ def show_samples(args):
             if row["purpose"] == "run" and row["rho"] == str(args.rhos[0])]
     reached = {}
     for row in rows:
-        if os.path.exists(f"{args.out_dir}/{run_name(args.rhos[0], args.seeds[0], row['method'])}"
-                          "/model.safetensors"):
+        run = run_name(args.rhos[0], args.seeds[0], row["method"])
+        if trials.weights(f"{args.out_dir}/{run}"):
             reached.setdefault(row["method"], []).append(float(row["oracle"]))
     if not reached:
         return ["no samples: there are no policies of the first cell"]
