@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from support.files import check_zip, read_json, replacing, write_json
 from support.flags import InputError, in_a_line, naming
 from support.processes import is_first, whole
-from support.run import run_flags
+from support.run import MODELS, run_flags
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}    # torch's "approximate"
@@ -82,6 +82,10 @@ WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 GIT_LFS = b"version https://git-lfs"
 EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
+ADAPTER = "adapter_config.json"
+ONLY = {"peft_type": ("LORA",), "bias": ("none",), "use_dora": (False,), "alpha_pattern": ({},),
+        "layer_replication": (None,), "lora_bias": (False,),        # the values that are supported
+        "init_lora_weights": (True, "gaussian", "eva", "orthogonal")}   # others change the model
 
 
 def read_checkpoint(dir_or_hub_name, head):
@@ -91,7 +95,7 @@ def read_checkpoint(dir_or_hub_name, head):
     {parameter name: tensor}). InputError if it is damaged or of another kind.
     """
     where, find = dir_or_hub_name, Finder(dir_or_hub_name)
-    sizes = read_sizes(where, find)
+    sizes = read_sizes(where, find, say=print)
     with naming_damage(find):
         tensors = our_tensors(read_tensors(find), sizes["family"], find.nanogpt is not None)
     if find.nanogpt is not None and add_zero_biases(tensors):
@@ -106,9 +110,6 @@ def read_checkpoint(dir_or_hub_name, head):
         raise InputError(f"{where}: this is {kinds[0]}, not {kinds[1]}")
     if head == "score":
         tensors.pop(HEAD, None)
-    if sizes.get("sliding_window"):
-        print(f"{where}: texts may have {sizes['block_size']} tokens: in longer ones its attention "
-              "would see no farther back, which is not supported")
     return sizes, tensors
 
 
@@ -125,11 +126,12 @@ def naming_damage(find):
                          f"whole: {find.damage() or in_a_line(error)}") from error
 
 
-def read_sizes(dir_or_hub_name, find=None):
-    """Returns what a checkpoint's config.json says, by the names of GPTConfig."""
+def read_sizes(dir_or_hub_name, find=None, say=lambda line: None):
+    """Returns what a checkpoint's config.json says, by the names of GPTConfig. say: called with
+    lines on what is otherwise here."""
     find = find or Finder(dir_or_hub_name)
     config = nanogpt_config(find) if find.nanogpt else read_config(find)
-    return our_sizes(config, dir_or_hub_name)
+    return our_sizes(config, dir_or_hub_name, say)
 
 
 def read_config(find):
@@ -165,8 +167,30 @@ def hub_file(name, filename):
         return None, reason
 
 
+def adapter_config(folder):
+    """Returns the content of a folder's adapter_config.json, of a LoRA adapter in PEFT's layout;
+    None if there is none. InputError if it is of another kind."""
+    path = os.path.join(folder, ADAPTER)
+    if not os.path.isfile(path):
+        return None
+    config = read_json(path)
+    for name, supported in ONLY.items():
+        value = config.get(name, supported[0])
+        if value not in supported and value:
+            raise InputError(f"{path}: {name} {value!r} is not supported, only "
+                             f"{supported[0]!r}: merge the adapter into its model (PEFT: "
+                             "merge_and_unload, then save_pretrained) and name that folder")
+    kinds = {"base_model_name_or_path": (str,), "lora_alpha": (int, float)}
+    for name, kind in kinds.items():
+        value = config.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool) or not value:
+            raise InputError(f"{path}: {name} is {value!r}")
+    return config
+
+
 class Finder:
-    """Finds the files of a checkpoint: in a folder, or copies of them from the hub.
+    """Finds the files of a checkpoint: in a folder, or copies of them from the hub. In the place of
+    an adapter's folder: those of the model that it belongs to.
 
     nanogpt: the path of nanoGPT's ckpt.pt, where the checkpoint is one; last: the name of the file
     that was found last, for messages.
@@ -183,9 +207,23 @@ class Finder:
         if os.path.exists(self.name) and not self.is_folder and self.nanogpt is None:
             kind = other_kind([os.path.basename(self.name)])
             raise InputError(f"{self.name}: {kind or 'a file: name the folder that holds it'}")
-        kind = other_kind(name for name in ["adapter_config.json"] if self._in_folder(name))
-        if kind is not None:        # transformers would add it to the model of the same folder
-            raise InputError(f"{self.name}: {kind}")
+        self.base = None            # of an adapter: the Finder of the model that it belongs to
+        config = adapter_config(self.name)
+        if config is not None:
+            self.base = self._base(config["base_model_name_or_path"])
+            self.nanogpt = self.base.nanogpt
+
+    def _base(self, name):
+        both = [file for file in sorted(MODELS) if self._in_folder(file)]
+        if both:                    # transformers would add the adapter to it
+            raise InputError(f"{self.name}: it holds both {both[0]} and {ADAPTER}, a LoRA adapter, "
+                             "which belongs to another model; leave one of them there")
+        with naming(f"{self.name}: {ADAPTER} names a model that is not to be had"):
+            base = Finder(name)
+        if base.base is not None:
+            raise InputError(f"{self.name}: the adapter of a model that is an adapter itself, "
+                             f"{name!r}: merge that one into its model first")
+        return base
 
     def _in_folder(self, filename):
         return self.is_folder and os.path.isfile(os.path.join(self.name, filename))
@@ -201,7 +239,9 @@ class Finder:
     def optional(self, filename):
         """Returns the file's path, or None if there is no such file."""
         path = None
-        if self.is_folder:
+        if self.base is not None and not self._of_adapter(filename):
+            path = self.base.optional(filename)
+        elif self.is_folder:
             path = os.path.join(self.name, filename) if self._in_folder(filename) else None
         elif self.nanogpt is None:
             path, reason = hub_file(self.name, filename)
@@ -209,10 +249,19 @@ class Finder:
         self.last = filename if path is not None else self.last
         return path
 
+    def _of_adapter(self, filename):
+        """Returns whether a file is looked for next to an adapter: its tokenizer's, if it has one.
+        All others belong to the model."""
+        own = any(map(self._in_folder, ("tokenizer.json", "vocab.json")))
+        of_model = ("config", "generation_config", "model", "pytorch_model")
+        return own and not filename.startswith(of_model)
+
     def required(self, filename):
         path = self.optional(filename)
         if path is not None:
             return path
+        if self.base is not None:
+            return self.base.required(filename)
         if self.is_folder:
             kind = other_kind(sorted(os.listdir(self.name)))
             unfinished = filename in ("config.json", "model.safetensors")
@@ -288,6 +337,25 @@ def names_in_files(family, n_layer):
                        [f"model.layers.{layer}.{part}.{kind}" for part in theirs])
 
 
+def rows_of_parts(config, n_parts, rows):
+    """Returns how many of the rows of a matrix belong to each of its parts in files: queries, keys
+    and values, or gate and up."""
+    size = config.head_size or config.n_embd // config.n_head
+    kv_width = (config.n_kv_head or config.n_head) * size
+    widths = {3: [config.n_head * size, kv_width, kv_width], 2: [rows // 2] * 2}
+    return widths.get(n_parts, [rows])
+
+
+def parts_in_files(model, layer):
+    """Returns the linear layers that files have in the place of one of ours, [(name, rows)]: their
+    outputs, one after another, are its own. layer: its name."""
+    config, rows = model.config, model.get_submodule(layer).out_features
+    names = dict(names_in_files(config.family, config.n_layer))
+    theirs = names.get(f"{layer}.weight", [f"{layer}.weight"])
+    theirs = [name.removesuffix(".weight") for name in theirs]
+    return list(zip(theirs, rows_of_parts(config, len(theirs), rows)))
+
+
 def file_tensors(weights, config):
     """Returns a model's tensors, {name: tensor}, as its family's files have them."""
     tensors = dict(weights)
@@ -297,13 +365,10 @@ def file_tensors(weights, config):
         tensors = {name: tensor.t() if name.endswith(TRANSPOSED) else tensor
                    for name, tensor in tensors.items()}
     else:
-        size = config.head_size or config.n_embd // config.n_head
-        kv_width = (config.n_kv_head or config.n_head) * size
-        widths = {3: [config.n_head * size, kv_width, kv_width], 2: [config.n_inner] * 2}
         for name, theirs in names_in_files(config.family, config.n_layer):
             if name in tensors:
                 whole_tensor = tensors.pop(name)
-                parts = whole_tensor.split(widths.get(len(theirs), len(whole_tensor)))
+                parts = whole_tensor.split(rows_of_parts(config, len(theirs), len(whole_tensor)))
                 tensors |= {part: tensor.clone() for part, tensor in zip(theirs, parts)}
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
@@ -337,7 +402,7 @@ def check_value(config, name, kind, where):
         raise InputError(f"{where}: config.json says {name} {value!r}, {KINDS[kind]}")
 
 
-def our_sizes(config, where):
+def our_sizes(config, where, say=print):
     """Returns the fields of GPTConfig that a config.json (a dict) means. InputError if it is not
     that of a model as it is written here."""
     family = config.get("model_type")
@@ -371,7 +436,7 @@ def our_sizes(config, where):
                              f"does not divide {about.fields[of]} {sizes[of]}")
     if family == "gpt2":
         return sizes | gpt2_sizes(config, where)
-    return sizes | llama_sizes(config, sizes, where)
+    return sizes | llama_sizes(config, sizes, where, say)
 
 
 def gpt2_sizes(config, where):
@@ -386,7 +451,7 @@ def gpt2_sizes(config, where):
     return {"gelu": GELU[activation]}
 
 
-def llama_sizes(config, sizes, where):
+def llama_sizes(config, sizes, where, say):
     """Returns the fields of GPTConfig that the Llama family alone sets. See our_sizes."""
     family, n_layer = config["model_type"], sizes["n_layer"]
     if (sizes["head_size"] or sizes["n_embd"] // sizes["n_head"]) % 2:
@@ -425,9 +490,10 @@ def llama_sizes(config, sizes, where):
         "sliding_attention" in (config.get("layer_types") or []))
     if sliding and config.get("sliding_window") is not None:
         check_value(config, "sliding_window", int, where)
-        if config["sliding_window"] < sizes["block_size"]:
-            own |= {"block_size": config["sliding_window"],
-                    "sliding_window": config["sliding_window"]}
+        if config["sliding_window"] < sizes["block_size"]:      # up to there nothing is out of sight
+            say(f"{where}: texts may have {config['sliding_window']} tokens, its sliding_window, "
+                f"not {sizes['block_size']}: attention that looks no farther back is not supported")
+            own["block_size"] = config["sliding_window"]
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     own["token_ids"] = {name: config[name] for name in names if name in config}
     return own | FAMILIES[family].switches
@@ -530,9 +596,8 @@ def config_fields(config, eos_token_id):
     written |= {**tokens, "eos_token_id": ends, "rope_theta": config.rope_theta,
                 "rope_scaling": config.rope_scaling, "torch_dtype": "float32",
                 "attention_bias": config.proj_bias}
-    if config.family == "mistral" or config.sliding_window is not None:
-        written["sliding_window"] = config.sliding_window
-        written["use_sliding_window"] = config.sliding_window is not None
+    if config.family == "mistral":
+        written["sliding_window"] = None        # where it is not said, it is 4096
     if config.rope_layers is not None:
         written["no_rope_layers"] = config.rope_layers
     return {name: value for name, value in written.items()
@@ -542,10 +607,7 @@ def config_fields(config, eos_token_id):
 # ------------------------------------------------------------------ other kinds of checkpoints
 
 OTHER_KINDS = {         # a file's name: what it is, and what to do
-    "adapter_config.json": "a LoRA adapter, not a whole model: merge it into its model first "
-                           "(PEFT: merge_and_unload, then save_pretrained) and name that folder",
-    "adapter_model.*": "a LoRA adapter, not a whole model: merge it into its model first "
-                       "(PEFT: merge_and_unload, then save_pretrained) and name that folder",
+    "adapter_model.*": "a LoRA adapter without its adapter_config.json: copy that there too",
     "*.gguf": "a model of llama.cpp: name the folder of the model that it was made from",
     "tf_model.h5": "weights of TensorFlow: save the model with PyTorch's (transformers before 5: "
                    "from_pretrained(..., from_tf=True), then save_pretrained) and name that folder",

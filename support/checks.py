@@ -40,6 +40,7 @@ def check_step_0(losses, expected, logps, ref_logps, args):
         raise AssertionError("before step 0, the policy's log-probs differ from the reference's by "
                              f"up to {change} nats")
     scale = max(1, args.beta or 1, *(args.gamma or ()))
+    scale *= max(1, getattr(args, "weight", None) or 1)     # of a second term in beta * h
     slack = 2 * scale * change + 1e-4       # of beta * h (or its square), or the KL
     wrong = (losses - expected).abs() > (1 + expected.abs()) * slack + slack**2
     if wrong.any():

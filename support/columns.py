@@ -205,11 +205,28 @@ def key(*parts):
 
 
 def hash_weights(model):
-    """Returns a hash of all tensors of a model and of their names."""
+    """Returns a hash of all tensors of a model and of their names. Of a frozen weight, which may be
+    large and which several adapters may share, the hash is computed once."""
     digest = hashlib.sha256()
+    frozen = {name: weight for name, weight in model.named_parameters(remove_duplicate=False)
+              if not weight.requires_grad}
     for name, tensor in model.state_dict().items():
-        digest.update(name.encode() + whole(tensor.detach()).numpy().tobytes())
+        content = hash_frozen(frozen[name]) if name in frozen else content_of(tensor)
+        digest.update(name.encode() + content)
     return digest.hexdigest()
+
+
+def content_of(tensor):
+    return whole(tensor.detach()).numpy().tobytes()
+
+
+def hash_frozen(weight):
+    """Returns a hash of a weight, which is kept in an attribute of it until the weight changes."""
+    version, kept = getattr(weight, "kept_hash", (None, None))
+    if version != weight._version:
+        kept = hashlib.sha256(content_of(weight)).digest()
+        weight.kept_hash = (weight._version, kept)
+    return kept
 
 
 def hash_examples(examples):

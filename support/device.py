@@ -106,8 +106,9 @@ def recompute_layers(model):
     """
     for layer in model.transformer.h:
         for part in (layer.attn, layer.mlp):
-            part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False,
-                                             preserve_rng_state=False)     # there is no dropout
+            if "forward" not in vars(part):     # else it is a copy of one that does so already
+                part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False,
+                                                 preserve_rng_state=False)  # there is no dropout
 
 
 def place(model, device, args):
