@@ -22,6 +22,7 @@ from support.adapters import write_adapter
 from support.checkpoint import load_model, read_checkpoint, write_checkpoint
 from support.device import FEW_SHAPES, compiles_every_shape, random_numbers, round_up, sync
 from support.logprobs import head_weight, product_type, token_logps
+from support.rms_norm import rms_norm
 
 
 @dataclass
@@ -51,8 +52,24 @@ class GPTConfig:
     rope_theta: float = None            # positions turn queries and keys (None: are embedded)
     rope_scaling: dict = None           # Llama 3's slower turning, for longer texts
     rope_layers: list = None            # for each layer, whether positions turn it (None: all)
-    sliding_window: int = None          # what attention would see of longer texts than block_size
     token_ids: dict = None              # bos_token_id and the like, as they were in config.json
+
+
+class RMSNorm(nn.Module):
+    """A LayerNorm that takes no mean off and adds no bias: x / sqrt(mean(x^2) + eps) * weight."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
+
+
+def new_norm(config):
+    kind = RMSNorm if config.norm == "rms" else nn.LayerNorm
+    return kind(config.n_embd, eps=config.norm_eps)
 
 
 class Attention(nn.Module):
@@ -68,8 +85,8 @@ class Attention(nn.Module):
         self.qk_norm = config.qk_norm
         if self.qk_norm is not None:
             each = self.qk_norm == "head"
-            self.q_norm = nn.RMSNorm(self.head_size if each else width, config.norm_eps)
-            self.k_norm = nn.RMSNorm(self.head_size if each else kv_width, config.norm_eps)
+            self.q_norm = RMSNorm(self.head_size if each else width, config.norm_eps)
+            self.k_norm = RMSNorm(self.head_size if each else kv_width, config.norm_eps)
 
     def forward(self, x, mask=None, cache=None, turns=None):
         """Computes self-attention over x: (B, T, C). mask, cache, turns: see Block. Returns
@@ -90,20 +107,24 @@ class Attention(nn.Module):
             keys[:, :, columns] = k
             values[:, :, columns] = v
             k, v = keys, values
+        shared = self.n_head // self.n_kv_head      # heads that share keys and values
+        if shared > 1 and q.is_cuda:    # whose fast kernels with a mask want a copy for each
+            k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                           enable_gqa=self.n_kv_head < self.n_head)
+                                           enable_gqa=shared > 1)
         y = y.transpose(1, 2).reshape(B, T, self.widths[0])             # heads side by side
         return self.c_proj(y)
 
 
-def rope(position, config, dtype):
+def rope(position, config, like):
     """Computes the turns of rotary position embedding (Su et al., 2021). A query or key of position
     p is cut into pairs of numbers, points in a plane; pair i is turned by p * theta^(-2i / size)
     radians. The score of a query and a key then depends on how far apart they are.
 
-    position: (B, T); dtype: float32 or wider. Returns (cos, sin) of the angles, each
-    (B, 1, T, size/2).
+    position: (B, T). Angles are float32 at least, whatever the weights are. Returns (cos, sin) of
+    them, each (B, 1, T, size/2), in the type of matrix products with the tensor `like`.
     """
+    dtype = torch.promote_types(like.dtype, torch.float32)
     size = config.head_size or config.n_embd // config.n_head
     pair = torch.arange(0, size, 2, device=position.device).to(dtype)       # 2i
     speed = 1 / config.rope_theta ** (pair / size)                          # radians per token
@@ -114,15 +135,14 @@ def rope(position, config, dtype):
         kept = ((rounds - low) / (high - low)).clamp(0, 1)
         speed = (1 - kept) * speed / scaling["factor"] + kept * speed
     angle = position[:, None, :, None].to(dtype) * speed                    # (B, 1, T, size/2)
-    return angle.cos(), angle.sin()
+    return angle.cos().to(product_type(like)), angle.sin().to(product_type(like))
 
 
 def turn(x, cos, sin):
-    """Turns the pairs of queries or keys, which are numbers i and i + size/2 of a head. x:
-    (B, heads, T, size). Returns the same shape and type."""
+    """Turns queries or keys, (B, heads, T, size): a pair is the numbers i and i + size/2 of a head.
+    Returns the same shape."""
     first, second = x.chunk(2, dim=3)                                   # (B, heads, T, size/2)
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=3)
-    return turned.to(x.dtype)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=3)
 
 
 class MLP(nn.Module):
@@ -141,12 +161,6 @@ class MLP(nn.Module):
             gate, up = x.chunk(2, dim=-1)
             return self.c_proj(F.silu(gate) * up)
         return self.c_proj(F.gelu(x, approximate=self.gelu))
-
-
-def new_norm(config):
-    """Makes a LayerNorm, or the RMSNorm that left out what seemed not to matter: x / rms(x) * w."""
-    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
-    return kind(config.n_embd, eps=config.norm_eps)
 
 
 class Block(nn.Module):
@@ -216,8 +230,8 @@ class Transformer(nn.Module):
         x = self.wte(tokens)                                            # (B, T, C)
         if config.rope_theta is None:
             x, turns = x + self.wpe(position), None
-        else:       # computed once for all layers, in float32 whatever the weights are
-            turns = rope(position, config, torch.promote_types(x.dtype, torch.float32))
+        else:
+            turns = rope(position, config, x)       # once for all layers
         for i, block in enumerate(self.h):
             last = i == len(self.h) - 1
             turning = config.rope_layers is None or config.rope_layers[i]

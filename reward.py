@@ -17,7 +17,7 @@ from data import Dataset, d_rho, preferences, relabel
 from lora import copy_around_frozen, load_lora, put_lora
 from model import GPT, GPTConfig, Transformer, init_weights, tree_mask
 from support.adapters import base_of, reward_head, write_adapter
-from support.checkpoint import load_model, read_checkpoint, write_checkpoint
+from support.checkpoint import load_model, read_checkpoint, undrawn, write_checkpoint
 from support.columns import (
     cache_folder,
     cached,
@@ -61,7 +61,8 @@ class RewardModel(nn.Module):
     def from_policy(cls, gpt, head="last"):
         """A reward model whose transformer starts from a language model's; its head is zero. If the
         language model is frozen, but for an adapter, they share the frozen weights."""
-        model = cls(replace(gpt.config, reward_head=head))
+        model = undrawn(lambda: cls(replace(gpt.config, reward_head=head)))
+        nn.init.zeros_(model.score.weight)
         if gpt.lora_base is None:
             model.transformer.load_state_dict(whole(gpt.transformer.state_dict()))
         else:

@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from data import BatchOrder, by_length, demonstrations, get_tokenizer
 from lora import add_lora, merge_lora
-from losses import LOSSES, batch_loss, best_member, knobs, needs
+from losses import batch_loss, best_member, knobs, needs
 from model import GPT, GPTConfig
 from reward import (
     family_scores,
@@ -45,6 +45,7 @@ from support.run import Run, count_parameters, print_prompt, print_reply
 from support.tokenizer import check_vocabulary, save_tokenizer, to_text
 from support.tokens import default_block_size, example_lengths, longest_sample
 from support.training_flags import policy_flags
+from zoo import all_losses
 
 # ------ the numbers of a run: each is the default of the flag with the same name
 
@@ -79,7 +80,7 @@ SAMPLE_TOKENS = 64              # longest reply of those that are printed while 
 def parse_flags(argv=None):
     """Reads the flags of a run: an argparse.Namespace. argv: the command line's words, or None for
     the real ones. InputError for a flag that is wrong or would be ignored."""
-    return policy_flags(argv, __doc__, (SFT, PREFERENCES), list(LOSSES), needs, knobs)
+    return policy_flags(argv, __doc__, (SFT, PREFERENCES), all_losses(), needs, knobs)
 
 
 def with_columns(dataset, split, policy, tokenizer, reward_models, args):

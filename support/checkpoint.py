@@ -95,7 +95,7 @@ def read_checkpoint(dir_or_hub_name, head):
     {parameter name: tensor}). InputError if it is damaged or of another kind.
     """
     where, find = dir_or_hub_name, Finder(dir_or_hub_name)
-    sizes = read_sizes(where, find)
+    sizes = read_sizes(where, find, say=print)
     with naming_damage(find):
         tensors = our_tensors(read_tensors(find), sizes["family"], find.nanogpt is not None)
     if find.nanogpt is not None and add_zero_biases(tensors):
@@ -110,9 +110,6 @@ def read_checkpoint(dir_or_hub_name, head):
         raise InputError(f"{where}: this is {kinds[0]}, not {kinds[1]}")
     if head == "score":
         tensors.pop(HEAD, None)
-    if sizes.get("sliding_window"):
-        print(f"{where}: texts may have {sizes['block_size']} tokens: in longer ones its attention "
-              "would see no farther back, which is not supported")
     return sizes, tensors
 
 
@@ -129,11 +126,12 @@ def naming_damage(find):
                          f"whole: {find.damage() or in_a_line(error)}") from error
 
 
-def read_sizes(dir_or_hub_name, find=None):
-    """Returns what a checkpoint's config.json says, by the names of GPTConfig."""
+def read_sizes(dir_or_hub_name, find=None, say=lambda line: None):
+    """Returns what a checkpoint's config.json says, by the names of GPTConfig. say: called with
+    lines on what is otherwise here."""
     find = find or Finder(dir_or_hub_name)
     config = nanogpt_config(find) if find.nanogpt else read_config(find)
-    return our_sizes(config, dir_or_hub_name)
+    return our_sizes(config, dir_or_hub_name, say)
 
 
 def read_config(find):
@@ -404,7 +402,7 @@ def check_value(config, name, kind, where):
         raise InputError(f"{where}: config.json says {name} {value!r}, {KINDS[kind]}")
 
 
-def our_sizes(config, where):
+def our_sizes(config, where, say=print):
     """Returns the fields of GPTConfig that a config.json (a dict) means. InputError if it is not
     that of a model as it is written here."""
     family = config.get("model_type")
@@ -438,7 +436,7 @@ def our_sizes(config, where):
                              f"does not divide {about.fields[of]} {sizes[of]}")
     if family == "gpt2":
         return sizes | gpt2_sizes(config, where)
-    return sizes | llama_sizes(config, sizes, where)
+    return sizes | llama_sizes(config, sizes, where, say)
 
 
 def gpt2_sizes(config, where):
@@ -453,7 +451,7 @@ def gpt2_sizes(config, where):
     return {"gelu": GELU[activation]}
 
 
-def llama_sizes(config, sizes, where):
+def llama_sizes(config, sizes, where, say):
     """Returns the fields of GPTConfig that the Llama family alone sets. See our_sizes."""
     family, n_layer = config["model_type"], sizes["n_layer"]
     if (sizes["head_size"] or sizes["n_embd"] // sizes["n_head"]) % 2:
@@ -492,9 +490,10 @@ def llama_sizes(config, sizes, where):
         "sliding_attention" in (config.get("layer_types") or []))
     if sliding and config.get("sliding_window") is not None:
         check_value(config, "sliding_window", int, where)
-        if config["sliding_window"] < sizes["block_size"]:
-            own |= {"block_size": config["sliding_window"],
-                    "sliding_window": config["sliding_window"]}
+        if config["sliding_window"] < sizes["block_size"]:      # within it all is in sight
+            say(f"{where}: texts may have {config['sliding_window']} tokens, its sliding_window, "
+                f"not {sizes['block_size']}: attention that looks no farther back is not supported")
+            own["block_size"] = config["sliding_window"]
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     own["token_ids"] = {name: config[name] for name in names if name in config}
     return own | FAMILIES[family].switches
@@ -541,9 +540,17 @@ def load_model(new_model, tensors, where):
     except (RuntimeError, AttributeError, TypeError, IndexError) as error:
         raise InputError(f"{where}: not the model of its config.json: {in_a_line(error)}"
                          ) from error
-    model = new_model()
+    model = undrawn(new_model)
     model.load_state_dict(tensors)
     return model
+
+
+def undrawn(new_model):
+    """Returns new_model(), a model, with room for its weights on the CPU. None are drawn at random,
+    which would take longer than to read them."""
+    with torch.device("meta"):
+        model = new_model()
+    return model.to_empty(device="cpu")
 
 
 def write_checkpoint(directory, model, eos_token_id):
@@ -589,9 +596,8 @@ def config_fields(config, eos_token_id):
     written |= {**tokens, "eos_token_id": ends, "rope_theta": config.rope_theta,
                 "rope_scaling": config.rope_scaling, "torch_dtype": "float32",
                 "attention_bias": config.proj_bias}
-    if config.family == "mistral" or config.sliding_window is not None:
-        written["sliding_window"] = config.sliding_window
-        written["use_sliding_window"] = config.sliding_window is not None
+    if config.family == "mistral":
+        written["sliding_window"] = None        # where it is not said, it is 4096
     if config.rope_layers is not None:
         written["no_rope_layers"] = config.rope_layers
     return {name: value for name, value in written.items()

@@ -51,7 +51,7 @@ def policy_flags(argv, doc, numbers, losses, needs, knobs):
     defaults = {knob: default for loss in losses for knob, default in knobs(loss).items()}
     for knob in sorted(set(defaults) - {"beta", "tau", "gamma"}):       # of losses added
         number = isinstance(defaults[knob], (int, float))
-        add(f"--{knob}", type=not_negative_float if number else str, help="see losses.py")
+        add(f"--{knob}", type=not_negative_float if number else str, help="see losses.py, zoo.py")
     add("--kl_samples", type=up_to_1000, help="samples from the reference for each prompt, to "
         "estimate its KL term (default: 1)")
     add("--max_new_tokens", type=positive_int, help="longest sample for the KL term and --select "
