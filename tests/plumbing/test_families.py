@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from data import collate
 from model import GPT
 from reward import RewardModel
-from support.checkpoint import FAMILIES, our_sizes
+from support.families import FAMILIES, our_sizes
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
