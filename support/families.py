@@ -240,6 +240,26 @@ def join_tensors(tensors, family):
             tensors[name] = torch.cat([tensors.pop(part) for part in theirs])
 
 
+def rows_of_parts(config, n_parts, rows):
+    """Returns how many of a matrix's rows belong to each of its parts in files: queries, keys and
+    values, or gate and up."""
+    size = config.head_size or config.n_embd // config.n_head
+    kv_width = (config.n_kv_head or config.n_head) * size
+    widths = {3: [config.n_head * size, kv_width, kv_width], 2: [config.n_inner] * 2}
+    return widths.get(n_parts, [rows])
+
+
+def parts_in_files(model, layer):
+    """Returns the linear layers that files have in the place of one of ours, [(name, rows)]: their
+    outputs, one after another, are its own. layer: its name."""
+    config, rows = model.config, model.get_submodule(layer).out_features
+    if config.family == "gpt2":
+        return [(layer, rows)]
+    theirs = dict(names_in_files(config.family, config.n_layer))[f"{layer}.weight"]
+    names = [name.removesuffix(".weight") for name in theirs]
+    return list(zip(names, rows_of_parts(config, len(names), rows)))
+
+
 def file_tensors(weights, config):
     """Returns a model's tensors, {name: tensor}, as its family's files have them."""
     tensors = dict(weights)
