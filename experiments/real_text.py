@@ -49,6 +49,7 @@ from support.flags import (
     comma_separated,
     device_flags,
     fraction_or_all,
+    in_a_line,
     not_negative_float,
     positive_float,
     positive_int,
@@ -666,12 +667,14 @@ def timed(function, *args):
 
 
 def run_jobs(args, jobs, done):
-    """Runs what is not done, --jobs at a time. A job that fails is said, and those that need it are
-    left out. Returns the names of those that are missing then."""
+    """Runs what is not done, --jobs at a time. A job for which the others leave no memory is tried
+    again, once. Another one that fails is said, and those that need it are left out. jobs: see
+    `plan`; done: names, to which those of finished jobs are added. Returns the names of those that
+    failed, and of those that were not begun."""
     start, late = time.time(), False
     order = list(jobs)
     waiting = [name for name in order if name not in done]
-    running, failed = {}, []
+    running, failed, again = {}, [], set()
     with trials.workers(args.jobs) as pool:
         while waiting or running:
             late = late or args.minutes and time.time() - start > 60 * args.minutes
@@ -686,9 +689,15 @@ def run_jobs(args, jobs, done):
                 name = running.pop(job)
                 try:
                     result, seconds, memory = job.result()
+                except torch.OutOfMemoryError if name not in again else () as error:
+                    again.add(name)
+                    waiting.append(name)
+                    remove(f"{args.out_dir}/{name}")
+                    print(f"{name}: to be tried again: {in_a_line(error)}", flush=True)
+                    continue
                 except Exception as error:      # the others may be of use all the same
                     failed.append(name)
-                    print(f"{name} failed: {error}", flush=True)
+                    print(f"{name} failed: {in_a_line(error)}", flush=True)
                     traceback.print_exception(error)
                     continue
                 done.add(name)
