@@ -490,7 +490,7 @@ def llama_sizes(config, sizes, where, say):
         "sliding_attention" in (config.get("layer_types") or []))
     if sliding and config.get("sliding_window") is not None:
         check_value(config, "sliding_window", int, where)
-        if config["sliding_window"] < sizes["block_size"]:      # up to there nothing is out of sight
+        if config["sliding_window"] < sizes["block_size"]:      # within it all is in sight
             say(f"{where}: texts may have {config['sliding_window']} tokens, its sliding_window, "
                 f"not {sizes['block_size']}: attention that looks no farther back is not supported")
             own["block_size"] = config["sliding_window"]
