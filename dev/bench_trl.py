@@ -42,6 +42,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from statistics import median
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -286,6 +287,7 @@ def race_in_processes(args, argv):
         command = [sys.executable, __file__, *argv, f"--line={','.join(line)}"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
+            print(done.stderr, file=sys.stderr)
             reason = done.stderr.strip().splitlines()[-1]
             print(f"| {' | '.join(line[:2])} | {', '.join(line[2:])} | failed: {reason} |",
                   flush=True)
@@ -304,6 +306,7 @@ def race_on_gpu(args):
                 times = race(line, args, pipe)
             print(table_row(line, times, args.batch_size), flush=True)
         except Exception as error:      # out of memory, say: the others still race
+            traceback.print_exc()
             reason = " ".join(str(error).split())[:200]
             print(f"| {' | '.join(line[:2])} | {', '.join(line[2:])} | failed: {reason} |",
                   flush=True)

@@ -30,7 +30,7 @@ if [[ ${1:-} =~ ^[0-9]+$ ]]; then
 fi
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 exec > >(tee -a "$results") 2>&1
-trap 'exec > /dev/null 2>&1; wait $!' EXIT      # until all is written
+trap 'exec > /dev/null 2>&1; sleep 0.3' EXIT    # until tee has written all
 failed=0
 
 say() {     # a command, what it prints, and its time; within what is left of the part's
@@ -44,7 +44,7 @@ say() {     # a command, what it prints, and its time; within what is left of th
     timeout -k 5 $left "$@" || code=$?
     case $code in
         0) echo -e "\n($((SECONDS - before)) s)" ;;
-        124) echo -e "\nstopped after $left s: no time was left" ;;
+        124 | 137) echo -e "\nstopped after $left s: no time was left" ;;
         *) echo -e "\nFAILED with exit code $code ($((SECONDS - before)) s)" ;;
     esac
     [ $code = 0 ] || failed=1
@@ -62,7 +62,11 @@ case $part in
     bench)      # what matters most comes first, since time may run out
         for line in gpt2:--no-compile smollm2:--no-compile gpt2-medium:--no-compile \
                     gpt2-large:--no-compile smollm2:--compile gpt2:--compile \
-                    gpt2-medium:--compile gpt2-large:--compile; do
+                    attention gpt2-medium:--compile gpt2-large:--compile; do
+            if [ $line = attention ]; then
+                say python3 dev/attention.py --device="$device" --dtype=bfloat16 --batch_size=32
+                continue
+            fi
             say python3 dev/bench.py --model="${line%:*}" --device="$device" --dtype=bfloat16 \
                 --batch_size=32 --only=dpo,score --steps=8 "${line#*:}" "$@"
         done

@@ -26,6 +26,7 @@ import sys
 import time
 import traceback
 from concurrent.futures import FIRST_COMPLETED, wait
+from concurrent.futures.process import BrokenProcessPool
 from statistics import mean
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -37,6 +38,7 @@ import tinytldr
 from data import Dataset, biased_subset, get_tokenizer, longer, preferences
 from evaluate import answer, compare, interval
 from experiments import figure2, trials
+from experiments.real_text_report import JUDGE_COLUMNS, JUDGES, METHODS, draw
 from model import GPT, GPTConfig
 from reward import RewardModel, judge_samples
 from support.columns import sample, score, was_cut_off
@@ -48,13 +50,14 @@ from support.flags import (
     comma_separated,
     device_flags,
     fraction_or_all,
+    in_a_line,
     not_negative_float,
     positive_float,
     positive_int,
     run_script,
     seed,
 )
-from support.report import markdown_table, pyplot, save, training_curve
+from support.report import markdown_table, training_curve
 from support.rows import load_rows
 from support.run import run_flags
 from support.tokenizer import own_tokenizer, save_tokenizer, to_text
@@ -89,27 +92,12 @@ VALUES = (0.05, 0.2, 1)         # of every beta and tau
 CHOOSE_RHO, CHOOSE_SEED = 0.2, 1000
 COLLAPSING = ("dpo", "ipo", "d-dpo", "e-dpo")       # at a tenth of the chosen beta
 SHARDS = 6                      # jobs that sample the pool
-METHODS = {         # loss, reward models of the cell, flags
-    "p-dpo": ("p-dpo", None, []),
-    "dpo": ("dpo", None, []),
-    "ipo": ("ipo", None, []),
-    "d-dpo": ("d-dpo", "rm", []),
-    "dp-dpo": ("dp-dpo", "rm", []),
-    "e-dpo": ("e-dpo", "rms", []),
-    "mean": ("dp-dpo", "rms", []),              # of the family, in the place of the minimum
-    "balanced": ("dpo", None, ["--rho=0.5"]),   # DPO on the cell's largest balanced subset,
-    "member": ("dp-dpo", "rms/0.5", []),        # and the reward model that was trained on it
-}
-JUDGES = {"oracle": "oracle", "second": "second oracle", "rouge": "ROUGE-L"}
 COLUMNS = ["run", "purpose", "rho", "seed", "method", "loss", "rewards", "knob", "value", "gamma",
            "n_pairs", "max_steps", "batch_size", "lr", "lora", "checkpoint", "n_prompts",
            *[name for judge in JUDGES for name in (judge, f"{judge}_95")], "win_rate", "length",
            "unended", "kl_pi_ref", "kl_ref_pi", "chosen_change", "rejected_change",
            "last_chosen_change", "last_rejected_change", "seconds", "memory_gb", "device", "commit",
            "reference"]
-JUDGE_COLUMNS = ["run", "rho", "seed", "model", "human_pairs", "human_accuracy", "human_95",
-                 "human_longer", "human_length_correlation", "oracle_pairs", "oracle_accuracy",
-                 "oracle_95", "oracle_longer", "oracle_length_correlation", "commit", "reference"]
 
 
 def parse_flags(argv):
@@ -134,7 +122,8 @@ def parse_flags(argv):
         help="betas and taus to choose from")
     add("--missing_eos_penalty", type=not_negative_float, default=1.0, help="what a sample that "
         "did not end loses of its reward, everywhere")
-    add("--lora", type=positive_int, help="train adapters of this rank, not the whole model")
+    add("--lora", type=positive_int, help="reward models and policies are adapters of "
+        "this rank, next to the reference (default: whole models)")
     add("--flags", default="", help="more flags for all training runs")
     add("--jobs", type=positive_int, default=2, help="runs at a time, on a GPU too")
     add("--minutes", type=positive_float, help="no run begins later than this")
@@ -233,9 +222,9 @@ class Worker:
 
 
 def train(args, script, folder, *flags):
-    """A training run with the flags that all of them have. On a GPU, where it takes seconds, no
-    state is saved for resuming."""
-    lora = [f"--lora={args.lora}"] if args.lora else []
+    """A training run with the flags that all of them have; the reference is never an adapter. On a
+    GPU, where it takes seconds, no state is saved for resuming."""
+    lora = [f"--lora={args.lora}"] if args.lora and "--loss=sft" not in flags else []
     states = device_name(args.device) != "cuda"
     seconds = trials.train(script, folder, *flags, *lora, f"--device={args.device}",
                            f"--dtype={args.dtype}", f"--n_eval={args.n_eval}",
@@ -678,13 +667,16 @@ def timed(function, *args):
     return result, time.time() - start, memory
 
 
-def run_jobs(args, jobs, done):
-    """Runs what is not done, --jobs at a time. A job that fails is said, and those that need it are
-    left out. Returns the names of those that are missing then."""
-    start, late = time.time(), False
-    order = list(jobs)
-    waiting = [name for name in order if name not in done]
-    running, failed = {}, []
+def run_jobs(args, jobs, done, start):
+    """Runs what is not done, --jobs at a time. A job for which the others leave no memory is tried
+    again, once. Another one that fails is said, and those that need it are left out.
+
+    jobs: see `plan`. done: names, to which those of finished jobs are added. start: when --minutes
+    began. Returns the names of those that failed, and of those that were not begun.
+    BrokenProcessPool if something has killed a worker."""
+    late = False
+    waiting = [name for name in jobs if name not in done]
+    running, failed, again = {}, [], set()
     with trials.workers(args.jobs) as pool:
         while waiting or running:
             late = late or args.minutes and time.time() - start > 60 * args.minutes
@@ -699,9 +691,17 @@ def run_jobs(args, jobs, done):
                 name = running.pop(job)
                 try:
                     result, seconds, memory = job.result()
+                except torch.OutOfMemoryError if name not in again else () as error:
+                    again.add(name)
+                    waiting.append(name)
+                    remove(f"{args.out_dir}/{name}")
+                    print(f"{name}: to be tried again: {in_a_line(error)}", flush=True)
+                    continue
+                except BrokenProcessPool:
+                    raise
                 except Exception as error:      # the others may be of use all the same
                     failed.append(name)
-                    print(f"{name} failed: {error}", flush=True)
+                    print(f"{name} failed: {in_a_line(error)}", flush=True)
                     traceback.print_exception(error)
                     continue
                 done.add(name)
@@ -752,166 +752,7 @@ def append(path, rows, columns):
                              for name, value in row.items()})
 
 
-# ------ what came out
-
-def cells(rows, purpose="run"):
-    """{(rho, method): rows of all seeds}, in the order of METHODS."""
-    of_cell = {}
-    for rho in dict.fromkeys(row["rho"] for row in rows if row["purpose"] == purpose):
-        for method in METHODS:
-            found = [row for row in rows if row["purpose"] == purpose
-                     and (row["rho"], row["method"]) == (rho, method)]
-            if found:
-                of_cell[rho, method] = sorted(found, key=lambda row: row["seed"])
-    return of_cell
-
-
-def column(rows, name):
-    return [float(row[name]) for row in rows]
-
-
-def method_table(rows):
-    """Markdown: each method's advantages over the reference, and what else was measured."""
-    header = ["rho", "policy", "seeds", *[f"advantage, {label}" for label in JUDGES.values()],
-              "length", "unended", "KL(pi ‖ ref)", "chosen change", "rejected change"]
-    lines = []
-    for row in rows:
-        if row["purpose"] == "reference" and row["run"].startswith("test/"):
-            lines.append(row)
-    first = {row["method"]: row for row in reversed(lines)}
-    table = [["", method, "", *["" if method == "sft" and name != "rouge" or not row[name]
-                                else f"{float(row[name]):+.2f}" for name in JUDGES],
-              f"{float(row['length']):.1f}", row["unended"], "", "", ""]
-             for method, row in first.items()]
-    for (rho, method), found in cells(rows).items():
-        table.append([
-            rho, method, len(found),
-            *[with_interval(column(found, name), ".3f" if name == "rouge" else ".2f")
-              for name in JUDGES],
-            f"{mean(column(found, 'length')):.1f}", f"{mean(column(found, 'unended')):.3f}",
-            f"{mean(column(found, 'kl_pi_ref')):.2f}",
-            f"{mean(column(found, 'chosen_change')):+.1f}",
-            f"{mean(column(found, 'rejected_change')):+.1f}"])
-    return markdown_table(header, table)
-
-
-def with_interval(values, form=".2f"):
-    """The mean over seeds, with its 95% interval if there are several."""
-    text = f"{mean(values):+{form}}"
-    return text + (f" ± {figure2.half_width(values):{form}}" if len(values) > 1 else "")
-
-
-def comparisons(methods):
-    """Pairs of methods that the plan compares."""
-    pairs = [("e-dpo", other) for other in METHODS if other != "e-dpo"]
-    pairs += [("balanced", "dpo"), ("mean", "dpo"), ("mean", "balanced"), ("mean", "member")]
-    return [pair for pair in pairs if set(pair) <= set(methods)]
-
-
-def comparison_table(rows, by_prompt):
-    """Markdown: one method minus another by each judge; p over seeds, where there are several; and
-    in how many seeds a paired test over prompts sees the difference, in which direction."""
-    table = []
-    of_cell = cells(rows)
-    for rho in dict.fromkeys(rho for rho, _ in of_cell):
-        methods = [method for its_rho, method in of_cell if its_rho == rho]
-        for first, second in comparisons(methods):
-            pairs = [(a, b) for a in of_cell[rho, first] for b in of_cell[rho, second]
-                     if a["seed"] == b["seed"]]
-            line = [rho, f"{first} minus {second}"]
-            for name in JUDGES:
-                form = ".3f" if name == "rouge" else ".2f"
-                values = [float(a[name]) - float(b[name]) for a, b in pairs]
-                p = figure2.t_p_value(values)
-                text = with_interval(values, form) + ("" if np.isnan(p) else f" (p {p:.2g})")
-                within = [np.subtract(by_prompt[a["run"]][name], by_prompt[b["run"]][name])
-                          for a, b in pairs]
-                seen = [np.sign(d.mean()) for d in within if figure2.t_p_value(list(d)) < 0.05]
-                line.append(f"{text}; {seen.count(1)} up, {seen.count(-1)} down")
-            table.append(line)
-    return markdown_table(["rho", "difference", *JUDGES.values()], table)
-
-
-def collapse_table(rows):
-    """Markdown: changes of the training pairs' log-probs after the last step, at the chosen beta
-    and, in more steps, at a tenth of it."""
-    table = []
-    usual = cells(rows)
-    for (rho, method), found in cells(rows, "collapse").items():
-        for what, runs in (("chosen", usual.get((rho, method), [])), ("a tenth", found)):
-            if runs:
-                table.append([method, what, runs[0]["value"], runs[0]["max_steps"], *[
-                    with_interval(column(runs, name), ".1f")
-                    for name in ("last_chosen_change", "last_rejected_change")],
-                    with_interval(column(runs, "oracle"))])
-    return markdown_table(["loss", "beta or tau", "", "steps", "chosen change", "rejected change",
-                           "advantage, oracle"], table)
-
-
-def judge_table(rows):
-    """Markdown: accuracy of the oracles and of reward models, the mean over seeds."""
-    table = []
-    for rho, model in dict.fromkeys((row["rho"], row["model"]) for row in rows):
-        found = [row for row in rows if (row["rho"], row["model"]) == (rho, model)]
-        numbers = {name: mean(column(found, name)) for name in JUDGE_COLUMNS[4:-2]}
-        table.append([rho, model, f"{numbers['human_accuracy']:.2f} ± {numbers['human_95']:.2f}",
-                      f"{numbers['human_longer']:.2f}",
-                      f"{numbers['human_length_correlation']:+.2f}",
-                      f"{numbers['oracle_accuracy']:.2f}", f"{numbers['oracle_longer']:.2f}",
-                      f"{numbers['oracle_length_correlation']:+.2f}"])
-    return markdown_table(
-        ["rho", "reward model", "right on human pairs", "the longer one is", "margin and length",
-         "right on sampled pairs", "the longer one is", "margin and length"], table)
-
-
-def figure(rows, folder):
-    """Two panels: advantage by both oracles, and mean length; a point for each method and rho."""
-    of_cell = cells(rows)
-    methods = [method for method in METHODS if any(method == name for _, name in of_cell)]
-    rhos = list(dict.fromkeys(rho for rho, _ in of_cell))
-    fig, axes = pyplot().subplots(1, 2, figsize=(9, 0.6 + 0.45 * len(methods)), sharey=True,
-                                  layout="constrained")
-    for i, rho in enumerate(rhos):
-        for name, filled in (("oracle", True), ("second", False)):
-            y = [j + 0.2 * i + 0.1 * (not filled) for j, method in enumerate(methods)
-                 if (rho, method) in of_cell]
-            found = [of_cell[rho, method] for method in methods if (rho, method) in of_cell]
-            axes[0].errorbar(
-                [mean(column(runs, name)) for runs in found], y, fmt="o", markersize=4,
-                xerr=[figure2.half_width(column(runs, name)) for runs in found], color=f"C{i}",
-                markerfacecolor=f"C{i}" if filled else "white", linewidth=0.8,
-                label=f"{JUDGES[name]}, rho {rho}")
-        axes[1].errorbar(
-            [mean(column(runs, "length")) for runs in found], [j - 0.1 for j in y], fmt="o",
-            markersize=4, xerr=[figure2.half_width(column(runs, "length")) for runs in found],
-            color=f"C{i}", linewidth=0.8)
-    for method, style in (("sft", "-"), ("authors", ":")):
-        lengths = [float(row["length"]) for row in rows if row["purpose"] == "reference"
-                   and row["method"] == method and row["run"].startswith("test/")]
-        if lengths:
-            axes[1].axvline(mean(lengths), color="black", linestyle=style, linewidth=0.8,
-                            label=method)
-    axes[0].axvline(0, color="black", linewidth=0.8)
-    axes[0].set_yticks(range(len(methods)), methods)
-    axes[0].invert_yaxis()
-    axes[0].set_xlabel("advantage over the reference (SFT), 95% intervals over seeds")
-    axes[1].set_xlabel("mean length of a summary, tokens")
-    for ax in axes:
-        ax.legend(frameon=False, fontsize=7)
-    save(fig, folder, "real_text.png")
-
-
-def draw(args):
-    rows = figure2.read_rows(f"{args.results}/runs.csv")
-    if not cells(rows):
-        raise InputError(f"--results: there are no runs in {args.results}/runs.csv")
-    by_prompt = {row["run"]: {judge: np.array(row[judge].split(), float) for judge in JUDGES}
-                 for row in figure2.read_rows(f"{args.results}/by_prompt.csv")}
-    for table in (method_table(rows), comparison_table(rows, by_prompt), collapse_table(rows),
-                  judge_table(figure2.read_rows(f"{args.results}/judges.csv"))):
-        print(f"\n{table}")
-    figure(rows, args.results)
-
+# ------ what the policies write
 
 POSTS = (       # made up for this page
     """SUBREDDIT: r/Advice
@@ -957,8 +798,8 @@ def show_samples(args):
             if row["purpose"] == "run" and row["rho"] == str(args.rhos[0])]
     reached = {}
     for row in rows:
-        if os.path.exists(f"{args.out_dir}/{run_name(args.rhos[0], args.seeds[0], row['method'])}"
-                          "/model.safetensors"):
+        run = run_name(args.rhos[0], args.seeds[0], row["method"])
+        if trials.weights(f"{args.out_dir}/{run}"):
             reached.setdefault(row["method"], []).append(float(row["oracle"]))
     if not reached:
         return ["no samples: there are no policies of the first cell"]
@@ -1069,7 +910,7 @@ def finished_before(args):
 def main(argv=None):
     args = parse_flags(argv)
     if args.draw:
-        return draw(args)
+        return draw(args.results)
     for folder in (args.results, f"{args.out_dir}/samples", f"{args.out_dir}/judged"):
         os.makedirs(folder, exist_ok=True)
     if args.smoke:
@@ -1077,9 +918,17 @@ def main(argv=None):
     check_settings(args)
     prepare(args)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # what workers, forked, may not use
-    jobs = plan(args)
-    failed, missing = run_jobs(args, jobs, finished_before(args))
-    draw(args)
+    jobs, start = plan(args), time.time()
+    for attempts_left in reversed(range(3)):
+        try:
+            failed, missing = run_jobs(args, jobs, finished_before(args), start)
+            break
+        except BrokenProcessPool as error:
+            print(f"{in_a_line(error)} Something killed it: too little memory for --jobs="
+                  f"{args.jobs}? All begin again where they were.", flush=True)
+            if not attempts_left:
+                raise
+    draw(args.results)
     for what, names in (("failed", failed), ("left to do", missing)):
         if names:
             print(f"{len(names)} {what}: {', '.join(names[:8])}{' ...' if names[8:] else ''}")

@@ -118,12 +118,13 @@ def silence():
 
 
 def weights(folder):
-    """A hash of the weights in a folder; None if there are none in a file of this name."""
-    path = os.path.join(folder, "model.safetensors")
-    if not folder or not os.path.exists(path):
-        return None
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()[:16]
+    """A hash of the weights in a folder, a model's or an adapter's; None if there are none."""
+    for name in ("model.safetensors", "adapter_model.safetensors"):
+        path = os.path.join(folder, name)
+        if folder and os.path.exists(path):
+            with open(path, "rb") as file:
+                return hashlib.sha256(file.read()).hexdigest()[:16]
+    return None
 
 
 def kept(path, made_from):

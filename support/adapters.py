@@ -13,8 +13,8 @@ from support.checkpoint import (
     adapter_config,
     load_state_dict,
     naming_damage,
-    parts_in_files,
 )
+from support.families import parts_in_files
 from support.files import read_json, replacing, write_json
 from support.flags import InputError
 from support.processes import is_first, whole
