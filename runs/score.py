@@ -31,7 +31,7 @@ from support.flags import (
     skip_flag,
     split_flag,
 )
-from support.rows import load_rows
+from support.rows import load_rows, row_texts
 from support.run import family_folders
 from support.sources import join_split
 from support.tokenizer import check_same_tokenizer, check_vocabulary, own_tokenizer
@@ -81,7 +81,7 @@ def scorable(data, tokenizer, block_size, skip_bad_rows=False):
     arrays = encode(rows, tokenizer)
     examples = fit(arrays, block_size)
     kept = [number for number, row in enumerate(rows) if examples.lengths[number, 0] > 0
-            and all(text.strip() for text in row["responses"])]
+            and all(text.strip() for text in row_texts(row)[1])]
     n_cut = (examples.lengths[kept, 0] < arrays["lengths"][kept, 0]).sum()
     print(f"{len(rows) - len(kept)} of {len(rows)} rows dropped (a response is blank, or alone "
           f"does not fit block_size {block_size}), {n_cut} prompts lose their start")

@@ -546,6 +546,10 @@ def repeats_prompt(prompt, responses):
     return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", beginning) is not None
 
 
+def has_no_prompt(prompt, responses):
+    return not prompt.strip()
+
+
 # (what a row looks like, above which part of the rows it is said, what is said)
 LOOKS = (
     (ends_in_a_space, 0.5, "{} prompts end in a space; tokens have it in front of a word, so it "
@@ -555,11 +559,11 @@ LOOKS = (
      "in a new line"),
     (repeats_prompt, 0.5, "in {} rows the responses repeat the prompt where they begin; what is "
      "imitated or compared begins after it"),
-    (lambda prompt, responses: not prompt.strip(), 0, "in {} rows the prompt is empty"))
+    (has_no_prompt, 0, "in {} rows the prompt is empty"))
 
 
 class Oddities:
-    """Counts, over the rows of a file, what looks like a mistake; `messages` says what was found."""
+    """Counts what looks like a mistake in the rows of a file; `messages` says what was found."""
 
     def __init__(self, demonstrations):
         self.read = READ_AS_DEMONSTRATIONS if demonstrations else READ

@@ -10,6 +10,7 @@ import torch
 import sample
 from data import collate, get_tokenizer
 from model import GPT, GPTConfig
+from runs.score import record, scorable
 from support.chat import HH, ChatTemplate, chat_segments, segments_of, text_segments
 from support.prompts import prompt_tokens
 from support.tokenizer import save_tokenizer
@@ -253,6 +254,15 @@ def test_the_end_of_turn_and_the_model_s_list_of_ends(tmp_path, capsys):
         assert set(own.files) == files
         for name in files:
             assert (tmp_path / "saved" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_scored_chats_stay_messages(tmp_path, tokenizer):
+    """runs/score.py writes them as it read them, next to their scores."""
+    pair = {"prompt": [HI], "chosen": [YES], "rejected": [NO]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(pair) + "\n")
+    (row,), dataset = scorable(str(tmp_path / "a.jsonl"), tokenizer, 99)
+    assert record(row, [2, 1]) == {**pair, "score_chosen": 2, "score_rejected": 1}
+    assert dataset.response_lengths().tolist() == [[4, 3]]
 
 
 # ------------------------------------------------------------------ the model sees all, learns some
