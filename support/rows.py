@@ -78,7 +78,7 @@ def parse_rows(record, demonstrations, notes=None):
     has_preference = bool({"chosen", "responses"} & set(there))
     column = next((name for name in ("completion", "messages") if name in there),
                   "completion" if "completion" in record else "messages")
-    if demonstrations and (column in there or not has_preference):
+    if demonstrations and (column in there or column in record and not has_preference):
         check_labels(record, column)
         if is_false(record.get("label")):
             return []

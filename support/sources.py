@@ -254,7 +254,7 @@ def read_file(path):
         yield from enumerate(parquet_records(path), 1)
         return
     open_text = gzip.open if path.lower().endswith(".gz") else open
-    # A byte that is not UTF-8 becomes half a letter, which `text_of` refuses where it matters.
+    # A byte that is not UTF-8 becomes half a letter, which `checked_text` refuses where it matters.
     with open_text(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         yield from {"jsonl": json_lines, "json": json_values, "csv": csv_records}[suffix](file)
 

@@ -14,6 +14,8 @@ from data import collate
 from model import GPT, GPTConfig, tree_mask
 from support.flags import InputError
 from support.rows import load_rows, parse_rows
+from support.tokens import encode, fit
+from tinytldr import tokenizer
 
 CASES = int(os.environ.get("FUZZ_CASES", 0))        # of each test; 0 in the suite
 anything = settings(max_examples=CASES or 100, derandomize=not CASES, database=None, deadline=None,
@@ -25,25 +27,34 @@ texts = st.text(max_size=8) | st.sampled_from(["", " ", "\n\nHuman: a\n\nAssista
                                                "post\nTL;DR: b", "\ud83d"])
 numbers = st.integers() | st.floats() | st.booleans()
 messages = st.lists(st.fixed_dictionaries(
-    {"role": st.sampled_from(["user", "assistant", "system", "boss"]), "content": texts}),
-    max_size=4)
+    {"role": st.sampled_from(["user", "assistant", "assistant", "system", "tool", "boss"]),
+     "content": texts}), max_size=4)
 values = st.recursive(st.none() | texts | numbers | messages, st.lists, max_leaves=4)
 records = st.dictionaries(st.sampled_from([
     "prompt", "chosen", "rejected", "score_chosen", "score_rejected", "completion", "label",
-    "messages", "responses", "ranks", "scores", "pairs", "sft_target", "preferred",
-    "other"]), values, max_size=6)
+    "messages", "responses", "ranks", "scores", "preferred", "other"]), values, max_size=6)
 good_pairs = st.fixed_dictionaries(
-    {"prompt": texts, "chosen": texts, "rejected": texts},
+    {"prompt": texts | messages, "chosen": texts | messages, "rejected": texts | messages},
     optional={"score_chosen": numbers, "score_rejected": numbers, "label": values})
 
 
 def check_row(row, demonstrations):
-    """A row is what encode() expects: text, and responses that are not blank."""
-    assert row.keys() <= {"prompt", "responses", "scores"} and isinstance(row["prompt"], str)
+    """A row is what encode() expects: text, or messages of which the assistant's are answered; and
+    responses that are not blank."""
+    assert row.keys() <= {"prompt", "responses", "scores"}
     assert len(row["responses"]) == 1 if demonstrations else len(row["responses"]) >= 2
-    for text in (row["prompt"], *row["responses"]):
-        text.encode()
     assert all(row["responses"])
+    assert len({type(part) for part in (row["prompt"], *row["responses"])}) == 1
+    for part in (row["prompt"], *row["responses"]):
+        for text in [part] if isinstance(part, str) else [message["content"] for message in part]:
+            text.encode()
+    if isinstance(row["prompt"], list):
+        assert row["prompt"]
+        for response in row["responses"]:
+            assert response[0]["role"] == response[-1]["role"] == "assistant"
+    examples = fit(encode([row], tokenizer()), 10 ** 6)
+    for prompt, responses in examples:
+        assert len(prompt) and all((np.array(response) >= 0).any() for response in responses)
     for scores in row.get("scores", []):
         assert scores and all(math.isfinite(np.float32(x)) for x in scores)
 
@@ -58,7 +69,7 @@ def test_a_record_is_rows_or_a_message_in_one_line(record, demonstrations):
     except ValueError as error:
         assert str(error) and "\n" not in str(error)
         return
-    assert demonstrations or len(rows) == 1 or len(rows) == len(record["pairs"])
+    assert demonstrations or len(rows) == 1
     for row in rows:
         check_row(row, demonstrations)
 
