@@ -4,4 +4,5 @@
 set -euo pipefail
 source "$(dirname "$0")/../runs/venv.sh" .venv-parity requirements-parity.txt
 "$venv/bin/python" -c "import transformers, trl"      # without them the tests would be skipped
-"$venv/bin/python" -m pytest -q tests/plumbing/test_parity.py "$@"
+"$venv/bin/python" -m pytest -q tests/plumbing/test_parity.py \
+    tests/plumbing/test_zoo_parity.py "$@"
