@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import as_completed
@@ -162,6 +163,8 @@ def controls(args, number):
 
 
 def commit():
+    if shutil.which("git") is None:
+        return ""
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=trials.ROOT,
                           capture_output=True, text=True)
     return done.stdout.strip()

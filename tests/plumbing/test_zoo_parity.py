@@ -42,11 +42,15 @@ def ref_logps_of(logps, near=1.0):
     return logps.detach() + near * torch.randn(len(logps), generator=generator)
 
 
+def unchanged(values):
+    return values
+
+
 def trainer(**settings):
     """What a trainer's method asks its trainer for, whose metrics go nowhere."""
     stub = MagicMock()
-    stub.accelerator.gather_for_metrics.side_effect = lambda values: values
-    stub.accelerator.gather.side_effect = lambda values: values
+    stub.accelerator.gather_for_metrics.side_effect = unchanged
+    stub.accelerator.gather.side_effect = unchanged
     stub.accelerator.device = "cpu"
     stub._tp_size = stub._total_train_tokens = 1
     stub.model.training, stub.aux_loss_enabled, stub.use_weighting = True, False, False
@@ -143,8 +147,8 @@ def test_dpo_trainer(tokens, theirs):
 @pytest.mark.parametrize("theirs, more", [("kto", 0.0), ("apo_zero_unpaired", 0.5)])
 @pytest.mark.parametrize("rise", [-2.0, 2.0])
 def test_kto_trainer(tokens, theirs, more, rise):
-    """With our reference point z in place of TRL's, where the mean log-ratio is below zero and where
-    it is above. TRL's mean is over responses."""
+    """With our reference point z in place of TRL's, where the mean log-ratio is below zero, and
+    where it is above. TRL's mean is over responses."""
     log_probs, mask = tokens
     ref_logps = ref_logps_of(log_probs.sum(dim=1)) - rise
     z = (log_probs.sum(dim=1) - ref_logps).detach().mean()
