@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import tinytldr
-from support.device import round_up
+from support.device import round_up, shape_multiple
 from support.flags import InputError
 from support.tokenizer import read_tokenizer
 from support.tokens import encode, example_lengths, reorder, select, select_file, take_rows
@@ -164,13 +164,10 @@ class Dataset:
         TinyTLDR's posts are drawn at random, and the rows of a file are put in random order."""
         return self.take(np.arange(len(self))[:n])
 
-    def batch(self, rows, multiple=1):
-        """Returns the TreeBatch of some rows, with their columns.
-
-        rows: their indices. multiple: what the batch's sizes are rounded up to (see collate).
-        """
+    def batch(self, rows):
+        """Returns the TreeBatch of some rows, with their columns. rows: their indices."""
         examples = [self.examples[i] for i in rows]
-        batch = collate(examples, multiple)
+        batch = collate(examples, shape_multiple())
         K, S = batch.lengths.size(1), self.n_samples        # K: of these rows, not of all
         n_responses = [len(responses) - S for _, responses in examples]
         batch.pairs, batch.pair_row, batch.pair_weight = ranked_pairs(n_responses)

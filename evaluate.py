@@ -16,7 +16,7 @@ from data import Dataset, get_tokenizer, longer, preferences, relabel
 from model import GPT
 from reward import judge_samples, load_reward_models, mean_reward
 from support.columns import cache_folder, sample, score
-from support.device import setup, shape_multiple
+from support.device import setup
 from support.flags import comparison_flags, naming, run_script
 from support.prompts import held_out_prompts, with_room
 from support.report import accuracy_table, write_report
@@ -32,7 +32,7 @@ def interval(differences):
     return float(differences.mean()), float(1.96 * error)
 
 
-def answer(name, policy, texts, prompts, oracle_models, tokenizer, args, autocast):
+def answer(name, policy, texts, prompts, oracle_models, tokenizer, args):
     """Samples a policy's reply to every prompt, and has the oracle reward it.
 
     name: of the policy, for messages. texts, prompts: the N prompts as text and as token ids.
@@ -41,29 +41,28 @@ def answer(name, policy, texts, prompts, oracle_models, tokenizer, args, autocas
     (N,); {name: number} for the report).
     """
     ids = sample(policy, prompts, args.max_new_tokens, tokenizer.eot_token, [args.seed, 4],
-                 args.temperature, autocast)
+                 args.temperature)
     dataset = Dataset([(prompt, [reply]) for prompt, reply in zip(prompts, ids)])
     replies = [to_text(reply, tokenizer) for reply in ids]
-    rewards, cut = judge_samples(name, oracle_models, texts, prompts, ids, tokenizer, args,
-                                 autocast)
+    rewards, cut = judge_samples(name, oracle_models, texts, prompts, ids, tokenizer, args)
     numbers = {"reward": rewards.mean(), "length": np.mean(list(map(len, ids))),
                "unended": cut.mean()}
     return dataset, replies, rewards, {name: float(value) for name, value in numbers.items()}
 
 
-def compare(policy, ref, own, of_ref, difference, args, autocast):
+def compare(policy, ref, own, of_ref, difference, temperature):
     """Compares a policy with its reference: {name: number}, explained in docs/glossary.md.
 
     policy, ref: two GPTs. own, of_ref: their replies to the same N prompts, a Dataset each.
-    difference: (N,), the policy's oracle rewards minus the reference's.
+    difference: (N,), the policy's oracle rewards minus the reference's. temperature: at which the
+    replies were drawn.
     """
     advantage, half_width = interval(difference)
     win_rate = (difference > 0).mean() + 0.5 * (difference == 0).mean()
     numbers = {"advantage": advantage, "advantage_95": half_width, "win_rate": float(win_rate)}
-    if args.temperature == 1:      # at another temperature, samples are not drawn from pi and ref
-        multiple = shape_multiple(args)
-        on_own = score(policy, own, autocast, multiple) - score(ref, own, autocast, multiple)
-        on_ref = of_ref.ref_logps - score(policy, of_ref, autocast, multiple)       # (N, 1)
+    if temperature == 1:           # at another temperature, samples are not drawn from pi and ref
+        on_own = score(policy, own) - score(ref, own)                               # (N, 1)
+        on_ref = of_ref.ref_logps - score(policy, of_ref)                           # (N, 1)
         numbers |= {"kl_pi_ref": float(on_own.mean()), "kl_ref_pi": float(on_ref.mean())}
     return numbers
 
@@ -71,7 +70,7 @@ def compare(policy, ref, own, of_ref, difference, args, autocast):
 def main(argv=None):
     # ---- set-up: if something is missing, you are told before the work, not after it
     args = comparison_flags(argv, __doc__)
-    device, autocast = setup(args)
+    device = setup(args)
     with naming("--ref"):
         ref = GPT.from_pretrained(args.ref).to(device)
     tokenizer = get_tokenizer(own_tokenizer(args.ref, args.data))
@@ -96,23 +95,21 @@ def main(argv=None):
         pairs = preferences(args.data, args.split, tokenizer, ref, cache, seed=args.seed,
                             skip_bad_rows=args.skip_bad_rows)
         if labellers:
-            pairs = relabel(pairs, mean_reward(labellers, pairs, args, autocast))
-        rewards = {folder: score(model, pairs, autocast, shape_multiple(args), desc=folder)
-                   for folder, model in reward_models.items()}
+            pairs = relabel(pairs, mean_reward(labellers, pairs))
+        rewards = {folder: score(model, pairs, folder) for folder, model in reward_models.items()}
         accuracy = accuracy_table(rewards, pairs.response_lengths(), longer)
 
     # ---- policies: each is compared with the reference and with the best of them
-    answering = (texts, prompts, oracle_models, tokenizer, args, autocast)
+    answering = (texts, prompts, oracle_models, tokenizer, args)
     of_ref, ref_replies, ref_rewards, numbers = answer("reference", ref, *answering)
-    of_ref.ref_logps = score(ref, of_ref, autocast, shape_multiple(args))           # (N, 1)
+    of_ref.ref_logps = score(ref, of_ref)                                           # (N, 1)
     results = {"reference": numbers}
     replies, rewards = {"reference": ref_replies}, {"reference": ref_rewards}
     for name, policy in policies.items():
         policy.to(device)
-        own, replies[name], rewards[name], results[name] = answer(name, policy,
-                                                                  *answering)
+        own, replies[name], rewards[name], results[name] = answer(name, policy, *answering)
         difference = rewards[name] - ref_rewards                                    # (N,)
-        results[name] |= compare(policy, ref, own, of_ref, difference, args, autocast)
+        results[name] |= compare(policy, ref, own, of_ref, difference, args.temperature)
         print(f"{name:9} advantage {results[name]['advantage']:+.3f} "
               f"± {results[name]['advantage_95']:.3f}")
     best = max(results, key=lambda name: results[name]["reward"])

@@ -9,7 +9,7 @@ If the model was trained on dialogues, add --chat: each line you type is your tu
 import tinytldr
 from data import get_tokenizer
 from model import GPT
-from support.device import setup
+from support.device import compute, setup
 from support.flags import InputError, naming, run_script, talk_flags
 from support.prompts import prompt_room, prompt_tokens, prompts_to_answer, stream
 from support.run import run_flags
@@ -18,7 +18,7 @@ from support.tokenizer import check_vocabulary, own_tokenizer
 
 def main(argv=None):
     args = talk_flags(argv, __doc__)
-    device, autocast = setup(args)
+    device = setup(args)
     flags = run_flags(args.policy)
     policy = GPT.from_pretrained(args.policy).to(device)
     tokenizer = get_tokenizer(own_tokenizer(args.policy, args.data))
@@ -37,7 +37,7 @@ def main(argv=None):
         for name, policy in policies.items():
             turns[name].append(prompt)
             ids = prompt_tokens(turns[name], tokenizer, room, args.chat)
-            with autocast():
+            with compute():
                 reply = stream(policy, name, tokenizer, ids, args)
             turns[name].append(reply)
 

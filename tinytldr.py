@@ -37,6 +37,7 @@ from functools import lru_cache
 import numpy as np
 
 from support.columns import cached, hash_weights, key, sample
+from support.device import in_float32
 from support.tokenizer import to_text, word_encoding
 
 
@@ -275,8 +276,9 @@ def sample_pairs(split, n, policy, encoding, label_temperature, seed):
     prompts = [post(seed, split, PAIRS_FROM[split] + i) for i in range(n)]
     room = max(1, policy.config.block_size - 64)            # the summary must fit
     ids = [encoding.encode_ordinary(prompt)[-room:] for prompt in prompts for _ in range(2)]
-    samples = sample(policy, ids, 64, encoding.eot_token, seed=[seed, SPLIT_START[split]],
-                     desc=f"sample {split} pairs")
+    with in_float32():                                      # --dtype does not change the data
+        samples = sample(policy, ids, 64, encoding.eot_token, seed=[seed, SPLIT_START[split]],
+                         desc=f"sample {split} pairs")
     texts = [to_text(response, encoding) for response in samples]
     pairs = list(zip(texts[::2], texts[1::2]))
     rewards = np.array([[oracle_reward(prompt, summary) for summary in pair]

@@ -17,6 +17,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from data import BatchOrder, by_length, demonstrations, get_tokenizer
+from lora import add_lora, merge_lora
 from losses import batch_loss, best_member, knobs, needs
 from model import GPT, GPTConfig
 from reward import (
@@ -37,10 +38,10 @@ from support.columns import (
     sample,
     score,
 )
-from support.device import place, setup, shape_multiple, sync
+from support.device import compute, place, setup, sync
 from support.flags import InputError, run_script
 from support.processes import add_up_gradients, add_up_numbers, micro_batches
-from support.run import Run, print_prompt, print_reply
+from support.run import Run, count_parameters, print_prompt, print_reply
 from support.tokenizer import check_vocabulary, save_tokenizer, to_text
 from support.tokens import default_block_size, example_lengths, longest_sample
 from support.training_flags import policy_flags
@@ -52,6 +53,7 @@ SFT = dict(                     # --loss=sft, which makes the reference policy
     max_steps=1500,             # optimizer steps
     batch_size=32,              # prompts in a step, each with its demonstrations
     lr=4e-3,                    # peak learning rate; a hundredth of it for models as wide as GPT-2
+    lora_lr=10,                 # with --lora, times this
     n_layer=2,                  # layers of the model from scratch,
     n_head=4,                   # its attention heads,
     n_embd=128,                 # its width,
@@ -63,6 +65,7 @@ PREFERENCES = dict(             # every other loss; its beta, tau and gamma are 
     max_steps=320,
     batch_size=16,              # prompts in a step, each with its pair
     lr=2e-4,
+    lora_lr=10,
     rho=0.2,                    # TinyTLDR: in this fraction of the pairs the longer response wins
     n_pairs=1000,               # TinyTLDR: training pairs,
     pool=5000,                  # chosen from this many
@@ -80,7 +83,7 @@ def parse_flags(argv=None):
     return policy_flags(argv, __doc__, (SFT, PREFERENCES), all_losses(), needs, knobs)
 
 
-def with_columns(dataset, split, policy, tokenizer, reward_models, args, autocast):
+def with_columns(dataset, split, policy, tokenizer, reward_models, args):
     """Adds the columns that a loss takes as given: the reference's log-probs and, if the loss needs
     them, the reward models' rewards and samples from the reference for each row.
 
@@ -94,7 +97,7 @@ def with_columns(dataset, split, policy, tokenizer, reward_models, args, autocas
     if "rewards" not in needed:
         dataset.rewards = None
     elif args.rewards != "scores":
-        dataset.rewards = family_scores(reward_models, dataset, args, autocast, split)
+        dataset.rewards = family_scores(reward_models, dataset, args.out_dir, split)
     elif dataset.rewards is None:
         raise InputError(f"--rewards=scores: {args.data} has no score_chosen and score_rejected, "
                          "nor scores, in all its rows")
@@ -104,17 +107,17 @@ def with_columns(dataset, split, policy, tokenizer, reward_models, args, autocas
                     tokenizer.eot_token)
         samples = cached(cache, f"{split}-samples", entry, sample, policy, prompts,
                          args.max_new_tokens, tokenizer.eot_token, seed=[args.seed, 3],
-                         autocast=autocast, desc=f"{split} samples")
+                         desc=f"{split} samples")
         count_cut_off(f"{split} samples for the KL term", samples, tokenizer.eot_token,
                       args.max_new_tokens, "the KL counts the tokens that were drawn")
         for first in range(0, len(samples), len(dataset)):
             dataset = dataset.with_samples(samples[first:first + len(dataset)])
     entry = key(weights, hash_examples(dataset.examples), args.dtype)
-    logps = cached(cache, f"{split}-logps", entry, score, policy, dataset, autocast,
-                   shape_multiple(args), desc=f"{split} log-probs")
+    logps = cached(cache, f"{split}-logps", entry, score, policy, dataset,
+                   desc=f"{split} log-probs")
     dataset.ref_logps = np.array(logps, np.float32)         # (N, K), samples included
     if args.dtype == "bfloat16":
-        check_rounding(policy, dataset, split, args)
+        check_rounding(policy, dataset, split)
     return dataset
 
 
@@ -165,7 +168,7 @@ def row_terms(dataset, loss):
 
 
 @torch.no_grad()
-def evaluate(policy, dataset, args, flags, device, autocast):
+def evaluate(policy, dataset, args, flags, device):
     """Computes means of the loss and of the numbers to watch over a whole data set: {name: number}.
 
     flags: those of the loss, with the gamma of the last step, so that you can compare evaluations.
@@ -174,8 +177,8 @@ def evaluate(policy, dataset, args, flags, device, autocast):
     size = 4 * args.micro_batch_size    # without a gradient, a row takes less memory
     sums = {}
     for part in micro_batches(np.arange(len(dataset)), size):
-        batch = dataset.batch(part, shape_multiple(args)).to(device)
-        with autocast():
+        batch = dataset.batch(part).to(device)
+        with compute():
             logps = policy(batch)
         values = {"loss": batch_loss(args.loss, logps, batch, **flags), **statistics(logps, batch)}
         if args.loss == "e-dpo":
@@ -186,32 +189,30 @@ def evaluate(policy, dataset, args, flags, device, autocast):
     return add_up_numbers({name: value.item() for name, value in sums.items()})
 
 
-def reward_of_samples(policy, prompts, judges, tokenizer, args, autocast):
+def reward_of_samples(policy, prompts, judges, tokenizer, args):
     """Measures what --select goes by: the mean reward of one sample for each prompt.
 
     prompts: lists of token ids. judges: {folder: RewardModel}, which reward the samples; with none,
     TinyTLDR's oracle does. Returns {"reward": the mean, "unended": the fraction of samples that
     were cut off}.
     """
-    replies = sample(policy, prompts, args.max_new_tokens, tokenizer.eot_token, [args.seed, 5],
-                     autocast=autocast)
+    replies = sample(policy, prompts, args.max_new_tokens, tokenizer.eot_token, [args.seed, 5])
     texts = [to_text(prompt, tokenizer) for prompt in prompts]
-    rewards, cut = judge_samples("--select", judges, texts, prompts, replies, tokenizer, args,
-                                 autocast)
+    rewards, cut = judge_samples("--select", judges, texts, prompts, replies, tokenizer, args)
     return {"reward": float(rewards.mean()), "unended": float(cut.mean())}
 
 
-def show_samples(policy, prompts, judges, tokenizer, args, autocast):
+def show_samples(policy, prompts, judges, tokenizer, args):
     """Prints the policy's reply to each of a few prompts (lists of token ids), and its reward: the
     oracle's on TinyTLDR, elsewhere the mean of the reward models {folder: model} in `judges`. The
     random numbers are the same each time, from a generator of their own."""
     replies = sample(policy, prompts, SAMPLE_TOKENS, tokenizer.eot_token, [args.seed, 6],
-                     autocast=autocast, desc="samples to show")
+                     desc="samples to show")
     judges = {} if args.data == "tinytldr" else judges
     rewards = [None] * len(prompts)
     if judges or args.data == "tinytldr":
         texts = [to_text(prompt, tokenizer) for prompt in prompts]
-        rewards = reward_samples(judges, texts, prompts, replies, tokenizer, args, autocast)
+        rewards = reward_samples(judges, texts, prompts, replies, tokenizer)
     for number, (reply, reward) in enumerate(zip(replies, rewards), 1):
         ending = "" if tokenizer.eot_token in reply else " ..."
         print_reply(number, reward, to_text(reply, tokenizer) + ending)
@@ -220,7 +221,8 @@ def show_samples(policy, prompts, judges, tokenizer, args, autocast):
 def adamw(model, lr):
     """Makes the optimizer, AdamW without weight decay. lr: the peak learning rate."""
     fused = next(model.parameters()).device.type in ("cpu", "cuda")     # one kernel for all weights
-    return torch.optim.AdamW(model.parameters(), lr, (0.9, 0.95), weight_decay=0.0, fused=fused)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr, (0.9, 0.95), weight_decay=0.0, fused=fused)
 
 
 def learning_rate(step, max_steps, peak):
@@ -246,8 +248,7 @@ def loss_flags(args, step):
 def main(argv=None):
     # ---- set-up
     args = parse_flags(argv)
-    device, autocast = setup(args)
-    multiple = shape_multiple(args)
+    device = setup(args)
     tokenizer = get_tokenizer(args.tokenizer)
     if args.init_from == "scratch":
         args.block_size = args.block_size or default_block_size(args, tokenizer)
@@ -255,7 +256,7 @@ def main(argv=None):
                            n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)
         policy = GPT(config)
     else:
-        policy = GPT.from_pretrained(args.init_from)
+        policy = GPT.from_pretrained(args.init_from, merge=not args.lora)
     check_vocabulary(policy, tokenizer, "--tokenizer")
     place(policy, device, args)         # with --fsdp, this process holds only a part of it
     reward_models = load_reward_models(args.rewards, "--rewards", policy, tokenizer, device)
@@ -268,11 +269,11 @@ def main(argv=None):
         validation = demonstrations(args.data, "validation", *common)
         watched = {"validation": by_length(validation.first(args.n_eval))}
     else:
-        train, validation = training_pairs(args, tokenizer, policy, device, autocast)
+        train, validation = training_pairs(args, tokenizer, policy, device)
         if "kl" in needs(args.loss) or judges:          # this run will draw samples
             args.max_new_tokens = args.max_new_tokens or longest_sample(
                 example_lengths(train.examples), policy.config.block_size, "training")
-        common = (policy, tokenizer, reward_models, args, autocast)
+        common = (policy, tokenizer, reward_models, args)
         train = with_columns(train, "train", *common)
         if args.loss == "e-dpo":
             say_spread(train.rewards, list(reward_models))
@@ -284,12 +285,14 @@ def main(argv=None):
 
     # ---- model
     constants = key(hash_weights(policy), hash_examples(train.examples), train.rewards)
+    if args.lora:                       # the policy was the reference so far, and stays inside
+        add_lora(policy, args.lora, args.init_from, args.seed)
     optimizer = adamw(policy, args.lr)
     run = Run(args, policy, optimizer, constants)
     if args.compile:
         policy.compile(dynamic=True)
-    print(f"{args.loss}: {sum(p.numel() for p in policy.parameters()):,} parameters, {len(train)} "
-          f"training rows, {args.max_steps} steps of {args.batch_size} rows, on {device}")
+    print(f"{args.loss}: {count_parameters(policy)}, {len(train)} training rows, {args.max_steps} "
+          f"steps of {args.batch_size} rows, on {device}")
     # With --fsdp nothing is shown: sampling needs the whole model on one device.
     shown = [] if args.fsdp else [row[0].tolist() for row in validation.first(2).examples]
     for number, prompt in enumerate(shown, 1):
@@ -301,23 +304,23 @@ def main(argv=None):
         if run.due(step):
             results, last = {}, loss_flags(args, args.max_steps)
             for split, dataset in watched.items():
-                means = evaluate(policy, dataset, args, last, device, autocast)
+                means = evaluate(policy, dataset, args, last, device)
                 results |= {f"{split}/{name}": value for name, value in means.items()}
             if judges or args.select == "oracle":
                 prompts = [prompt.tolist() for prompt, _ in watched["validation"].examples]
-                means = reward_of_samples(policy, prompts, judges, tokenizer, args, autocast)
+                means = reward_of_samples(policy, prompts, judges, tokenizer, args)
                 results |= {f"validation/{name}": value for name, value in means.items()}
             run.report(step, results)
             if shown:
-                show_samples(policy, shown, judges or reward_models, tokenizer, args, autocast)
+                show_samples(policy, shown, judges or reward_models, tokenizer, args)
         if step == args.max_steps:      # the last step is only evaluated
             break
 
         rows, flags = order.rows(step), loss_flags(args, step)  # (batch_size,)
         total = len(rows) * terms.mean()                        # rows; for SFT, expected tokens
         for part in micro_batches(rows, size):                  # this process's share of the rows
-            batch = train.batch(part, multiple).to(device)      # the tree, with its columns
-            with autocast():
+            batch = train.batch(part).to(device)                # the tree, with its columns
+            with compute():
                 logps = policy(batch)                           # (b, K)
             losses = batch_loss(args.loss, logps, batch, **flags)       # (pairs,), for SFT (b,)
             if step == 0 and part[0] == rows[0] and args.loss != "sft":     # first micro-batch
@@ -334,6 +337,8 @@ def main(argv=None):
         run.end_step(step, rows, grad_norm=grad_norm)
 
     run.restore_selected()
+    if args.merge_lora:
+        merge_lora(policy)
     save_tokenizer(args.out_dir, tokenizer, policy.config.block_size)
     policy.save_pretrained(args.out_dir, tokenizer.eot_token)
     run.finish()

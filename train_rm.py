@@ -20,14 +20,15 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from data import BatchOrder, biased_subset, by_length, get_tokenizer
+from lora import add_lora, merge_lora
 from losses import bradley_terry, reward_margin
 from model import GPT
 from reward import RewardModel, training_pairs
 from support.columns import hash_examples, hash_weights, key
-from support.device import place, setup, shape_multiple, sync
+from support.device import compute, place, setup, sync
 from support.flags import run_script
 from support.processes import add_up_gradients, add_up_numbers, micro_batches
-from support.run import Run, family_to_train
+from support.run import Run, count_parameters, family_to_train
 from support.tokenizer import check_vocabulary, save_tokenizer
 from support.training_flags import reward_flags
 from train_policy import adamw, learning_rate
@@ -38,6 +39,7 @@ NUMBERS = dict(
     max_steps=200,              # optimizer steps
     batch_size=32,              # prompts in a step, each with its pair
     lr=5e-4,                    # peak learning rate; a hundredth of it for models as wide as GPT-2
+    lora_lr=10,                 # with --lora, times this
     rho=0.2,                    # TinyTLDR: in this fraction of the pairs the longer response wins
     n_pairs=1000,               # TinyTLDR: training pairs,
     pool=5000,                  # chosen from this many
@@ -64,14 +66,14 @@ def statistics(rewards, batch):
 
 
 @torch.no_grad()
-def evaluate(reward_model, dataset, args, device, autocast):
+def evaluate(reward_model, dataset, args, device):
     """Computes means of the loss and of the numbers to watch over a whole data set:
     {name: number}."""
     size = 4 * args.micro_batch_size    # without a gradient, a row takes less memory
     sums = {}
     for part in micro_batches(np.arange(len(dataset)), size):
-        batch = dataset.batch(part, shape_multiple(args)).to(device)
-        with autocast():
+        batch = dataset.batch(part).to(device)
+        with compute():
             rewards = batch.pair_up(reward_model(batch))    # (P, 2)
         losses = batch.pair_weight * bradley_terry(rewards)
         for name, values in {"loss": losses, **statistics(rewards, batch)}.items():
@@ -83,16 +85,18 @@ def evaluate(reward_model, dataset, args, device, autocast):
 def main(argv=None):
     # ---- set-up
     args = parse_flags(argv)
-    device, autocast = setup(args)
-    policy = place(GPT.from_pretrained(args.init_from), device, args)
+    device = setup(args)
+    policy = place(GPT.from_pretrained(args.init_from, merge=not args.lora), device, args)
     tokenizer = get_tokenizer(args.tokenizer)
     check_vocabulary(policy, tokenizer, "--tokenizer")
 
     # ---- data: one training set, or one for each member of the family
-    train, validation = training_pairs(args, tokenizer, policy, device, autocast)
+    train, validation = training_pairs(args, tokenizer, policy, device)
     validation = by_length(validation.first(args.n_eval))
+    if args.lora:                       # all members share the policy's weights, and adapt them
+        add_lora(policy, args.lora, args.init_from, args.seed)
     if not args.bias:
-        return train_one(args, policy, tokenizer, train, validation, device, autocast)
+        return train_one(args, policy, tokenizer, train, validation, device)
     lengths = train.response_lengths()
     subsets = [train.take(biased_subset(lengths, bias, seed=args.seed)) for bias in args.bias]
     for (bias, folder, resume), subset in zip(family_to_train(args), subsets):
@@ -100,16 +104,15 @@ def main(argv=None):
         flags = {**vars(args), "bias": bias, "max_steps": steps, "out_dir": folder,
                  "resume": resume}
         member = argparse.Namespace(**flags)
-        train_one(member, policy, tokenizer, subset, validation, device, autocast)
+        train_one(member, policy, tokenizer, subset, validation, device)
 
 
-def train_one(args, policy, tokenizer, train, validation, device, autocast):
+def train_one(args, policy, tokenizer, train, validation, device):
     """Trains one reward model, starting from the policy's transformer, and saves it in the folder
     args.out_dir.
 
     args: the flags, with those of this member of the family. train, validation: a Dataset each.
     """
-    multiple = shape_multiple(args)
     # A family sees its batches in another order. Otherwise its member that trains on all of D_rho
     # would be the same model as the single one.
     order = BatchOrder(train.row_lengths(), args.batch_size, args.seed + (args.bias is not None))
@@ -121,23 +124,22 @@ def train_one(args, policy, tokenizer, train, validation, device, autocast):
     run = Run(args, reward_model, optimizer, constants)
     if args.compile:
         reward_model.compile(dynamic=True)
-    print(f"reward model: {sum(p.numel() for p in reward_model.parameters()):,} parameters, "
-          f"{len(train)} training rows, {args.max_steps} steps of {args.batch_size} rows, "
-          f"on {device}")
+    print(f"reward model: {count_parameters(reward_model)}, {len(train)} training rows, "
+          f"{args.max_steps} steps of {args.batch_size} rows, on {device}")
 
     # ---- loop
     size = args.micro_batch_size
     for step in range(run.first_step, args.max_steps + 1):
         if run.due(step):
-            means = evaluate(reward_model, validation, args, device, autocast)
+            means = evaluate(reward_model, validation, args, device)
             run.report(step, {f"validation/{name}": value for name, value in means.items()})
         if step == args.max_steps:      # the last step is only evaluated
             break
 
         rows = order.rows(step)                                 # (batch_size,)
         for part in micro_batches(rows, size):                  # this process's share of the rows
-            batch = train.batch(part, multiple).to(device)      # the tree
-            with autocast():
+            batch = train.batch(part).to(device)                # the tree
+            with compute():
                 rewards = batch.pair_up(reward_model(batch))    # (pairs, 2)
             losses = batch.pair_weight * bradley_terry(rewards)
             if step == 0:                                       # the head is zero: so are rewards
@@ -152,6 +154,8 @@ def train_one(args, policy, tokenizer, train, validation, device, autocast):
         optimizer.zero_grad(set_to_none=True)
         run.end_step(step, rows, grad_norm=grad_norm)
 
+    if args.merge_lora:
+        merge_lora(reward_model)
     save_tokenizer(args.out_dir, tokenizer, policy.config.block_size)
     reward_model.save_pretrained(args.out_dir, tokenizer.eot_token)
     run.finish()

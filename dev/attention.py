@@ -60,11 +60,11 @@ def main(argv=None):
     add("--seed", type=seed, default=0)
     device_flags(parser)
     args = parser.parse_args(argv)
-    device, _ = setup(args)
+    device = setup(args)
     prompt, response = bench.SHAPES[args.shape]
     made_up = argparse.Namespace(seed=args.seed, prompt=prompt, response=response, n_responses=1)
     examples = bench.made_up_examples(made_up, args.batch_size, vocab_size=1000)
-    batch = collate(examples, shape_multiple(args)).to(device)
+    batch = collate(examples, shape_multiple()).to(device)
     dtype, backward = getattr(torch, args.dtype), device.type != "cpu"
     B, T = batch.branch.shape
     q, k, v = (torch.randn(B, args.n_head, T, args.head_size, device=device, dtype=dtype,

@@ -185,19 +185,19 @@ def seeds_family(cell):
 
 
 def train_member(args, order_seed):
-    device, autocast = setup(args)
+    device = setup(args)
     policy = GPT.from_pretrained(args.init_from).to(device)
     tokenizer = get_tokenizer(args.tokenizer)
-    train, validation = training_pairs(args, tokenizer, policy, device, autocast)
+    train, validation = training_pairs(args, tokenizer, policy, device)
     args.seed = order_seed
-    train_one(args, policy, tokenizer, train, validation.first(args.n_eval), device, autocast)
+    train_one(args, policy, tokenizer, train, validation.first(args.n_eval), device)
 
 
 class Redrawn(Dataset):
     """Training rows that have a sample for each epoch, and show that of their epoch alone."""
     n_shown = 0         # rows, so far
 
-    def batch(self, rows, multiple=1):
+    def batch(self, rows):
         epoch = self.n_shown // len(self) % self.n_samples
         self.n_shown += len(rows)
         columns = self.ref_logps.shape[1]                   # K + S
@@ -206,7 +206,7 @@ class Redrawn(Dataset):
         part.examples = [(prompt, [responses[k] for k in shown])
                          for prompt, responses in part.examples]
         part.ref_logps, part.n_samples = part.ref_logps[:, shown], 1
-        return part.batch(np.arange(len(rows)), multiple)
+        return part.batch(np.arange(len(rows)))
 
 
 def with_redrawn_samples(dataset, split, *arguments):
@@ -258,12 +258,12 @@ def of_reward_models(folder):
     if not flags["rewards"]:
         return {}
     args = argparse.Namespace(**flags)
-    device, autocast = setup(args)
+    device = setup(args)
     ref, policy = (GPT.from_pretrained(path).to(device) for path in (args.init_from, folder))
     tokenizer = get_tokenizer(args.tokenizer)
-    train, _ = training_pairs(args, tokenizer, ref, device, autocast)
+    train, _ = training_pairs(args, tokenizer, ref, device)
     models = load_reward_models(args.rewards, "--rewards", ref, tokenizer, device)
-    rewards = family_scores(models, train, args, autocast, "train")                 # (N, 2, M)
+    rewards = family_scores(models, train, args.out_dir, "train")                   # (N, 2, M)
     margins = rewards[:, 0] - rewards[:, 1]                                         # (N, M)
     change = score(policy, train) - score(ref, train)                               # (N, 2)
     implicit = args.beta * (change[:, 0] - change[:, 1])                            # (N,)

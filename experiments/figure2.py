@@ -18,7 +18,6 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 from concurrent.futures import as_completed
@@ -163,10 +162,12 @@ def controls(args, number):
 
 
 def commit():
-    if shutil.which("git") is None:
+    """The commit of this code; nothing where there is no git."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=trials.ROOT,
+                              capture_output=True, text=True)
+    except OSError:
         return ""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=trials.ROOT,
-                          capture_output=True, text=True)
     return done.stdout.strip()
 
 

@@ -15,9 +15,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 
 from data import Dataset, get_tokenizer
-from reward import RewardModel
+from reward import read_reward_models
 from support.columns import say_cut_off, score
-from support.device import setup, shape_multiple
+from support.device import setup
 from support.files import naming_file, replacing
 from support.flags import (
     InputError,
@@ -69,7 +69,7 @@ def load(folders, device):
     tokenizer = get_tokenizer(own_tokenizer(folders[0]))
     for folder in folders:
         check_same_tokenizer(f"--rewards: {folder}", folder, tokenizer)
-    models = {folder: RewardModel.from_pretrained(folder).to(device) for folder in folders}
+    models = read_reward_models(folders, device)
     for folder, model in models.items():
         check_vocabulary(model, tokenizer, f"--rewards: {folder}")
     return models, tokenizer
@@ -116,11 +116,11 @@ def record(row, scores):
 
 def main(argv=None):
     args = parse_flags(argv)
-    device, autocast = setup(args)
+    device = setup(args)
     models, tokenizer = load(family_folders(args.rewards), device)
     block_size = min(model.config.block_size for model in models.values())
     rows, dataset = scorable(args.data, tokenizer, block_size, args.skip_bad_rows)
-    rewards = np.stack([score(model, dataset, autocast, shape_multiple(args), folder)
+    rewards = np.stack([score(model, dataset, folder)
                         for folder, model in models.items()], axis=2)           # (N, K, M)
     if args.max_new_tokens:
         cut = cut_off(dataset, args)                                            # (N, K)

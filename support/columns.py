@@ -1,6 +1,5 @@
 """Computes columns of a data set, what a model says of each row: scores, and sampled responses.
 Keeps what is constant on disk, in files named by what it depends on."""
-import contextlib
 import hashlib
 import json
 import os
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from support.device import FEW_SHAPES, new_generator, round_up
+from support.device import FEW_SHAPES, compute, new_generator, round_up, shape_multiple
 from support.files import remove_leftovers, replacing
 from support.flags import InputError
 from support.processes import (
@@ -30,10 +29,10 @@ MANY_CUT_OFF = 0.05         # a larger share of samples without an end is worth 
 
 
 @torch.no_grad()
-def score(model, dataset, autocast=contextlib.nullcontext, multiple=1, desc="score"):
+def score(model, dataset, desc="score"):
     """Returns model(batch) for all rows of a data set, (N, K) float32: log-probs from a policy,
     rewards from a reward model. The longest rows come first."""
-    device = next(model.parameters()).device
+    device, multiple = next(model.parameters()).device, shape_multiple()
     sizes = dataset.row_lengths()
     order = np.argsort(-sizes, kind="stable")
     scores = np.zeros(dataset.response_lengths().shape, np.float32)         # (N, K)
@@ -46,8 +45,8 @@ def score(model, dataset, autocast=contextlib.nullcontext, multiple=1, desc="sco
     with progress_bar(total=len(batches), desc=desc) as bar:
         for (n, rows), mine in share_in_step(batches):
             same_n = multiple >= FEW_SHAPES     # repeat rows rather than have fewer
-            batch = dataset.batch(np.resize(rows, n) if same_n else rows, multiple).to(device)
-            with autocast():
+            batch = dataset.batch(np.resize(rows, n) if same_n else rows).to(device)
+            with compute():
                 values = model(batch).float().cpu().numpy()[:len(rows)]
             if mine:        # as many columns as this batch has responses, at most K
                 scores[rows, :values.shape[1]] = values
@@ -55,8 +54,7 @@ def score(model, dataset, autocast=contextlib.nullcontext, multiple=1, desc="sco
     return add_up(scores)
 
 
-def sample(model, prompts, max_new_tokens, stop, seed, temperature=1.0,
-           autocast=contextlib.nullcontext, desc="sample"):
+def sample(model, prompts, max_new_tokens, stop, seed, temperature=1.0, desc="sample"):
     """Samples one response to each prompt. prompts: lists of token ids; where one leaves no room
     for max_new_tokens, its response is cut off. seed: a number or several. Returns lists of token
     ids.
@@ -77,7 +75,7 @@ def sample(model, prompts, max_new_tokens, stop, seed, temperature=1.0,
         bar.update(len(part))
         return responses
 
-    with progress_bar(total=len(prompts), desc=desc) as bar, autocast():
+    with progress_bar(total=len(prompts), desc=desc) as bar, compute():
         return in_shares(sample_part, parts)
 
 
@@ -128,8 +126,8 @@ def say_cut_off(name, n, max_new_tokens, n_at_limit, n_at_block_size, then):
 # ------------------------------------------------------------------ kept on disk
 
 
-def cached(folder, name, entry, compute, *args, **options):
-    """Returns compute(*args, **options), an array or a value that JSON can hold. Computes it once;
+def cached(folder, name, entry, function, *args, **options):
+    """Returns function(*args, **options), an array or a value that JSON can hold. Computes it once;
     later it comes from folder/name-entry.npz. InputError if a number in it is not finite."""
     path = os.path.join(folder, f"{name}-{entry}.npz")
     if is_first():
@@ -138,7 +136,7 @@ def cached(folder, name, entry, compute, *args, **options):
     if first_says(value is not None):
         print(f"{name}: from {path}")
         return value
-    value = compute(*args, **options)
+    value = function(*args, **options)
     try:
         arrays = to_arrays(value)
     except ValueError as error:
@@ -207,11 +205,28 @@ def key(*parts):
 
 
 def hash_weights(model):
-    """Returns a hash of all tensors of a model and of their names."""
+    """Returns a hash of all tensors of a model and of their names. Of a frozen weight, which may be
+    large and which several adapters may share, the hash is computed once."""
     digest = hashlib.sha256()
+    frozen = {name: weight for name, weight in model.named_parameters(remove_duplicate=False)
+              if not weight.requires_grad}
     for name, tensor in model.state_dict().items():
-        digest.update(name.encode() + whole(tensor.detach()).numpy().tobytes())
+        content = hash_frozen(frozen[name]) if name in frozen else content_of(tensor)
+        digest.update(name.encode() + content)
     return digest.hexdigest()
+
+
+def content_of(tensor):
+    return whole(tensor.detach()).numpy().tobytes()
+
+
+def hash_frozen(weight):
+    """Returns a hash of a weight, which is kept in an attribute of it until the weight changes."""
+    version, kept = getattr(weight, "kept_hash", (None, None))
+    if version != weight._version:
+        kept = hashlib.sha256(content_of(weight)).digest()
+        weight.kept_hash = (weight._version, kept)
+    return kept
 
 
 def hash_examples(examples):

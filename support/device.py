@@ -2,6 +2,7 @@
 import contextlib
 import ctypes
 import functools
+from types import SimpleNamespace
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -9,10 +10,14 @@ from torch.utils.checkpoint import checkpoint
 from support.flags import InputError
 from support.processes import join, processes, shard
 
+# The device and the precision of this process, as setup chose them
+computing = SimpleNamespace(device="cpu", dtype="float32")
+
 
 def setup(args):
-    """Resolves --device and --dtype ("auto" in `args` is replaced), and seeds torch with --seed.
-    Returns (device, autocast), autocast() being the context to compute in."""
+    """Decides where this process computes, and in what precision: see `compute`. Resolves --device
+    and --dtype ("auto" in `args` is replaced), and seeds torch with --seed. Returns the
+    torch.device."""
     name = device_name(args.device)
     device = join(name)
     if name == "xla":
@@ -23,13 +28,28 @@ def setup(args):
         fast = name == "xla" or name == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
         args.dtype = "bfloat16" if fast else "float32"
     args.device = name
+    computing.device, computing.dtype = device.type, args.dtype
     keep_memory()
     if name == "cuda":      # cuDNN's attention makes a plan for every shape, and shapes vary
         torch.backends.cuda.enable_cudnn_sdp(False)
     torch.manual_seed(args.seed)
-    if args.dtype == "float32":
-        return device, contextlib.nullcontext
-    return device, functools.partial(torch.autocast, device.type, dtype=torch.bfloat16)
+    return device
+
+
+def compute():
+    """Returns the context in which every model runs. With --dtype=bfloat16 the matrix products are
+    bfloat16 (torch.autocast); otherwise it changes nothing."""
+    return torch.autocast(computing.device, torch.bfloat16, enabled=computing.dtype == "bfloat16")
+
+
+@contextlib.contextmanager
+def in_float32():
+    """Computes in float32 inside the block, whatever --dtype says."""
+    dtype, computing.dtype = computing.dtype, "float32"
+    try:
+        yield
+    finally:
+        computing.dtype = dtype
 
 
 def device_name(name):
@@ -86,8 +106,9 @@ def recompute_layers(model):
     """
     for layer in model.transformer.h:
         for part in (layer.attn, layer.mlp):
-            part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False,
-                                             preserve_rng_state=False)     # there is no dropout
+            if "forward" not in vars(part):     # else it is a copy of one that does so already
+                part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False,
+                                                 preserve_rng_state=False)  # there is no dropout
 
 
 def place(model, device, args):
@@ -104,13 +125,13 @@ def compiles_every_shape(device):
     return device.type == "xla"
 
 
-def shape_multiple(args):
+def shape_multiple():
     """Returns what batches' shapes are rounded up to. torch_xla compiles a program for every shape,
     and so does the CPU's library for bfloat16 products (a third of a step if all batches
     differ)."""
-    if args.device == "xla":
+    if computing.device == "xla":
         return FEW_SHAPES
-    return 32 if args.dtype == "bfloat16" else 1
+    return 32 if computing.dtype == "bfloat16" else 1
 
 
 FEW_SHAPES = 128        # from here on shapes are powers of two

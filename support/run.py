@@ -33,13 +33,14 @@ from support.processes import (
     processes,
     progress_bar,
     starts_as_first,
+    trained_state,
     wait,
     whole,
 )
 
 # Flags that may differ on --resume
 MAY_CHANGE = ("out_dir", "resume", "overwrite", "device", "compile", "fsdp", "log",
-              "gradient_checkpointing")
+              "gradient_checkpointing", "merge_lora")
 LOG_EVERY = 10                                              # steps
 # The columns on the screen, docs/glossary.md: {heading: (name in metrics.jsonl, format)}
 SHOWN = {"loss": ("loss", ".4f"),
@@ -59,8 +60,8 @@ claimed = {}            # {real path of a folder: its lock}, of this process
 
 
 class Run:
-    """Keeps a training run in its folder: config.json has its flags (under "nanopref"),
-    metrics.jsonl its numbers, state.pt what resuming needs.
+    """Keeps a training run in its folder: config.json (with --lora run.json) has its flags (under
+    "nanopref"), metrics.jsonl its numbers, state.pt what resuming needs.
 
     constants: a hash of what training takes as given (reference, data, rewards), which has to be
     the same on --resume. `first_step` is 0, or where a resumed run goes on.
@@ -105,10 +106,12 @@ class Run:
             return
         if flags.get("overwrite"):
             set_aside(self.dir)
-        for name in ("best.pt", "metrics.jsonl"):   # of a run that never came to a state.pt
+        # of a run that never came to a state.pt
+        for name in ("best.pt", "metrics.jsonl", "config.json", "run.json"):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(self._path(name))
-        write_json(self._path("config.json"), {"nanopref": flags}, indent=2)
+        name = "run.json" if flags.get("lora") else "config.json"
+        write_json(self._path(name), {"nanopref": flags}, indent=2)
 
     # ---- in the loop
 
@@ -225,7 +228,7 @@ class Run:
             best = load(path, BEST)
             if best["value"] >= value and best["step"] != step:
                 return
-        self._save(path, {"model": self.model.state_dict(), "value": value, "step": step})
+        self._save(path, {"model": trained_state(self.model), "value": value, "step": step})
 
     def restore_selected(self):
         """Gives the model the weights that --select asks for, once training is over."""
@@ -268,7 +271,7 @@ class Run:
     def save_state(self, step, reported=False):
         """Saves all that resuming needs in one file, so that its parts always belong together.
         reported: whether the evaluation before this step is logged already."""
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+        state = {"model": trained_state(self.model), "optimizer": self.optimizer.state_dict(),
                  "step": step, "reported": reported,
                  "window": [add_up_numbers(numbers) for numbers in self._numbers_of_window()],
                  "constants": self.constants, "rng": torch.get_rng_state()}
@@ -327,6 +330,13 @@ class Run:
 
 
 # ------------------------------------------------------------------ on the screen
+
+
+def count_parameters(model):
+    """Writes how many parameters a model has, and how many of them are trained if not all are."""
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{total:,} parameters" + (f" ({trained:,} trained)" if trained < total else "")
 
 
 def print_prompt(number, text):
@@ -406,9 +416,10 @@ def check_free(folder, resume=False, overwrite=False):
         raise InputError(f"--resume: there is no state.pt in {folder!r}; leave --resume out to "
                          "start from the beginning")
     not_ours = "config.json" in there and LOCK not in there
-    if resume or overwrite or not ("state.pt" in there or MODELS & there or not_ours):
+    model = MODELS & there or "adapter_config.json" in there or not_ours
+    if resume or overwrite or not ("state.pt" in there or model):
         return
-    what = "a model" if MODELS & there or not_ours else "an unfinished run (go on with --resume)"
+    what = "a model" if model else "an unfinished run (go on with --resume)"
     raise InputError(f"--out_dir: {folder!r} holds {what}; name another folder, or --overwrite, "
                      "which sets the old one aside")
 
@@ -469,32 +480,37 @@ def set_aside(folder):
 
 
 def run_flags(folder):
-    """Returns the flags that a run was started with, from its config.json; {} if it is no run of
-    ours."""
-    path = os.path.join(folder, "config.json")
-    if not os.path.exists(path):
-        return {}
-    flags = read_json(path).get("nanopref") or {}
+    """Returns the flags that a run was started with, from its config.json, or run.json with --lora;
+    {} if it is no run of ours."""
+    paths = [os.path.join(folder, name) for name in ("run.json", "config.json")]
+    path = next(filter(os.path.exists, paths), None)
+    flags = read_json(path).get("nanopref") or {} if path is not None else {}
     if not isinstance(flags, dict):
         raise InputError(f"{path}: 'nanopref' is not an object of flags")
     return flags
 
 
 def family_folders(folders, flag="--rewards"):
-    """Returns the folders of the reward models that `--rewards=A,B` means: each of these is one (it
-    holds a config.json), or has one in each of its subfolders, which are sorted by name."""
+    """Returns the folders of the reward models that `--rewards=A,B` means: each of these is one, or
+    has one in each of its subfolders, which are sorted by name."""
     models = []
     for folder in folders.split(","):
         inside = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
         members = [os.path.join(folder, name) for name in inside]
-        members = [member for member in members if os.path.exists(f"{member}/config.json")]
-        if "config.json" in inside:
+        members = [member for member in members if holds_model(member)]
+        if holds_model(folder):
             members = [folder]
         if not members:
             raise InputError(f"{flag}: no reward model in {folder!r}: train one with python "
                              f"train_rm.py --out_dir={folder}")
         models += members
     return models
+
+
+def holds_model(folder):
+    """Returns whether a folder holds a model, or a run that may have one."""
+    names = ("config.json", "adapter_config.json", "run.json")
+    return any(os.path.exists(os.path.join(folder, name)) for name in names)
 
 
 def models_named(folders, flag):
@@ -516,8 +532,7 @@ def family_to_train(args):
     if os.path.isdir(args.out_dir):
         there += [os.path.join(args.out_dir, name) for name in sorted(os.listdir(args.out_dir))]
     for folder in there:
-        is_model = os.path.exists(os.path.join(folder, "config.json"))
-        if is_model and folder not in folders.values():
+        if holds_model(folder) and folder not in folders.values():
             raise InputError(f"--out_dir: {folder} holds another reward model, which would join "
                              "this family; name another folder")
     return [(bias, folder, args.resume and folder in begun) for bias, folder in folders.items()]

@@ -154,7 +154,13 @@ def training_flags(doc, lr):
     add("--batch_size", type=positive_int, help="rows (pairs) per optimizer step")
     add("--micro_batch_size", type=positive_int, help="rows per forward pass (default: the batch)")
     add("--lr", type=positive_float, help="peak learning rate: warm-up over 5%% of the steps, then "
-        f"a cosine down to zero (default: {lr}; a hundredth of that where n_embd is 512 or more)")
+        f"a cosine down to zero (default: {lr}; a hundredth of that where n_embd is 512 or more; "
+        "ten times as much with --lora)")
+    add("--lora", type=up_to_1000, metavar="RANK", help="train a LoRA adapter of this rank, such "
+        "as 16, and leave the model of --init_from as it is: less memory, and a run folder "
+        "with the adapter alone, in PEFT's layout")
+    add("--merge_lora", action="store_true", default=None, help="write the whole model, with the "
+        "adapter added to its weights, instead of the adapter")
     add("--grad_clip", type=positive_float, help="largest norm of the gradient")
     add("--seed", type=seed, default=0, help="of the data, initial weights and the batch order")
     add("--eval_every", type=positive_int, help="steps between evaluations, which save the state")
@@ -189,7 +195,8 @@ def training_defaults(args, numbers, scratch_width=0):
         setattr(args, name, getattr(args, name) or numbers[name])
     args.micro_batch_size = min(args.micro_batch_size or args.batch_size, args.batch_size)
     wide = start_width(args, scratch_width) >= 512
-    args.lr = args.lr or (numbers["lr"] / 100 if wide else numbers["lr"])
+    default = numbers["lr"] / 100 if wide else numbers["lr"]
+    args.lr = args.lr or default * (numbers["lora_lr"] if args.lora else 1)
     # A short run is evaluated less often, on fewer rows, so that evaluating stays the smaller part.
     args.eval_every = args.eval_every or max(25, args.max_steps // 8)
     few = max(16, args.max_steps * args.batch_size // 16)
@@ -234,6 +241,7 @@ def preference_data_flags(args, numbers, used=True):
     tiny = args.data == "tinytldr"
     what = "--data=tinytldr" if used else "the preference losses"
     return {
+        "merge_lora": (args.lora is not None, False, "--lora"),
         "rho": (used, numbers.get("rho") if tiny else "all", what),
         "n_pairs": (used, numbers.get("n_pairs") if tiny else None, what),
         "pool": (used and tiny, numbers.get("pool"), what),
@@ -253,6 +261,11 @@ def check_folders_and_tokenizer(args, **inputs):
     folder, _ = name_and_split(args.data)
     check_out_dir(args.out_dir, {"init_from": start, "relabel": args.relabel, "data": folder,
                                  **inputs})
+    if args.lora and start is None:
+        raise InputError("--lora: it adapts a model: name one by --init_from, which is scratch")
+    if args.lora and args.fsdp:
+        raise InputError("--lora: not with --fsdp: most of the memory that it splits over the "
+                         "processes is not needed with --lora")
     if args.resume and args.overwrite:
         raise InputError("--overwrite: it would be ignored: --resume goes on with what is there")
     runs = [(None, args.out_dir, args.resume)]

@@ -20,6 +20,14 @@ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
 
 
 @pytest.fixture(autouse=True)
+def computing():
+    """A run that a test starts chooses a device and a precision, which the next test does not
+    want."""
+    from support import device
+    device.computing.device, device.computing.dtype = "cpu", "float32"
+
+
+@pytest.fixture(autouse=True)
 def signals():
     """A run that a test leaves in the middle leaves its handlers of signals."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -4,7 +4,6 @@ what is asked for, what is written. All with models of a layer and rows of rando
 import json
 import re
 import shutil
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partialmethod
 from types import SimpleNamespace
@@ -24,7 +23,7 @@ from reward import RewardModel, family_scores, load_reward_models, training_pair
 from support import columns
 from support.checks import say_spread
 from support.columns import sample, score
-from support.device import compiled_graphs, recompute_layers
+from support.device import compiled_graphs, computing, recompute_layers
 from support.flags import InputError
 from support.prompts import with_room
 from support.tokenizer import to_text
@@ -33,6 +32,9 @@ from train_policy import loss_flags, reward_of_samples, row_terms, with_columns
 CPU = torch.device("cpu")
 TOKENIZER = tinytldr.tokenizer()
 CONFIG = GPTConfig(48, TOKENIZER.n_vocab, n_layer=1, n_head=1, n_embd=4)
+LLAMA = replace(CONFIG, family="llama", n_head=2, n_kv_head=1, n_inner=6, mlp="swiglu", norm="rms",
+                qkv_bias=False, proj_bias=False, mlp_bias=False, rope_theta=100.0)
+MODELS = pytest.mark.parametrize("model", ["ref", "llama"])
 SCRIPTS = pytest.mark.parametrize("script", [train_policy, train_rm])
 
 
@@ -59,7 +61,8 @@ def random_pairs(n, seed):
 def models(tmp_path_factory):
     """A folder with a reference policy (ref) and a family of two reward models (rms)."""
     root = tmp_path_factory.mktemp("models")
-    shaken(GPT(CONFIG), 0).save_pretrained(root / "ref", TOKENIZER.eot_token)
+    for name, config in (("ref", CONFIG), ("llama", LLAMA)):
+        shaken(GPT(config), 0).save_pretrained(root / name, TOKENIZER.eot_token)
     for number in (1, 2):
         reward_model = shaken(RewardModel(CONFIG), number)
         reward_model.save_pretrained(root / f"rms/{number}", TOKENIZER.eot_token)
@@ -233,10 +236,10 @@ def test_evaluation_is_of_all_rows_in_parts(script, monkeypatch):
     args = SimpleNamespace(loss="sft", micro_batch_size=2, device="cpu", dtype="float32",
                            gamma=None, max_steps=4)
     if script is train_policy:
-        means = train_policy.evaluate(model, dataset, args, {}, device, nullcontext)
+        means = train_policy.evaluate(model, dataset, args, {}, device)
         assert means == {"loss": pytest.approx(60 / dataset.response_lengths().sum())}
     else:
-        means = train_rm.evaluate(model, dataset, args, device, nullcontext)
+        means = train_rm.evaluate(model, dataset, args, device)
         wanted = {"loss": np.log(1 + np.exp(-1)), "margin": 1, "accuracy": 1}
         assert means == pytest.approx(wanted)
     assert passes_made == [8, 8, 4] and moved == [device] * 3
@@ -252,7 +255,7 @@ def test_an_evaluation_of_rows_of_several_sizes():
     args = SimpleNamespace(loss="e-dpo", beta=1.0, micro_batch_size=2, device="cpu",
                            dtype="float32")
     means = train_policy.evaluate(lambda batch: logps, dataset, args, {"beta": 1.0, "gamma": 0.5},
-                                  torch.device("cpu"), nullcontext)
+                                  torch.device("cpu"))
     squares = ((1 + 9 + 4) / 3 + 16) / 2
     assert means == pytest.approx({"loss": squares + 0.5 * 2, "forward_kl": 2, "margin": 0,
                                    "chosen_change": 0, "rejected_change": 0, "accuracy": 0.5,
@@ -276,7 +279,7 @@ def test_reward_of_samples_by_the_oracle(lab, monkeypatch):
     replies = sample(lab.policy, prompts, 4, TOKENIZER.eot_token, [7, 5])
     wanted = [len(to_text(prompt, TOKENIZER)) + 100 * len(to_text(reply, TOKENIZER))
               for prompt, reply in zip(prompts, replies)]
-    means = reward_of_samples(lab.policy, prompts, {}, TOKENIZER, arguments(lab), nullcontext)
+    means = reward_of_samples(lab.policy, prompts, {}, TOKENIZER, arguments(lab))
     assert means["reward"] == pytest.approx(np.mean(wanted), rel=1e-12)
 
 
@@ -290,7 +293,7 @@ def test_reward_of_samples_by_reward_models(lab):
         reply += [TOKENIZER.eot_token] * cut        # where a reward model is read
     dataset = Dataset([(prompt, [reply]) for prompt, reply in zip(prompts, replies)])
     wanted = [score(judge, dataset).mean() for judge in judges.values()]
-    means = reward_of_samples(lab.policy, prompts, judges, TOKENIZER, arguments(lab), nullcontext)
+    means = reward_of_samples(lab.policy, prompts, judges, TOKENIZER, arguments(lab))
     assert means["unended"] == pytest.approx(np.mean(unended)) and 0 < np.mean(unended)
     assert means["reward"] == pytest.approx(np.mean(wanted)) and wanted[0] != wanted[1]
 
@@ -300,7 +303,7 @@ def test_reward_of_samples_by_reward_models(lab):
 def compute_columns(lab, policy=None, n=9, **changed):
     """with_columns for the first n pairs, with these flags changed."""
     dataset = with_columns(lab.pairs["train"].first(n), "train", policy or lab.policy, TOKENIZER,
-                           {}, arguments(lab, **changed), nullcontext)
+                           {}, arguments(lab, **changed))
     assert dataset.ref_logps.dtype == np.float32 and dataset.rewards is None
 
 
@@ -340,7 +343,7 @@ def test_the_cache_of_a_reference_from_the_hub(lab, monkeypatch, kind):
     """It is the run's."""
     args = arguments(lab, init_from="somebody/gpt2")
     if kind == "policy":
-        with_columns(lab.pairs["train"], "train", lab.policy, TOKENIZER, {}, args, nullcontext)
+        with_columns(lab.pairs["train"], "train", lab.policy, TOKENIZER, {}, args)
         assert cached_names(lab.root / "run") == {"train-samples": 1, "train-logps": 1}
     else:
         assert calls_of_preferences(lab, monkeypatch, args)[0][4] == f"{lab.root}/run/cache"
@@ -350,16 +353,15 @@ def test_scores_that_are_missing(lab):
     dataset = Dataset(lab.pairs["train"].examples)
     args = arguments(lab, loss="d-dpo", rewards="scores", data="pairs.jsonl")
     with pytest.raises(InputError) as error:
-        with_columns(dataset, "train", lab.policy, TOKENIZER, {}, args, nullcontext)
+        with_columns(dataset, "train", lab.policy, TOKENIZER, {}, args)
     assert str(error.value) == ("--rewards=scores: pairs.jsonl has no score_chosen and "
                                 "score_rejected, nor scores, in all its rows")
 
 
-def test_rewards_are_cached_beside_their_model(lab):
+def test_rewards_are_cached_beside_their_model(lab, monkeypatch):
     """By its weights, the rows and the precision."""
-    def scores(model, dataset, **changed):
-        rewards = family_scores({f"{lab.root}/rm": model}, dataset, arguments(lab, **changed),
-                                nullcontext, "train")
+    def scores(model, dataset):
+        rewards = family_scores({f"{lab.root}/rm": model}, dataset, f"{lab.root}/run", "train")
         assert rewards.dtype == np.float32
         return rewards[:, :, 0], cached_names(lab.root / "rm")
 
@@ -370,7 +372,8 @@ def test_rewards_are_cached_beside_their_model(lab):
         assert rewards == pytest.approx(score(model, dataset)) and names == {"train-rewards": 1}
     assert scores(shaken(RewardModel(CONFIG), 2), dataset)[1] == {"train-rewards": 2}
     assert scores(model, dataset.first(5))[1] == {"train-rewards": 3}
-    assert scores(model, dataset, dtype="bfloat16")[1] == {"train-rewards": 4}
+    monkeypatch.setattr(computing, "dtype", "bfloat16")
+    assert scores(model, dataset)[1] == {"train-rewards": 4}
 
 
 def test_what_a_policy_is_trained_on_is_cached_by_name(lab, monkeypatch, capsys):
@@ -480,14 +483,15 @@ def test_compilation_is_for_any_shape(lab, monkeypatch, script, flags, calls):
     assert compiled == calls
 
 
-def test_a_compiled_run_is_the_same_run(lab, monkeypatch, capsys):
+@MODELS
+def test_a_compiled_run_is_the_same_run(lab, monkeypatch, capsys, model):
     """The numbers of a run with --compile, to 1e-5, and a handful of graphs for all its shapes.
     (The graphs are made and not translated to C++, which takes a minute.)"""
     graphs_before, compile_module = compiled_graphs(), torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compile_module, backend="eager"))
     runs = []
     for flags in ([], ["--compile", "--overwrite"]):
-        train(lab, train_policy, "--max_steps=3", *flags)
+        train(lab, train_policy, "--max_steps=3", f"--init_from={lab.root}/{model}", *flags)
         runs.append(metrics(lab.root / "run"))
     for plain, compiled in zip(*runs, strict=True):
         assert compiled == pytest.approx(plain, rel=1e-5, abs=1e-5)
@@ -509,15 +513,17 @@ def saved_bytes(model, batch):
     return sum(kept)
 
 
-def test_layers_that_are_computed_again(lab):
+@MODELS
+def test_layers_that_are_computed_again(lab, model):
     """A run with --gradient_checkpointing is the same run, and keeps less for its backward pass:
     each layer's input to attention and to its MLP and the sums after them, not what is inside."""
     runs = []
+    init_from = f"{lab.root}/{model}"
     for flags in ([], ["--gradient_checkpointing", "--overwrite"]):
-        train(lab, train_policy, "--max_steps=3", *flags)
+        train(lab, train_policy, "--max_steps=3", f"--init_from={init_from}", *flags)
         runs.append((lab.root / "run/metrics.jsonl").read_text())
     assert runs[0] == runs[1]
-    model, batch = GPT(CONFIG), lab.pairs["train"].batch(range(4))
+    model, batch = GPT.from_pretrained(init_from), lab.pairs["train"].batch(range(4))
     before = saved_bytes(model, batch)
     recompute_layers(model)
     assert saved_bytes(model, batch) < 0.5 * before
@@ -559,7 +565,7 @@ def calls_of_preferences(lab, monkeypatch, args):
         return lab.pairs[values[1]]
 
     monkeypatch.setattr(reward, "preferences", preferences)
-    lab.result = training_pairs(args, TOKENIZER, lab.policy, CPU, nullcontext)
+    lab.result = training_pairs(args, TOKENIZER, lab.policy, CPU)
     return calls
 
 

@@ -3,9 +3,11 @@ import importlib.util
 
 import numpy as np
 import pytest
+import torch
 
 import tinytldr
 from model import GPT, GPTConfig
+from support import device
 from support.tokenizer import END_OF_TEXT, to_text, word_encoding
 from tinytldr import demonstration, facts_of, oracle_reward, post
 
@@ -175,13 +177,16 @@ def test_cached_pairs_do_not_survive_another_wording(pair_cache, monkeypatch):
     assert survived == []
 
 
-def test_pairs_are_sampled_in_the_policy_s_own_tokens(tmp_path):
-    """A policy that reads bytes is asked in bytes and stopped at its own end of text."""
+def test_pairs_are_sampled_in_the_policy_s_own_tokens(tmp_path, monkeypatch):
+    """A policy that reads bytes is asked in bytes and stopped at its own end of text. --dtype does
+    not change the pairs."""
+    monkeypatch.setattr(device.computing, "dtype", "bfloat16")
     policy = GPT(GPTConfig(600, BYTES.n_vocab, 1, 1, 4))
     asked = []
 
     def generate(prompts, max_new_tokens, temperature, stop, generator):
         asked.append((prompts, stop))
+        assert not torch.is_autocast_enabled("cpu")
         return [BYTES.encode_ordinary(f" my boss{'; broke' * (i % 2)}") + [BYTES.eot_token]
                 for i in range(len(prompts))]
 

@@ -2,7 +2,6 @@
 end-of-text: reward models judge them with one appended, they are counted, and penalised if that is
 asked for."""
 import json
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -50,10 +49,9 @@ class Judge(torch.nn.Module):
 
 
 def judge(judges, prompts, samples, **changed):
-    args = SimpleNamespace(**{"missing_eos_penalty": None, "max_new_tokens": 3, "device": "cpu",
-                              "dtype": "float32"} | changed)
+    args = SimpleNamespace(**{"missing_eos_penalty": None, "max_new_tokens": 3} | changed)
     texts = ["POST:"] * len(prompts)
-    return judge_samples("pi", judges, texts, prompts, samples, tokenizer(), args, nullcontext)
+    return judge_samples("pi", judges, texts, prompts, samples, tokenizer(), args)
 
 
 # ------------------------------------------------------------------ one sample

@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +29,7 @@ from support import files
 from support import run as run_folder
 from support.checks import check_rounding, check_step_0
 from support.columns import cache_folder, cached, score
-from support.device import setup
+from support.device import computing, setup
 from support.files import remove_leftovers, replacing, write_json
 from support.flags import InputError
 from support.run import (
@@ -996,7 +995,7 @@ def test_cuda(monkeypatch, capability, dtype):
     args = SimpleNamespace(device="auto", dtype="auto", seed=0)
     assert torch.backends.cuda.cudnn_sdp_enabled()
     try:
-        device, _ = setup(args)
+        device = setup(args)
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(True)
@@ -1006,10 +1005,10 @@ def test_cuda(monkeypatch, capability, dtype):
 def test_mps_is_for_who_asks_and_has_a_torch_that_computes_right_there(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     args = SimpleNamespace(device="auto", dtype="auto", seed=0)
-    assert setup(args) == (torch.device("cpu"), nullcontext) and args.device == "cpu"
+    assert setup(args) == torch.device("cpu") and args.device == "cpu"
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.13.1"))
     args = SimpleNamespace(device="mps", dtype="auto", seed=0)
-    assert setup(args) == (torch.device("mps"), nullcontext) and args.dtype == "float32"
+    assert setup(args) == torch.device("mps") and args.dtype == "float32"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     with pytest.raises(InputError, match="--device=mps: torchrun's processes can't share one"):
         setup(args)
@@ -1072,25 +1071,24 @@ def test_rounding_of_losses_is_let_through(change, beta, gamma, slack, sign):
 
 
 @pytest.mark.parametrize("wrong", [0.0, 0.5, 1.0, -1.0, math.nan])
-def test_bfloat16_log_probs_are_compared_with_float32(capsys, wrong):
+def test_bfloat16_log_probs_are_compared_with_float32(monkeypatch, capsys, wrong):
     """The data set's column, in some rows from the first to the last: a log-prob that is off by a
     nat is noticed, half a nat and a few thousandths are let through."""
     torch.manual_seed(0)
     policy = GPT(GPTConfig(16, 31, 2, 2, 16))
     dataset = Dataset([([1, 2], [[3, 4], [5, 6, number % 31]]) for number in range(40)])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        dataset.ref_logps = score(policy, dataset)
+    monkeypatch.setattr(computing, "dtype", "bfloat16")
+    dataset.ref_logps = score(policy, dataset)
     dataset.ref_logps[-1, 1] += wrong
-    args = SimpleNamespace(dtype="bfloat16", device="cpu")
     if abs(wrong) <= 0.5:
-        check_rounding(policy, dataset, "train", args)
+        check_rounding(policy, dataset, "train")
         said = capsys.readouterr().out
         assert re.fullmatch(r"train log-probs in bfloat16: within \S+ nats of float32, "
                             r"in 16 rows\n", said)
         assert 0 < float(said.split()[5]) < 0.6
     else:
         with pytest.raises(AssertionError, match="^the reference's train log-probs in bfloat16 "):
-            check_rounding(policy, dataset, "train", args)
+            check_rounding(policy, dataset, "train")
 
 
 def test_what_the_check_says(capsys):
