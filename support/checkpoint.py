@@ -350,9 +350,8 @@ def write_checkpoint(directory, model, eos_token_id):
         return
     os.makedirs(directory, exist_ok=True)
     config, flags = model.config, run_flags(directory)
-    kind = "lm_head" if HEAD in weights else "score"
     written = {"nanopref": flags} if flags else {}
-    written |= config_fields(config, kind, eos_token_id)
+    written |= config_fields(config, weights, eos_token_id)
     write_json(os.path.join(directory, "config.json"), written, indent=2)
     with replacing(os.path.join(directory, "model.safetensors")) as temporary:
         save_file(file_tensors(weights, config), temporary, metadata={"format": "pt"})

@@ -183,10 +183,10 @@ def llama_sizes(config, sizes, where, say):
     return own
 
 
-def config_fields(config, kind, eos_token_id):
-    """Returns what config.json says of a model. config: its GPTConfig. kind: "lm_head", or "score"
-    for a reward model. eos_token_id: the token that ends a text (default: what was read, or the
-    last one)."""
+def config_fields(config, weights, eos_token_id):
+    """Returns what config.json says of a model. config: its GPTConfig. weights: {name: tensor}, of
+    a reward model if they have no head for tokens. eos_token_id: the token that ends a text
+    (default: what was read, or the last one)."""
     about, last = FAMILIES[config.family], config.vocab_size - 1
     written = {theirs: getattr(config, ours[0]) for theirs, ours in about.fields.items()}
     written |= {"model_type": config.family, **about.fixed}
@@ -200,12 +200,13 @@ def config_fields(config, kind, eos_token_id):
                         embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=ends, eos_token_id=ends)
     else:
         written |= {**tokens, "eos_token_id": ends, "rope_theta": config.rope_theta,
-                    "rope_scaling": config.rope_scaling, "torch_dtype": "float32"}
+                    "rope_scaling": config.rope_scaling,
+                    "torch_dtype": str(weights["transformer.wte.weight"].dtype)[len("torch."):]}
         written |= {"sliding_window": None} if config.family == "mistral" else {}
         written |= {"no_rope_layers": config.rope_layers} if config.rope_layers else {}
         written = {name: value for name, value in written.items()
                    if value is not None or name in ("rope_scaling", "sliding_window")}
-    if kind == "lm_head":
+    if HEAD in weights:
         classes = "LMHeadModel" if config.family == "gpt2" else "ForCausalLM"
         return written | {"architectures": [about.title + classes]}
     if config.reward_head != "last":
@@ -244,7 +245,7 @@ def rows_of_parts(config, n_parts, rows):
     values, or gate and up."""
     size = config.head_size or config.n_embd // config.n_head
     kv_width = (config.n_kv_head or config.n_head) * size
-    widths = {3: [config.n_head * size, kv_width, kv_width], 2: [config.n_inner] * 2}
+    widths = {3: [config.n_head * size, kv_width, kv_width], 2: [rows // 2] * 2}
     return widths.get(n_parts, [rows])
 
 

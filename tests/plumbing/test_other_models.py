@@ -364,6 +364,18 @@ def test_tokens_that_a_config_names_stay(llama, tmp_path):
     assert saved(random_model(**asdict(LLAMA)), None) == [None, 12, None]
 
 
+def test_weights_are_saved_in_the_type_that_they_have(llama, tmp_path):
+    """Read into float32 and saved so; half the size if the model is made bfloat16 first."""
+    model, folder = GPT.from_pretrained(str(llama)), tmp_path / "saved"
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype).save_pretrained(folder)
+        assert {tensor.dtype for tensor in tensors_of(folder).values()} == {dtype}
+        written = json.loads((folder / "config.json").read_text())
+        assert f"torch.{written['torch_dtype']}" == str(dtype)
+    again = GPT.from_pretrained(str(folder))
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.float32}
+
+
 def test_a_reward_that_transformers_reads_elsewhere(llama, capsys):
     """A classifier that is padded with the token that ends a text."""
     RewardModel(LLAMA).save_pretrained(llama, eos_token_id=5)
