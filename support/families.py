@@ -245,7 +245,7 @@ def rows_of_parts(config, n_parts, rows):
     values, or gate and up."""
     size = config.head_size or config.n_embd // config.n_head
     kv_width = (config.n_kv_head or config.n_head) * size
-    widths = {3: [config.n_head * size, kv_width, kv_width], 2: [config.n_inner] * 2}
+    widths = {3: [config.n_head * size, kv_width, kv_width], 2: [rows // 2] * 2}
     return widths.get(n_parts, [rows])
 
 
@@ -274,22 +274,3 @@ def file_tensors(weights, config):
             parts = joined.split(rows_of_parts(config, len(theirs), len(joined)))
             tensors |= {part: tensor.clone() for part, tensor in zip(theirs, parts)}
     return tensors
-
-
-def rows_of_parts(config, n_parts, rows):
-    """Returns how many of the rows of a matrix belong to each of its parts in files: queries, keys
-    and values, or gate and up."""
-    size = config.head_size or config.n_embd // config.n_head
-    kv_width = (config.n_kv_head or config.n_head) * size
-    widths = {3: [config.n_head * size, kv_width, kv_width], 2: [rows // 2] * 2}
-    return widths.get(n_parts, [rows])
-
-
-def parts_in_files(model, layer):
-    """Returns the linear layers that files have in the place of one of ours, [(name, rows)]: their
-    outputs, one after another, are its own. layer: its name."""
-    config, rows = model.config, model.get_submodule(layer).out_features
-    names = dict(names_in_files(config.family, config.n_layer))
-    theirs = names.get(f"{layer}.weight", [f"{layer}.weight"])
-    theirs = [name.removesuffix(".weight") for name in theirs]
-    return list(zip(theirs, rows_of_parts(config, len(theirs), rows)))

@@ -147,7 +147,7 @@ def training_flags(doc, lr):
     split_flag(parser)
     skip_flag(parser)
     add("--out_dir", help="the run folder")
-    add("--init_from", help="a run folder, a Hugging Face GPT-2 folder or hub name, or scratch")
+    add("--init_from", help="a run folder, a Hugging Face folder or hub name, or scratch")
     add("--tokenizer", help="tinytldr, a name of tiktoken's, or the folder of a model "
         "with its own (default: that of --init_from)")
     add("--max_steps", type=positive_int, help="optimizer steps")
