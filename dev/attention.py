@@ -26,7 +26,7 @@ from data import collate
 from dev import bench
 from model import tree_mask
 from support.device import setup, shape_multiple
-from support.flags import Parser, device_flags, positive_int, run_script, seed
+from support.flags import Parser, positive_int, run_script, seed
 
 
 def tree_blocks(branch):
@@ -58,7 +58,7 @@ def main(argv=None):
     add("--batch_size", type=positive_int, default=8)
     add("--turns", type=positive_int, default=20)
     add("--seed", type=seed, default=0)
-    device_flags(parser)
+    parser.add_shared("device", "dtype")
     args = parser.parse_args(argv)
     device = setup(args)
     prompt, response = bench.SHAPES[args.shape]

@@ -15,9 +15,9 @@ import zipfile
 import torch
 from safetensors.torch import load_file, save_file
 
+from support.device import is_first, whole
 from support.files import check_zip, read_json, replacing, write_json
 from support.flags import InputError, in_a_line, naming
-from support.processes import is_first, whole
 from support.run import run_flags
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
