@@ -213,23 +213,30 @@ LOSSES = {
     "e-dpo": e_dpo,
 }
 PREFERENCE_LOSSES = [name for name in LOSSES if name != "sft"]
+MORE = {}       # losses of other files that --loss knows, by name: zoo.py puts its own here
 
 # The paper's six methods, and what each distils: one reward model ("rm") or the family ("rms").
 PAPER = {"dpo": None, "ipo": None, "d-dpo": "rm", "p-dpo": None, "dp-dpo": "rm", "e-dpo": "rms"}
 
 
+def loss_function(name):
+    """Returns the function of a loss. name: a row of LOSSES, or of MORE."""
+    return LOSSES[name] if name in LOSSES else MORE[name]
+
+
 def needs(name):
     """Lists what a loss needs to know, which are its parameters without a default.
 
-    name: a row of LOSSES. Returns a list of names, such as ["logps", "ref_logps", "rewards", "kl"].
+    name: see loss_function. Returns a list of names, such as ["logps", "ref_logps", "kl"].
     """
-    parameters = inspect.signature(LOSSES[name]).parameters.values()
+    parameters = inspect.signature(loss_function(name)).parameters.values()
     return [p.name for p in parameters if p.default is p.empty]
 
 
 def knobs(name):
-    """Returns the flags of a loss with their defaults, such as {"beta": 1.0}. name: see LOSSES."""
-    parameters = inspect.signature(LOSSES[name]).parameters.values()
+    """Returns the flags of a loss with their defaults, such as {"beta": 1.0}. name: see
+    loss_function."""
+    parameters = inspect.signature(loss_function(name)).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
@@ -238,7 +245,7 @@ def batch_loss(name, logps, batch, **knobs):
 
     A batch has B rows, each a prompt with its K responses, and P pairs of them, which are the B of
     the functions above.
-    name: a row of LOSSES. logps: (B, K) summed log-probs of all responses. batch: a TreeBatch
+    name: see loss_function. logps: (B, K) summed log-probs of all responses. batch: a TreeBatch
     (data.py), which says which responses are pairs and has the columns that the loss needs. knobs:
     the flags of the loss; gamma is the number for this step. Returns (P,); for sft (B,).
     """
@@ -250,7 +257,7 @@ def batch_loss(name, logps, batch, **knobs):
     if "kl" in needs(name):
         kl = forward_kl(logps.gather(1, batch.samples), batch.ref_logps.gather(1, batch.samples))
         arguments["kl"] = kl[batch.pair_row]                                    # (P,)
-    losses = LOSSES[name](**arguments, **knobs)
+    losses = loss_function(name)(**arguments, **knobs)
     assert losses.shape == batch.pair_weight.shape, (     # others would be broadcast
         f"{name} gives {list(losses.shape)} numbers, not one for each of {len(batch.pairs)} pairs")
     return batch.pair_weight * losses

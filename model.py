@@ -1,4 +1,4 @@
-"""The language model: a GPT-2 written out by hand, run over a tree of responses.
+"""The language model: GPT-2, or one of the Llama family, by hand, run over a tree of responses.
 
 A batch is a `TreeBatch` (data.py): each row holds one prompt followed by its K responses, and the
 prompt is computed once. Three things make that equal to K separate sequences: the attention mask (a
@@ -6,7 +6,9 @@ response sees the prompt and itself, not its siblings), the positions (every res
 at the prompt's length), and where predictions are read (each response's first token from the *last
 prompt position*, whatever lies in between).
 
-The weights are named, and saved, as in Hugging Face's GPT-2.
+Newer models differ from GPT-2 in a few parts, which `GPTConfig` switches: RoPE, RMSNorm, SwiGLU and
+grouped-query attention. docs/models.md says which model has which. The weights are named as in
+Hugging Face's GPT-2 whatever the family, and saved as Hugging Face's model of that family.
 """
 import math
 from dataclasses import dataclass
@@ -15,9 +17,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from support.checkpoint import load_tensors, read_checkpoint, write_checkpoint
+from lora import load_lora, merge_lora
+from support.adapters import write_adapter
+from support.checkpoint import load_model, read_checkpoint, write_checkpoint
 from support.device import FEW_SHAPES, compiles_every_shape, random_numbers, round_up, sync
 from support.logprobs import head_weight, product_type, token_logps
+from support.rms_norm import rms_norm
 
 
 @dataclass
@@ -31,60 +36,155 @@ class GPTConfig:
     tie_word_embeddings: bool = True    # the output head shares the token embedding's weights
     reward_head: str = "last"           # of a reward model: at the last token, or "sum"
     gelu: str = "tanh"                  # GPT-2's approximation, or "none": exact, as in nanoGPT
+    # What later families do otherwise (docs/models.md)
+    family: str = "gpt2"                # model_type in config.json: how the weights are saved
+    n_kv_head: int = None               # heads of keys and values, shared by n_head queries' heads
+    head_size: int = None               # numbers in a head (None: n_embd / n_head)
+    n_inner: int = None                 # width inside an MLP (None: 4 n_embd)
+    mlp: str = "gelu"                   # or "swiglu": SiLU(gate) * up
+    norm: str = "layer"                 # or "rms": no mean is taken off, no bias added
+    norm_eps: float = 1e-5
+    norm_after: bool = False            # attention and MLP have their outputs normed, not inputs
+    qk_norm: str = None                 # queries and keys are normed: each "head", or all at once
+    qkv_bias: bool = True               # biases: of queries, keys and values,
+    proj_bias: bool = True              # of attention's output,
+    mlp_bias: bool = True               # of both layers of the MLP
+    rope_theta: float = None            # positions turn queries and keys (None: are embedded)
+    rope_scaling: dict = None           # Llama 3's slower turning, for longer texts
+    rope_layers: list = None            # for each layer, whether positions turn it (None: all)
+    token_ids: dict = None              # bos_token_id and the like, as they were in config.json
+
+
+class RMSNorm(nn.Module):
+    """A LayerNorm that takes no mean off and adds no bias: x / sqrt(mean(x^2) + eps) * weight."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
+
+
+def new_norm(config):
+    kind = RMSNorm if config.norm == "rms" else nn.LayerNorm
+    return kind(config.n_embd, eps=config.norm_eps)
 
 
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)   # queries, keys, values at once
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.n_kv_head = config.n_kv_head or config.n_head
+        self.head_size = config.head_size or config.n_embd // config.n_head
+        width, kv_width = self.n_head * self.head_size, self.n_kv_head * self.head_size
+        self.widths = [width, kv_width, kv_width]           # queries, keys, values: one product
+        self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.qkv_bias)
+        self.c_proj = nn.Linear(width, config.n_embd, bias=config.proj_bias)
+        self.qk_norm = config.qk_norm
+        if self.qk_norm is not None:
+            each = self.qk_norm == "head"
+            self.q_norm = RMSNorm(self.head_size if each else width, config.norm_eps)
+            self.k_norm = RMSNorm(self.head_size if each else kv_width, config.norm_eps)
 
-    def forward(self, x, mask=None, cache=None):
-        """Computes self-attention over x: (B, T, C). mask, cache: see Block. Returns (B, T, C)."""
+    def forward(self, x, mask=None, cache=None, turns=None):
+        """Computes self-attention over x: (B, T, C). mask, cache, turns: see Block. Returns
+        (B, T, C)."""
         B, T, C = x.size()                                              # rows, columns, width
-        heads = (B, T, self.n_head, C // self.n_head)
-        q, k, v = self.c_attn(x).split(C, dim=2)                        # (B, T, C) each
-        q = q.view(heads).transpose(1, 2)                               # (B, heads, T, C/heads)
-        k = k.view(heads).transpose(1, 2)                               # (B, heads, T, C/heads)
-        v = v.view(heads).transpose(1, 2)                               # (B, heads, T, C/heads)
+        q, k, v = self.c_attn(x).split(self.widths, dim=2)              # (B, T, heads * size)
+        if self.qk_norm == "all":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = q.view(B, T, self.n_head, self.head_size).transpose(1, 2)   # (B, heads, T, size)
+        k = k.view(B, T, self.n_kv_head, self.head_size).transpose(1, 2)    # (B, kv heads, T, size)
+        v = v.view(B, T, self.n_kv_head, self.head_size).transpose(1, 2)    # (B, kv heads, T, size)
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if turns is not None:
+            q, k = turn(q, *turns), turn(k, *turns)
         if cache is not None:       # store these T columns, attend to all that are stored
-            keys, values, columns = cache                               # (B, heads, keys, C/heads)
+            keys, values, columns = cache                               # (B, kv heads, keys, size)
             keys[:, :, columns] = k
             values[:, :, columns] = v
             k, v = keys, values
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        y = y.transpose(1, 2).reshape(B, T, C)                          # heads side by side
+        shared = self.n_head // self.n_kv_head      # heads that share keys and values
+        if shared > 1 and q.is_cuda:    # whose fast kernels with a mask want a copy for each
+            k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                           enable_gqa=shared > 1)
+        y = y.transpose(1, 2).reshape(B, T, self.widths[0])             # heads side by side
         return self.c_proj(y)
+
+
+def rope(position, config, like):
+    """Computes the turns of rotary position embedding (Su et al., 2021). A query or key of position
+    p is cut into pairs of numbers, points in a plane; pair i is turned by p * theta^(-2i / size)
+    radians. The score of a query and a key then depends on how far apart they are.
+
+    position: (B, T). Angles are float32 at least, whatever the weights are. Returns (cos, sin) of
+    them, each (B, 1, T, size/2), in the type of matrix products with the tensor `like`.
+    """
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    size = config.head_size or config.n_embd // config.n_head
+    pair = torch.arange(0, size, 2, device=position.device).to(dtype)       # 2i
+    speed = 1 / config.rope_theta ** (pair / size)                          # radians per token
+    if config.rope_scaling is not None:     # Llama 3: pairs that turn slowly turn slower still
+        scaling = config.rope_scaling
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        rounds = scaling["original_max_position_embeddings"] * speed / (2 * math.pi)
+        kept = ((rounds - low) / (high - low)).clamp(0, 1)
+        speed = (1 - kept) * speed / scaling["factor"] + kept * speed
+    angle = position[:, None, :, None].to(dtype) * speed                    # (B, 1, T, size/2)
+    return angle.cos().to(product_type(like)), angle.sin().to(product_type(like))
+
+
+def turn(x, cos, sin):
+    """Turns queries or keys, (B, heads, T, size): a pair is the numbers i and i + size/2 of a head.
+    Returns the same shape."""
+    first, second = x.chunk(2, dim=3)                                   # (B, heads, T, size/2)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=3)
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        inner = config.n_inner or 4 * config.n_embd
+        self.gated = config.mlp == "swiglu"
+        fused = 2 * inner if self.gated else inner                      # gate and up: one product
+        self.c_fc = nn.Linear(config.n_embd, fused, bias=config.mlp_bias)
+        self.c_proj = nn.Linear(inner, config.n_embd, bias=config.mlp_bias)
         self.gelu = config.gelu
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu))
+        x = self.c_fc(x)
+        if self.gated:
+            gate, up = x.chunk(2, dim=-1)
+            return self.c_proj(F.silu(gate) * up)
+        return self.c_proj(F.gelu(x, approximate=self.gelu))
 
 
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.ln_1 = new_norm(config)
         self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.ln_2 = new_norm(config)
         self.mlp = MLP(config)
+        self.norm_after = config.norm_after
 
-    def forward(self, x, mask=None, cache=None, read=None):
+    def forward(self, x, mask=None, cache=None, turns=None, read=None):
         """Computes one layer. x: (B, T, C). mask, read: see Transformer.forward. cache: this
-        layer's part of it. Returns (B, T, C), or (R, C) with `read`."""
-        x = x + self.attn(self.ln_1(x), mask, cache)
+        layer's part of it. turns: from `rope`, if this layer has it. Returns (B, T, C), or (R, C)
+        with `read`."""
+        if self.norm_after:
+            x = x + self.ln_1(self.attn(x, mask, cache, turns))
+        else:
+            x = x + self.attn(self.ln_1(x), mask, cache, turns)
         if read is not None:        # x[read], with its gradient added up in a fixed order
             x = F.embedding(read, x.flatten(0, 1))                      # (R, C)
-        x = x + self.mlp(self.ln_2(x))
-        return x
+        if self.norm_after:
+            return x + self.ln_2(self.mlp(x))
+        return x + self.mlp(self.ln_2(x))
 
 
 def tree_mask(branch, dtype):
@@ -104,14 +204,16 @@ def tree_mask(branch, dtype):
 
 
 class Transformer(nn.Module):
-    """Everything below a head: token and position embeddings, the layers, the final layer norm."""
+    """Everything below a head: token and position embeddings, the layers, the final norm."""
 
     def __init__(self, config):
         super().__init__()
+        self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        if config.rope_theta is None:
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.ln_f = new_norm(config)
 
     def forward(self, tokens, position, mask=None, cache=None, read=None):
         """Computes the hidden states that a head reads. Returns (B, T, C), or (R, C) with `read`.
@@ -119,15 +221,22 @@ class Transformer(nn.Module):
         tokens, position: (B, T).
         mask: (B, 1, T, keys), added to the attention scores, or true where a token sees a key.
             Without a mask attention is causal.
-        cache: for each layer (keys, values, columns), two (B, heads, keys, C/heads) tensors to
+        cache: for each layer (keys, values, columns), two (B, kv heads, keys, size) tensors to
             attend to, and the columns in which this call stores its own, a slice or indices.
         read: (R,) int64, row * T + column of the tokens that the head reads. The last layer's MLP
             leaves the others out: most of a batch is prompt, which nobody reads.
         """
-        x = self.wte(tokens) + self.wpe(position)                       # (B, T, C)
+        config = self.config
+        x = self.wte(tokens)                                            # (B, T, C)
+        if config.rope_theta is None:
+            x, turns = x + self.wpe(position), None
+        else:
+            turns = rope(position, config, x)       # once for all layers
         for i, block in enumerate(self.h):
             last = i == len(self.h) - 1
-            x = block(x, mask, cache[i] if cache else None, read if last else None)
+            turning = config.rope_layers is None or config.rope_layers[i]
+            x = block(x, mask, cache[i] if cache else None, turns if turning else None,
+                      read if last else None)
         return self.ln_f(x)
 
 
@@ -147,7 +256,7 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.lora_base = config, None      # of lora.py: the model that it adapts
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -192,18 +301,26 @@ class GPT(nn.Module):
     forward = response_logps      # policy(batch), which torch.compile wraps
 
     @classmethod
-    def from_pretrained(cls, dir_or_hub_name):
-        """Reads a GPT-2 checkpoint in Hugging Face's layout, from a folder or else from the hub.
-        InputError says what is wrong with it."""
+    def from_pretrained(cls, dir_or_hub_name, merge=True):
+        """Reads a checkpoint in Hugging Face's layout from a folder or else from the hub, or a LoRA
+        adapter and its model; families: docs/models.md. InputError says what is wrong with it.
+
+        merge: add the adapter to the model's weights. If not, it goes on as an adapter.
+        """
         config, tensors = read_checkpoint(dir_or_hub_name, head="lm_head")
-        model = cls(GPTConfig(**config))
-        load_tensors(model, tensors, dir_or_hub_name)
+        model = load_model(lambda: cls(GPTConfig(**config)), tensors, dir_or_hub_name)
+        load_lora(model, dir_or_hub_name)
+        if merge:
+            merge_lora(model)
         return model
 
     def save_pretrained(self, directory, eos_token_id=None):
-        """Writes config.json and model.safetensors, for `transformers` a GPT2LMHeadModel.
-        eos_token_id: the token that ends a text (default: the last one)."""
-        write_checkpoint(directory, self, eos_token_id, architectures=["GPT2LMHeadModel"])
+        """Writes config.json and model.safetensors, for `transformers` a model of its family; of a
+        model with a LoRA adapter the adapter alone, for PEFT. eos_token_id: the token that ends a
+        text (default: what was read, or the last one)."""
+        if self.lora_base is not None:
+            return write_adapter(directory, self)
+        write_checkpoint(directory, self, eos_token_id)
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=1.0, stop=None, generator=None,
@@ -261,7 +378,8 @@ class GPT(nn.Module):
         for prompt, i in distinct.items():
             tokens[i, :len(prompt) - 1] = torch.tensor(prompt[:-1], dtype=torch.long)
         dtype = product_type(self.lm_head.weight)
-        shape = (2, P, config.n_head, T + max_new_tokens, config.n_embd // config.n_head)
+        attention = self.transformer.h[0].attn
+        shape = (2, P, attention.n_kv_head, T + max_new_tokens, attention.head_size)
         layers = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         cache = [(*layer[..., :T, :], slice(0, T)) for layer in layers]
         position = torch.arange(T, device=device).clamp(max=config.block_size - 1).expand(P, T)

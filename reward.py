@@ -14,8 +14,10 @@ import torch.nn as nn
 
 import tinytldr
 from data import Dataset, d_rho, preferences, relabel
-from model import GPTConfig, Transformer, init_weights, tree_mask
-from support.checkpoint import load_tensors, read_checkpoint, write_checkpoint
+from lora import copy_around_frozen, load_lora, put_lora
+from model import GPT, GPTConfig, Transformer, init_weights, tree_mask
+from support.adapters import base_of, reward_head, write_adapter
+from support.checkpoint import load_model, read_checkpoint, undrawn, write_checkpoint
 from support.columns import (
     cache_folder,
     cached,
@@ -33,12 +35,12 @@ from support.tokenizer import check_same_tokens, to_text
 
 
 class RewardModel(nn.Module):
-    """r(x, y). Laid out as Hugging Face's GPT2ForSequenceClassification with one label, and the
+    """r(x, y). Laid out as Hugging Face's sequence classifier of the family with one label, and the
     same thing where config.reward_head is "last"; "sum" adds up the numbers of all its tokens."""
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.lora_base = config, None      # of lora.py: the model that it adapts
         self.transformer = Transformer(config)
         self.score = nn.Linear(config.n_embd, 1, bias=False)
         init_weights(self, config)
@@ -56,37 +58,56 @@ class RewardModel(nn.Module):
 
     @classmethod
     def from_policy(cls, gpt, head="last"):
-        """A reward model whose transformer starts from a language model's; its head is zero."""
-        model = cls(replace(gpt.config, reward_head=head))
-        model.transformer.load_state_dict(whole(gpt.transformer.state_dict()))
+        """A reward model whose transformer starts from a language model's; its head is zero. If the
+        language model is frozen, but for an adapter, they share the frozen weights."""
+        model = undrawn(lambda: cls(replace(gpt.config, reward_head=head)))
+        nn.init.zeros_(model.score.weight)
+        if gpt.lora_base is None:
+            model.transformer.load_state_dict(whole(gpt.transformer.state_dict()))
+        else:
+            model.transformer = copy_around_frozen(gpt.transformer)
+            model.lora_base = gpt.lora_base
         return model
 
     @classmethod
-    def from_pretrained(cls, dir_or_hub_name):
-        """Reads a checkpoint as GPT.from_pretrained does."""
-        config, tensors = read_checkpoint(dir_or_hub_name, head="score")
-        model = cls(GPTConfig(**config))
-        load_tensors(model, tensors, dir_or_hub_name)
+    def from_pretrained(cls, dir_or_hub_name, bases=None):
+        """Reads a checkpoint as GPT.from_pretrained does. bases: {name: GPT} of the frozen language
+        models that earlier adapters belong to, which this one shares or adds to."""
+        base, bases = base_of(dir_or_hub_name), {} if bases is None else bases
+        if base is None:
+            config, tensors = read_checkpoint(dir_or_hub_name, head="score")
+            return load_model(lambda: cls(GPTConfig(**config)), tensors, dir_or_hub_name)
+        if base not in bases:
+            bases[base] = GPT.from_pretrained(base)
+            put_lora(bases[base], {}, base)
+        model = cls.from_policy(bases[base], reward_head(dir_or_hub_name))
+        load_lora(model, dir_or_hub_name)
         return model
 
     def save_pretrained(self, directory, eos_token_id=None):
-        """Writes config.json and model.safetensors. (transformers reads the reward at the last
-        token that is not pad_token_id; a response ends in end-of-text, so that is another one.)"""
-        fields = dict(reward_head="sum")        # which transformers does not know
-        if self.config.reward_head == "last":
-            fields = dict(id2label={"0": "reward"}, label2id={"reward": 0}, pad_token_id=0,
-                          architectures=["GPT2ForSequenceClassification"])
-        write_checkpoint(directory, self, eos_token_id, **fields)
+        """Writes config.json and model.safetensors; of a model with a LoRA adapter the adapter
+        alone, with its head, for PEFT. (transformers reads the reward at the last token that is not
+        pad_token_id; a response ends in end-of-text, so that is another one.)"""
+        if self.lora_base is not None:
+            return write_adapter(directory, self)
+        write_checkpoint(directory, self, eos_token_id)
+
+
+def read_reward_models(folders, device):
+    """{folder: RewardModel} of some folders. Those that are adapters of the same language model
+    share its weights, which are loaded once."""
+    bases = {}
+    return {folder: RewardModel.from_pretrained(folder, bases).to(device) for folder in folders}
 
 
 def load_reward_models(folders, flag, policy, tokenizer, device):
     """{folder: RewardModel} of comma-separated folders, each a run or a family; {} for None.
     tokenizer: the policy's. InputError, naming the flag, if one can't read what that writes."""
-    models = {}
-    for folder in models_named(folders, flag):
-        with naming(flag):
-            models[folder] = RewardModel.from_pretrained(folder).to(device)
-            check_same_tokens(folder, folder, models[folder].config, policy.config, tokenizer)
+    folders = models_named(folders, flag)
+    with naming(flag):
+        models = read_reward_models(folders, device)
+        for folder, model in models.items():
+            check_same_tokens(folder, folder, model.config, policy.config, tokenizer)
     return models
 
 

@@ -17,7 +17,8 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from data import BatchOrder, by_length, demonstrations, get_tokenizer
-from losses import LOSSES, PAPER, batch_loss, best_member, knobs, needs
+from lora import add_lora, merge_lora
+from losses import PAPER, batch_loss, best_member, knobs, needs
 from model import GPT, GPTConfig
 from reward import (
     family_scores,
@@ -49,10 +50,11 @@ from support.device import (
     sync,
 )
 from support.flags import InputError, run_script
-from support.run import Run, print_prompt, print_reply
+from support.run import Run, count_parameters, print_prompt, print_reply
 from support.tokenizer import check_vocabulary, save_tokenizer, to_text
 from support.tokens import default_block_size, example_lengths, longest_sample
 from support.training_flags import policy_flags
+from zoo import all_losses
 
 # ------ the numbers of a run: those in lower case are defaults of the flags of the same names
 
@@ -60,6 +62,7 @@ SFT = dict(                     # --loss=sft, which makes the reference policy
     max_steps=1500,             # optimizer steps
     batch_size=32,              # prompts in a step, each with its demonstrations
     lr=4e-3,                    # peak learning rate; a hundredth of it for models as wide as GPT-2
+    lora_lr=10,                 # with --lora, times this
     n_layer=2,                  # layers of the model from scratch,
     n_head=4,                   # its attention heads,
     n_embd=128,                 # its width,
@@ -70,6 +73,7 @@ PREFERENCES = dict(             # every other loss; its beta, tau and gamma are 
     max_steps=320,
     batch_size=16,              # prompts in a step, each with its pair
     lr=2e-4,
+    lora_lr=10,
     rho=0.2,                    # TinyTLDR: in this fraction of the pairs the longer response wins
     n_pairs=1000,               # TinyTLDR: training pairs,
     pool=5000,                  # chosen from this many
@@ -84,7 +88,7 @@ SAMPLE_TOKENS = 64              # longest reply of those that are printed while 
 def parse_flags(argv=None):
     """Reads the flags of a run: an argparse.Namespace. argv: the command line's words, or None for
     the real ones. InputError for a flag that is wrong or would be ignored."""
-    losses = {name: (needs(name), knobs(name), PAPER.get(name)) for name in LOSSES}
+    losses = {name: (needs(name), knobs(name), PAPER.get(name)) for name in all_losses()}
     return policy_flags(argv, __doc__, SFT, PREFERENCES, losses)
 
 
@@ -226,7 +230,8 @@ def show_samples(policy, prompts, judges, tokenizer, args):
 def adamw(model, lr):
     """Makes the optimizer, AdamW without weight decay. lr: the peak learning rate."""
     fused = next(model.parameters()).device.type in ("cpu", "cuda")     # one kernel for all weights
-    return torch.optim.AdamW(model.parameters(), lr, (0.9, 0.95), weight_decay=0.0, fused=fused)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr, (0.9, 0.95), weight_decay=0.0, fused=fused)
 
 
 def learning_rate(step, max_steps, peak):
@@ -260,7 +265,7 @@ def main(argv=None):
                            n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)
         policy = GPT(config)
     else:
-        policy = GPT.from_pretrained(args.init_from)
+        policy = GPT.from_pretrained(args.init_from, merge=not args.lora)
     check_vocabulary(policy, tokenizer, "--tokenizer")
     place(policy, device, args)         # with --fsdp, this process holds only a part of it
     reward_models = load_reward_models(args.rewards, "--rewards", policy, tokenizer, device)
@@ -289,12 +294,14 @@ def main(argv=None):
 
     # ---- model
     constants = key(hash_weights(policy), hash_examples(train.examples), train.rewards)
+    if args.lora:                       # the policy was the reference so far, and stays inside
+        add_lora(policy, args.lora, args.init_from, args.seed)
     optimizer = adamw(policy, args.lr)
     run = Run(args, policy, optimizer, constants)
     if args.compile:
         policy.compile(dynamic=True)
-    print(f"{args.loss}: {sum(p.numel() for p in policy.parameters()):,} parameters, {len(train)} "
-          f"training rows, {args.max_steps} steps of {args.batch_size} rows, on {device}")
+    print(f"{args.loss}: {count_parameters(policy)}, {len(train)} training rows, {args.max_steps} "
+          f"steps of {args.batch_size} rows, on {device}")
     # With --fsdp nothing is shown: sampling needs the whole model on one device.
     shown = [] if args.fsdp else [row[0].tolist() for row in validation.first(2).examples]
     for number, prompt in enumerate(shown, 1):
@@ -339,6 +346,8 @@ def main(argv=None):
         run.end_step(step, rows, grad_norm=grad_norm)
 
     run.restore_selected()
+    if args.merge_lora:
+        merge_lora(policy)
     save_tokenizer(args.out_dir, tokenizer, policy.config.block_size)
     policy.save_pretrained(args.out_dir, tokenizer.eot_token)
     run.finish()

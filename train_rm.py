@@ -20,6 +20,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from data import BatchOrder, biased_subset, by_length, get_tokenizer
+from lora import add_lora, merge_lora
 from losses import bradley_terry, reward_margin
 from model import GPT
 from reward import RewardModel, training_pairs
@@ -34,7 +35,7 @@ from support.device import (
     sync,
 )
 from support.flags import run_script
-from support.run import Run, family_to_train
+from support.run import Run, count_parameters, family_to_train
 from support.tokenizer import check_vocabulary, save_tokenizer
 from support.training_flags import reward_flags
 from train_policy import GRAD_CLIP, adamw, learning_rate
@@ -45,6 +46,7 @@ NUMBERS = dict(
     max_steps=200,              # optimizer steps
     batch_size=32,              # prompts in a step, each with its pair
     lr=5e-4,                    # peak learning rate; a hundredth of it for models as wide as GPT-2
+    lora_lr=10,                 # with --lora, times this
     rho=0.2,                    # TinyTLDR: in this fraction of the pairs the longer response wins
     n_pairs=1000,               # TinyTLDR: training pairs,
     pool=5000,                  # chosen from this many
@@ -90,13 +92,15 @@ def main(argv=None):
     # ---- set-up
     args = parse_flags(argv)
     device = setup(args)
-    policy = place(GPT.from_pretrained(args.init_from), device, args)
+    policy = place(GPT.from_pretrained(args.init_from, merge=not args.lora), device, args)
     tokenizer = get_tokenizer(args.tokenizer)
     check_vocabulary(policy, tokenizer, "--tokenizer")
 
     # ---- data: one training set, or one for each member of the family
     train, validation = training_pairs(args, tokenizer, policy, device)
     validation = by_length(validation.first(args.n_eval))
+    if args.lora:                       # all members share the policy's weights, and adapt them
+        add_lora(policy, args.lora, args.init_from, args.seed)
     if not args.bias:
         return train_one(args, policy, tokenizer, train, validation, device)
     lengths = train.response_lengths()
@@ -126,9 +130,8 @@ def train_one(args, policy, tokenizer, train, validation, device):
     run = Run(args, reward_model, optimizer, constants)
     if args.compile:
         reward_model.compile(dynamic=True)
-    print(f"reward model: {sum(p.numel() for p in reward_model.parameters()):,} parameters, "
-          f"{len(train)} training rows, {args.max_steps} steps of {args.batch_size} rows, "
-          f"on {device}")
+    print(f"reward model: {count_parameters(reward_model)}, {len(train)} training rows, "
+          f"{args.max_steps} steps of {args.batch_size} rows, on {device}")
 
     # ---- loop
     size = args.micro_batch_size
@@ -157,6 +160,8 @@ def train_one(args, policy, tokenizer, train, validation, device):
         optimizer.zero_grad(set_to_none=True)
         run.end_step(step, rows, grad_norm=grad_norm)
 
+    if args.merge_lora:
+        merge_lora(reward_model)
     save_tokenizer(args.out_dir, tokenizer, policy.config.block_size)
     reward_model.save_pretrained(args.out_dir, tokenizer.eot_token)
     run.finish()

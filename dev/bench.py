@@ -4,6 +4,7 @@ of the rate of its matrix products.
     python dev/bench.py                            # 6 layers, width 384, TL;DR's lengths: 3 min
     python dev/bench.py --model=tiny --shape=hh    # 4 layers, width 128; long responses
     python dev/bench.py --data=prefs.jsonl --model=gpt2 --device=cuda
+    python dev/bench.py --model=smollm2 --batch_size=4      # SmolLM2-135M, of the Llama family
     python dev/bench.py --only=dpo --profile       # where the time goes, operators and parts
     python dev/bench.py --scaling                  # against four sizes
     bash dev/bench_trl.sh                          # side by side with TRL
@@ -16,9 +17,12 @@ step        median seconds of an optimizer step as in train_policy.py (collate, 
 useful      tokens that had to be looked at: every prompt and every response once, no padding
 needed      floating-point operations that the step has to do: the prompt once, the last layer only
             where something is read, the vocabulary projection on response tokens only, causal
-            attention; the backward pass twice the forward
+            attention; the backward pass twice the forward (with --lora once). Norms, rotations,
+            activations and the optimizer are not counted
 MFU         needed operations per second over the machine's rate for the model's own matrix
             products, measured in the same turns
+of peak     the same over what the card's maker promises: for H100 and H200 (SXM) in bfloat16
+            989 TFLOP/s, the dense figure
 """
 import argparse
 import json
@@ -27,6 +31,7 @@ import resource
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from statistics import mean, median
 
@@ -34,9 +39,11 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from data import BatchOrder, Dataset, get_tokenizer
+from lora import add_lora
 from losses import LOSSES, PREFERENCE_LOSSES, batch_loss, bradley_terry, knobs, needs
 from model import GPT, GPTConfig
 from reward import RewardModel
@@ -54,10 +61,17 @@ from support.flags import (
 from support.tokens import select, tokenised_file
 from train_policy import adamw, row_terms
 
+LLAMA = dict(family="llama", block_size=8192, mlp="swiglu", norm="rms", qkv_bias=False,
+             proj_bias=False, mlp_bias=False, rope_theta=100_000.0)
 MODELS = {"tiny": dict(n_layer=4, n_head=4, n_embd=128, vocab_size=1024),
           "small": dict(n_layer=6, n_head=6, n_embd=384),
           "gpt2": {}, "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
-          "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280)}
+          "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
+          "tiny-llama": dict(LLAMA, n_layer=4, n_head=4, n_kv_head=2, n_embd=128, n_inner=384,
+                             vocab_size=1024),
+          "smollm2": dict(LLAMA, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_inner=1536,
+                          vocab_size=49152)}
+PEAKS = {"H100 80GB HBM3": 989e12, "H200": 989e12}      # dense bfloat16; parts of a card's name
 SHAPES = {"tldr": (340, [25, 55]), "hh": (150, [60, 140])}      # tokens of a prompt, of a response
 GENERATE = ("generate", "generate, no cache")
 TASKS = ("sft", *PREFERENCE_LOSSES, "reward model", "score", *GENERATE)
@@ -72,6 +86,8 @@ def parse_flags(argv):
     add("--model", default="small", choices=MODELS)
     add("--data", help="preferences: a file or a hub name, instead of made-up ones")
     parser.add_shared("skip_bad_rows")
+    add("--tokenizer", help='of --data: a name, or the folder of a model that has its own, with a '
+        '"/" at its end (default: gpt2)')
     add("--shape", choices=SHAPES, help="of made-up data (default: tldr)")
     add("--prompt", type=positive_int, help="tokens in a made-up prompt (default: of --shape)")
     add("--response", type=comma_separated(positive_int, "token counts FROM,TO"),
@@ -85,6 +101,7 @@ def parse_flags(argv):
     parser.add_shared("device", "dtype")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="use torch.compile")
     add("--gradient_checkpointing", action="store_true", help="as in train_policy.py")
+    add("--lora", type=positive_int, help="train adapters of this rank, as in train_policy.py")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--profile", action="store_true", help="where the first task's time goes")
     output.add_argument("--scaling", action="store_true", help="time and memory against four sizes")
@@ -98,7 +115,8 @@ def parse_flags(argv):
     defaults = {"shape": "tldr", "prompt": prompt, "response": response, "n_responses": 2}
     resolve(args, {flag: (args.data is None, default, "made-up data, which is without --data")
                    for flag, default in defaults.items()})
-    resolve(args, {"skip_bad_rows": (args.data is not None, None, "--data")})
+    resolve(args, {"skip_bad_rows": (args.data is not None, None, "--data"),
+                   "tokenizer": (args.data is not None, "gpt2", "--data")})
     if args.response and (len(args.response) != 2 or args.response[0] > args.response[1]):
         raise InputError("--response: FROM,TO in tokens, such as 25,55")
     return args
@@ -121,30 +139,51 @@ def made_up_examples(args, n, vocab_size):
             for _ in range(n)]
 
 
+def examples_for(args, config):
+    """Those of --data, or made-up ones; each with a response more, in place of the sample that the
+    KL term needs. config: of the model, whose block_size grows with made-up ones."""
+    if args.data is None:
+        config.block_size = max(config.block_size, args.prompt + args.response[1])
+        return made_up_examples(args, 32 * args.batch_size, config.vocab_size)
+    tokenizer = get_tokenizer(args.tokenizer)
+    if tokenizer.n_vocab > config.vocab_size:
+        raise InputError(f"--model: {args.model} knows {config.vocab_size} tokens, and --tokenizer "
+                         f"{args.tokenizer} has {tokenizer.n_vocab}; for gpt2 use small or gpt2")
+    arrays = tokenised_file(args.data, tokenizer, skip_bad_rows=args.skip_bad_rows)
+    examples, _ = select(arrays, config.block_size, args.data)
+    return [(prompt, [*responses, responses[0]]) for prompt, responses in examples]
+
+
 def needed_flops(config, examples):
     """Floating-point operations of one forward pass over (prompt, responses) examples, a
     multiply-add counting two. A reward model: vocab_size 0."""
     C, flops = config.n_embd, 0
+    size = config.head_size or C // config.n_head
+    width = config.n_head * size                                    # of all queries of a token
+    kv_weights = 2 * C * (config.n_kv_head or config.n_head) * size
+    mlp_weights = (3 if config.mlp == "swiglu" else 2) * C * (config.n_inner or 4 * C)
+    read_weights = 2 * C * width + mlp_weights      # queries, attention's output, the MLP
     for prompt, responses in examples:
         P, lengths = len(prompt), [len(response) for response in responses]
         R = sum(lengths)
         tokens = P + R
         causal = P * (P + 1) // 2               # pairs of tokens of which one sees the other
         tree = sum(n * P + n * (n + 1) // 2 for n in lengths)
-        # 12 C^2 weights for each token; attention: scores and weighted sums
-        layer = 24 * C * C * tokens + 4 * C * (causal + tree)
+        # all weights for each token; attention: scores and weighted sums
+        layer = 2 * (kv_weights + read_weights) * tokens + 4 * width * (causal + tree)
         # keys and values for all tokens, the rest for those that a head reads
-        last_layer = 4 * C * C * tokens + 20 * C * C * R + 4 * C * (P + tree)
+        last_layer = 2 * kv_weights * tokens + 2 * read_weights * R + 4 * width * (P + tree)
         flops += (config.n_layer - 1) * layer + last_layer + 2 * C * config.vocab_size * R
     return flops
 
 
-def matmul_rate(config, tokens, response_tokens, dtype, device):
+def matmul_rate(model, tokens, response_tokens, dtype, device):
     """Operations per second of the matrix products of one step, and nothing else: for each of the
     model's weights, forward, gradient of the input, gradient of the weight."""
-    C, L, seconds, flops = config.n_embd, config.n_layer, 0.0, 0
-    shapes = [(tokens, C, 3 * C, L), (tokens, C, C, L), (tokens, C, 4 * C, L),
-              (tokens, 4 * C, C, L), (response_tokens, C, config.vocab_size, 1)]
+    config, seconds, flops = model.config, 0.0, 0
+    shapes = [(tokens, part.in_features, part.out_features, config.n_layer)
+              for part in model.transformer.h[0].modules() if isinstance(part, nn.Linear)]
+    shapes.append((response_tokens, config.n_embd, config.vocab_size, 1))
     for n, fan_in, fan_out, times in shapes:
         x = torch.randn(n, fan_in, dtype=dtype, device=device)
         w = torch.randn(fan_out, fan_in, dtype=dtype, device=device)
@@ -162,6 +201,13 @@ def matmul_rate(config, tokens, response_tokens, dtype, device):
         flops += times * 6 * n * fan_in * fan_out
         del x, w, y, x_grad, w_grad
     return flops / seconds
+
+
+def peak_rate(device, dtype):
+    """Operations per second that the maker of a card promises, or None where it is not known."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    return next((rate for name, rate in PEAKS.items() if name in device_name(device)), None)
 
 
 def synchronise(device):
@@ -227,17 +273,21 @@ class Bench:
         self.device = setup(self.args)
         self.dtype = getattr(torch, self.args.dtype)
         self.config = GPTConfig(**MODELS[args.model])
-        examples = self.examples()
+        examples = examples_for(self.args, self.config)
         self.datasets = {task: task_dataset(task, examples) for task in {*args.only, "dpo"}}
         # every task the rows of DPO, so that all can be compared
         self.order = BatchOrder(self.datasets["dpo"].row_lengths(), args.batch_size, args.seed)
         self.terms = {task: row_terms(self.datasets[task], task)
                       for task in args.only if task in LOSSES}
-        self.policy = GPT(self.config).to(self.device)
+        with self.device if self.device.type == "cuda" else nullcontext():      # drawn on a CPU,
+            self.policy = GPT(self.config).to(self.device)      # 774M weights take 15 s
         self.models = {task: self.policy for task in args.only}
         if "reward model" in args.only:
             self.models["reward model"] = RewardModel.from_policy(self.policy).to(self.device)
         networks = set(self.models.values())
+        if args.lora:
+            for network in networks:
+                add_lora(network, args.lora, args.model)
         if args.gradient_checkpointing:
             for network in networks:
                 recompute_layers(network)
@@ -245,21 +295,6 @@ class Bench:
             for network in networks:
                 network.compile(dynamic=True)
         self.optimizers = {network: adamw(network, LR) for network in networks}
-
-    def examples(self):
-        """Those of --data, or made-up ones; each with a response more, in place of the sample that
-        the KL term needs."""
-        args, config = self.args, self.config
-        if args.data is None:
-            config.block_size = max(config.block_size, args.prompt + args.response[1])
-            return made_up_examples(args, 32 * args.batch_size, config.vocab_size)
-        tokenizer = get_tokenizer("gpt2")
-        if tokenizer.n_vocab > config.vocab_size:
-            raise InputError(f"--model: {args.model} knows {config.vocab_size} tokens, and --data "
-                             f"is in GPT-2's {tokenizer.n_vocab}; use small or gpt2")
-        arrays = tokenised_file(args.data, tokenizer, skip_bad_rows=args.skip_bad_rows)
-        examples, _ = select(arrays, config.block_size, args.data)
-        return [(prompt, [*responses, responses[0]]) for prompt, responses in examples]
 
     def do(self, task, turn):
         """A task once, on the rows of a turn."""
@@ -302,7 +337,11 @@ class Bench:
         """Needed operations of a task in a turn."""
         examples = [self.datasets[task].examples[i] for i in self.order.rows(turn)]
         config = self.config if task != "reward model" else replace(self.config, vocab_size=0)
-        passes = 1 if task == "score" else 3
+        passes = 3                  # forward, the inputs' gradients, the weights' gradients
+        if task == "score":
+            passes = 1
+        elif self.args.lora:
+            passes = 2              # and the adapters', which are thin
         return passes * needed_flops(config, examples)
 
 
@@ -334,9 +373,9 @@ def measure(args):
         for task in tasks:
             seconds[task].append(bench.seconds(task, turn))
         rows = bench.order.rows(turn)
-        rates.append(matmul_rate(bench.config, tokens[rows].sum(), response_tokens[rows].sum(),
+        rates.append(matmul_rate(bench.policy, tokens[rows].sum(), response_tokens[rows].sum(),
                                  bench.dtype, device))
-    results = []
+    results, peak = [], peak_rate(device, bench.dtype)
     for task in tasks:
         s = median(seconds[task])
         result = {"task": task, "seconds": s, "from": min(seconds[task]), "to": max(seconds[task])}
@@ -350,6 +389,8 @@ def measure(args):
             result |= {"pairs_per_s": args.batch_size / s, "useful": mean(useful),
                        "tokens_per_s": median(n / t for n, t in zip(useful, seconds[task])),
                        "gflop": mean(flops) / 1e9, "mfu": median(shares)}
+            if peak is not None:
+                result["of_peak"] = median(f / t for f, t in zip(flops, seconds[task])) / peak
         results.append(result)
     machine = {"device": device_name(device), "dtype": bench.args.dtype,
                "gflops": median(rates) / 1e9, "gflops_from": min(rates) / 1e9,
@@ -368,16 +409,18 @@ def report(results, machine):
           f"({m['gflops_from']:.0f} .. {m['gflops_to']:.0f}); "
           f"peak memory above the imported libraries {m['peak_gib']:.2f} GiB\n")
     print("| task | step, s | pairs/s | useful tokens | tokens/s | needed GFLOP | MFU "
-          "| time / DPO's |\n" + "|---" * 8 + "|")
+          "| of peak | time / DPO's |\n" + "|---" * 9 + "|")
     seconds = {r["task"]: r["seconds"] for r in results}
     for r in results:
         cells = [r["task"], f"{r['seconds']:.3f} ({r['from']:.3f} .. {r['to']:.3f})",
-                 "", "", f"{r['tokens_per_s']:,.0f}", "", "", ""]
+                 "", "", f"{r['tokens_per_s']:,.0f}", "", "", "", ""]
         if r["task"] not in GENERATE:
             cells[2:4] = [f"{r['pairs_per_s']:.2f}", f"{r['useful']:,.0f}"]
             cells[5:7] = [f"{r['gflop']:.0f}", f"{r['mfu']:.0%}"]
+            if "of_peak" in r:
+                cells[7] = f"{r['of_peak']:.0%}"
             if "dpo" in seconds:
-                cells[7] = f"{r['seconds'] / seconds['dpo']:.2f}"
+                cells[8] = f"{r['seconds'] / seconds['dpo']:.2f}"
         print("| " + " | ".join(cells) + " |")
 
 
@@ -388,7 +431,9 @@ def part_of(name, shapes, config):
     """Which part of a step an operator belongs to, by its name and the sizes of what it reads."""
     shapes = [shape for shape in shapes or [] if isinstance(shape, list)]
     sizes = {size for shape in shapes for size in shape}
-    if "adamw" in name or "foreach" in name or "norm" in name and "layer" not in name:
+    if "layer_norm" in name or "rms_norm" in name:
+        return "norms"
+    if "adamw" in name or "foreach" in name or "norm" in name:
         return "optimizer and clipping"
     if name == "aten::mul_" and len(shapes[0]) < 3 and config.vocab_size not in sizes:
         return "optimizer and clipping"
@@ -398,9 +443,8 @@ def part_of(name, shapes, config):
         return "head"
     if "dot_product" in name or "attention" in name:
         return "attention (scores)"
-    if "layer_norm" in name:
-        return "layer norms"
-    if "gelu" in name or 4 * config.n_embd in sizes:
+    inner = config.n_inner or 4 * config.n_embd
+    if "gelu" in name or "silu" in name or sizes & {inner, 2 * inner}:
         return "MLP"
     if name in ("aten::addmm", "aten::mm"):
         return "attention (projections)"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs transformers and TRL into .venv-parity and compares this repository with them.
+# Installs transformers, TRL and PEFT into .venv-parity and compares this repository with them.
 # Arguments go to pytest.
 set -euo pipefail
 source "$(dirname "$0")/../runs/venv.sh" .venv-parity requirements-parity.txt
-"$venv/bin/python" -c "import transformers, trl"      # without them the tests would be skipped
+"$venv/bin/python" -c "import transformers, trl, peft"    # without them the tests would be skipped
 "$venv/bin/python" -m pytest -q tests/plumbing/test_parity.py "$@"

@@ -162,8 +162,12 @@ def controls(args, number):
 
 
 def commit():
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=trials.ROOT,
-                          capture_output=True, text=True)
+    """The commit of this code; nothing where there is no git."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=trials.ROOT,
+                              capture_output=True, text=True)
+    except OSError:
+        return ""
     return done.stdout.strip()
 
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
+from unittest import mock
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -21,6 +22,7 @@ import train_policy
 import train_rm
 from support.files import read_json, write_json
 from support.flags import InputError
+from support.run import Run
 
 # ------ jobs on several cores
 
@@ -109,17 +111,20 @@ def check_models(**folders):
 
 @contextlib.contextmanager
 def silence():
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    """Nothing is printed, and no samples are drawn that would be."""
+    with (open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere),
+          mock.patch.object(train_policy, "show_samples")):
         yield
 
 
 def weights(folder):
-    """A hash of the weights in a folder; None if there are none in a file of this name."""
-    path = os.path.join(folder, "model.safetensors")
-    if not folder or not os.path.exists(path):
-        return None
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()[:16]
+    """A hash of the weights in a folder, a model's or an adapter's; None if there are none."""
+    for name in ("model.safetensors", "adapter_model.safetensors"):
+        path = os.path.join(folder, name)
+        if folder and os.path.exists(path):
+            with open(path, "rb") as file:
+                return hashlib.sha256(file.read()).hexdigest()[:16]
+    return None
 
 
 def kept(path, made_from):
@@ -134,9 +139,10 @@ def kept(path, made_from):
     return record["result"]
 
 
-def train(script, folder, *flags):
+def train(script, folder, *flags, states=True):
     """One training run: "train_policy" or "train_rm" with these flags, unless it is finished. What
-    was interrupted goes on where it was. Returns its seconds."""
+    was interrupted goes on where it was; with states=False, which saves no state, it starts again.
+    Returns its seconds."""
     path = os.path.join(folder, "finished.json")
     source, = [flag.partition("=")[2] for flag in flags if flag.startswith("--init_from=")] or [""]
     made_from = [script, *flags, weights(source)]
@@ -144,7 +150,8 @@ def train(script, folder, *flags):
     if seconds is None:
         start = time.time()
         begun = glob.glob(f"{glob.escape(folder)}/**/state.pt", recursive=True)
-        with silence():
+        without = contextlib.nullcontext() if states else mock.patch.object(Run, "save_state")
+        with silence(), without:
             scripts = {"train_policy": train_policy, "train_rm": train_rm}
             scripts[script].main([*flags, f"--out_dir={folder}", *["--resume"][:len(begun)]])
         seconds = time.time() - start

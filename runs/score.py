@@ -15,7 +15,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 
 from data import Dataset, get_tokenizer
-from reward import RewardModel
+from reward import read_reward_models
 from support.columns import say_cut_off, score
 from support.device import setup
 from support.files import naming_file, replacing
@@ -61,7 +61,7 @@ def load(folders, device):
     tokenizer = get_tokenizer(own_tokenizer(folders[0]))
     for folder in folders:
         check_same_tokenizer(f"--rewards: {folder}", folder, tokenizer)
-    models = {folder: RewardModel.from_pretrained(folder).to(device) for folder in folders}
+    models = read_reward_models(folders, device)
     for folder, model in models.items():
         check_vocabulary(model, tokenizer, f"--rewards: {folder}")
     return models, tokenizer

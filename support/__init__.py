@@ -4,11 +4,12 @@
     training_flags.py   the flags of the two training scripts
     device.py           where to compute, in what precision; several processes, --fsdp
     logprobs.py         the log-probs of tokens, fast
+    rms_norm.py         RMSNorm and its gradient, fast
     columns.py          scores and sampled responses of a whole data set, kept on disk and checked
     prompts.py          the prompts that a policy answers; prints its replies as they grow
     run.py              a run's folder: flags, metrics, state, resuming, the line on the screen
     files.py            files and folders that are written whole or not at all; JSON
-    checkpoint.py       reads and writes weights in Hugging Face's GPT-2 layout
+    checkpoint.py       reads and writes weights in Hugging Face's layout of each family
     tokenizer.py        reads tiktoken's and models' own tokenizers, writes tokenizer.json
     sources.py          finds the rows: a file, a folder, a data set on the hub, their splits
     oddities.py         counts what looks like a mistake in rows that can be read all the same

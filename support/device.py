@@ -126,8 +126,9 @@ def recompute_layers(model):
     """
     for layer in model.transformer.h:
         for part in (layer.attn, layer.mlp):
-            part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False,
-                                             preserve_rng_state=False)     # there is no dropout
+            if "forward" not in vars(part):     # else it is a copy of one that does so already
+                part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False,
+                                                 preserve_rng_state=False)  # there is no dropout
 
 
 def keep_memory():
@@ -292,7 +293,7 @@ def add_up_gradients(model):
     """Gives every process the gradient of the whole batch: the sum over their shares."""
     if PROCESSES == 1:
         return
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     if isinstance(parameters[0], DTensor):      # fully_shard has taken the mean
         for p in parameters:
             p.grad.mul_(PROCESSES)
@@ -342,10 +343,20 @@ def whole(state, keep=True):
     return state
 
 
+def trained_state(model):
+    """Returns a model's state dictionary without what stays as it is: its frozen weights."""
+    frozen = {name for name, weight in model.named_parameters(remove_duplicate=False)
+              if not weight.requires_grad}
+    return {name: value for name, value in model.state_dict().items() if name not in frozen}
+
+
 def load_whole(model, tensors, optimizer=None, optimizer_state=None):
     """Loads a model, and its optimizer, from state dictionaries of whole tensors."""
-    own = model.state_dict()
-    model.load_state_dict({name: part(tensor, own[name]) for name, tensor in tensors.items()})
+    own = trained_state(model)
+    if own.keys() != tensors.keys():
+        raise ValueError("weights of other layers")
+    model.load_state_dict({name: part(tensor, own[name]) for name, tensor in tensors.items()},
+                          strict=False)         # without those that are not trained
     if optimizer is not None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for number, values in optimizer_state["state"].items():

@@ -87,7 +87,9 @@ class TokenLogps(torch.autograd.Function):
             rows = torch.arange(len(t), device=t.device)
             grad_logits[rows, t] += g.squeeze(1).to(exp.dtype)          # + g * one-hot
             grad_hidden.append((grad_logits @ ctx.weight).to(ctx.hidden_dtype))
-            if grad_weight is None:
+            if not ctx.needs_input_grad[1]:         # a frozen head, as with --lora
+                pass
+            elif grad_weight is None:
                 grad_weight = (grad_logits.t() @ h).to(ctx.weight_dtype)         # (vocab, C)
             elif h.dtype == ctx.weight_dtype:
                 grad_weight.addmm_(grad_logits.t(), h)

@@ -21,6 +21,7 @@ from support.device import (
     load_whole,
     progress_bar,
     sync,
+    trained_state,
     wait,
     whole,
 )
@@ -40,7 +41,8 @@ except ImportError:     # Windows has no such locks
     fcntl = None
 
 # Flags that may differ on --resume
-MAY_CHANGE = ("out_dir", "resume", "device", "compile", "fsdp", "gradient_checkpointing")
+MAY_CHANGE = ("out_dir", "resume", "device", "compile", "fsdp", "gradient_checkpointing",
+              "merge_lora")
 LOG_EVERY = 10                                              # steps
 # The columns on the screen, docs/glossary.md: {heading: (name in metrics.jsonl, format)}
 SHOWN = {"loss": ("loss", ".4f"),
@@ -58,8 +60,8 @@ MODELS = {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bi
 
 
 class Run:
-    """Keeps a training run in its folder: config.json has its flags (under "nanopref"),
-    metrics.jsonl its numbers, state.pt all that resuming needs.
+    """Keeps a training run in its folder: config.json (with --lora run.json) has its flags (under
+    "nanopref"), metrics.jsonl its numbers, state.pt all that resuming needs.
 
     constants: a hash of what training takes as given (reference, data, rewards), which has to be
     the same on --resume. `first_step` is 0, or where a resumed run goes on.
@@ -85,10 +87,11 @@ class Run:
         if args.resume:
             self._resume(flags)
         elif is_first():
-            for path in (self.best_path, self.metrics_path):    # of one that had no state yet
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(path)
-            write_json(os.path.join(self.dir, "config.json"), {"nanopref": flags}, indent=2)
+            for name in ("best.pt", "metrics.jsonl", "config.json", "run.json"):
+                with contextlib.suppress(FileNotFoundError):    # of one that had no state yet
+                    os.remove(os.path.join(self.dir, name))
+            name = "run.json" if flags.get("lora") else "config.json"
+            write_json(os.path.join(self.dir, name), {"nanopref": flags}, indent=2)
         wait()
         self.stop_signal, self.handlers = None, {}
         with contextlib.suppress(ValueError):       # only the main thread can have handlers
@@ -212,7 +215,7 @@ class Run:
             best = load(self.best_path, BEST)
             if best["value"] >= value and best["step"] != step:
                 return
-        save(self.best_path, {"model": self.model.state_dict(), "value": value, "step": step})
+        save(self.best_path, {"model": trained_state(self.model), "value": value, "step": step})
 
     def restore_selected(self):
         """Gives the model the weights that --select asks for, once training is over."""
@@ -255,7 +258,7 @@ class Run:
         """Saves all that resuming needs in one file, so that its parts always belong together.
         reported: whether the evaluation before this step is logged already."""
         save(self.state_path, {
-            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "model": trained_state(self.model), "optimizer": self.optimizer.state_dict(),
             "step": step, "reported": reported, "metrics": self.metrics,
             "window": [add_up(numbers) for numbers in self._numbers_of_window()],
             "constants": self.constants, "rng": torch.get_rng_state()})
@@ -331,6 +334,13 @@ def another_version(path):
 # ------------------------------------------------------------------ on the screen
 
 
+def count_parameters(model):
+    """Writes how many parameters a model has, and how many of them are trained if not all are."""
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{total:,} parameters" + (f" ({trained:,} trained)" if trained < total else "")
+
+
 def print_prompt(number, text):
     """Prints a prompt under its number; of a long one the last four lines."""
     width = shutil.get_terminal_size((100, 24)).columns         # 100 where there is no terminal
@@ -375,7 +385,8 @@ def check_free(folder, resume=False):
             raise InputError(f"--resume: there is no state.pt in {folder!r}; leave --resume out to "
                              "start from the beginning")
         return
-    model = MODELS & there or "config.json" in there and LOCK not in there
+    models = {*MODELS, "adapter_config.json"}
+    model = models & there or "config.json" in there and LOCK not in there
     if model or "state.pt" in there:
         what = "a model" if model else "an unfinished run (go on with --resume)"
         raise InputError(f"--out_dir: {folder!r} holds {what}; name another folder, or remove this "
@@ -405,32 +416,37 @@ def claim(folder):
 
 
 def run_flags(folder):
-    """Returns the flags that a run was started with, from its config.json; {} if it is no run of
-    ours."""
-    path = os.path.join(folder, "config.json")
-    if not os.path.exists(path):
-        return {}
-    flags = read_json(path).get("nanopref") or {}
+    """Returns the flags that a run was started with, from its config.json, or run.json with --lora;
+    {} if it is no run of ours."""
+    paths = [os.path.join(folder, name) for name in ("run.json", "config.json")]
+    path = next(filter(os.path.exists, paths), None)
+    flags = read_json(path).get("nanopref") or {} if path is not None else {}
     if not isinstance(flags, dict):
         raise InputError(f"{path}: 'nanopref' is not an object of flags")
     return flags
 
 
 def family_folders(folders, flag="--rewards"):
-    """Returns the folders of the reward models that `--rewards=A,B` means: each of these is one (it
-    holds a config.json), or has one in each of its subfolders, which are sorted by name."""
+    """Returns the folders of the reward models that `--rewards=A,B` means: each of these is one, or
+    has one in each of its subfolders, which are sorted by name."""
     models = []
     for folder in folders.split(","):
         inside = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
         members = [os.path.join(folder, name) for name in inside]
-        members = [member for member in members if os.path.exists(f"{member}/config.json")]
-        if "config.json" in inside:
+        members = [member for member in members if holds_model(member)]
+        if holds_model(folder):
             members = [folder]
         if not members:
             raise InputError(f"{flag}: no reward model in {folder!r}: train one with python "
                              f"train_rm.py --out_dir={folder}")
         models += members
     return models
+
+
+def holds_model(folder):
+    """Returns whether a folder holds a model, or a run that may have one."""
+    names = ("config.json", "adapter_config.json", "run.json")
+    return any(os.path.exists(os.path.join(folder, name)) for name in names)
 
 
 def models_named(folders, flag):
@@ -452,8 +468,7 @@ def family_to_train(args):
     if os.path.isdir(args.out_dir):
         there += [os.path.join(args.out_dir, name) for name in sorted(os.listdir(args.out_dir))]
     for folder in there:
-        is_model = os.path.exists(os.path.join(folder, "config.json"))
-        if is_model and folder not in folders.values():
+        if holds_model(folder) and folder not in folders.values():
             raise InputError(f"--out_dir: {folder} holds another reward model, which would join "
                              "this family; name another folder")
     return [(bias, folder, args.resume and folder in begun) for bias, folder in folders.items()]

@@ -48,7 +48,8 @@ def policy_flags(argv, doc, of_sft, of_preferences, losses):
         for knob, default in knobs.items():
             if knob not in users and knob not in ("beta", "tau", "gamma"):      # of a loss added
                 number = isinstance(default, (int, float))
-                add(f"--{knob}", type=not_negative_float if number else str, help="see losses.py")
+                add(f"--{knob}", type=not_negative_float if number else str,
+                    help="see losses.py, zoo.py")
             users.setdefault(knob, []).append(loss)
     add("--max_new_tokens", type=positive_int, help="longest sample for the KL term and --select "
         "(default: 64 on tinytldr, else what 99%% of the training responses need)")
@@ -142,7 +143,13 @@ def training_parser(doc, lr):
     add("--batch_size", type=positive_int, help="rows (pairs) per optimizer step")
     add("--micro_batch_size", type=positive_int, help="rows per forward pass (default: the batch)")
     add("--lr", type=positive_float, help="peak learning rate: warm-up over 5%% of the steps, then "
-        f"a cosine down to zero (default: {lr}; a hundredth of that where n_embd is 512 or more)")
+        f"a cosine down to zero (default: {lr}; a hundredth of that where n_embd is 512 or more; "
+        "ten times as much with --lora)")
+    add("--lora", type=up_to_1000, metavar="RANK", help="train a LoRA adapter of this rank, such "
+        "as 16, and leave the model of --init_from as it is: less memory, and a run folder "
+        "with the adapter alone, in PEFT's layout")
+    add("--merge_lora", action="store_true", default=None, help="write the whole model, with the "
+        "adapter added to its weights, instead of the adapter")
     add("--seed", type=seed, default=0, help="of the data, initial weights and the batch order")
     add("--eval_every", type=positive_int, help="steps between evaluations, which save the state")
     add("--n_eval", type=positive_int, help="rows in each evaluation (default: 256, or fewer in a "
@@ -178,7 +185,8 @@ def fill_in(args, numbers, out_dir, width=None):
         if os.path.exists(args.init_from):
             with contextlib.suppress(InputError):       # said when the model is read
                 width = read_sizes(args.init_from)["n_embd"]
-    args.lr = args.lr or (numbers["lr"] / 100 if width >= 512 else numbers["lr"])
+    lr = numbers["lr"] / 100 if width >= 512 else numbers["lr"]
+    args.lr = args.lr or lr * (numbers["lora_lr"] if args.lora else 1)
     # A short run is evaluated less often, on fewer rows, so that evaluating stays the smaller part.
     args.eval_every = args.eval_every or max(25, args.max_steps // 8)
     few = max(16, args.max_steps * args.batch_size // 16)
@@ -191,6 +199,7 @@ def preference_flags(args, numbers, used=True):
     tiny = args.data == "tinytldr"
     whose = "--data=tinytldr" if used else "the preference losses"
     return {
+        "merge_lora": (args.lora is not None, False, "--lora"),
         "rho": (used, numbers.get("rho") if tiny else "all", whose),
         "n_pairs": (used, numbers.get("n_pairs") if tiny else None, whose),
         "pool": (used and tiny, numbers.get("pool"), whose),
@@ -225,6 +234,11 @@ def check_folders(args, **inputs):
     folder, _ = name_and_split(args.data)
     check_out_dir(args.out_dir, {"init_from": start, "relabel": args.relabel, "data": folder,
                                  **inputs})
+    if args.lora and start is None:
+        raise InputError("--lora: it adapts a model: name one by --init_from, which is scratch")
+    if args.lora and args.fsdp:
+        raise InputError("--lora: not with --fsdp: most of the memory that it splits over the "
+                         "processes is not needed with --lora")
     if vars(args).get("bias"):
         for _, folder, resume in family_to_train(args):
             check_free(folder, resume)

@@ -255,8 +255,8 @@ def test_a_loss_that_somebody_adds(monkeypatch):
     logps, batch = make_batch([3, 2], 2)
     got = batch_loss("everything", logps, batch, **flags_of("everything"))
     torch.testing.assert_close(got, loss_pair_by_pair("everything", logps, batch, [3, 2], 2))
-    with pytest.raises(KeyError, match="kto"):
-        batch_loss("kto", logps, batch)
+    with pytest.raises(KeyError, match="ppo"):
+        batch_loss("ppo", logps, batch)
 
 
 # ---------------------------------------------------------------- where the policy is the reference

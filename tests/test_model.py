@@ -1,16 +1,19 @@
 """The architecture, generation, and checkpoints in Hugging Face's layout."""
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import model as model_file
 from model import GPT, GPTConfig, draw, likely
 from reward import RewardModel
 from support.flags import InputError
+from support.rms_norm import rms_norm
 from support.run import family_folders
 
 CONFIG = GPTConfig(block_size=20, vocab_size=13, n_layer=2, n_head=2, n_embd=16)
@@ -272,6 +275,148 @@ def test_logits_are_gpt2s(tmp_path, model):
         torch.testing.assert_close(row, wanted, rtol=1e-10, atol=1e-10)
 
 
+def llama_in_numpy(weights, tokens, config):
+    """The published forward pass of the Llama family, from the tensors of a checkpoint in Hugging
+    Face's layout and its config.json. tokens: (T,) -> (T, vocab)."""
+    T, n_head, n_kv = len(tokens), config["num_attention_heads"], config["num_key_value_heads"]
+    size = config.get("head_dim") or config["hidden_size"] // n_head
+    olmo2 = config["model_type"] == "olmo2"
+
+    def rms(x, name):
+        mean = np.square(x).mean(axis=-1, keepdims=True)
+        return x / np.sqrt(mean + config["rms_norm_eps"]) * weights[f"{name}.weight"]
+
+    def linear(x, name):
+        return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0)
+
+    frequencies = [config["rope_theta"] ** (-2 * i / size) for i in range(size // 2)]
+    scaling = config["rope_scaling"]
+    if scaling is not None:
+        for i, frequency in enumerate(frequencies):
+            rounds = scaling["original_max_position_embeddings"] * frequency / (2 * np.pi)
+            if rounds < scaling["low_freq_factor"]:
+                frequencies[i] = frequency / scaling["factor"]
+            elif rounds < scaling["high_freq_factor"]:
+                smooth = ((rounds - scaling["low_freq_factor"])
+                          / (scaling["high_freq_factor"] - scaling["low_freq_factor"]))
+                frequencies[i] = frequency * ((1 - smooth) / scaling["factor"] + smooth)
+    # a pair of numbers is one complex number, and to turn it is to multiply it
+    turns = np.exp(1j * np.outer(np.arange(T), frequencies))
+
+    def turned(x, layer):
+        if not config.get("no_rope_layers", [1] * 9)[layer]:
+            return x
+        pairs = (x[:, :size // 2] + 1j * x[:, size // 2:]) * turns
+        return np.concatenate([pairs.real, pairs.imag], axis=1)
+
+    def attention(x, name, layer):
+        q, k, v = (linear(x, f"{name}.{part}_proj") for part in "qkv")
+        if olmo2:
+            q, k = rms(q, f"{name}.q_norm"), rms(k, f"{name}.k_norm")
+        heads = []
+        for head in range(n_head):
+            own = slice(head * size, (head + 1) * size)
+            shared = head // (n_head // n_kv)
+            shared = slice(shared * size, (shared + 1) * size)
+            q_head, k_head = q[:, own], k[:, shared]
+            if f"{name}.q_norm.weight" in weights and not olmo2:
+                q_head, k_head = rms(q_head, f"{name}.q_norm"), rms(k_head, f"{name}.k_norm")
+            scores = turned(q_head, layer) @ turned(k_head, layer).T / np.sqrt(size)
+            scores = np.where(np.tri(T, dtype=bool), scores, -np.inf)
+            share = np.exp(scores - scores.max(axis=1, keepdims=True))
+            heads.append(share / share.sum(axis=1, keepdims=True) @ v[:, shared])
+        return linear(np.concatenate(heads, axis=1), f"{name}.o_proj")
+
+    def mlp(x, name):
+        gate, up = linear(x, f"{name}.gate_proj"), linear(x, f"{name}.up_proj")
+        return linear(gate / (1 + np.exp(-gate)) * up, f"{name}.down_proj")
+
+    x = weights["model.embed_tokens.weight"][tokens]
+    for layer in range(config["num_hidden_layers"]):
+        block = f"model.layers.{layer}"
+        norms = [f"{block}.input_layernorm", f"{block}.post_attention_layernorm"]
+        if olmo2:       # the norm is after
+            x = x + rms(attention(x, f"{block}.self_attn", layer), norms[1])
+            x = x + rms(mlp(x, f"{block}.mlp"), f"{block}.post_feedforward_layernorm")
+        else:
+            x = x + attention(rms(x, norms[0]), f"{block}.self_attn", layer)
+            x = x + mlp(rms(x, norms[1]), f"{block}.mlp")
+    head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
+    return rms(x, "model.norm") @ head.T
+
+
+LLAMA = replace(CONFIG, family="llama", n_head=4, n_kv_head=2, n_inner=24, mlp="swiglu", norm="rms",
+                norm_eps=0.01, qkv_bias=False, proj_bias=False, mlp_bias=False, rope_theta=100.0)
+SCALING = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": 16}
+FAMILIES = [
+    LLAMA,
+    replace(LLAMA, rope_scaling=SCALING, rope_theta=20.0, head_size=12, tie_word_embeddings=False),
+    replace(LLAMA, qkv_bias=True, proj_bias=True, mlp_bias=True, n_kv_head=4),
+    replace(LLAMA, family="mistral", n_kv_head=1, head_size=6),
+    replace(LLAMA, family="qwen2", qkv_bias=True),
+    replace(LLAMA, family="qwen3", qk_norm="head", head_size=8),
+    replace(LLAMA, family="smollm3", rope_layers=[0, 1]),
+    replace(LLAMA, family="olmo2", qk_norm="all", norm_after=True)]
+
+
+def random_model(config):
+    """In float64, and away from the initial zeros and ones."""
+    torch.manual_seed(0)
+    model = GPT(config).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+@pytest.mark.parametrize("config", FAMILIES)
+def test_logits_are_those_of_the_family(tmp_path, config):
+    """In float64, of a saved model that is read again: its own file and config.json are what the
+    formulas are applied to."""
+    model = random_model(config).float()
+    model.save_pretrained(tmp_path)
+    weights = {name: tensor.double().numpy()
+               for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["model_type"] == config.family
+    tokens = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
+    wanted = torch.from_numpy(llama_in_numpy(weights, tokens, written))
+    again = GPT.from_pretrained(str(tmp_path))
+    assert again.config == replace(config, token_ids={"eos_token_id": 12})
+    for of_family in (model, again):
+        got = of_family.double().logits(torch.tensor([tokens])).detach()[0]
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("config", FAMILIES)
+def test_greedy_generation_of_newer_models(config, monkeypatch):
+    """With a cache of fewer heads, of keys that are turned; in shapes that never change too."""
+    model = random_model(config)
+    wanted = [by_hand(model, prompt, 8) for prompt in PROMPTS]
+    assert model.generate(PROMPTS, 8, temperature=0, stop=STOP) == wanted
+    shapes = set()
+    model.transformer.h[1].attn.register_forward_pre_hook(
+        lambda _, inputs: shapes.add(inputs[2][0].shape))
+    monkeypatch.setattr(model_file, "compiles_every_shape", lambda device: True)
+    assert model.generate(PROMPTS, 8, temperature=0, stop=STOP) == wanted
+    size = config.head_size or 4
+    assert shapes == {(8, config.n_kv_head, 64 + extra, size) for extra in (0, 8)}
+
+
+def test_rms_norm():
+    """Its formula and its gradients by finite differences; in bfloat16, computed in float32."""
+    x, weight = torch.randn(2, 3, 5).double().requires_grad_(), torch.rand(5).double()
+    torch.testing.assert_close(rms_norm(x, weight, 0.1), F.rms_norm(x, (5,), weight, 0.1))
+    assert torch.autograd.gradcheck(rms_norm, (x, weight.requires_grad_(), 0.1))
+    half = x.detach().bfloat16().requires_grad_()
+    normed = rms_norm(half, weight.detach().float(), 0.1)
+    wanted = rms_norm(half.double(), weight, 0.1)
+    assert normed.dtype == torch.bfloat16
+    torch.testing.assert_close(normed, wanted.bfloat16(), rtol=2 ** -7, atol=0)
+    normed.sum().backward()
+    assert half.grad.dtype == torch.bfloat16
+
+
 def test_the_default_is_gpt2_small():
     """124,439,808 parameters, the head's among the embedding's; with a head of its own, more."""
     with torch.device("meta"):
@@ -281,11 +426,15 @@ def test_the_default_is_gpt2_small():
     assert tied.config == GPTConfig(1024, 50257, 12, 12, 768, True)
 
 
-def test_initial_weights():
+@pytest.mark.parametrize("config", [
+    GPTConfig(128, 96, 3, 2, 64),
+    GPTConfig(128, 96, 3, 4, 64, family="qwen3", n_kv_head=2, mlp="swiglu", norm="rms",
+              rope_theta=100.0, qk_norm="head", proj_bias=False)])
+def test_initial_weights(config):
     """N(0, 0.02), projections back into the residual stream divided by sqrt(2 layers), to 5% (which
-    is more than five standard errors for all of these matrices); biases 0, layer norms 1."""
+    is more than five standard errors for all of these matrices); biases 0, norms 1."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(128, 96, 3, 2, 64))
+    model = GPT(config)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             assert parameter.abs().max() == 0, name
@@ -366,7 +515,7 @@ def edit_config(folder, **changes):
     ({"n_layer": 1}, "config.json: n_layer is 1 there, 2 in the weights"),
     ({"vocab_size": 10 ** 12}, "config.json: vocab_size is 1000000000000 there, "),
     ({"n_positions": 10 ** 12}, "config.json: n_positions is 1000000000000 there, "),
-    ({"model_type": "llama"}, "only 'gpt2'"),
+    ({"model_type": "bert"}, "only 'gpt2', 'llama', 'mistral', "),
     ({"activation_function": "relu"}, "only 'gelu_new'")])
 def test_checkpoint_of_another_shape(tmp_path, model, changes, message):
     model.save_pretrained(tmp_path)

@@ -30,6 +30,9 @@ from train_policy import loss_flags, reward_of_samples, row_terms, with_columns
 CPU = torch.device("cpu")
 TOKENIZER = tinytldr.tokenizer()
 CONFIG = GPTConfig(48, TOKENIZER.n_vocab, n_layer=1, n_head=1, n_embd=4)
+LLAMA = replace(CONFIG, family="llama", n_head=2, n_kv_head=1, n_inner=6, mlp="swiglu", norm="rms",
+                qkv_bias=False, proj_bias=False, mlp_bias=False, rope_theta=100.0)
+MODELS = pytest.mark.parametrize("model", ["ref", "llama"])
 SCRIPTS = pytest.mark.parametrize("script", [train_policy, train_rm])
 
 
@@ -56,7 +59,8 @@ def random_pairs(n, seed):
 def models(tmp_path_factory):
     """A folder with a reference policy (ref) and a family of two reward models (rms)."""
     root = tmp_path_factory.mktemp("models")
-    shaken(GPT(CONFIG), 0).save_pretrained(root / "ref", TOKENIZER.eot_token)
+    for name, config in (("ref", CONFIG), ("llama", LLAMA)):
+        shaken(GPT(config), 0).save_pretrained(root / name, TOKENIZER.eot_token)
     for number in (1, 2):
         reward_model = shaken(RewardModel(CONFIG), number)
         reward_model.save_pretrained(root / f"rms/{number}", TOKENIZER.eot_token)
@@ -477,7 +481,8 @@ def test_compilation_is_for_any_shape(lab, monkeypatch, script, flags, calls):
     assert compiled == calls
 
 
-def test_a_compiled_run_is_the_same_run(lab, monkeypatch):
+@MODELS
+def test_a_compiled_run_is_the_same_run(lab, monkeypatch, model):
     """The numbers of a run with --compile, to 1e-5, and a handful of graphs for all its shapes.
     (The graphs are made and not translated to C++, which takes a minute.)"""
     from torch._dynamo.utils import counters
@@ -485,7 +490,8 @@ def test_a_compiled_run_is_the_same_run(lab, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compile_module, backend="eager"))
     runs = []
     for name, flags in (("plain", []), ("compiled", ["--compile"])):
-        train(lab, train_policy, "--max_steps=3", f"--out_dir={lab.root}/{name}", *flags)
+        train(lab, train_policy, "--max_steps=3", f"--init_from={lab.root}/{model}",
+              f"--out_dir={lab.root}/{name}", *flags)
         runs.append(metrics(lab.root / name))
     for plain, compiled in zip(*runs, strict=True):
         assert compiled == pytest.approx(plain, rel=1e-5, abs=1e-5)
@@ -506,15 +512,17 @@ def saved_bytes(model, batch):
     return sum(kept)
 
 
-def test_layers_that_are_computed_again(lab):
+@MODELS
+def test_layers_that_are_computed_again(lab, model):
     """A run with --gradient_checkpointing is the same run, and keeps less for its backward pass:
     each layer's input to attention and to its MLP and the sums after them, not what is inside."""
     runs = []
     for name, flags in (("plain", []), ("again", ["--gradient_checkpointing"])):
-        train(lab, train_policy, "--max_steps=3", f"--out_dir={lab.root}/{name}", *flags)
+        train(lab, train_policy, "--max_steps=3", f"--init_from={lab.root}/{model}",
+              f"--out_dir={lab.root}/{name}", *flags)
         runs.append((lab.root / name / "metrics.jsonl").read_text())
     assert runs[0] == runs[1]
-    model, batch = GPT(CONFIG), lab.pairs["train"].batch(range(4))
+    model, batch = GPT.from_pretrained(f"{lab.root}/{model}"), lab.pairs["train"].batch(range(4))
     before = saved_bytes(model, batch)
     recompute_layers(model)
     assert saved_bytes(model, batch) < 0.5 * before

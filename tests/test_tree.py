@@ -18,6 +18,17 @@ from reward import RewardModel
 from support import logprobs
 
 CONFIG = GPTConfig(block_size=24, vocab_size=31, n_layer=2, n_head=2, n_embd=16)
+LLAMA = dataclasses.replace(
+    CONFIG, family="llama", n_kv_head=1, n_inner=24, mlp="swiglu", norm="rms", qkv_bias=False,
+    proj_bias=False, mlp_bias=False, rope_theta=100.0)
+SCALING = dict(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
+               original_max_position_embeddings=12)
+FAMILIES = [        # each with other parts (docs/models.md)
+    LLAMA,
+    dataclasses.replace(LLAMA, rope_scaling=SCALING, rope_theta=20.0, tie_word_embeddings=False),
+    dataclasses.replace(LLAMA, qkv_bias=True, qk_norm="head", head_size=12, n_head=4, n_kv_head=2),
+    dataclasses.replace(LLAMA, rope_layers=[1, 0], proj_bias=True, mlp_bias=True),
+    dataclasses.replace(LLAMA, qk_norm="all", norm_after=True)]
 
 
 # ---------------------------------------------------------------- layout
@@ -106,14 +117,15 @@ def test_a_batch_moves_to_a_device_whole():
     assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
-def test_everything_is_computed_where_the_model_is(monkeypatch):
+@pytest.mark.parametrize("config", [CONFIG, FAMILIES[2]])
+def test_everything_is_computed_where_the_model_is(monkeypatch, config):
     """On torch's "meta" device, which has shapes and no numbers (nor autocast): a tensor made on
     the CPU by mistake does not mix with its tensors, as it would not with a GPU's."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     examples = [([1, 2, 3], [[4, 5], [6], [7, 8]]), ([1, 2], [[3], [4, 5, 6], [7]])]
     batch = with_columns(examples, K=2).to("meta")
-    policy, reward_model = GPT(CONFIG).to("meta"), RewardModel(CONFIG).to("meta")
+    policy, reward_model = GPT(config).to("meta"), RewardModel(config).to("meta")
     logps = policy.response_logps(batch)                            # (2, 3)
     assert logps.device.type == "meta" and logps.shape == (2, 3)
     assert policy.response_logps(batch, fast=False).device.type == "meta"
@@ -247,6 +259,14 @@ def test_tree_equals_separate_sequences_in_models_of_other_shapes(kind, brute_fo
     """One layer, which is the last one too, and several."""
     config = dataclasses.replace(CONFIG, n_layer=n_layer, n_head=n_head, tie_word_embeddings=False)
     model, examples = make(kind, config=config), random_examples(2, seed=3)
+    assert_equal_with_gradients(model, model(collate(examples)), brute_force(model, examples), 1e-9)
+
+
+@ALL_MODELS
+@pytest.mark.parametrize("config", FAMILIES)
+def test_tree_equals_separate_sequences_in_newer_models(kind, brute_force, config):
+    """Positions that turn queries and keys restart in every response; heads share keys."""
+    model, examples = make(kind, config=config), random_examples(2)
     assert_equal_with_gradients(model, model(collate(examples)), brute_force(model, examples), 1e-9)
 
 

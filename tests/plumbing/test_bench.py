@@ -1,5 +1,6 @@
 """The benchmark runs, and counts what it says. No test looks at a time."""
 import json
+import math
 
 import pytest
 import torch
@@ -7,12 +8,15 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import collate
-from dev import attention, bench
+from dev import attention, bench, gpu_checks
 from losses import LOSSES, needs
 from model import GPT, GPTConfig, tree_mask
 from support.flags import InputError
 
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 CONFIG = GPTConfig(block_size=64, vocab_size=50, n_layer=3, n_head=2, n_embd=16)
+LLAMA = GPTConfig(vocab_size=50, n_layer=3, n_head=4, n_kv_head=2, n_embd=16, head_size=6,
+                  n_inner=22, **bench.LLAMA)
 SMALL = ["--model=tiny", "--batch_size=2", "--steps=1", "--device=cpu"]
 SHORT = [*SMALL, "--prompt=12", "--response=3,5"]
 
@@ -23,24 +27,67 @@ def micro(monkeypatch):
 
 
 @pytest.mark.parametrize("n_responses", [1, 2, 3])
-def test_needed_operations(n_responses):
+@pytest.mark.parametrize("config", [CONFIG, LLAMA], ids=["gpt2", "llama"])
+def test_needed_operations(config, n_responses):
     """For one row, which has no padding: the matrix products that a forward pass really does, less
     the last layer's queries and outputs of attention that no head reads, plus two products per
     pair of tokens in sight."""
     prompt = list(range(9))
     examples = [(prompt, [[1, 2, 3], [4], [5, 6, 7, 8]][:n_responses])]
-    batch, C = collate(examples), CONFIG.n_embd
+    batch, C = collate(examples), config.n_embd
+    width = config.n_head * (config.head_size or C // config.n_head)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        GPT(CONFIG).response_logps(batch)
+        GPT(config).response_logps(batch)
     counts = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
-    products = counts["aten.mm"] + counts["aten.addmm"]
+    products = counts["aten.mm"] + counts.get("aten.addmm", 0)
     in_sight = (tree_mask(batch.branch, torch.float32) == 0)[0, 0].sum(dim=1)            # (T,)
-    pairs = (CONFIG.n_layer - 1) * in_sight.sum() + in_sight[len(prompt) - 1:].sum()
-    wanted = products - 4 * C * C * len(prompt) + 4 * C * pairs
-    assert bench.needed_flops(CONFIG, examples) == wanted
+    pairs = (config.n_layer - 1) * in_sight.sum() + in_sight[len(prompt) - 1:].sum()
+    wanted = products - 4 * C * width * len(prompt) + 4 * width * pairs
+    assert bench.needed_flops(config, examples) == wanted
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_smollm2():
+    """bench's SmolLM2 is the published one: 134,515,008 weights."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**bench.MODELS["smollm2"]))
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+
+
+def test_peak_rate(monkeypatch):
+    """What the maker promises is known for two cards, in bfloat16."""
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(bench, "device_name", lambda device: "NVIDIA H200")
+    assert bench.peak_rate(cuda, torch.bfloat16) == 989e12
+    assert bench.peak_rate(cuda, torch.float32) is None
+    monkeypatch.setattr(bench, "device_name", lambda device: "NVIDIA GeForce RTX 5090")
+    assert bench.peak_rate(cuda, torch.bfloat16) is None
+
+
+def test_gpu_checks_agree_on_one_device(capsys):
+    """Everything but the GPU and the compiler: the CPU against itself, both families, every
+    loss."""
+    gpu_checks.main(["--device=cpu", "--only=logps,fused,losses,steps,generation,reward,lora,flex"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("all ok")
+    n_comparisons = 3 + 2 + 2 * len(LOSSES) + 2 + 3 + 4 + 2 + 1
+    assert sum(line.endswith("| ok |") for line in lines) == 2 * n_comparisons
+
+
+def test_gpu_checks_go_on_after_a_failure(monkeypatch, capsys):
+    """A difference, a NaN and an exception are FAILED lines, and the exit code is 1."""
+    def bad(pair):
+        yield "apart", 1.0, 0.5
+        yield "not a number", math.nan, 0.5
+        raise RuntimeError("no such kernel\nin the second line")
+
+    monkeypatch.setitem(gpu_checks.CHECKS, "logps", bad)
+    with pytest.raises(SystemExit) as raised:
+        gpu_checks.main(["--device=cpu", "--models=gpt2", "--only=logps,flex"])
+    out = capsys.readouterr().out
+    assert raised.value.code == 1 and out.count("FAILED") == 4 and "3 FAILED" in out
+    assert "FAILED: RuntimeError: no such kernel |" in out and "| ok |" in out
+
+
 def test_flex_attention_is_the_mask():
     """FlexAttention's block mask for the tree, without its compiler, float32: padding, prompts of
     several lengths, one or three responses."""

@@ -17,7 +17,7 @@ import torch
 
 import tinytldr
 from data import biased_subset, longer
-from experiments import ablations, degeneracy, figure2
+from experiments import ablations, degeneracy, figure2, real_text
 from experiments import world as world_script
 from losses import e_dpo
 from support.flags import InputError
@@ -140,7 +140,7 @@ def test_a_small_cell(world, tmp_path, monkeypatch):
 
 # ------ ablations, and the long run
 
-@pytest.mark.parametrize("script", [figure2, ablations, degeneracy])
+@pytest.mark.parametrize("script", [figure2, ablations, degeneracy, real_text])
 def test_nothing_to_draw(script, tmp_path):
     with pytest.raises(InputError, match="there are no runs"):
         script.main(["--draw", f"--results={tmp_path}"])
@@ -263,6 +263,75 @@ def test_a_short_long_run(world, tmp_path, monkeypatch):
     assert [int(row["step"]) for row in rows] == 4 * list(range(21))
     assert all(float(row["margin"]) == 0 for row in rows if row["step"] == "0")
     assert (tmp_path / "results/degeneracy.png").exists()
+
+
+# ------ real text
+
+@pytest.mark.parametrize("text, summary, f1", [
+    ("The cat sat on the mat.", "the cat sat on the mat", 1),
+    ("a b c d", "b x d", 4 / 7),                    # b d: 2 of 4 words and 2 of 3
+    ("a b", "b a", 1 / 2), ("a b", "c d", 0), ("", "a b", 0), ("", "", 0),
+    ("I'm 24", "i m 24 now", 6 / 7)])
+def test_rouge_l(text, summary, f1):
+    """By hand: the longest common subsequence counts, not the longest run, nor mere words."""
+    assert real_text.rouge_l(text, summary) == pytest.approx(f1)
+
+
+def test_agreement():
+    """By hand: right in two of four pairs and half right in a tie; the longer one in two, and half
+    in one of equal lengths."""
+    margins, differences = np.array([2.0, -1.0, 0.0, 1.0]), np.array([5, -3, 2, 0])
+    values = real_text.agreement(margins, differences)
+    assert values["pairs"] == 4 and values["accuracy"] == values["longer"] == 2.5 / 4
+    assert values["length_correlation"] == pytest.approx(np.corrcoef(margins, differences)[0, 1])
+    assert real_text.agreement(np.zeros(4), differences)["length_correlation"] == 0
+
+
+def test_real_text_on_made_up_posts(tmp_path, monkeypatch, hub_cache, capsys):
+    """All of it in small: which posts go where, a row for each run, again and nothing is done
+    anew, tables and figure from what is in the files."""
+    monkeypatch.setattr(real_text.trials, "workers", lambda n: SerialPool())
+    monkeypatch.setattr(real_text.figure2, "FAMILY", "0.4,0.6")
+    monkeypatch.setattr(real_text, "SHARDS", 1)
+    monkeypatch.setattr(real_text, "SMOKE", {**real_text.SMOKE, "lrs": [1e-3], "values": [0.5],
+                                             "samples": 4, "steps": 2, "checkpoints": 1})
+    flags = ["--smoke", "--rhos=0.4", "--seeds=0", "--methods=e-dpo,balanced",
+             f"--out_dir={tmp_path}/runs", f"--results={tmp_path}/results"]
+    real_text.main(flags)
+    posts = json.loads((tmp_path / "runs/posts.json").read_text())
+    sft = [json.loads(line) for line in (tmp_path / "runs/sft.jsonl").read_text().splitlines()]
+    dealt = [post for part in posts.values() for post, _ in part] + [row["prompt"] for row in sft]
+    assert len(set(dealt)) == len(dealt) and {name: len(part) for name, part in posts.items()} == {
+        "pool": 40, "validation": 8, "test": 8}
+    pairs = [json.loads(line) for line in
+             (tmp_path / "runs/0.4/0/pairs.jsonl").read_text().splitlines()]
+    trained_on = {row["prompt"] for row in pairs} - {post for post, _ in posts["validation"]}
+    assert trained_on <= {post for post, _ in posts["pool"]}
+
+    rows = figure2.read_rows(f"{tmp_path}/results/runs.csv")
+    assert sorted(row["run"] for row in rows if row["purpose"] == "run") == [
+        "0.4/0/balanced", "0.4/0/e-dpo"]
+    assert {row["run"] for row in rows if row["purpose"] == "collapse"} == {"collapse/0/e-dpo"}
+    chosen = json.loads((tmp_path / "results/chosen.json").read_text())
+    for row in rows:
+        assert list(row) == real_text.COLUMNS
+        if row["purpose"] == "run":
+            assert float(row["lr"]) == chosen["lr"]
+            assert float(row["value"]) == chosen["value"][row["loss"]]
+    judges = figure2.read_rows(f"{tmp_path}/results/judges.csv")
+    assert [row["model"] for row in judges] == ["oracle", "second", "rm", "rms/0.4", "rms/0.6"]
+    assert judges[0]["oracle_accuracy"] == "1"          # of pairs that it has labelled itself
+    assert "made up" not in (tmp_path / "results/samples.md").read_text()
+
+    before = {path: path.read_bytes() for path in (tmp_path / "results").glob("*.csv")
+              if path.name != "stages.csv"}
+    monkeypatch.setattr(real_text, "policy_run", None)
+    real_text.main(flags)
+    assert before == {path: path.read_bytes() for path in before}
+    assert "e-dpo minus balanced" in capsys.readouterr().out
+    assert (tmp_path / "results/real_text.png").exists()
+    with pytest.raises(InputError, match="--results: .* was begun with --lora=None, not 4"):
+        real_text.main([*flags, "--lora=4"])
 
 
 class SerialPool:

@@ -144,7 +144,7 @@ def test_what_chance_needs_where_there_is_none(refuses, script, flags):
 # ------------------------------------------------------------------ flags that are wrong
 
 @pytest.mark.parametrize("flags, message", [
-    (["--loss=kto"], "argument --loss: invalid choice: 'kto'"),
+    (["--loss=ppo"], "argument --loss: invalid choice: 'ppo'"),
     (["--loss=dpo", "--bet=1"], "unrecognized arguments: --bet=1"),
     (["--loss=dpo", "--init_from=scratch"], "--init_from: .* needs a reference policy"),
     (["--gamma=1,2,3"], "--gamma: invalid FIRST,LAST"),

@@ -240,7 +240,7 @@ def test_a_damaged_torch_file(folder):
     ({"n_head": [2]}, "n_head [2], which is not a positive whole number"),
     ({"vocab_size": None}, "vocab_size None, which is not a positive whole number"),
     ({"n_positions": {}}, "n_positions {}, which is not a positive whole number"),
-    ({"model_type": ["gpt2"]}, "only 'gpt2' is supported"),
+    ({"model_type": ["gpt2"]}, "only 'gpt2', 'llama', 'mistral', "),
     ({"activation_function": {"gelu": 1}}, "only 'gelu_new' and 'gelu' are supported"),
     ({"reward_head": []}, "only 'last' and 'sum' are supported"),
     ({"layer_norm_epsilon": "small"}, "only 1e-05 is supported"),
@@ -272,7 +272,7 @@ def test_weights_that_are_whole_numbers(folder):
 
 
 @pytest.mark.parametrize("file, message", [
-    ("adapter_config.json", "a LoRA adapter, not a whole model: merge it into its model first"),
+    ("adapter_model.safetensors", "a LoRA adapter without its adapter_config.json: copy that"),
     ("gpt2.Q4_K_M.gguf", "a model of llama.cpp: name the folder of the model that it was made"),
     ("tf_model.h5", "weights of TensorFlow"),
     ("flax_model.msgpack", "weights of Flax"),
@@ -294,8 +294,8 @@ def test_other_kinds_are_named(folder, file, message, config):
 
 def test_an_adapter_next_to_its_model(folder):
     """transformers would add it; to leave it out would be another model."""
-    (folder / "adapter_config.json").write_text("{}")
-    assert "a LoRA adapter, not a whole model" in refusal(folder)
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "x", "lora_alpha": 1}')
+    assert "both model.safetensors and adapter_config.json, a LoRA adapter" in refusal(folder)
 
 
 def test_a_file_in_place_of_its_folder(folder):

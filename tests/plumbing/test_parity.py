@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 import tinytldr
 import train_policy
 from data import BatchOrder, Dataset, collate, get_tokenizer, preferences
+from lora import add_lora
 from losses import batch_loss, bradley_terry
 from model import GPT, GPTConfig
 from reward import RewardModel
@@ -99,19 +100,99 @@ def test_heads_that_transformers_keeps(tmp_path, head):
         torch.testing.assert_close(logits, theirs.double()(TOKENS).logits, rtol=0, atol=1e-10)
 
 
-def test_an_adapter_of_peft_is_named(tmp_path):
+# ---------------- PEFT: LoRA adapters
+
+
+def base_model(family, tmp_path, kind="CausalLM"):
+    """A small model of a family, saved in the folder `base`."""
+    if family == "gpt2":
+        config, name = gpt2_config(), "GPT2LMHeadModel"
+    else:
+        config = transformers.LlamaConfig(
+            vocab_size=VOCAB, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=48,
+            tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+        name = "LlamaForCausalLM"
+    random_weights(getattr(transformers, name)(config), seed=1).save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_an_adapter_that_peft_loads(tmp_path, family):
+    """An adapter that is written here: PEFT's logits and PEFT's merged model are ours, and so are
+    the rewards of a reward model's."""
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(transformers.GPT2LMHeadModel(gpt2_config()), peft.LoraConfig(
-        target_modules=["c_attn"], fan_in_fan_out=True))
-    model.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="adapter_config.json, a LoRA adapter, not a whole model"):
-        GPT.from_pretrained(str(tmp_path))
-    merged = model.merge_and_unload()
-    merged.save_pretrained(tmp_path / "merged")
+    base = base_model(family, tmp_path)
+    ours = GPT.from_pretrained(base)
+    add_lora(ours, 4, base)
+    random_weights(ours, seed=2)
+    ours_frozen = GPT.from_pretrained(base).state_dict()
+    ours.load_state_dict(ours_frozen, strict=False)             # the base as it is in its file
+    ours.save_pretrained(tmp_path / "adapter")
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    by_transformers = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
     with torch.no_grad():
-        logits = GPT.from_pretrained(str(tmp_path / "merged")).double().logits(TOKENS)
-        wanted = merged.double().eval()(TOKENS).logits
-        torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-10)
+        wanted = ours.double().logits(TOKENS)
+        assert (wanted - GPT.from_pretrained(base).double().logits(TOKENS)).abs().max() > 0.1
+        for model in (theirs, by_transformers, theirs.merge_and_unload()):
+            got = model.double()(TOKENS).logits
+            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)
+
+    policy = GPT.from_pretrained(base)
+    add_lora(policy, 4, base)
+    reward_model = RewardModel.from_policy(policy)
+    with torch.no_grad():
+        for weight in reward_model.parameters():
+            if weight.requires_grad:
+                weight += 0.05 * torch.randn(weight.shape)
+    reward_model.save_pretrained(tmp_path / "rm")
+    theirs = peft.AutoPeftModelForSequenceClassification.from_pretrained(
+        tmp_path / "rm", num_labels=1, pad_token_id=0).eval()
+    examples = [([3, 4, 5], [[7, 8, 9], [1, 2]])]
+    with torch.no_grad():
+        rewards = reward_model(collate(examples))[0]
+        for reward, response in zip(rewards, examples[0][1]):
+            got = theirs(torch.tensor([examples[0][0] + response])).logits[0, 0]
+            torch.testing.assert_close(got, reward, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family, targets, options", [
+    ("gpt2", ["c_attn"], {}), ("gpt2", ["c_attn", "c_proj", "c_fc"], {"use_rslora": True}),
+    ("llama", ["q_proj", "v_proj"], {}), ("llama", "all-linear", {}),
+    ("llama", ["q_proj", "up_proj", "o_proj"], {"rank_pattern": {"up_proj": 3}})])
+def test_an_adapter_of_peft(tmp_path, family, targets, options):
+    """An adapter that PEFT made, of some of the layers or of all, each with its own A: the logits
+    are PEFT's, unmerged and merged."""
+    peft = pytest.importorskip("peft")
+    base = base_model(family, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(
+        r=2, lora_alpha=5, target_modules=targets, fan_in_fan_out=family == "gpt2",
+        task_type="CAUSAL_LM", **options)).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, weight in theirs.named_parameters():
+            if ".lora_" in name:
+                weight += 0.1 * torch.randn(weight.shape, generator=generator)
+    theirs.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        wanted = theirs.double()(TOKENS).logits
+        for merge in (False, True):
+            ours = GPT.from_pretrained(str(tmp_path / "adapter"), merge=merge).double()
+            torch.testing.assert_close(ours.logits(TOKENS), wanted, rtol=0, atol=1e-5)
+
+
+def test_peft_on_other_layers_is_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    base = base_model("llama", tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
+    peft.get_peft_model(theirs, peft.LoraConfig(target_modules=["embed_tokens", "q_proj"])
+                        ).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(InputError, match="is nothing that can be read here, where LoRA is of the"):
+        GPT.from_pretrained(str(tmp_path / "adapter"))
+
+
+# ---------------- transformers: models
 
 
 @pytest.mark.parametrize("tied", [True, False])

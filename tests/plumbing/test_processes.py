@@ -23,7 +23,7 @@ import evaluate
 import train_policy
 import train_rm
 from data import Dataset, collate
-from model import GPT
+from model import GPT, GPTConfig
 from support import device
 from support.columns import score
 from support.device import gathered, load_whole, place, whole
@@ -57,6 +57,10 @@ def write_pairs(path):
             for side in ("chosen", "rejected"):
                 record[f"score_{side}"] = [draw.gauss(0, 1), draw.gauss(0, 1)]
             file.write(json.dumps(record) + "\n")
+
+
+LLAMA = GPTConfig(16, 31, 2, 2, 16, family="llama", n_kv_head=1, n_inner=24, mlp="swiglu",
+                  norm="rms", qkv_bias=False, proj_bias=False, mlp_bias=False, rope_theta=100.0)
 
 
 def distil(folder, out, *flags):
@@ -93,7 +97,9 @@ def session(folder, name, resumed=None, *flags):
         distil(folder, f"{resumed}/killed", "--resume", *flags)
     if "--fsdp" in flags:
         check_parts(start)
-        return check_bfloat16(start)
+        for model in (start, f"{folder}/llama"):
+            check_bfloat16(model)
+        return None
     evaluate.main([f"{folder}/alone/e-dpo", f"--ref={start}", f"--data={folder}/pairs.jsonl",
                    f"--oracle={folder}/alone/rm", "--max_new_tokens=8", f"--out_dir={out}/report",
                    "--device=cpu"])
@@ -170,6 +176,7 @@ def sessions(tmp_path_factory, hub_cache):
     folder = tmp_path_factory.mktemp("sessions")
     write_pairs(folder / "pairs.jsonl")
     session(str(folder), "alone")
+    GPT(LLAMA).save_pretrained(folder / "llama")
     code = SCRIPT.format(root=ROOT, tests=TESTS, folder=str(folder))
     with torchrun(folder, code) as process:
         printed, errors = process.communicate()

@@ -33,7 +33,7 @@ FOLDERS = (".", "support", "runs", "experiments", "dev")
 TESTS = ("tests", "tests/plumbing")
 CODE = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")]
 ABBREVIATIONS = {"CUDA", "POST", "README", "JSON", "JSONL", "NANOPREF_CACHE", "RLHF", "TMLR",
-                 "TIKTOKEN_CACHE_DIR", "LOSSES", "LICENSE", "GELU"}
+                 "TIKTOKEN_CACHE_DIR", "LOSSES", "LICENSE", "GELU", "ROUGE"}
 each_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 
 
@@ -88,6 +88,8 @@ def all_flags():
     for path in CODE:
         text = text_of(path)
         flags |= set(re.findall(r'"--(\w+)"', text))
+        for table in re.findall(r"^NUMBERS = dict\((.*?)^\)", text, flags=re.S | re.M):
+            flags |= set(re.findall(r"^ +(\w+)=", table, flags=re.M))
         for table in re.findall(r"^    sizes = \{(.*?)\}", text, flags=re.S | re.M):
             flags |= set(re.findall(r'"(\w+)":', table))        # of a model from scratch
     return flags

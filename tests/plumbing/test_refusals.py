@@ -214,7 +214,8 @@ CASES = [       # script, flags, what the line has to say
     (POLICY, "--loss=sft --data=good.jsonl --init_from=unknown --out_dir=new",
      "unknown: it has no tokenizer (no tokenizer.json, no vocab.json), and its vocab_size, 256, is "
      "not GPT-2's"),
-    (POLICY, "--loss=sft --init_from=adapter --out_dir=new", "adapter: adapter_config.json, a "),
+    (POLICY, "--loss=sft --init_from=adapter --out_dir=new",
+     "adapter_config.json: base_model_name_or_path is None"),
     (POLICY, "--loss=sft --n_layer=1000000000 --out_dir=new", "--n_layer: invalid int from 1 to"),
     (POLICY, "--loss=sft --block_size=1e12 --out_dir=new", "--block_size: invalid positive int"),
     (POLICY, "--loss=sft --block_size=1000000000000 --out_dir=new", "--block_size=1000000000000: "),

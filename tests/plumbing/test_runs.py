@@ -915,7 +915,7 @@ def test_a_dialogue_goes_on(world, tmp_path, monkeypatch, capsys):
 # ------------------------------------------------------------------ bad input
 
 @pytest.mark.parametrize("script, flags, message", [
-    ("train_policy", ["--loss=kto"], "argument --loss: invalid choice: 'kto'"),
+    ("train_policy", ["--loss=ppo"], "argument --loss: invalid choice: 'ppo'"),
     ("train_rm", ["--max_steps=0"],
      "argument --max_steps: invalid positive int (to 1e12) value: '0'"),
     ("evaluate", ["--ref={tmp}/none"], "none: no such folder"),

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-METHOD = ["losses", "data", "model", "reward", "tinytldr", "train_policy", "train_rm", "evaluate",
-          "sample"]
+METHOD = ["losses", "data", "model", "lora", "reward", "tinytldr", "train_policy", "train_rm",
+          "evaluate", "sample"]
 PRONOUNS = {"at", "one", "same", "who", "per", "known", "found"}       # names that name nothing
 
 # What each floor of the house may import of the others; the root is the floor of the method.
@@ -63,8 +63,9 @@ def line(module, node):
 # ------------------------------------------------------------------ three floors
 
 def test_the_root_is_the_method():
-    """Nine files, and no other: what is not the method lives on another floor."""
-    assert {m for m in SOURCES if floor_of(m) == "root"} == set(METHOD)
+    """Ten files to read, and the zoo of other people's losses: what is not the method lives on
+    another floor."""
+    assert {m for m in SOURCES if floor_of(m) == "root"} == {*METHOD, "zoo"}
 
 
 def test_imports_point_down():

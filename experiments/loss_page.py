@@ -1,0 +1,231 @@
+"""Writes docs/losses.md and its figure, for experiments/zoo.py --draw: what each loss is, what it
+does, where it was published, how TRL calls it, and what it reached on TinyTLDR."""
+import inspect
+import os
+from statistics import mean
+
+import numpy as np
+import torch
+
+import zoo
+from experiments.figure2 import with_interval
+from experiments.properties import along, properties, slopes
+from experiments.trials import ROOT
+from losses import PREFERENCE_LOSSES, knobs, loss_function
+from support.report import markdown_table, pyplot, save
+
+PAGE = os.path.join(ROOT, "docs", "losses.md")
+FIGURE = os.path.join(ROOT, "results", "zoo")
+YES = {True: "yes", False: "no"}
+# How the columns of a loss are called on the page.
+NEEDS = {"ref_logps": "reference", "rewards": "rewards", "lengths": "lengths", "kl": "samples",
+         "batch": "batch"}
+
+INTRODUCTION = """# Thirty-six losses
+
+<!-- Written by python experiments/zoo.py --draw; its text is in experiments/loss_page.py. -->
+
+Every loss below trains by its name, such as `python train_policy.py --loss=simpo`. The first seven
+are the paper's and its baselines, in [losses.py](../losses.py). The others are in
+[zoo.py](../zoo.py), each a function of a few lines with its formula.
+
+h is the log-ratio margin, u and v are the log-ratios of the chosen and of the rejected response, so
+h = u - v. sigma is the logistic function, |y| a number of tokens, r a reward.
+
+## What each one is
+"""
+
+PROPERTIES = """
+## What each one does
+
+Everything in this table was found by calling the functions, without knowing what they are
+([properties.py](../experiments/properties.py)). [test_zoo.py](../tests/test_zoo.py) has what was
+expected, from the papers. The table is about one pair: two responses of 20 tokens at -60 nats each
+under the reference, reward margins of 1, 1.5, 2, 2.5 and 3, and flags at their defaults. The KL is
+left out.
+
+* **needs**: what a loss has to know besides the policy's log-probs. *batch*: the loss of a pair
+  depends on the other pairs of its batch.
+* **value**: of the loss at the reference, where training starts. **gradient**: its derivatives
+  there, with respect to the log-probs of the chosen and of the rejected response. A negative number
+  pushes up.
+* **h alone**: whether the loss stays the same when both log-probs of a pair change together.
+* **lowest at**: the h that it asks for, where u = h / 2 and v = -h / 2. ∞: there is always more to
+  gain. **bounded**: below, wherever the policy may go. **convex**: in the two log-probs.
+* **both fall**: what it does when the log-probs of all pairs fall together and h stays 1. *Flat* is
+  the degeneracy: nothing keeps the chosen responses where they are.
+* **slopes**: the derivative along h at -50, 0 and 50. Near zero at -50, a pair that is far on the
+  wrong side is given up. Not near zero at 50, a pair is pulled back, or pushed on for good.
+* **label**: *unused* means that swapping the two responses changes nothing, because rewards say
+  which one is better.
+
+"""
+
+READING = """
+What to see in it:
+
+* Every loss of h alone is flat where both fall. So are the length-normalised ones (on responses of
+  equal length), and BCO and unpaired AOT, which compare a response with its batch. What holds the
+  chosen response up is a term of its own: in NCA, SPPO, DPOP, RPO, ORPO, CPO, SLiC and RRHF.
+* KTO, APO-zero and chi-PO notice the fall, but level off: far down, nothing pulls back. alpha-DPO,
+  JS-DPO and APO-down even gain by it.
+* cDPO, EXO and NCA ask for a finite margin because they do not quite trust the label. IPO, SPPO and
+  distillation have a target. The hinges stop, and so does chi-PO, by its clip. APO-down, which
+  lowers both responses, has its place on this line only. All others ask for an infinite margin.
+* Robust DPO is the only one without a lower bound. Its slope at h = 50 is -0.125, and stays there.
+* DiscoPOP starts in the wrong direction: at the reference its slope is positive. It blends there
+  from DPO's ln 2 up to the exponential's 1, so there is a valley at h = -0.12 / beta and a hump at
+  0.07 / beta, over which a pair has to be carried by the others.
+* APO-down leaves the chosen response alone at the reference, where its two pulls cancel.
+* Distillation, REBEL included, is the only kind that does not use the label.
+* EXO, KTO, chi-PO and both APOs do not see a pair that is far on the wrong side. The squared losses
+  and the exponential see it before all others.
+
+![Each loss, and its slope, over h](../results/zoo/losses.png)
+
+Each loss less its lowest value in the panel (blue), and its slope along h (orange), for h from -6
+to 6 on the same pair. The dotted line is the reference.
+"""
+
+TRL = """
+## What TRL calls them
+
+TRL 1.16. `bash dev/parity.sh` compares values and gradients of every row with TRL's own code, to
+1e-5, in the form that the last column says.
+
+"""
+
+
+def formula_idea_source(name):
+    """Splits the docstring of a loss: the formula after its first verb, the sentences between, and
+    the last paragraph, which says where it was published."""
+    first, *middle = inspect.getdoc(loss_function(name)).split("\n\n")
+    *middle, source = middle
+    formula = " ".join(first.split()).removeprefix("Computes ").removesuffix(".")
+    return formula, " ".join(" ".join(middle).split()), " ".join(source.split())
+
+
+def catalogue():
+    """Returns a table of the losses of zoo.py: name, flags, formula, idea and source."""
+    rows = []
+    for name in zoo.ZOO:
+        formula, idea, source = formula_idea_source(name)
+        flags = ", ".join(f"{knob} {default:g}" for knob, default in knobs(name).items())
+        formula = formula.replace("|", "\\|")
+        rows.append([f"**{name}**<br>{flags}", f"`{formula}`<br>{idea}", source])
+    return markdown_table(["loss, its flags", "what it is", "published"], rows)
+
+
+def number(value):
+    """Returns a number with three digits, "0" for what is too small to matter."""
+    if abs(value) < 1e-6:
+        return "0"
+    return f"{value:.1g}" if abs(value) >= 1e6 or abs(value) < 1e-3 else f"{value:.3g}"
+
+
+def where_lowest(minimum):
+    """Returns the places of a minimum as text."""
+    if minimum == ["infinity"]:
+        return "∞"
+    if minimum[-1] == "beyond":
+        return f"from {minimum[0]:g} on"
+    return ", ".join(f"{place:g}" for place in minimum)
+
+
+def property_table():
+    """Returns the table of what the losses do."""
+    rows = []
+    for name in [*PREFERENCE_LOSSES, *zoo.ZOO]:
+        of_loss = properties(name)
+        rows.append([
+            name, ", ".join(NEEDS[need] for need in of_loss["needs"]) or "nothing",
+            number(of_loss["value"]), ", ".join(map(number, of_loss["gradient"])),
+            YES[of_loss["h alone"]], where_lowest(of_loss["minimum"]), YES[of_loss["bounded"]],
+            YES[of_loss["convex"]], of_loss["both fall"],
+            ", ".join(map(number, of_loss["slopes"])),
+            "unused" if of_loss["even"] else "used"])
+    return markdown_table(["loss", "needs", "value", "gradient", "h alone", "lowest at", "bounded",
+                           "convex", "both fall", "slopes", "label"], rows)
+
+
+def trl_table():
+    """Returns the table of TRL's names."""
+    rows = [[trainer, f"`{theirs}`" if theirs else "", ours, note]
+            for trainer, losses in zoo.TRL.items() for theirs, (ours, note) in losses.items()]
+    return markdown_table(["trainer", "its name", "ours", "what differs"], rows)
+
+
+def measured(methods, knob_of, rows, chosen):
+    """Returns the section of what the losses reached, best first. methods: their names. rows: of
+    runs.csv. chosen: {method: value of its knob}."""
+    lines = ["", "## What they reach on TinyTLDR", ""]
+    test = [row for row in rows if row["split"] == "test" and row["advantage"]]
+    if not test:
+        return "\n".join([*lines, "`python experiments/zoo.py` measures it.", ""])
+    numbers = {}
+    for row in test:
+        for column in ("advantage", "chosen_change", "length"):
+            key = (row["method"], row["rho"], column)
+            numbers.setdefault(key, []).append(float(row[column]))
+    measured_methods = [method for method in methods if (method, "0.2", "advantage") in numbers]
+    measured_methods.sort(key=lambda method: -mean(numbers[method, "0.2", "advantage"]))
+    table = []
+    for method in measured_methods:
+        cells = [method, f"{knob_of(method)[0]} {chosen[method]:g}"]
+        for rho in ("0.2", "all"):
+            values = numbers.get((method, rho, "advantage"))
+            change = numbers.get((method, rho, "chosen_change"))
+            cells += [with_interval(values), f"{mean(change):+.1f}"] if values else ["", ""]
+        cells.append(f"{mean(numbers[method, '0.2', 'length']):.1f}")
+        table.append(cells)
+    seconds = sum(float(row["seconds"]) for row in rows if row["seconds"])
+    reference, = {row["reference"] for row in rows}
+    header = ["method", "knob", "advantage, rho 0.2", "chosen change", "advantage, natural pairs",
+              "chosen change", "length, rho 0.2"]
+    lines += [
+        f"`python experiments/zoo.py` trained {len(rows)} policies from the reference {reference}, "
+        f"in {seconds / 60:.0f} minutes of one core. Each went over 1,000 pairs twice (124 steps "
+        "of 16, where the speedrun has 320). Of three values of one knob, each method took the one "
+        "with the largest advantage on validation prompts, on pairs of another seed. The advantage "
+        "is the oracle's reward of samples for 1,000 test prompts, less the reference's, and ± is "
+        "a 95% interval over three seeds. The chosen change is in nats, on training pairs. At rho "
+        "0.2 the shorter response is preferred in 80% of the pairs, although the oracle likes "
+        "longer ones. [dev/LOG.md](../dev/LOG.md) has the questions that were written down before, "
+        "and the answers; [runs.csv](../results/zoo/runs.csv) has every run.", "",
+        markdown_table(header, table), ""]
+    return "\n".join(lines)
+
+
+def page(methods, knob_of, rows, chosen):
+    """Returns the text of docs/losses.md."""
+    return "\n".join([INTRODUCTION, catalogue(), PROPERTIES, property_table(), READING,
+                      TRL + trl_table(), measured(methods, knob_of, rows, chosen)])
+
+
+def draw():
+    """Draws each loss and its slope over h, a panel each."""
+    names = [*PREFERENCE_LOSSES, *zoo.ZOO]
+    h = torch.linspace(-6, 6, 241, dtype=torch.float64)
+    fig, axes = pyplot().subplots(-(-len(names) // 6), 6, figsize=(11, 10.5),
+                                  layout="constrained")
+    for name, ax in zip(names, axes.flat):
+        value = along(name, h).numpy()
+        height = min(value.max() - value.min(), 12.0)
+        ax.plot(h, value - value.min(), color="#2a6099")
+        ax.plot(h, slopes(name, h).numpy(), color="#c0561f", linewidth=0.9)
+        ax.axvline(0, color="#8a8a8a", linestyle=":", linewidth=0.7)
+        ax.axhline(0, color="black", linewidth=0.5)
+        ax.set(title=name, ylim=(-0.5 * height, 1.05 * height))
+        ax.tick_params(labelsize=6)
+    for ax in np.ravel(axes)[len(names):]:
+        ax.axis("off")
+    save(fig, FIGURE, "losses.png")
+
+
+def write_page(methods, knob_of, rows, chosen):
+    """Writes the page and its figure."""
+    os.makedirs(FIGURE, exist_ok=True)
+    draw()
+    with open(PAGE, "w", encoding="utf-8") as file:
+        file.write(page(methods, knob_of, rows, chosen))
+    print(f"written: {os.path.relpath(PAGE)}, {os.path.relpath(FIGURE)}/losses.png")

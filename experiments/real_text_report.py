@@ -1,0 +1,189 @@
+"""Tables and the figure of experiments/real_text.py, from its CSV files."""
+import os
+import sys
+from statistics import mean
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import numpy as np
+
+from experiments import figure2
+from support.flags import InputError
+from support.report import markdown_table, pyplot, save
+
+METHODS = {         # loss, reward models of the cell, flags
+    "p-dpo": ("p-dpo", None, []),
+    "dpo": ("dpo", None, []),
+    "ipo": ("ipo", None, []),
+    "d-dpo": ("d-dpo", "rm", []),
+    "dp-dpo": ("dp-dpo", "rm", []),
+    "e-dpo": ("e-dpo", "rms", []),
+    "mean": ("dp-dpo", "rms", []),              # of the family, in the place of the minimum
+    "balanced": ("dpo", None, ["--rho=0.5"]),   # DPO on the cell's largest balanced subset,
+    "member": ("dp-dpo", "rms/0.5", []),        # and the reward model that was trained on it
+}
+JUDGES = {"oracle": "oracle", "second": "second oracle", "rouge": "ROUGE-L"}
+JUDGE_COLUMNS = ["run", "rho", "seed", "model", "human_pairs", "human_accuracy", "human_95",
+                 "human_longer", "human_length_correlation", "oracle_pairs", "oracle_accuracy",
+                 "oracle_95", "oracle_longer", "oracle_length_correlation", "commit", "reference"]
+
+
+def cells(rows, purpose="run"):
+    """{(rho, method): rows of all seeds}, in the order of METHODS."""
+    of_cell = {}
+    for rho in dict.fromkeys(row["rho"] for row in rows if row["purpose"] == purpose):
+        for method in METHODS:
+            runs = [row for row in rows if row["purpose"] == purpose
+                    and (row["rho"], row["method"]) == (rho, method)]
+            if runs:
+                of_cell[rho, method] = sorted(runs, key=lambda row: row["seed"])
+    return of_cell
+
+
+def column(rows, name):
+    return [float(row[name]) for row in rows]
+
+
+def method_table(rows):
+    """Markdown: each method's advantages over the reference, and what else was measured."""
+    header = ["rho", "policy", "seeds", *[f"advantage, {label}" for label in JUDGES.values()],
+              "length", "unended", "KL(pi ‖ ref)", "chosen change", "rejected change"]
+    lines = []
+    for row in rows:
+        if row["purpose"] == "reference" and row["run"].startswith("test/"):
+            lines.append(row)
+    first = {row["method"]: row for row in reversed(lines)}
+    table = [["", method, "", *["" if method == "sft" and name != "rouge" or not row[name]
+                                else f"{float(row[name]):+.2f}" for name in JUDGES],
+              f"{float(row['length']):.1f}", row["unended"], "", "", ""]
+             for method, row in first.items()]
+    for (rho, method), runs in cells(rows).items():
+        table.append([
+            rho, method, len(runs),
+            *[with_interval(column(runs, name), ".3f" if name == "rouge" else ".2f")
+              for name in JUDGES],
+            f"{mean(column(runs, 'length')):.1f}", f"{mean(column(runs, 'unended')):.3f}",
+            f"{mean(column(runs, 'kl_pi_ref')):.2f}",
+            f"{mean(column(runs, 'chosen_change')):+.1f}",
+            f"{mean(column(runs, 'rejected_change')):+.1f}"])
+    return markdown_table(header, table)
+
+
+def with_interval(values, form=".2f"):
+    """The mean over seeds, with its 95% interval if there are several."""
+    text = f"{mean(values):+{form}}"
+    return text + (f" ± {figure2.half_width(values):{form}}" if len(values) > 1 else "")
+
+
+def comparisons(methods):
+    """Pairs of methods that the plan compares."""
+    pairs = [("e-dpo", other) for other in METHODS if other != "e-dpo"]
+    pairs += [("balanced", "dpo"), ("mean", "dpo"), ("mean", "balanced"), ("mean", "member")]
+    return [pair for pair in pairs if set(pair) <= set(methods)]
+
+
+def comparison_table(rows, by_prompt):
+    """Markdown: one method minus another by each judge; p over seeds, where there are several; and
+    in how many seeds a paired test over prompts sees the difference, in which direction."""
+    table = []
+    of_cell = cells(rows)
+    for rho in dict.fromkeys(rho for rho, _ in of_cell):
+        methods = [method for its_rho, method in of_cell if its_rho == rho]
+        for first, second in comparisons(methods):
+            pairs = [(a, b) for a in of_cell[rho, first] for b in of_cell[rho, second]
+                     if a["seed"] == b["seed"]]
+            line = [rho, f"{first} minus {second}"]
+            for name in JUDGES:
+                form = ".3f" if name == "rouge" else ".2f"
+                values = [float(a[name]) - float(b[name]) for a, b in pairs]
+                p = figure2.t_p_value(values)
+                text = with_interval(values, form) + ("" if np.isnan(p) else f" (p {p:.2g})")
+                within = [np.subtract(by_prompt[a["run"]][name], by_prompt[b["run"]][name])
+                          for a, b in pairs]
+                seen = [np.sign(d.mean()) for d in within if figure2.t_p_value(list(d)) < 0.05]
+                line.append(f"{text}; {seen.count(1)} up, {seen.count(-1)} down")
+            table.append(line)
+    return markdown_table(["rho", "difference", *JUDGES.values()], table)
+
+
+def collapse_table(rows):
+    """Markdown: changes of the training pairs' log-probs after the last step, at the chosen beta
+    and, in more steps, at a tenth of it."""
+    table = []
+    usual = cells(rows)
+    for (rho, method), long_runs in cells(rows, "collapse").items():
+        for what, runs in (("chosen", usual.get((rho, method), [])), ("a tenth", long_runs)):
+            if runs:
+                table.append([method, what, runs[0]["value"], runs[0]["max_steps"], *[
+                    with_interval(column(runs, name), ".1f")
+                    for name in ("last_chosen_change", "last_rejected_change")],
+                    with_interval(column(runs, "oracle"))])
+    return markdown_table(["loss", "beta or tau", "", "steps", "chosen change", "rejected change",
+                           "advantage, oracle"], table)
+
+
+def judge_table(rows):
+    """Markdown: accuracy of the oracles and of reward models, the mean over seeds."""
+    table = []
+    for rho, model in dict.fromkeys((row["rho"], row["model"]) for row in rows):
+        runs = [row for row in rows if (row["rho"], row["model"]) == (rho, model)]
+        numbers = {name: mean(column(runs, name)) for name in JUDGE_COLUMNS[4:-2]}
+        table.append([rho, model, f"{numbers['human_accuracy']:.2f} ± {numbers['human_95']:.2f}",
+                      f"{numbers['human_longer']:.2f}",
+                      f"{numbers['human_length_correlation']:+.2f}",
+                      f"{numbers['oracle_accuracy']:.2f}", f"{numbers['oracle_longer']:.2f}",
+                      f"{numbers['oracle_length_correlation']:+.2f}"])
+    return markdown_table(
+        ["rho", "reward model", "right on human pairs", "the longer one is", "margin and length",
+         "right on sampled pairs", "the longer one is", "margin and length"], table)
+
+
+def figure(rows, folder):
+    """Two panels: advantage by both oracles, and mean length; a point for each method and rho."""
+    of_cell = cells(rows)
+    methods = [method for method in METHODS if any(method == name for _, name in of_cell)]
+    rhos = list(dict.fromkeys(rho for rho, _ in of_cell))
+    fig, axes = pyplot().subplots(1, 2, figsize=(9, 0.6 + 0.45 * len(methods)), sharey=True,
+                                  layout="constrained")
+    for i, rho in enumerate(rhos):
+        for name, filled in (("oracle", True), ("second", False)):
+            y = [j + 0.2 * i + 0.1 * (not filled) for j, method in enumerate(methods)
+                 if (rho, method) in of_cell]
+            shown = [of_cell[rho, method] for method in methods if (rho, method) in of_cell]
+            axes[0].errorbar(
+                [mean(column(runs, name)) for runs in shown], y, fmt="o", markersize=4,
+                xerr=[figure2.half_width(column(runs, name)) for runs in shown], color=f"C{i}",
+                markerfacecolor=f"C{i}" if filled else "white", linewidth=0.8,
+                label=f"{JUDGES[name]}, rho {rho}")
+        axes[1].errorbar(
+            [mean(column(runs, "length")) for runs in shown], [j - 0.1 for j in y], fmt="o",
+            markersize=4, xerr=[figure2.half_width(column(runs, "length")) for runs in shown],
+            color=f"C{i}", linewidth=0.8, label=f"rho {rho}")
+    for method, style in (("sft", "-"), ("authors", ":")):
+        lengths = [float(row["length"]) for row in rows if row["purpose"] == "reference"
+                   and row["method"] == method and row["run"].startswith("test/")]
+        if lengths:
+            axes[1].axvline(mean(lengths), color="black", linestyle=style, linewidth=0.8,
+                            label=method)
+    axes[0].axvline(0, color="black", linewidth=0.8)
+    axes[0].set_yticks(range(len(methods)), methods)
+    axes[0].invert_yaxis()
+    axes[0].set_xlabel("advantage over the reference (SFT), 95% intervals over seeds")
+    axes[1].set_xlabel("mean length of a summary, tokens")
+    for ax in axes:
+        ax.legend(frameon=False, fontsize=7)
+    save(fig, folder, "real_text.png")
+
+
+def draw(results):
+    """Prints the tables of what is in a folder of results, and draws its figure there. InputError
+    if there are no runs."""
+    rows = figure2.read_rows(f"{results}/runs.csv")
+    if not cells(rows):
+        raise InputError(f"--results: there are no runs in {results}/runs.csv")
+    by_prompt = {row["run"]: {judge: np.array(row[judge].split(), float) for judge in JUDGES}
+                 for row in figure2.read_rows(f"{results}/by_prompt.csv")}
+    for table in (method_table(rows), comparison_table(rows, by_prompt), collapse_table(rows),
+                  judge_table(figure2.read_rows(f"{results}/judges.csv"))):
+        print(f"\n{table}")
+    figure(rows, results)

@@ -1,0 +1,116 @@
+"""LoRA: leaves a model's weights as they are, and trains a small correction of each linear layer.
+
+A layer computes x W'. With a LoRA adapter it computes x W' + 2 (x A') B', where A is (rank, in) and
+B is (out, rank): two thin matrices, whose product B A is a change of W that has a low rank. They
+have a hundredth of W's numbers, and only numbers that are trained need a gradient, AdamW's moments
+and a place in the saved run. B starts at zero, so that step 0 computes what the model did before.
+
+From "LoRA: Low-Rank Adaptation of Large Language Models" (Hu et al., 2021). In PEFT's words, the 2
+is alpha / r: alpha is twice the rank.
+"""
+import copy
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from support.adapters import base_of, read_adapter
+from support.flags import InputError
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer with another one's weight and bias, and a correction. A: (rank, in), B: (out,
+    rank)."""
+    scale = 2       # of the correction
+
+    def __init__(self, linear, A, B):
+        super().__init__(linear.in_features, linear.out_features, device="meta")    # no numbers yet
+        self.weight, self.bias = linear.weight, linear.bias
+        self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
+
+    def forward(self, x):
+        few = self.scale * F.linear(x.flatten(0, -2), self.lora_A)      # (R, rank)
+        y = F.linear(x.flatten(0, -2), self.weight, self.bias)          # (R, out)
+        y.addmm_(few, self.lora_B.t().to(y.dtype))      # in place: saves an array and two passes
+        return y.unflatten(0, x.shape[:-1])                             # (..., out)
+
+    def merged(self):
+        """Returns a plain linear layer that computes the same. This one is not changed."""
+        linear = nn.Linear(self.in_features, self.out_features, device="meta")
+        change = self.scale * self.lora_B @ self.lora_A                      # (out, in)
+        linear.weight, linear.bias = nn.Parameter((self.weight + change).detach()), self.bias
+        return linear
+
+
+def linear_layers(model):
+    """Returns [(name, layer)] of the layers that get a correction: the transformer's linear ones.
+    """
+    return [(name, layer) for name, layer in model.named_modules()
+            if name.startswith("transformer.") and isinstance(layer, nn.Linear)]
+
+
+def add_lora(model, rank, base, seed=0):
+    """Freezes a model (GPT or RewardModel) and gives every linear layer of its transformer a
+    correction, which is zero at first. A reward model's head is trained too.
+
+    base: the folder or hub name of the model, for whoever loads the adapter. seed: of A, drawn as
+    nn.Linear draws its weight. If the model has an adapter already, that one is trained on.
+    InputError if it has another rank, or not all layers.
+    """
+    if model.lora_base is not None:
+        ranks = {len(getattr(layer, "lora_A", ())) for _, layer in linear_layers(model)}
+        if ranks != {rank}:
+            raise InputError(f"--lora={rank}: the adapter of --init_from has not this rank in all "
+                             f"layers (but {', '.join(map(str, sorted(ranks)))}); without --lora "
+                             "it is merged, and the whole model is trained")
+        return
+    generator = torch.Generator().manual_seed(seed)
+    corrections = {}
+    for name, layer in linear_layers(model):
+        A = torch.empty(rank, layer.in_features)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
+        corrections[name] = A, torch.zeros(layer.out_features, rank)
+    put_lora(model, corrections, base)
+
+
+def put_lora(model, corrections, base):
+    """Freezes a model, but for a reward model's head, and gives its linear layers the corrections
+    {layer: (A, B)}, which are trainable. base: see add_lora."""
+    model.requires_grad_(False)
+    for name, (A, B) in corrections.items():
+        linear = model.get_submodule(name)
+        model.set_submodule(name, LoRALinear(linear, A.to(linear.weight), B.to(linear.weight)))
+    if hasattr(model, "score"):
+        model.score.requires_grad_(True)
+    model.lora_base = base
+
+
+def load_lora(model, folder):
+    """Gives a model the adapter that is in a folder, if there is one; its own weights are those
+    that the adapter belongs to. InputError says what is wrong with it."""
+    base = base_of(folder)
+    if base is None:
+        return
+    corrections, head = read_adapter(folder, model, linear_layers(model))
+    scale = LoRALinear.scale
+    put_lora(model, {name: (A, B / scale) for name, (A, B) in corrections.items()}, base)
+    if head is not None:
+        model.score.load_state_dict({"weight": head})
+
+
+def merge_lora(model):
+    """Adds the corrections to the weights: the model is a plain one again, and all of it can be
+    trained. A model without an adapter stays as it is."""
+    for name, layer in linear_layers(model):
+        if isinstance(layer, LoRALinear):
+            model.set_submodule(name, layer.merged())
+    model.requires_grad_(True)
+    model.lora_base = None
+
+
+def copy_around_frozen(module):
+    """Copies a module, but not its frozen weights, which both hold: one model in memory, under
+    several adapters."""
+    frozen = {id(p): p for p in module.parameters() if not p.requires_grad}
+    return copy.deepcopy(module, memo=frozen)
