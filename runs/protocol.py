@@ -21,7 +21,7 @@ import train_rm
 from data import biased_subset, get_tokenizer, longer
 from losses import PAPER, PREFERENCE_LOSSES, knobs, needs
 from support.checkpoint import read_sizes
-from support.device import device_name, end_with_parent
+from support.device import device_name
 from support.files import naming_file, read_json, write_json
 from support.flags import (
     InputError,
@@ -29,6 +29,7 @@ from support.flags import (
     check_out_dir,
     comma_separated,
     comparison_flags,
+    end_with_parent,
     first_last,
     fraction,
     fraction_or_all,

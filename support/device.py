@@ -230,13 +230,6 @@ def exit_with_the_others(number, frame):
     sys.exit(128 + number)
 
 
-def end_with_parent():
-    """Asks Linux, where it is there, for a SIGTERM when the process that started this one ends,
-    killed or not."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)          # PR_SET_PDEATHSIG
-
-
 def is_first():
     """Returns whether this process writes the files: it is the only one, or torchrun's first."""
     return RANK == 0

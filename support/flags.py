@@ -1,6 +1,7 @@
 """Reads command-line flags: their types, what is refused, and the one line that says why."""
 import argparse
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -35,6 +36,13 @@ def run_script(main):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # for the last flush
         _say_and_exit(f"{name}: error: standard output was closed", 1)
+
+
+def end_with_parent():
+    """Asks Linux, where it is there, for a SIGTERM when the process that started this one ends,
+    killed or not."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)          # PR_SET_PDEATHSIG
 
 
 def _exit_on_signal(number, frame):

@@ -44,6 +44,20 @@ def hub_cache(tmp_path_factory):
     os.environ["NANOPREF_CACHE"] = str(tmp_path_factory.mktemp("tokens"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def few_pairs():
+    """TinyTLDR's validation and test pairs are 200, not 1000, whose samples take seconds."""
+    import tinytldr
+    pair_rows = tinytldr.pair_rows
+
+    def fewer(split, n, *values, **options):
+        return pair_rows(split, n if split == "train" else min(n, 200), *values, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tinytldr, "pair_rows", fewer)
+        yield
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory, hub_cache):
     """A folder with the short runs that several tests look at: a reference policy, a reward model,

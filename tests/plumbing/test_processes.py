@@ -251,7 +251,7 @@ run_script(train_rm.main)
 """
 
 
-@pytest.mark.parametrize("killed, flags", [(0, []), (1, ["--fsdp"])])
+@pytest.mark.parametrize("killed, flags", [(0, ["--fsdp"])])
 def test_when_a_process_is_killed_the_other_says_so_and_ends(sessions, killed, flags):
     """In one line that names --resume, and with exit code 2; torchrun then says what it saw. The
     run goes on from its last saved state."""
@@ -398,7 +398,7 @@ def test_a_killed_driver_takes_its_run_with_it():
     """Whatever kills it: the run gets a SIGTERM, which it answers by saving its state."""
     run = "import time; print('begun', flush=True); time.sleep(60)"
     driver = (f"import subprocess, sys; sys.path.insert(0, {ROOT!r})\n"
-              "from support.device import end_with_parent\n"
+              "from support.flags import end_with_parent\n"
               f"subprocess.run([sys.executable, '-c', {run!r}], preexec_fn=end_with_parent)")
     with subprocess.Popen([sys.executable, "-c", driver], stdout=subprocess.PIPE) as process:
         process.stdout.readline()
