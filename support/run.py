@@ -132,9 +132,11 @@ class Run:
             self.window = []
             if self.bar.disable and time.time() > self.printed + 30:       # there is no terminal
                 self._print(step + 1, {})
-        if PROCESSES == 1 or logs:          # several have to talk about it, which takes time
-            if add_up({"stop": self.stop_signal is not None})["stop"]:
-                self._stop(step + 1)
+        told = self.stop_signal is not None
+        if PROCESSES > 1:       # they have to talk about it, which takes time
+            told = logs and add_up({"told": told})["told"] > 0
+        if told:
+            self._stop(step + 1)
 
     def _numbers_of_window(self):
         """Returns what was watched in each step since the last line of metrics.jsonl, [{name:

@@ -926,7 +926,7 @@ def test_mps_is_for_who_asks_and_has_a_torch_that_computes_right_there(monkeypat
 @pytest.mark.parametrize("device, fused", [("cpu", True), ("cuda", True), ("mps", False),
                                            ("xla", False)])
 def test_where_all_parameters_are_updated_by_a_single_kernel(monkeypatch, device, fused):
-    parameter = SimpleNamespace(device=SimpleNamespace(type=device))
+    parameter = SimpleNamespace(device=SimpleNamespace(type=device), requires_grad=True)
     monkeypatch.setattr(torch.optim, "AdamW", lambda *arguments, **options: options["fused"])
     assert adamw(SimpleNamespace(parameters=lambda: iter([parameter])), 0.25) is fused
 
