@@ -42,7 +42,7 @@ def mean_logps(logps, lengths):
 def hinge(logps, ref_logps, beta=1.0):
     """Computes max(0, 1 - beta h).
 
-    A pair stops to count once its margin is 1 / beta, as in a support vector machine.
+    A pair stops counting once its margin is 1 / beta, as in a support vector machine.
 
     SLiC: Zhao et al. (2023), arXiv 2305.10425, Sec. 2; on log-ratios as in RSO, arXiv 2309.06657.
     """
@@ -288,8 +288,8 @@ def aot(logps, ref_logps, beta=1.0):
 def aot_unpaired(logps, ref_logps, beta=1.0):
     """Computes -log sigma(beta (u - v)), where u, v of a batch are sorted, then subtracted.
 
-    As above for responses that are no pairs: the k-th best chosen one is compared with the k-th
-    best rejected one, whatever their prompts.
+    Optimal transport without pairs: the k-th best chosen response is compared with the k-th best
+    rejected one, whatever their prompts.
 
     AOT, unpaired: Melnyk et al. (2024), arXiv 2406.05882, Sec. 3, in the batch as it comes.
     """
@@ -306,7 +306,7 @@ def ln_dpo(logps, ref_logps, lengths, beta=10.0):
 
     Length-normalised DPO: log-ratios per token, so a long response gains nothing by its length.
 
-    Tulu 3: Lambert et al. (2024), arXiv 2411.15124, Sec. 5.
+    Tulu 3: Lambert et al. (2024), arXiv 2411.15124, length-normalized DPO.
     """
     return dpo(logps / lengths, ref_logps / lengths, beta)
 
@@ -317,7 +317,7 @@ def r_dpo(logps, ref_logps, lengths, beta=1.0, per_token=0.05):
     A length penalty taken out of the reward: where the longer response was chosen, its length
     explains part of the label, and the policy has less to learn.
 
-    R-DPO: Park et al. (2024), arXiv 2403.19159, Sec. 4 (per_token is their alpha).
+    R-DPO: Park et al. (2024), arXiv 2403.19159 (per_token is their alpha).
     """
     longer_by = reward_margin(lengths)
     return -F.logsigmoid(beta * log_ratio_margin(logps, ref_logps) + per_token * longer_by)
@@ -355,7 +355,7 @@ def cpo(logps, beta=1.0, weight=1.0):
 
     DPO with a uniform reference, which then drops out, and supervised fine-tuning to stay in place.
 
-    CPO: Xu et al. (2024), arXiv 2401.08417, Eqs. 3 to 5, where the weight is 1.
+    CPO: Xu et al. (2024), arXiv 2401.08417, Eq. 3 and the term after it, with weight 1.
     """
     return -F.logsigmoid(beta * reward_margin(logps)) - weight * logps[:, 0]
 
@@ -375,7 +375,7 @@ def rrhf(logps, lengths, weight=0.1):
 
     Rank responses by their mean log-prob as people do, without a margin, and imitate the best one.
 
-    RRHF: Yuan et al. (2023), arXiv 2304.05302, Eqs. 2 to 4, where the weight is 1.
+    RRHF: Yuan et al. (2023), arXiv 2304.05302, Sec. 3, where the weight is 1.
     """
     chosen, rejected = mean_logps(logps, lengths)
     return F.relu(rejected - chosen) - weight * logps[:, 0]
@@ -390,7 +390,7 @@ def odpo(logps, ref_logps, rewards, beta=1.0, offset=1.0):
     DPO that asks for a wider margin where the chosen response is better by more. In the paper the
     difference goes through an increasing function, often the logarithm; here it is as it is.
 
-    ODPO: Amini et al. (2024), arXiv 2402.10571, Sec. 3 (offset is their alpha).
+    ODPO: Amini et al. (2024), arXiv 2402.10571 (offset is their alpha).
     """
     gap = reward_margin(rewards.mean(dim=2))
     return -F.logsigmoid(beta * log_ratio_margin(logps, ref_logps) - offset * gap)

@@ -59,12 +59,10 @@ def parse_flags(argv):
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     args = parser.parse_args(argv)
     args.dtype = "float32"
-    for flag, known in (("models", [*MODELS, "real"]), ("only", CHECKS)):
+    for flag, choices in (("models", [*MODELS, "real"]), ("only", CHECKS)):
         for name in getattr(args, flag):
-            if name not in known:
-                raise InputError(f"--{flag}: {name!r} is none of {', '.join(known)}")
-    if "real" in args.models and not os.environ.get(REAL):
-        raise InputError(f"--models=real: {REAL} names no folder")
+            if name not in choices:
+                raise InputError(f"--{flag}: {name!r} is none of {', '.join(choices)}")
     return args
 
 
@@ -84,6 +82,8 @@ def random_model(config):
 def model_named(name):
     """A GPT in float32, on the CPU."""
     if name == "real":
+        if not os.environ.get(REAL):
+            raise InputError(f"--models=real: the variable {REAL} names no folder")
         return GPT.from_pretrained(os.environ[REAL]).float().eval()
     return random_model(GPTConfig(**MODELS[name]))
 
@@ -126,7 +126,7 @@ class Pair:
         self.dataset = made_up_rows(self.cpu, np.random.default_rng(args.seed))
         self.generator = torch.Generator().manual_seed(args.seed)
 
-    def both(self):
+    def copies(self):
         return ((self.cpu, torch.device("cpu")), (self.there, self.device))
 
 
@@ -164,7 +164,7 @@ def response_logps(pair):
     """Log-probs of responses, in float32 and in bfloat16."""
     logps = []
     with torch.no_grad():
-        for model, device in pair.both():
+        for model, device in pair.copies():
             logps.append(model(pair.dataset.batch(range(N_ROWS)).to(device)).cpu())
         batch = pair.dataset.batch(range(N_ROWS)).to(pair.device)
         with torch.autocast(pair.device.type, dtype=torch.bfloat16):
@@ -194,7 +194,7 @@ def losses_and_gradients(pair):
     """One backward pass of every loss."""
     for task in LOSSES:
         dataset, values, grads = rows_for(task, pair.dataset), [], []
-        for model, device in pair.both():
+        for model, device in pair.copies():
             loss = policy_loss(model, task, dataset, device)
             loss.backward()
             values.append(loss)
@@ -206,7 +206,7 @@ def losses_and_gradients(pair):
 def optimizer_steps(pair):
     """Three steps of e-DPO with AdamW: the losses on the way, and the log-probs after them."""
     dataset, losses, logps = rows_for("e-dpo", pair.dataset), [], []
-    for model, device in pair.both():
+    for model, device in pair.copies():
         trained = copy.deepcopy(model)
         optimizer = adamw(trained, 1e-4)
         for _ in range(3):
@@ -229,7 +229,7 @@ def generation(pair):
     ways = {"greedy": dict(temperature=0), "sampled": {}, "top_k, top_p": dict(top_k=50, top_p=0.9)}
     for name, options in ways.items():
         responses = []
-        for model, _ in pair.both():
+        for model, _ in pair.copies():
             if name != "greedy":
                 options["generator"] = pair.generator.manual_seed(0)
             responses.append(model.generate(prompts, N_NEW, **options))

@@ -4,4 +4,6 @@
 set -euo pipefail
 source "$(dirname "$0")/../runs/venv.sh" .venv-parity requirements-parity.txt
 "$venv/bin/python" -c "import transformers, trl, peft"    # without them the tests would be skipped
-"$venv/bin/python" -m pytest -q tests/plumbing/test_parity.py "$@"
+tests=tests/plumbing
+"$venv/bin/python" -m pytest -q $tests/test_parity.py $tests/test_families.py \
+    $tests/test_zoo_parity.py "$@"

@@ -26,6 +26,7 @@ import sys
 import time
 import traceback
 from concurrent.futures import FIRST_COMPLETED, wait
+from concurrent.futures.process import BrokenProcessPool
 from statistics import mean
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -48,6 +49,7 @@ from support.flags import (
     Parser,
     comma_separated,
     fraction_or_all,
+    in_a_line,
     not_negative_float,
     positive_float,
     positive_int,
@@ -664,13 +666,16 @@ def timed(function, *args):
     return result, time.time() - start, memory
 
 
-def run_jobs(args, jobs, done):
-    """Runs what is not done, --jobs at a time. A job that fails is said, and those that need it are
-    left out. Returns the names of those that are missing then."""
-    start, late = time.time(), False
-    order = list(jobs)
-    waiting = [name for name in order if name not in done]
-    running, failed = {}, []
+def run_jobs(args, jobs, done, start):
+    """Runs what is not done, --jobs at a time. A job for which the others leave no memory is tried
+    again, once. Another one that fails is said, and those that need it are left out.
+
+    jobs: see `plan`. done: names, to which those of finished jobs are added. start: when --minutes
+    began. Returns the names of those that failed, and of those that were not begun.
+    BrokenProcessPool if something has killed a worker."""
+    late = False
+    waiting = [name for name in jobs if name not in done]
+    running, failed, again = {}, [], set()
     with trials.workers(args.jobs) as pool:
         while waiting or running:
             late = late or args.minutes and time.time() - start > 60 * args.minutes
@@ -685,9 +690,17 @@ def run_jobs(args, jobs, done):
                 name = running.pop(job)
                 try:
                     result, seconds, memory = job.result()
+                except torch.OutOfMemoryError if name not in again else () as error:
+                    again.add(name)
+                    waiting.append(name)
+                    remove(f"{args.out_dir}/{name}")
+                    print(f"{name}: to be tried again: {in_a_line(error)}", flush=True)
+                    continue
+                except BrokenProcessPool:
+                    raise
                 except Exception as error:      # the others may be of use all the same
                     failed.append(name)
-                    print(f"{name} failed: {error}", flush=True)
+                    print(f"{name} failed: {in_a_line(error)}", flush=True)
                     traceback.print_exception(error)
                     continue
                 done.add(name)
@@ -904,8 +917,16 @@ def main(argv=None):
     check_settings(args)
     prepare(args)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # what workers, forked, may not use
-    jobs = plan(args)
-    failed, missing = run_jobs(args, jobs, finished_before(args))
+    jobs, start = plan(args), time.time()
+    for attempts_left in reversed(range(3)):
+        try:
+            failed, missing = run_jobs(args, jobs, finished_before(args), start)
+            break
+        except BrokenProcessPool as error:
+            print(f"{in_a_line(error)} Something killed it: too little memory for --jobs="
+                  f"{args.jobs}? All begin again where they were.", flush=True)
+            if not attempts_left:
+                raise
     draw(args.results)
     for what, names in (("failed", failed), ("left to do", missing)):
         if names:

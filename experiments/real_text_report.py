@@ -76,10 +76,11 @@ def with_interval(values, form=".2f"):
 
 
 def comparisons(methods):
-    """Pairs of methods that the plan compares."""
-    pairs = [("e-dpo", other) for other in METHODS if other != "e-dpo"]
+    """Pairs of methods that the plan compares: each with the reference, e-DPO with each, ..."""
+    pairs = [(method, "sft") for method in METHODS]
+    pairs += [("e-dpo", other) for other in METHODS if other != "e-dpo"]
     pairs += [("balanced", "dpo"), ("mean", "dpo"), ("mean", "balanced"), ("mean", "member")]
-    return [pair for pair in pairs if set(pair) <= set(methods)]
+    return [pair for pair in pairs if set(pair) <= {"sft", *methods}]
 
 
 def comparison_table(rows, by_prompt):
@@ -88,22 +89,26 @@ def comparison_table(rows, by_prompt):
     table = []
     of_cell = cells(rows)
     for rho in dict.fromkeys(rho for rho, _ in of_cell):
-        methods = [method for its_rho, method in of_cell if its_rho == rho]
-        for first, second in comparisons(methods):
-            pairs = [(a, b) for a in of_cell[rho, first] for b in of_cell[rho, second]
-                     if a["seed"] == b["seed"]]
-            line = [rho, f"{first} minus {second}"]
-            for name in JUDGES:
-                form = ".3f" if name == "rouge" else ".2f"
-                values = [float(a[name]) - float(b[name]) for a, b in pairs]
+        runs = {method: {row["seed"]: row["run"] for row in of_cell[rho, method]}
+                for its_rho, method in of_cell if its_rho == rho}
+        runs["sft"] = {row["seed"]: row["run"] for row in rows
+                       if row["run"] == f"test/{row['seed']}/sft"}
+        for first, second in comparisons(runs):
+            seeds = [seed for seed in runs[first] if seed in runs[second]]
+            line = [rho, f"{first} minus {second}", len(seeds)]
+            for name in JUDGES if seeds else ():
+                differences = [by_prompt[runs[first][seed]][name]
+                               - by_prompt[runs[second][seed]][name] for seed in seeds]
+                values = [float(difference.mean()) for difference in differences]
                 p = figure2.t_p_value(values)
-                text = with_interval(values, form) + ("" if np.isnan(p) else f" (p {p:.2g})")
-                within = [np.subtract(by_prompt[a["run"]][name], by_prompt[b["run"]][name])
-                          for a, b in pairs]
-                seen = [np.sign(d.mean()) for d in within if figure2.t_p_value(list(d)) < 0.05]
-                line.append(f"{text}; {seen.count(1)} up, {seen.count(-1)} down")
-            table.append(line)
-    return markdown_table(["rho", "difference", *JUDGES.values()], table)
+                seen = [np.sign(difference.mean()) for difference in differences
+                        if figure2.t_p_value(list(difference)) < 0.05]
+                line.append(with_interval(values, ".3f" if name == "rouge" else ".2f")
+                            + ("" if np.isnan(p) else f" (p {p:.2g})")
+                            + f"; {seen.count(1)} up, {seen.count(-1)} down")
+            if seeds:
+                table.append(line)
+    return markdown_table(["rho", "difference", "seeds", *JUDGES.values()], table)
 
 
 def collapse_table(rows):

@@ -9,7 +9,8 @@
     prompts.py          the prompts that a policy answers; prints its replies as they grow
     run.py              a run's folder: flags, metrics, state, resuming, the line on the screen
     files.py            files and folders that are written whole or not at all; JSON
-    checkpoint.py       reads and writes weights in Hugging Face's layout of each family
+    checkpoint.py       reads and writes weights in Hugging Face's layout
+    families.py         what that is for each family of models: config.json, names of weights
     tokenizer.py        reads tiktoken's and models' own tokenizers, writes tokenizer.json
     sources.py          finds the rows: a file, a folder, a data set on the hub, their splits
     oddities.py         counts what looks like a mistake in rows that can be read all the same

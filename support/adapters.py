@@ -13,9 +13,9 @@ from support.checkpoint import (
     adapter_config,
     load_state_dict,
     naming_damage,
-    parts_in_files,
 )
 from support.device import is_first, whole
+from support.families import parts_in_files
 from support.files import read_json, replacing, write_json
 from support.flags import InputError
 from support.run import run_flags

@@ -1,11 +1,8 @@
-"""Reads and writes checkpoints in Hugging Face's layout, config.json and the weights, of GPT-2 and
-the Llama family.
+"""Reads and writes checkpoints in Hugging Face's layout: config.json and the weights.
 
 Reads model.safetensors or pytorch_model.bin, whole or in several files with an index, and a ckpt.pt
-of nanoGPT; names other kinds as what they are. Writes model.safetensors. Models name their
-parameters as Hugging Face's GPT-2 does: of its files only Conv1D, which stores (in, out) where
-nn.Linear has (out, in), is turned round. Files of the Llama family have other names, and queries,
-keys and values, gate and up, one by one: tables below translate.
+of nanoGPT; names other kinds as what they are. Writes model.safetensors. What these files say and
+how they name things is in families.py.
 """
 import contextlib
 import fnmatch
@@ -13,75 +10,29 @@ import os
 import pickle
 import warnings
 import zipfile
-from dataclasses import dataclass, field
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from support.device import is_first, whole
+from support.families import (
+    HEAD,
+    TRANSPOSED,
+    config_fields,
+    field_of,
+    file_tensors,
+    join_tensors,
+    our_sizes,
+)
 from support.files import check_zip, read_json, replacing, write_json
 from support.flags import InputError, in_a_line, naming
 from support.run import MODELS, run_flags
 
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}    # torch's "approximate"
-
-# Our name of a field: that in config.json
-GPT2_FIELDS = {"block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer",
-               "n_head": "n_head", "n_embd": "n_embd", "tie_word_embeddings": "tie_word_embeddings"}
-LLAMA_FIELDS = {
-    "block_size": "max_position_embeddings", "vocab_size": "vocab_size",
-    "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size",
-    "n_kv_head": "num_key_value_heads", "head_size": "head_dim", "n_inner": "intermediate_size",
-    "norm_eps": "rms_norm_eps", "tie_word_embeddings": "tie_word_embeddings",
-    "qkv_bias": "attention_bias", "proj_bias": "attention_bias", "mlp_bias": "mlp_bias"}
-
-# What holds where config.json does not say; other fields have to be there
-LLAMA_DEFAULTS = {"num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6,
-                  "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
-                  "rope_theta": 10_000.0}
-# The only values that are supported
-GPT2_FIXED = {"layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
-              "scale_attn_by_inverse_layer_idx": False}
-LLAMA_FIXED = {"hidden_act": "silu"}
-
-LLAMA_MODULES = {       # our modules: those in the files, which are one matrix here
-    "ln_1": ["input_layernorm"], "ln_2": ["post_attention_layernorm"],
-    "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-    "attn.q_norm": ["self_attn.q_norm"], "attn.k_norm": ["self_attn.k_norm"],
-    "attn.c_proj": ["self_attn.o_proj"],
-    "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"], "mlp.c_proj": ["mlp.down_proj"]}
-OLMO2_MODULES = LLAMA_MODULES | {"ln_1": ["post_attention_layernorm"],
-                                 "ln_2": ["post_feedforward_layernorm"]}
-
-
-@dataclass
-class Family:
-    """A kind of model: how files spell it, and which switches of GPTConfig it sets."""
-    title: str                  # how the names of its classes in transformers begin
-    fields: dict = field(default_factory=lambda: LLAMA_FIELDS)
-    defaults: dict = field(default_factory=dict)        # besides LLAMA_DEFAULTS
-    fixed: dict = field(default_factory=lambda: LLAMA_FIXED)
-    modules: dict = field(default_factory=lambda: LLAMA_MODULES)
-    switches: dict = field(default_factory=dict)        # besides RMSNorm and SwiGLU
-
-
-FAMILIES = {            # by model_type in config.json
-    "gpt2": Family("GPT2", GPT2_FIELDS, {"tie_word_embeddings": True}, GPT2_FIXED, {}),
-    "llama": Family("Llama"),
-    "mistral": Family("Mistral", defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
-    "qwen2": Family("Qwen2", defaults={"num_key_value_heads": 32}, switches={"qkv_bias": True}),
-    "qwen3": Family("Qwen3", defaults={"num_key_value_heads": 32, "head_dim": 128},
-                    switches={"qk_norm": "head"}),
-    "smollm3": Family("SmolLM3", defaults={"num_key_value_heads": 4, "rope_theta": 2e6,
-                                           "tie_word_embeddings": True}),
-    "olmo2": Family("Olmo2", defaults={"rms_norm_eps": 1e-5}, modules=OLMO2_MODULES,
-                    switches={"qk_norm": "all", "norm_after": True})}
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
             "_forward_module", "base_model"}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 GIT_LFS = b"version https://git-lfs"
-EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
+EMBEDDING = "transformer.wte.weight"
 ADAPTER = "adapter_config.json"
 ONLY = {"peft_type": ("LORA",), "bias": ("none",), "use_dora": (False,), "alpha_pattern": ({},),
         "layer_replication": (None,), "lora_bias": (False,),        # the values that are supported
@@ -308,6 +259,8 @@ def our_tensors(tensors, family, of_nanogpt=False):
             parts = parts[1:]
         if parts[0] in ("wte", "wpe", "h", "ln_f"):             # saved from a bare GPT2Model
             parts = ["transformer", *parts]
+        elif parts[0] in ("embed_tokens", "layers", "norm"):
+            parts = ["model", *parts]
         our_name = ".".join(parts)
         if our_name.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")):
             continue                                            # old files have the mask, the turns
@@ -317,60 +270,8 @@ def our_tensors(tensors, family, of_nanogpt=False):
             raise ValueError(f"it has {our_name} twice, with different numbers")
         ours[our_name] = tensor
     if family != "gpt2":
-        n_layer = len({name.split(".")[1] for name in ours if name.startswith("layers.")})
-        for name, theirs in names_in_files(family, n_layer):
-            theirs = [part.removeprefix("model.") for part in theirs]
-            if all(part in ours for part in theirs):
-                ours[name] = torch.cat([ours.pop(part) for part in theirs])
+        join_tensors(ours, family)
     return ours
-
-
-def names_in_files(family, n_layer):
-    """Yields (our name, [names in files of the Llama family]) of every tensor that is not named the
-    same."""
-    for kind in ("weight", "bias"):
-        yield f"transformer.wte.{kind}", [f"model.embed_tokens.{kind}"]
-        yield f"transformer.ln_f.{kind}", [f"model.norm.{kind}"]
-        for layer in range(n_layer):
-            for module, theirs in FAMILIES[family].modules.items():
-                yield (f"transformer.h.{layer}.{module}.{kind}",
-                       [f"model.layers.{layer}.{part}.{kind}" for part in theirs])
-
-
-def rows_of_parts(config, n_parts, rows):
-    """Returns how many of the rows of a matrix belong to each of its parts in files: queries, keys
-    and values, or gate and up."""
-    size = config.head_size or config.n_embd // config.n_head
-    kv_width = (config.n_kv_head or config.n_head) * size
-    widths = {3: [config.n_head * size, kv_width, kv_width], 2: [rows // 2] * 2}
-    return widths.get(n_parts, [rows])
-
-
-def parts_in_files(model, layer):
-    """Returns the linear layers that files have in the place of one of ours, [(name, rows)]: their
-    outputs, one after another, are its own. layer: its name."""
-    config, rows = model.config, model.get_submodule(layer).out_features
-    names = dict(names_in_files(config.family, config.n_layer))
-    theirs = names.get(f"{layer}.weight", [f"{layer}.weight"])
-    theirs = [name.removesuffix(".weight") for name in theirs]
-    return list(zip(theirs, rows_of_parts(config, len(theirs), rows)))
-
-
-def file_tensors(weights, config):
-    """Returns a model's tensors, {name: tensor}, as its family's files have them."""
-    tensors = dict(weights)
-    if config.tie_word_embeddings:
-        tensors.pop(HEAD, None)
-    if config.family == "gpt2":
-        tensors = {name: tensor.t() if name.endswith(TRANSPOSED) else tensor
-                   for name, tensor in tensors.items()}
-    else:
-        for name, theirs in names_in_files(config.family, config.n_layer):
-            if name in tensors:
-                whole_tensor = tensors.pop(name)
-                parts = whole_tensor.split(rows_of_parts(config, len(theirs), len(whole_tensor)))
-                tensors |= {part: tensor.clone() for part, tensor in zip(theirs, parts)}
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def settle_head(tensors, sizes, where):
@@ -387,116 +288,6 @@ def settle_head(tensors, sizes, where):
         print(f"{where}: {HEAD} differs from {EMBEDDING}, though config.json does not say "
               "tie_word_embeddings: false; it is kept as a head of its own")
         sizes["tie_word_embeddings"] = False
-
-
-KINDS = {int: "which is not a positive whole number", float: "which is not a positive number",
-         bool: "which is neither true nor false"}
-
-
-def check_value(config, name, kind, where):
-    """Raises InputError if a field of config.json is not a positive int or float, or not a bool."""
-    value = config.get(name)
-    numbers = (int, float) if kind is float else kind
-    if isinstance(value, bool) != (kind is bool) or not isinstance(value, numbers) or (
-            kind is not bool and not value > 0):
-        raise InputError(f"{where}: config.json says {name} {value!r}, {KINDS[kind]}")
-
-
-def our_sizes(config, where, say=print):
-    """Returns the fields of GPTConfig that a config.json (a dict) means. InputError if it is not
-    that of a model as it is written here."""
-    family = config.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise InputError(f"{where}: config.json says model_type {family!r}, and only "
-                         f"{', '.join(map(repr, FAMILIES))} are supported")
-    about = FAMILIES[family]
-    if config.get("quantization_config") is not None:
-        raise InputError(f"{where}: config.json has a quantization_config: a quantised model can't "
-                         "be trained here; name the model that it was made from")
-    for name, supported in about.fixed.items():
-        if config.get(name, supported) != supported:
-            raise InputError(f"{where}: config.json says {name} {config[name]!r}, and only "
-                             f"{supported!r} is supported")
-    if config.get("reward_head", "last") not in ("last", "sum"):
-        raise InputError(f"{where}: config.json says reward_head {config['reward_head']!r}, and "
-                         "only 'last' and 'sum' are supported")
-    defaults = (LLAMA_DEFAULTS if family != "gpt2" else {}) | about.defaults
-    config = {**defaults, **{name: value for name, value in config.items() if value is not None}}
-    sizes = {"family": family, "reward_head": config.get("reward_head", "last")}
-    for ours, theirs in about.fields.items():
-        kind = {"rms_norm_eps": float, "tie_word_embeddings": bool, "attention_bias": bool,
-                "mlp_bias": bool}.get(theirs, int)
-        if config.get(theirs) is not None or theirs not in defaults:
-            check_value(config, theirs, kind, where)
-        sizes[ours] = config.get(theirs)
-    for part, of in (("n_head", "n_embd"), ("n_kv_head", "n_head")):
-        divides = sizes.get(part) is None or sizes[of] % sizes[part] == 0
-        if not divides and not (part == "n_head" and sizes.get("head_size")):
-            raise InputError(f"{where}: config.json says {about.fields[part]} {sizes[part]}, which "
-                             f"does not divide {about.fields[of]} {sizes[of]}")
-    if family == "gpt2":
-        return sizes | gpt2_sizes(config, where)
-    return sizes | llama_sizes(config, sizes, where, say)
-
-
-def gpt2_sizes(config, where):
-    """Returns the fields of GPTConfig that a GPT-2 alone sets. See our_sizes."""
-    activation = config.get("activation_function", "gelu_new")
-    if activation not in list(GELU):
-        raise InputError(f"{where}: config.json says activation_function {activation!r}, and only "
-                         "'gelu_new' and 'gelu' are supported")
-    if config.get("n_inner") not in (None, 4 * config["n_embd"]):
-        raise InputError(f"{where}: config.json says n_inner {config['n_inner']!r}, and only 4 "
-                         f"n_embd, {4 * config['n_embd']}, is supported")
-    return {"gelu": GELU[activation]}
-
-
-def llama_sizes(config, sizes, where, say):
-    """Returns the fields of GPTConfig that the Llama family alone sets. See our_sizes."""
-    family, n_layer = config["model_type"], sizes["n_layer"]
-    if (sizes["head_size"] or sizes["n_embd"] // sizes["n_head"]) % 2:
-        raise InputError(f"{where}: config.json says sizes whose heads are odd, which RoPE can't "
-                         "turn in pairs")
-    # transformers 5 writes rope_parameters; before it was rope_theta and rope_scaling
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise InputError(f"{where}: config.json says rope_scaling {rope!r}, which is not an object")
-    rope = {"rope_theta": config["rope_theta"], **rope}
-    check_value(rope, "rope_theta", float, where)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
-        raise InputError(f"{where}: config.json says rope_scaling {rope!r}, and only rope_type "
-                         "'default' and 'llama3' are supported")
-    scaling = None
-    if kind == "llama3":
-        scaling = {"rope_type": kind}
-        for name in ("factor", "low_freq_factor", "high_freq_factor",
-                     "original_max_position_embeddings"):
-            check_value(rope, name, float, f"{where}: in rope_scaling")
-            scaling[name] = rope[name]
-    own = {"norm": "rms", "mlp": "swiglu", "rope_theta": float(rope["rope_theta"]),
-           "rope_scaling": scaling}
-    if family == "smollm3":
-        every = config.get("no_rope_layer_interval", 4)
-        layers = config.get("no_rope_layers")
-        if layers is None:
-            check_value({"no_rope_layer_interval": every}, "no_rope_layer_interval", int, where)
-            layers = [int((i + 1) % every != 0) for i in range(min(n_layer, 10_000))]
-        if not isinstance(layers, list) or any(layer not in (0, 1) for layer in layers):
-            raise InputError(f"{where}: config.json says no_rope_layers {layers!r}, which is not a "
-                             "list of 0 and 1")
-        own["rope_layers"] = layers
-    sliding = family == "mistral" or config.get("use_sliding_window") is True or (
-        "sliding_attention" in (config.get("layer_types") or []))
-    if sliding and config.get("sliding_window") is not None:
-        check_value(config, "sliding_window", int, where)
-        if config["sliding_window"] < sizes["block_size"]:      # within it all is in sight
-            say(f"{where}: texts may have {config['sliding_window']} tokens, its sliding_window, "
-                f"not {sizes['block_size']}: attention that looks no farther back is not supported")
-            own["block_size"] = config["sliding_window"]
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    own["token_ids"] = {name: config[name] for name in names if name in config}
-    return own | FAMILIES[family].switches
 
 
 def check_tensors(tensors, sizes, where):
@@ -526,9 +317,8 @@ def check_tensors(tensors, sizes, where):
         actual |= {size: table.size(0), "n_embd": table.size(1)}
     for size, value in actual.items():
         if sizes[size] != value:
-            raise InputError(f"{where}: not the model of its config.json: "
-                             f"{FAMILIES[family].fields[size]} is {sizes[size]} there, {value} in "
-                             "the weights")
+            raise InputError(f"{where}: not the model of its config.json: {field_of(size, family)} "
+                             f"is {sizes[size]} there, {value} in the weights")
 
 
 def load_model(new_model, tensors, where):
@@ -561,47 +351,10 @@ def write_checkpoint(directory, model, eos_token_id):
     os.makedirs(directory, exist_ok=True)
     config, flags = model.config, run_flags(directory)
     written = {"nanopref": flags} if flags else {}
-    written |= config_fields(config, eos_token_id)
-    title = FAMILIES[config.family].title
-    if HEAD in weights:
-        written["architectures"] = [title + ("LMHeadModel" if title == "GPT2" else "ForCausalLM")]
-    elif config.reward_head == "last":
-        ends = written["eos_token_id"]
-        ends = ends if isinstance(ends, list) else [ends]
-        written |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0},
-                    "pad_token_id": next(i for i in range(len(ends) + 1) if i not in ends),
-                    "architectures": [title + "ForSequenceClassification"]}
-    else:
-        written["reward_head"] = "sum"          # which transformers does not know
+    written |= config_fields(config, weights, eos_token_id)
     write_json(os.path.join(directory, "config.json"), written, indent=2)
     with replacing(os.path.join(directory, "model.safetensors")) as temporary:
         save_file(file_tensors(weights, config), temporary, metadata={"format": "pt"})
-
-
-def config_fields(config, eos_token_id):
-    """Returns what config.json says of a GPTConfig."""
-    about = FAMILIES[config.family]
-    written = {theirs: getattr(config, ours) for ours, theirs in about.fields.items()}
-    written |= {"model_type": config.family, **about.fixed}
-    if config.family == "gpt2":
-        end = config.vocab_size - 1 if eos_token_id is None else eos_token_id
-        activation = "gelu_new" if config.gelu == "tanh" else "gelu"
-        return written | dict(n_ctx=config.block_size, activation_function=activation,
-                              resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=end,
-                              eos_token_id=end)
-    tokens = dict(config.token_ids or {})
-    ends = tokens.get("eos_token_id", config.vocab_size - 1)
-    if eos_token_id is not None and not (isinstance(ends, list) and eos_token_id in ends):
-        ends = eos_token_id
-    written |= {**tokens, "eos_token_id": ends, "rope_theta": config.rope_theta,
-                "rope_scaling": config.rope_scaling, "torch_dtype": "float32",
-                "attention_bias": config.proj_bias}
-    if config.family == "mistral":
-        written["sliding_window"] = None        # where it is not said, it is 4096
-    if config.rope_layers is not None:
-        written["no_rope_layers"] = config.rope_layers
-    return {name: value for name, value in written.items()
-            if value is not None or name in ("rope_scaling", "sliding_window")}
 
 
 # ------------------------------------------------------------------ other kinds of checkpoints

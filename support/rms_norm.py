@@ -7,8 +7,8 @@ import torch.nn.functional as F
 def rms_norm(x, weight, eps):
     """Returns x / sqrt(mean(x^2) + eps) * weight, the mean over the last dimension. x: (..., C) of
     any type, weight: (C,). Computes in float32 at least; returns x's type."""
-    if x.device.type == "cuda":         # has one kernel for it, forward and backward
-        return F.rms_norm(x, weight.shape, weight, eps)
+    if x.device.type == "cuda":         # has one kernel for it, if both are of one type
+        return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
     return RMSNorm.apply(x, weight, eps)
 
 

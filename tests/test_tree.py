@@ -598,7 +598,7 @@ def test_the_fast_head_keeps_its_arrays_until_the_backward_pass(monkeypatch):
     """One for every piece, until it has been used; none if there will be no backward pass."""
     hidden, weight, target, _ = head_inputs()
     monkeypatch.setattr(logprobs, "ROWS", 3)
-    context = SimpleNamespace()
+    context = SimpleNamespace(needs_input_grad=[True, True, False, False, False])
     logprobs.TokenLogps.forward(context, hidden, weight, target, torch.float64, True)
     assert len(context.kept) == 4
     logprobs.TokenLogps.backward(context, torch.ones(10, dtype=torch.float64))

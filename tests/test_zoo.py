@@ -12,10 +12,12 @@ import torch
 from test_losses import COLUMNS, EXTREME, M, assert_gives, h_by_hand, make_batch
 
 import losses
+import train_policy
 import zoo
 from experiments import loss_page, properties
 from experiments import zoo as runner
 from losses import PREFERENCE_LOSSES, batch_loss, knobs, needs
+from support.columns import check_step_0
 from support.flags import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -287,6 +289,30 @@ def test_a_loss_of_the_zoo_is_found_by_name(name):
         return
     assert torch.autograd.gradcheck(
         lambda logps: batch_loss(name, logps, batch, **flags_of(name)), (logps.requires_grad_(),))
+
+
+def test_flags_of_the_zoo():
+    """Each loss has its own with their defaults, and refuses those of others; a loss that distils
+    takes the rewards of out/rm."""
+    for name in zoo.ZOO:
+        args = train_policy.parse_flags([f"--loss={name}"])
+        assert {knob: getattr(args, knob) for knob in SOME} == {
+            knob: knobs(name).get(knob) for knob in SOME}
+        assert args.rewards == ("out/rm" if "rewards" in needs(name) else None)
+    with pytest.raises(InputError, match="--weight: it would be ignored: .* by --loss=dpop, rpo"):
+        train_policy.parse_flags(["--loss=dpo", "--weight=2"])
+
+
+def test_rounding_before_step_0_is_weighed_like_the_loss():
+    """DPOP multiplies what the chosen response has lost, and so its rounding, by its weight."""
+    ref_logps = torch.zeros(2, 2)
+    logps = ref_logps - torch.tensor([[1e-4, 0.0], [0.0, 0.0]])
+    before, after = [zoo.dpop(x, ref_logps, 1.0, 50.0) for x in (ref_logps, logps)]
+    args = SimpleNamespace(loss="dpop", dtype="float32", beta=1.0, gamma=None, weight=50.0)
+    check_step_0(after, before, logps, ref_logps, args)
+    args.weight = None
+    with pytest.raises(AssertionError, match="at the reference, dpop is 0.69"):
+        check_step_0(after, before, logps, ref_logps, args)
 
 
 @pytest.mark.parametrize("name", [name for name in zoo.ZOO if name != "exponential"])

@@ -10,6 +10,7 @@ import time
 from concurrent.futures import Future
 from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -287,6 +288,36 @@ def test_agreement():
     assert real_text.agreement(np.zeros(4), differences)["length_correlation"] == 0
 
 
+def test_jobs_that_fail(tmp_path, monkeypatch, capsys):
+    """One that has no memory is tried again, once, in an empty folder; after another failure the
+    jobs go on that do not need it; what was done before is not done again."""
+    monkeypatch.setattr(real_text.trials, "workers", lambda n: SerialPool())
+    monkeypatch.setattr(real_text, "finished", lambda args, name, *numbers: None)
+    (tmp_path / "full").mkdir()
+    tries = []
+
+    def job(args, name, error=None, times=9):
+        tries.append(name)
+        if error and tries.count(name) <= times:
+            assert (tmp_path / "full").exists() == (tries.count("full") < 2)
+            raise error
+
+    full = torch.OutOfMemoryError("CUDA out of memory")
+    jobs = {"before": (job, ("before",), []),
+            "full": (job, ("full", full, 1), ["before"]),
+            "never": (job, ("never", full), []),
+            "bug": (job, ("bug", KeyError("a")), []),
+            "after bug": (job, ("after bug",), ["bug", "before"]),
+            "after full": (job, ("after full",), ["full"])}
+    args = SimpleNamespace(jobs=2, minutes=None, out_dir=str(tmp_path))
+    failed, missing = real_text.run_jobs(args, jobs, {"before"}, time.time())
+    assert sorted(failed) == ["bug", "never"] and missing == ["after bug"]
+    assert sorted(tries) == ["after full", "bug", "full", "full", "never", "never"]
+    assert "full: to be tried again: CUDA out of memory" in capsys.readouterr().out
+    args.minutes = 1e-9
+    assert real_text.run_jobs(args, jobs, set(), time.time() - 1) == ([], list(jobs))
+
+
 def test_real_text_on_made_up_posts(tmp_path, monkeypatch, hub_cache, capsys):
     """All of it in small: which posts go where, a row for each run, again and nothing is done
     anew, tables and figure from what is in the files."""
@@ -345,7 +376,10 @@ class SerialPool:
 
     def submit(self, function, *args):
         future = Future()
-        future.set_result(function(*args))
+        try:
+            future.set_result(function(*args))
+        except Exception as error:
+            future.set_exception(error)
         return future
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from data import collate
 from model import GPT
 from reward import RewardModel
-from support.checkpoint import FAMILIES, our_sizes
+from support.families import FAMILIES, our_sizes
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -92,13 +92,14 @@ def test_language_models(case, tmp_path):
     assert ours.config.block_size == (CASES[case].get("sliding_window") or BLOCK)
     wanted = theirs(TOKENS).logits
     assert wanted.abs().max() > 1
-    torch.testing.assert_close(ours.logits(TOKENS), wanted, **CLOSE)
+    logits = ours.logits(TOKENS)
+    torch.testing.assert_close(logits, wanted, **CLOSE)
     again = saved_again(ours, "ForCausalLM", tmp_path / "ours")
     assert type(again) is type(theirs)
     assert torch.equal(again(TOKENS).logits, wanted)
-    one = GPT.from_pretrained(str(tmp_path / "ours"))
-    assert one.config == ours.config
-    assert all(torch.equal(*pair) for pair in zip(one.state_dict().values(),
+    read_again = GPT.from_pretrained(str(tmp_path / "ours"))
+    assert read_again.config == ours.config
+    assert all(torch.equal(*pair) for pair in zip(read_again.state_dict().values(),
                                                   ours.state_dict().values()))
 
     prompts = [TOKENS[0, :10].tolist(), TOKENS[1, :3].tolist()]
@@ -108,8 +109,11 @@ def test_language_models(case, tmp_path):
         assert response == text[0, len(prompt):].tolist()
 
     batch = collate(EXAMPLES)
-    torch.testing.assert_close(ours.response_logps(batch), separate_logps(theirs, EXAMPLES),
-                               rtol=1e-5, atol=3e-5)
+    logps, wanted_logps = ours.response_logps(batch), separate_logps(theirs, EXAMPLES)
+    torch.testing.assert_close(logps, wanted_logps, rtol=1e-5, atol=3e-5)
+    print(f"{case}: logits up to {wanted.abs().max():.1f} differ by at most "
+          f"{(logits - wanted).abs().max():.1e}, log-probs of responses (nats) by "
+          f"{(logps - wanted_logps).abs().max():.1e}")
     ours, theirs = ours.double(), theirs.double()
     torch.testing.assert_close(ours.logits(TOKENS), theirs(TOKENS).logits, **CLOSE)
 

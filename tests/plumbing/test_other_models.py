@@ -253,6 +253,139 @@ def test_a_config_with_wrong_values(folder, changes, message):
     assert message in refusal(folder)
 
 
+LLAMA = GPTConfig(20, 13, 2, 2, 16, family="llama", n_kv_head=1, n_inner=24, mlp="swiglu",
+                  norm="rms", norm_eps=0.01, qkv_bias=False, proj_bias=False, mlp_bias=False,
+                  rope_theta=100.0)
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """A saved model of the Llama family."""
+    random_model(**asdict(LLAMA)).save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+ROPE = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 10}
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"model_type": "gemma3"}, "model_type 'gemma3', and only 'gpt2', 'llama', 'mistral', 'qwen2', "
+                               "'qwen3', 'smollm3', 'olmo2' are supported"),
+    ({"hidden_act": "gelu"}, "hidden_act 'gelu', and only 'silu' is supported"),
+    ({"num_hidden_layers": "2"}, "num_hidden_layers '2', which is not a positive whole number"),
+    ({"num_key_value_heads": 0}, "num_key_value_heads 0, which is not a positive whole number"),
+    ({"num_attention_heads": 4, "num_key_value_heads": 3}, "num_key_value_heads 3, which does not "
+                                                           "divide num_attention_heads 4"),
+    ({"num_attention_heads": 3}, "num_attention_heads 3, which does not divide hidden_size 16"),
+    ({"num_attention_heads": 16}, "whose heads have an odd size"),
+    ({"rms_norm_eps": "tiny"}, "rms_norm_eps 'tiny', which is not a positive number"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps nan, which is not a positive number"),
+    ({"mlp_bias": 1}, "mlp_bias 1, which is neither true nor false"),
+    ({"rope_theta": [1]}, "rope_theta [1], which is not a positive number"),
+    ({"rope_scaling": "llama3"}, "rope_scaling 'llama3', which is not an object"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4}}, "and only the types 'default' and 'llama3'"),
+    ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters {'rope_type': 'linear'}, and"),
+    ({"rope_scaling": {**ROPE, "factor": None}}, "factor None, which is not a positive number"),
+    ({"eos_token_id": "</s>"}, "eos_token_id '</s>', which is not the number of a token"),
+    ({"quantization_config": {"bits": 4}}, "a quantised model can't be trained here"),
+    ({"num_hidden_layers": 10 ** 9}, "num_hidden_layers is 1000000000 there, 2 in the weights"),
+    ({"hidden_size": 2 * 10 ** 12}, "hidden_size is 2000000000000 there, 16 in the weights"),
+    ({"intermediate_size": 10 ** 12}, "size mismatch for transformer.h.0.mlp.c_fc.weight"),
+    ({"head_dim": 10 ** 12}, "size mismatch for transformer.h.0.attn.c_attn.weight"),
+    ({"num_key_value_heads": 2}, "size mismatch for transformer.h.0.attn.c_attn.weight"),
+    ({"attention_bias": True}, "Missing key(s) in state_dict: \"transformer.h.0.attn.c_attn.bias"),
+    ({"model_type": "smollm3", "no_rope_layers": [1]}, "which is not a 0 or 1 for each layer")])
+def test_a_config_of_the_llama_family_with_wrong_values(llama, changes, message):
+    edit_config(llama, **changes)
+    assert message in refusal(llama)
+
+
+def test_weights_of_the_llama_family_that_are_not_whole(llama):
+    tensors = tensors_of(llama)
+    without = {name: tensor for name, tensor in tensors.items() if "layers.1.mlp.up" not in name}
+    save_file(without, llama / "model.safetensors")
+    assert 'Missing key(s) in state_dict: "transformer.h.1.mlp.c_fc.weight"' in refusal(llama)
+    del without["model.embed_tokens.weight"]
+    save_file(without, llama / "model.safetensors")
+    assert "its weights have no table model.embed_tokens.weight (but " in refusal(llama)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "model.", "base_model.model."])
+def test_names_of_wrapped_models_of_the_llama_family(llama, prefix):
+    """And the turns of each layer, which old files hold."""
+    tensors = {prefix + name: tensor for name, tensor in tensors_of(llama).items()}
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, llama / "model.safetensors")
+    same_logits(llama, random_model(**asdict(LLAMA)))
+
+
+def test_both_ways_to_write_rope(llama):
+    """rope_theta and rope_scaling, and rope_parameters, as transformers 5 writes it."""
+    edit_config(llama, rope_scaling=ROPE, rope_theta=50)
+    older = GPT.from_pretrained(str(llama)).config
+    assert older.rope_theta == 50 and older.rope_scaling == ROPE
+    edit_config(llama, rope_scaling="gone", rope_theta="gone",
+                rope_parameters={**ROPE, "rope_theta": 50.0})
+    assert GPT.from_pretrained(str(llama)).config == older
+
+
+def test_a_sliding_window_is_the_longest_text(llama, capsys):
+    """Up to there a model that sees a window sees everything. It is said once, where it is so."""
+    edit_config(llama, model_type="mistral", sliding_window=30)
+    assert GPT.from_pretrained(str(llama)).config.block_size == 20
+    edit_config(llama, sliding_window="gone", max_position_embeddings=5000)
+    assert GPT.from_pretrained(str(llama)).config.block_size == 4096
+    assert read_sizes(str(llama))["block_size"] == 4096
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert "texts may have 4096 tokens, its sliding_window, not 5000: " in said
+    edit_config(llama, model_type="qwen2", sliding_window=8, use_sliding_window=False,
+                attention_bias="gone")
+    assert read_sizes(str(llama))["block_size"] == 5000
+
+
+def test_tokens_that_a_config_names_stay(llama, tmp_path):
+    """The end of a text may be several; the one that a run uses is among them, or takes their
+    place. A reward is read by transformers at the last token that is not the padding."""
+    edit_config(llama, bos_token_id=1, eos_token_id=[2, 0], pad_token_id=7)
+
+    def saved(model, eos_token_id):
+        model.save_pretrained(tmp_path / "saved", eos_token_id)
+        written = json.loads((tmp_path / "saved/config.json").read_text())
+        return [written.get(f"{name}_token_id") for name in ("bos", "eos", "pad")]
+
+    policy = GPT.from_pretrained(str(llama))
+    assert saved(policy, None) == saved(policy, 2) == [1, [2, 0], 7]
+    assert saved(policy, 5) == [1, 5, 7]
+    reward_model = RewardModel.from_policy(policy)
+    assert saved(reward_model, None) == [1, [2, 0], 1]
+    assert saved(reward_model, 5) == [1, 5, 0]
+    assert saved(random_model(**asdict(LLAMA)), None) == [None, 12, None]
+
+
+def test_weights_are_saved_in_the_type_that_they_have(llama, tmp_path):
+    """Read into float32 and saved so; half the size if the model is made bfloat16 first."""
+    model, folder = GPT.from_pretrained(str(llama)), tmp_path / "saved"
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype).save_pretrained(folder)
+        assert {tensor.dtype for tensor in tensors_of(folder).values()} == {dtype}
+        written = json.loads((folder / "config.json").read_text())
+        assert f"torch.{written['torch_dtype']}" == str(dtype)
+    again = GPT.from_pretrained(str(folder))
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.float32}
+
+
+def test_a_reward_that_transformers_reads_elsewhere(llama, capsys):
+    """A classifier that is padded with the token that ends a text."""
+    RewardModel(LLAMA).save_pretrained(llama, eos_token_id=5)
+    RewardModel.from_pretrained(str(llama))
+    assert capsys.readouterr().out == ""
+    edit_config(llama, pad_token_id=5)
+    RewardModel.from_pretrained(str(llama))
+    assert "so transformers reads a reward at the token before" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("missing", ["wte", "wpe"])
 def test_absurd_sizes_of_tables_that_are_not_there(folder, missing):
     """No model of these sizes is made."""

@@ -22,7 +22,7 @@ from lora import add_lora
 from losses import batch_loss, bradley_terry
 from model import GPT, GPTConfig
 from reward import RewardModel
-from support.checkpoint import TRANSPOSED
+from support.families import TRANSPOSED
 from support.flags import InputError
 from support.tokenizer import save_tokenizer
 from train_policy import learning_rate
