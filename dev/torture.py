@@ -140,7 +140,7 @@ def contents(folder):
     files = {}
     for parent, _, names in os.walk(folder):
         for name in names:
-            if name == "log.txt" or TEMPORARY.search(name):
+            if name == "log.txt" or TEMPORARY.search(name) or TEMPORARY.search(parent):
                 continue
             path = os.path.join(parent, name)
             with open(path, "rb") as file:

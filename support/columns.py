@@ -15,6 +15,7 @@ from support.device import (
     PROCESSES,
     add_up,
     compute,
+    computing,
     gathered,
     in_float32,
     in_shares,
@@ -22,7 +23,6 @@ from support.device import (
     new_generator,
     progress_bar,
     round_up,
-    shape_multiple,
     wait,
     whole,
 )
@@ -38,7 +38,7 @@ SOME = 16                   # rows whose log-probs are computed in float32 as we
 def score(model, dataset, desc="score"):
     """Returns model(batch) for all rows of a data set, (N, K) float32: log-probs from a policy,
     rewards from a reward model. The longest rows come first."""
-    device, multiple = next(model.parameters()).device, shape_multiple()
+    device, multiple = next(model.parameters()).device, computing.multiple
     sizes = dataset.row_lengths()
     order = np.argsort(-sizes, kind="stable")
     parts, done = [], 0

@@ -30,9 +30,10 @@ from tqdm import tqdm
 
 from support.flags import OTHERS_ENDED, InputError
 
-# The device and the precision of this process, as setup chose them
-computing = SimpleNamespace(device="cpu", dtype="float32")
-FEW_SHAPES = 128        # a shape_multiple from which on shapes are powers of two
+# What setup chose: the device and the precision of this process, and what the shapes of batches are
+# rounded up to
+computing = SimpleNamespace(device="cpu", dtype="float32", multiple=1)
+FEW_SHAPES = 128        # a multiple from which on shapes are powers of two
 
 BY_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
 RANK = int(os.environ["RANK"]) if BY_TORCHRUN else 0                # of this process, from 0
@@ -65,6 +66,11 @@ def setup(args):
         args.dtype = "bfloat16" if fast else "float32"
     args.device = name
     computing.device, computing.dtype = device.type, args.dtype
+    # torch_xla compiles a program for every shape, and so does the CPU's library for bfloat16
+    # products: a third of a step if all batches differ.
+    computing.multiple = 32 if args.dtype == "bfloat16" else 1
+    if name == "xla":
+        computing.multiple = FEW_SHAPES
     keep_memory()
     if name == "cuda":      # cuDNN's attention makes a plan for every shape, and shapes vary
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -145,15 +151,6 @@ def compiles_every_shape(device):
     """Returns whether a device compiles a program for each new shape, so that shapes should be
     few."""
     return device.type == "xla"
-
-
-def shape_multiple():
-    """Returns what batches' shapes are rounded up to. torch_xla compiles a program for every shape,
-    and so does the CPU's library for bfloat16 products (a third of a step if all batches
-    differ)."""
-    if computing.device == "xla":
-        return FEW_SHAPES
-    return 32 if computing.dtype == "bfloat16" else 1
 
 
 def round_up(n, multiple):

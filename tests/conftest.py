@@ -24,7 +24,7 @@ def computing():
     """A run that a test starts chooses a device and a precision, which the next test does not
     want."""
     from support import device
-    device.computing.device, device.computing.dtype = "cpu", "float32"
+    vars(device.computing).update(device="cpu", dtype="float32", multiple=1)
 
 
 @pytest.fixture(autouse=True)
