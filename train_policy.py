@@ -62,7 +62,7 @@ SFT = dict(                     # --loss=sft, which makes the reference policy
     max_steps=1500,             # optimizer steps
     batch_size=32,              # prompts in a step, each with its demonstrations
     lr=4e-3,                    # peak learning rate; a hundredth of it for models as wide as GPT-2
-    lora_lr=10,                 # with --lora, times this
+    lora_lr=10,                 # --lora multiplies lr by this, which has no flag of its own
     n_layer=2,                  # layers of the model from scratch,
     n_head=4,                   # its attention heads,
     n_embd=128,                 # its width,
