@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import tinytldr
-from support.device import round_up, shape_multiple
+from support.device import computing, round_up
 from support.flags import InputError
 from support.tokenizer import read_tokenizer
 from support.tokens import encode, example_lengths, reorder, select, select_file, take_rows
@@ -175,7 +175,7 @@ class Dataset:
     def batch(self, rows):
         """Returns the TreeBatch of some rows, with their columns. rows: their indices."""
         examples = [self.examples[i] for i in rows]
-        batch = collate(examples, shape_multiple())
+        batch = collate(examples, computing.multiple)
         K, S = batch.lengths.size(1), self.n_samples        # K: of these rows, not of all
         n_responses = [len(responses) - S for _, responses in examples]
         batch.pairs, batch.pair_row, batch.pair_weight = ranked_pairs(n_responses)

@@ -13,6 +13,7 @@ import numpy as np
 
 import tinytldr
 from data import Dataset, get_tokenizer, longer, preferences, relabel
+from losses import PAPER
 from model import GPT
 from reward import judge_samples, load_reward_models, mean_reward
 from support.columns import cache_folder, sample, score
@@ -69,7 +70,7 @@ def compare(policy, ref, own, of_ref, difference, temperature):
 
 def main(argv=None):
     # ---- set-up: if something is missing, you are told before the work, not after it
-    args = comparison_flags(argv, __doc__)
+    args = comparison_flags(argv, __doc__, list(PAPER))
     device = setup(args)
     with naming("--ref"):
         ref = GPT.from_pretrained(args.ref).to(device)

@@ -28,9 +28,8 @@ from support.columns import (
     score,
     with_end,
 )
-from support.device import computing
+from support.device import computing, whole
 from support.flags import naming
-from support.processes import whole
 from support.run import models_named
 from support.tokenizer import check_same_tokens, to_text
 

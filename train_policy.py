@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from data import BatchOrder, by_length, demonstrations, get_tokenizer
 from lora import add_lora, merge_lora
-from losses import batch_loss, best_member, knobs, needs
+from losses import PAPER, batch_loss, best_member, knobs, needs
 from model import GPT, GPTConfig
 from reward import (
     family_scores,
@@ -27,27 +27,36 @@ from reward import (
     reward_samples,
     training_pairs,
 )
-from support.checks import check_rounding, check_step_0, say_spread
 from support.columns import (
     cache_folder,
     cached,
+    check_rounding,
+    check_step_0,
     count_cut_off,
     hash_examples,
     hash_weights,
     key,
     sample,
+    say_spread,
     score,
 )
-from support.device import compute, place, setup, sync
+from support.device import (
+    add_up,
+    add_up_gradients,
+    compute,
+    micro_batches,
+    place,
+    setup,
+    sync,
+)
 from support.flags import InputError, run_script
-from support.processes import add_up_gradients, add_up_numbers, micro_batches
 from support.run import Run, count_parameters, print_prompt, print_reply
 from support.tokenizer import check_vocabulary, save_tokenizer, to_text
 from support.tokens import default_block_size, example_lengths, longest_sample
 from support.training_flags import policy_flags
 from zoo import all_losses
 
-# ------ the numbers of a run: each is the default of the flag with the same name
+# ------ the numbers of a run: those in lower case are defaults of the flags of the same names
 
 SFT = dict(                     # --loss=sft, which makes the reference policy
     max_steps=1500,             # optimizer steps
@@ -58,7 +67,6 @@ SFT = dict(                     # --loss=sft, which makes the reference policy
     n_head=4,                   # its attention heads,
     n_embd=128,                 # its width,
     block_size=192,             # and its longest prompt + response, in tokens
-    grad_clip=1.0,              # largest norm of the gradient
     n_eval=256,                 # rows in each evaluation
 )
 PREFERENCES = dict(             # every other loss; its beta, tau and gamma are in losses.py
@@ -69,18 +77,19 @@ PREFERENCES = dict(             # every other loss; its beta, tau and gamma are 
     rho=0.2,                    # TinyTLDR: in this fraction of the pairs the longer response wins
     n_pairs=1000,               # TinyTLDR: training pairs,
     pool=5000,                  # chosen from this many
-    kl_samples=1,               # samples from the reference for each prompt, for the KL term
     max_new_tokens=64,          # TinyTLDR: longest sample
-    grad_clip=1.0,
     n_eval=256,
 )
+GRAD_CLIP = 1.0                 # largest norm of the gradient
+KL_SAMPLES = 1                  # samples from the reference for each prompt, for the KL term
 SAMPLE_TOKENS = 64              # longest reply of those that are printed while it trains
 
 
 def parse_flags(argv=None):
     """Reads the flags of a run: an argparse.Namespace. argv: the command line's words, or None for
     the real ones. InputError for a flag that is wrong or would be ignored."""
-    return policy_flags(argv, __doc__, (SFT, PREFERENCES), all_losses(), needs, knobs)
+    losses = {name: (needs(name), knobs(name), PAPER.get(name)) for name in all_losses()}
+    return policy_flags(argv, __doc__, SFT, PREFERENCES, losses)
 
 
 def with_columns(dataset, split, policy, tokenizer, reward_models, args):
@@ -102,7 +111,7 @@ def with_columns(dataset, split, policy, tokenizer, reward_models, args):
         raise InputError(f"--rewards=scores: {args.data} has no score_chosen and score_rejected, "
                          "nor scores, in all its rows")
     if "kl" in needed:
-        prompts = [prompt.tolist() for prompt, _ in dataset.examples] * args.kl_samples
+        prompts = [prompt.tolist() for prompt, _ in dataset.examples] * KL_SAMPLES
         entry = key(weights, prompts, args.max_new_tokens, args.seed, args.dtype, args.tokenizer,
                     tokenizer.eot_token)
         samples = cached(cache, f"{split}-samples", entry, sample, policy, prompts,
@@ -186,7 +195,7 @@ def evaluate(policy, dataset, args, flags, device):
         for name, value in values.items():
             sums[name] = sums.get(name, 0) + (value / total).sum()
         sync(device)
-    return add_up_numbers({name: value.item() for name, value in sums.items()})
+    return add_up({name: value.item() for name, value in sums.items()})
 
 
 def reward_of_samples(policy, prompts, judges, tokenizer, args):
@@ -329,7 +338,7 @@ def main(argv=None):
             (losses.sum() / total).backward()                   # adds to the batch's gradient
             run.watch(total, loss=losses, **statistics(logps, batch))
         add_up_gradients(policy)                                # over all processes
-        grad_norm = clip_grad_norm_(policy.parameters(), args.grad_clip)
+        grad_norm = clip_grad_norm_(policy.parameters(), GRAD_CLIP)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.max_steps, args.lr)
         optimizer.step()

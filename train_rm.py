@@ -25,13 +25,20 @@ from losses import bradley_terry, reward_margin
 from model import GPT
 from reward import RewardModel, training_pairs
 from support.columns import hash_examples, hash_weights, key
-from support.device import compute, place, setup, sync
+from support.device import (
+    add_up,
+    add_up_gradients,
+    compute,
+    micro_batches,
+    place,
+    setup,
+    sync,
+)
 from support.flags import run_script
-from support.processes import add_up_gradients, add_up_numbers, micro_batches
 from support.run import Run, count_parameters, family_to_train
 from support.tokenizer import check_vocabulary, save_tokenizer
 from support.training_flags import reward_flags
-from train_policy import adamw, learning_rate
+from train_policy import GRAD_CLIP, adamw, learning_rate
 
 # ------ the numbers of a run: each is the default of the flag with the same name
 
@@ -43,7 +50,6 @@ NUMBERS = dict(
     rho=0.2,                    # TinyTLDR: in this fraction of the pairs the longer response wins
     n_pairs=1000,               # TinyTLDR: training pairs,
     pool=5000,                  # chosen from this many
-    grad_clip=1.0,              # largest norm of the gradient
     n_eval=256,                 # rows in each evaluation
 )
 
@@ -79,7 +85,7 @@ def evaluate(reward_model, dataset, args, device):
         for name, values in {"loss": losses, **statistics(rewards, batch)}.items():
             sums[name] = sums.get(name, 0) + (values / len(dataset)).sum()
         sync(device)
-    return add_up_numbers({name: value.item() for name, value in sums.items()})
+    return add_up({name: value.item() for name, value in sums.items()})
 
 
 def main(argv=None):
@@ -147,7 +153,7 @@ def train_one(args, policy, tokenizer, train, validation, device):
             (losses.sum() / len(rows)).backward()               # adds to the batch's gradient
             run.watch(len(rows), loss=losses, **statistics(rewards, batch))
         add_up_gradients(reward_model)                          # over all processes
-        grad_norm = clip_grad_norm_(reward_model.parameters(), args.grad_clip)
+        grad_norm = clip_grad_norm_(reward_model.parameters(), GRAD_CLIP)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.max_steps, args.lr)
         optimizer.step()

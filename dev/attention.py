@@ -25,8 +25,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from data import collate
 from dev import bench
 from model import tree_mask
-from support.device import setup, shape_multiple
-from support.flags import Parser, device_flags, positive_int, run_script, seed
+from support.device import computing, setup
+from support.flags import Parser, positive_int, run_script, seed
 
 
 def tree_blocks(branch):
@@ -58,13 +58,13 @@ def main(argv=None):
     add("--batch_size", type=positive_int, default=8)
     add("--turns", type=positive_int, default=20)
     add("--seed", type=seed, default=0)
-    device_flags(parser)
+    parser.add_shared("device", "dtype")
     args = parser.parse_args(argv)
     device = setup(args)
     prompt, response = bench.SHAPES[args.shape]
     made_up = argparse.Namespace(seed=args.seed, prompt=prompt, response=response, n_responses=1)
     examples = bench.made_up_examples(made_up, args.batch_size, vocab_size=1000)
-    batch = collate(examples, shape_multiple()).to(device)
+    batch = collate(examples, computing.multiple).to(device)
     dtype, backward = getattr(torch, args.dtype), device.type != "cpu"
     B, T = batch.branch.shape
     q, k, v = (torch.randn(B, args.n_head, T, args.head_size, device=device, dtype=dtype,

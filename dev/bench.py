@@ -52,13 +52,11 @@ from support.flags import (
     InputError,
     Parser,
     comma_separated,
-    device_flags,
     number_type,
     positive_int,
     resolve,
     run_script,
     seed,
-    skip_flag,
 )
 from support.tokens import select, tokenised_file
 from train_policy import adamw, row_terms
@@ -87,7 +85,7 @@ def parse_flags(argv):
     add = parser.add_argument
     add("--model", default="small", choices=MODELS)
     add("--data", help="preferences: a file or a hub name, instead of made-up ones")
-    skip_flag(parser)
+    parser.add_shared("skip_bad_rows")
     add("--tokenizer", help='of --data: a name, or the folder of a model that has its own, with a '
         '"/" at its end (default: gpt2)')
     add("--shape", choices=SHAPES, help="of made-up data (default: tldr)")
@@ -100,7 +98,7 @@ def parse_flags(argv):
     add("--batch_size", type=positive_int, default=8, help="rows (pairs) per step")
     add("--steps", type=positive_int, default=10, help="turns to measure, after three to warm up")
     add("--seed", type=seed, default=0)
-    device_flags(parser)
+    parser.add_shared("device", "dtype")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="use torch.compile")
     add("--gradient_checkpointing", action="store_true", help="as in train_policy.py")
     add("--lora", type=positive_int, help="train adapters of this rank, as in train_policy.py")

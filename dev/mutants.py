@@ -51,7 +51,6 @@ GROUPS = {
         "reward.py": ["RewardModel.__init__", "RewardModel.from_", "RewardModel.save_",
                       "load_reward_models", "family_scores", "training_pairs"],
         "support/run.py": [""],
-        "support/checks.py": [""],
     }, ("test_run_folder", "test_scripts", "test_training", "test_flags", "test_runs"), without=(
         "every_loss_trains", "every_loss_trains_on_rankings", "same_seed_same_bytes",
         "evaluating_more_often_changes_nothing", "file_data_end_to_end", "report",

@@ -27,6 +27,7 @@ import evaluate
 import tinytldr
 import train_policy
 import train_rm
+from support.files import TEMPORARY
 from support.flags import InputError, Parser, positive_int, run_script, seed
 
 STEPS = ["--max_steps=24", "--eval_every=8", "--batch_size=8", "--n_eval=16"]
@@ -134,11 +135,12 @@ def new_folder(root, name, inputs):
 
 
 def contents(folder):
-    """{path: bytes, or what says as much} of all files in a folder, but for the log."""
+    """{path: bytes, or what says as much} of all files in a folder, but for the log and for what a
+    kill left unfinished in a cache, which goes after a day."""
     files = {}
     for parent, _, names in os.walk(folder):
         for name in names:
-            if name == "log.txt":
+            if name == "log.txt" or TEMPORARY.search(name) or TEMPORARY.search(parent):
                 continue
             path = os.path.join(parent, name)
             with open(path, "rb") as file:

@@ -11,6 +11,7 @@ more steps: the epochs stay. One row of runs.csv is one policy.
 import argparse
 import json
 import os
+import shutil
 import sys
 from concurrent.futures import as_completed
 from statistics import mean, stdev
@@ -163,8 +164,8 @@ def quality(cell):
 
 def kl_samples(cell):
     for n in (1, 4):
-        yield n, "p-dpo", ["--gamma=0.1", f"--kl_samples={n}"]
-    yield "redrawn", "redrawn", ["--gamma=0.1", "--kl_samples=6"]
+        yield n, "p-dpo", ["--gamma=0.1", f"KL_SAMPLES={n}"]
+    yield "redrawn", "redrawn", ["--gamma=0.1", "KL_SAMPLES=6"]
 
 
 TABLES = {"members": members, "minimum": minimum, "family": family, "gamma": gamma,
@@ -178,7 +179,8 @@ def seeds_family(cell):
     for number in range(5):
         member = f"{folder}/{number}"
         if not os.path.exists(f"{member}/model.safetensors"):
-            args = train_rm.parse_flags([*cell.data, f"--out_dir={member}", "--overwrite"])
+            shutil.rmtree(member, ignore_errors=True)       # of a study that was interrupted
+            args = train_rm.parse_flags([*cell.data, f"--out_dir={member}"])
             with trials.silence():
                 train_member(args, args.seed + 100 + number)
     return folder
@@ -221,19 +223,23 @@ WITH_COLUMNS = train_policy.with_columns
 # ------ one run, and what is measured of it
 
 def run(cell, loss, flags):
-    """Trains one policy. Returns its folder, which is the same for the same run in two tables, and
-    its seconds."""
+    """Trains one policy. flags: of train_policy.py, where KL_SAMPLES=4 sets that number of its.
+    Returns its folder, which is the same for the same run in two tables, and its seconds."""
     folder = f"{cell.folder}/policies/{key(loss, flags)}"
     like = {"worst": "e-dpo", "per-batch": "e-dpo", "redrawn": "p-dpo"}
     beta = cell.betas[like.get(loss, loss)]
     LOSSES.update(OWN_LOSSES)                                           # for this run alone
     if loss == "redrawn":
         train_policy.with_columns = with_redrawn_samples
+    for flag in flags:
+        if flag.startswith("KL_SAMPLES="):
+            train_policy.KL_SAMPLES = int(flag.partition("=")[2])
+    flags = [flag for flag in flags if flag.startswith("--")]
     seconds = trials.train("train_policy", folder, f"--loss={loss}", "--select=oracle", *cell.data,
                            f"--beta={beta}", *flags)
     for name in OWN_LOSSES:
         del LOSSES[name]
-    train_policy.with_columns = WITH_COLUMNS
+    train_policy.with_columns, train_policy.KL_SAMPLES = WITH_COLUMNS, 1
     return folder, seconds
 
 

@@ -48,7 +48,6 @@ from support.flags import (
     InputError,
     Parser,
     comma_separated,
-    device_flags,
     fraction_or_all,
     in_a_line,
     not_negative_float,
@@ -134,7 +133,7 @@ def parse_flags(argv):
     add("--draw", action="store_true", help="tables and figure of what is there")
     add("--smoke", action="store_true", help="a random model and made-up posts: does all of it run "
         "on this machine?")
-    device_flags(parser)
+    parser.add_shared("device", "dtype")
     args = parser.parse_args(argv)
     for name in args.methods:
         if name not in METHODS:

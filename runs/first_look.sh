@@ -14,14 +14,16 @@ python() {
     "$venv/bin/python" "$@" "${flags[@]}"
 }
 
+rm -rf "$out"             # of an earlier look
+
 # It learns from people's summaries, which are of mixed quality. Watch the two samples: at first they
 # are noise, then words, then clauses.
-python train_policy.py --loss=sft --out_dir="$out/sft" --max_steps=600 --batch_size=16 --overwrite
+python train_policy.py --loss=sft --out_dir="$out/sft" --max_steps=600 --batch_size=16
 
 # It writes two summaries of each post. The oracle says which one is better, and DPO learns from that.
 # Watch the reward.
 python train_policy.py --loss=dpo --out_dir="$out/dpo" --init_from="$out/sft" --max_steps=100 \
-    --pool=1500 --n_pairs=600 --select=oracle --overwrite
+    --pool=1500 --n_pairs=600 --select=oracle
 
 # Both summarise 300 posts that neither was trained on. The advantage is what DPO has gained.
 python evaluate.py --out_dir="$out/report" --ref="$out/sft" --n_prompts=300 "$out/dpo"

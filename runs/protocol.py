@@ -29,20 +29,17 @@ from support.flags import (
     check_out_dir,
     comma_separated,
     comparison_flags,
-    device_flags,
+    end_with_parent,
     first_last,
     fraction,
     fraction_or_all,
     naming,
-    penalty_flag,
     positive_float,
     positive_int,
     resolve,
     run_script,
     seed,
-    skip_flag,
 )
-from support.processes import end_with_parent
 from support.tokens import select, tokenised_file
 
 SAMPLING = ("max_new_tokens", "missing_eos_penalty")
@@ -58,7 +55,7 @@ def parse_flags(argv):
     add("--sft_data", required=True, help="demonstrations: a file or a hub name (preference pairs "
         "serve too)")
     add("--out", required=True, help="folder for all runs and the report")
-    skip_flag(parser)
+    parser.add_shared("skip_bad_rows")
     add("--init_from", default="gpt2", help="what SFT starts from: a hub name, a folder in GPT-2's "
         "layout, or scratch")
     add("--labels", default="oracle", choices=["oracle", "human"], help="of the pairs that all but "
@@ -93,12 +90,12 @@ def parse_flags(argv):
     add("--micro_batch_size", type=positive_int, default=16, help="rows in one pass, everywhere")
     add("--max_new_tokens", type=positive_int, help="longest sample, in tokens (default: what 99%% "
         "of the responses need)")
-    penalty_flag(parser)
+    parser.add_shared("missing_eos_penalty")
     add("--n_prompts", type=positive_int, default=1000, help="test prompts")
     for size, default in SIZES.items():
         add(f"--{size}", type=positive_int, help=f"with --init_from=scratch (default: {default})")
     add("--seed", type=seed, default=0, help="of everything")
-    device_flags(parser)
+    parser.add_shared("device", "dtype")
     args = parser.parse_args(argv)
     args.losses = args.losses.split(",")
     for flag, values in (("--losses", args.losses), ("--seeds", args.seeds or [])):

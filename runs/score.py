@@ -23,17 +23,12 @@ from support.flags import (
     InputError,
     Parser,
     check_out_dir,
-    device_flags,
-    penalty_flag,
     positive_int,
     resolve,
     run_script,
-    skip_flag,
-    split_flag,
 )
 from support.rows import load_rows, row_texts
 from support.run import family_folders
-from support.sources import join_split
 from support.tokenizer import check_same_tokenizer, check_vocabulary, own_tokenizer
 from support.tokens import encode, fit, preparer
 
@@ -42,17 +37,14 @@ def parse_flags(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--data", required=True, help="preferences: a file, a folder or a hub name")
-    split_flag(parser)
-    skip_flag(parser)
+    parser.add_shared("skip_bad_rows")
     add("--rewards", default="out/rms", help="reward models, or folders of families, "
         "comma-separated")
     add("--out", default="out/scored.jsonl", help="the file to write")
     add("--max_new_tokens", type=positive_int, help="where the responses are samples, their "
         "longest: those with so many tokens (of the reward models) were cut off, and are counted")
-    penalty_flag(parser)
-    device_flags(parser)
+    parser.add_shared("missing_eos_penalty", "device", "dtype")
     args = parser.parse_args(argv)
-    join_split(args)
     args.seed = 0
     resolve(args, {"missing_eos_penalty": (args.max_new_tokens is not None, None,
                                            "--max_new_tokens, which tells what was cut off")})

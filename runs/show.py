@@ -12,8 +12,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 
 from data import Dataset, get_tokenizer, longer
-from support.flags import Parser, positive_int, run_script, skip_flag, split_flag
-from support.sources import join_split
+from support.flags import Parser, positive_int, run_script
 from support.tokens import random_order, select, tokenised_file
 
 PLAIN, *COLOURS = [f"\033[{code}m" for code in (0, 32, 31, 34, 35)]     # green, red, blue, purple
@@ -26,14 +25,12 @@ def parse_flags(argv):
         "hub name")
     add("--sft", action="store_true", help="read demonstrations (prompt, completion), as "
         "--loss=sft does")
-    split_flag(parser)
-    skip_flag(parser)
+    parser.add_shared("skip_bad_rows")
     add("--tokenizer", default="gpt2", help="tinytldr, a name that tiktoken knows, or "
         "the folder of a model with its own")
     add("--block_size", type=positive_int, default=1024, help="longest prompt + response, in "
         "tokens")
     args = parser.parse_args(argv)
-    join_split(args)
     return args
 
 

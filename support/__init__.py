@@ -2,12 +2,10 @@
 
     flags.py            reads command-line flags; says in one line what is wrong with them
     training_flags.py   the flags of the two training scripts
-    checks.py           what a training script checks before its first step
-    device.py           where to compute, in what precision, memory settings
-    processes.py        several processes, one for each accelerator; --fsdp
+    device.py           where to compute, in what precision; several processes, --fsdp
     logprobs.py         the log-probs of tokens, fast
     rms_norm.py         RMSNorm and its gradient, fast
-    columns.py          scores and sampled responses of a whole data set, kept on disk
+    columns.py          scores and sampled responses of a whole data set, kept on disk and checked
     prompts.py          the prompts that a policy answers; prints its replies as they grow
     run.py              a run's folder: flags, metrics, state, resuming, the line on the screen
     files.py            files and folders that are written whole or not at all; JSON

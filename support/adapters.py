@@ -14,10 +14,10 @@ from support.checkpoint import (
     load_state_dict,
     naming_damage,
 )
+from support.device import is_first, whole
 from support.families import parts_in_files
 from support.files import read_json, replacing, write_json
 from support.flags import InputError
-from support.processes import is_first, whole
 from support.run import run_flags
 
 PREFIX = "base_model.model."        # before the names of all tensors

@@ -14,6 +14,7 @@ import zipfile
 import torch
 from safetensors.torch import load_file, save_file
 
+from support.device import is_first, whole
 from support.families import (
     HEAD,
     TRANSPOSED,
@@ -25,7 +26,6 @@ from support.families import (
 )
 from support.files import check_zip, read_json, replacing, write_json
 from support.flags import InputError, in_a_line, naming
-from support.processes import is_first, whole
 from support.run import MODELS, run_flags
 
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",

@@ -1,5 +1,6 @@
 """Computes columns of a data set, what a model says of each row: scores, and sampled responses.
-Keeps what is constant on disk, in files named by what it depends on."""
+Keeps what is constant on disk, in files named by what it depends on. Checks a column before the
+first step: cheap, and it catches most mistakes."""
 import hashlib
 import json
 import os
@@ -9,49 +10,56 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from support.device import FEW_SHAPES, compute, new_generator, round_up, shape_multiple
-from support.files import remove_leftovers, replacing
-from support.flags import InputError
-from support.processes import (
+from support.device import (
+    FEW_SHAPES,
+    PROCESSES,
     add_up,
-    first_says,
+    compute,
+    computing,
     gathered,
+    in_float32,
     in_shares,
     is_first,
+    new_generator,
     progress_bar,
-    share_in_step,
+    round_up,
     wait,
     whole,
 )
+from support.files import remove_leftovers, replacing
+from support.flags import InputError
 
 TOKENS_PER_BATCH, PROMPTS_PER_STREAM = 16_384, 1024
 MANY_CUT_OFF = 0.05         # a larger share of samples without an end is worth a warning
+SOME = 16                   # rows whose log-probs are computed in float32 as well
 
 
 @torch.no_grad()
 def score(model, dataset, desc="score"):
     """Returns model(batch) for all rows of a data set, (N, K) float32: log-probs from a policy,
     rewards from a reward model. The longest rows come first."""
-    device, multiple = next(model.parameters()).device, shape_multiple()
+    device, multiple = next(model.parameters()).device, computing.multiple
     sizes = dataset.row_lengths()
     order = np.argsort(-sizes, kind="stable")
-    scores = np.zeros(dataset.response_lengths().shape, np.float32)         # (N, K)
-    done = 0
-    batches = []
+    parts, done = [], 0
     while done < len(order):
         n = max(1, TOKENS_PER_BATCH // round_up(sizes[order[done]], multiple))
-        batches.append((n, order[done:done + n]))
+        rows = order[done:done + n]
+        parts.append(np.resize(rows, n) if multiple >= FEW_SHAPES else rows)    # repeats rows
         done += n
-    with progress_bar(total=len(batches), desc=desc) as bar:
-        for (n, rows), mine in share_in_step(batches):
-            same_n = multiple >= FEW_SHAPES     # repeat rows rather than have fewer
-            batch = dataset.batch(np.resize(rows, n) if same_n else rows).to(device)
-            with compute():
-                values = model(batch).float().cpu().numpy()[:len(rows)]
-            if mine:        # as many columns as this batch has responses, at most K
-                scores[rows, :values.shape[1]] = values
-            bar.update()
-    return add_up(scores)
+
+    def score_rows(rows):
+        batch = dataset.batch(rows).to(device)
+        with compute():
+            values = model(batch).float().cpu().numpy()
+        bar.update()
+        return values
+
+    scores = np.zeros(dataset.response_lengths().shape, np.float32)         # (N, K)
+    with progress_bar(total=len(parts), desc=desc) as bar:
+        for rows, values in zip(parts, in_shares(score_rows, parts)):
+            scores[rows, :values.shape[1]] = values     # as many columns as these rows' responses
+    return scores
 
 
 def sample(model, prompts, max_new_tokens, stop, seed, temperature=1.0, desc="sample"):
@@ -76,7 +84,7 @@ def sample(model, prompts, max_new_tokens, stop, seed, temperature=1.0, desc="sa
         return responses
 
     with progress_bar(total=len(prompts), desc=desc) as bar, compute():
-        return in_shares(sample_part, parts)
+        return [response for responses in in_shares(sample_part, parts) for response in responses]
 
 
 # ------------------------------------------------------------------ samples that were cut off
@@ -128,43 +136,36 @@ def say_cut_off(name, n, max_new_tokens, n_at_limit, n_at_block_size, then):
 
 def cached(folder, name, entry, function, *args, **options):
     """Returns function(*args, **options), an array or a value that JSON can hold. Computes it once;
-    later it comes from folder/name-entry.npz. InputError if a number in it is not finite."""
+    later it comes from folder/name-entry.npz. InputError if a number in it is not finite.
+
+    If the file can't be written (the disk is full, or the folder belongs to somebody else), the
+    value will be computed again next time, which is no reason to stop.
+    """
     path = os.path.join(folder, f"{name}-{entry}.npz")
-    if is_first():
-        remove_leftovers(folder)
     value = read_value(path)
-    if first_says(value is not None):
+    if add_up({"read": value is not None})["read"] == PROCESSES:        # all decide alike
         print(f"{name}: from {path}")
         return value
     value = function(*args, **options)
+    arrays = {"array": value}
     try:
-        arrays = to_arrays(value)
+        if not isinstance(value, np.ndarray):
+            text = json.dumps(value, allow_nan=False)
+            arrays = {"json": np.frombuffer(text.encode(), np.uint8)}
+        elif not np.isfinite(value).all():
+            raise ValueError
     except ValueError as error:
         raise InputError(f"{name}: the model gives numbers that are not finite") from error
     if is_first():
-        write_arrays(path, arrays)
+        try:
+            os.makedirs(folder, exist_ok=True)
+            remove_leftovers(folder)
+            with replacing(path) as temporary, open(temporary, "wb") as file:
+                np.savez(file, **arrays)
+        except (InputError, OSError) as error:
+            print(f"warning: not kept for the next run: {error}")
     wait()
     return value
-
-
-def to_arrays(value):
-    """Returns {kind: array} of a value to keep. ValueError if a number is not finite."""
-    if not isinstance(value, np.ndarray):
-        return {"json": np.frombuffer(json.dumps(value, allow_nan=False).encode(), np.uint8)}
-    if not np.isfinite(value).all():
-        raise ValueError
-    return {"array": value}
-
-
-def write_arrays(path, arrays):
-    """Writes arrays to a file. If that is not possible (the disk is full, or the folder belongs to
-    somebody else), they will be computed again next time, which is no reason to stop."""
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **arrays)
-    except (InputError, OSError) as error:
-        print(f"warning: not kept for the next run: {error}")
 
 
 def read_value(path):
@@ -237,3 +238,70 @@ def hash_examples(examples):
             digest.update(np.asarray(ids, np.int32).tobytes() + b"|")
         digest.update(b"\n")
     return digest.hexdigest()
+
+
+# ------------------------------------------------------------------ checks before the first step
+
+
+def check_rounding(policy, dataset, split):
+    """Compares the reference's log-probs in bfloat16, of some rows of a data set, with those of a
+    float32 forward pass, and prints by how much they differ. AssertionError if a response's differs
+    by more than 0.5 nats and 0.02 for each of its tokens, which is more than rounding does.
+
+    policy: still the reference. dataset: with its column ref_logps, (N, K). split: its name.
+    """
+    rows = np.linspace(0, len(dataset) - 1, min(SOME, len(dataset))).astype(int)
+    some = dataset.take(rows)
+    with in_float32():
+        exact = score(policy, some, desc="float32")                                 # (rows, K)
+    error = np.abs(some.ref_logps - exact)
+    if not (error <= 0.5 + 0.02 * some.response_lengths()).all():     # a nan is not
+        raise AssertionError(f"the reference's {split} log-probs in bfloat16 differ from those in "
+                             f"float32 by up to {error.max():.2g} nats; use --dtype=float32, or "
+                             "delete the cache if another version of this code has written it")
+    print(f"{split} log-probs in bfloat16: within {error.max():.1g} nats of float32, in "
+          f"{len(rows)} rows")
+
+
+def check_step_0(losses, expected, logps, ref_logps, args):
+    """Checks that before step 0 the policy is the reference: its log-probs are the cached ones, and
+    the loss is that of the reference itself. What rounding explains is let through.
+
+    losses: (P,) of the first micro-batch, as it is trained on, before the first update; expected:
+    (P,) the same with the reference in the policy's place; logps, ref_logps: (b, K).
+    """
+    change = (logps - ref_logps).abs().max().item()
+    least, relative = (1e-3, 1e-5) if args.dtype == "float32" else (0.5, 1e-3)
+    if change > least + relative * ref_logps.abs().max():
+        raise AssertionError("before step 0, the policy's log-probs differ from the reference's by "
+                             f"up to {change} nats")
+    scale = max(1, args.beta or 1, *(args.gamma or ()))
+    scale *= max(1, getattr(args, "weight", None) or 1)     # of a second term in beta * h
+    slack = 2 * scale * change + 1e-4       # of beta * h (or its square), or the KL
+    wrong = (losses - expected).abs() > (1 + expected.abs()) * slack + slack**2
+    if wrong.any():
+        raise AssertionError(f"at the reference, {args.loss} is {losses[wrong][0]:.4f}, not "
+                             f"{expected[wrong][0]:.4f}")
+    print(f"step 0: policy == reference to {change:.0e} nats, {args.loss} loss "
+          f"{losses.sum() / len(logps):.4f}")
+
+
+def say_spread(rewards, names):
+    """Prints how much each member of a family varies in its margins. A member that hardly does is
+    the nearest wherever the policy is near the reference, whatever it has learnt, and so e-DPO's
+    minimum picks it nearly everywhere: a warning.
+
+    rewards: (N, K, M) of the training rows, the best response first. names: of M reward models, or
+    none where the rewards came with the data.
+    """
+    better, worse = np.triu_indices(rewards.shape[1], k=1)
+    margins = rewards[:, better] - rewards[:, worse]                        # (N, pairs, M)
+    spread = margins.std(axis=(0, 1))                                       # (M,)
+    names = [f"{m} ({name})" for m, name in enumerate(names or ["score"] * len(spread))]
+    print("standard deviation of the margins of each reward model: "
+          + ", ".join(f"{name} {value:.3g}" for name, value in zip(names, spread)))
+    for name, value in zip(names, spread):
+        if value < np.median(spread) / 10:
+            print(f"warning: the margins of reward model {name} hardly vary, so that the minimum "
+                  "will pick it for nearly all pairs and the policy will learn little from the "
+                  "others; train it for longer, or leave it out")

@@ -1,55 +1,81 @@
-"""Decides where to compute, in what precision, and with what memory."""
+"""Decides where to compute, in what precision, and with how many processes.
+
+Several processes, one for each accelerator: torchrun --nproc_per_node=N train_policy.py ... All of
+them go through the same script and draw the same batches. Each computes its share of the rows, and
+gradients and logged sums are added up, so that a run does not depend on how many there are. The
+first one writes. Without torchrun there is one process, and nothing of this does anything. Each
+process has the whole model, or with --fsdp a part of each weight, of its gradient and of the
+optimizer's state. Files always hold whole tensors, so a run goes on with any number of processes.
+
+A process that ends takes the others with it: they say so (flags.lost_processes) and end as well.
+"""
+import atexit
 import contextlib
 import ctypes
 import functools
+import os
+import signal
+import sys
+import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
-from support.flags import InputError
-from support.processes import join, processes, shard
+from support.flags import OTHERS_ENDED, InputError
 
-# The device and the precision of this process, as setup chose them
-computing = SimpleNamespace(device="cpu", dtype="float32")
+# What setup chose: the device and the precision of this process, and what the shapes of batches are
+# rounded up to
+computing = SimpleNamespace(device="cpu", dtype="float32", multiple=1)
+FEW_SHAPES = 128        # a multiple from which on shapes are powers of two
+
+BY_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
+RANK = int(os.environ["RANK"]) if BY_TORCHRUN else 0                # of this process, from 0
+PROCESSES = int(os.environ["WORLD_SIZE"]) if BY_TORCHRUN else 1     # how many there are
+
+# tqdm's bar, which the first process shows, and only on a terminal
+progress_bar = functools.partial(tqdm, leave=False, disable=None if RANK == 0 else True)
 
 
 def setup(args):
     """Decides where this process computes, and in what precision: see `compute`. Resolves --device
-    and --dtype ("auto" in `args` is replaced), and seeds torch with --seed. Returns the
-    torch.device."""
+    and --dtype ("auto" in `args` is replaced), seeds torch with --seed, and joins the processes of
+    torchrun. Returns the torch.device. InputError if the flags ask for what there is not."""
     name = device_name(args.device)
     device = join(name)
     if name == "xla":
         import torch_xla
         device = torch_xla.device()
-    check_shares(vars(args))
+    flags = vars(args)
+    for flag in ("batch_size", "n_eval"):
+        if flags.get(flag, PROCESSES) < PROCESSES:
+            raise InputError(f"--{flag}: {flags[flag]} rows are too few for {PROCESSES} processes")
+    if flags.get("fsdp") and PROCESSES == 1:
+        raise InputError("--fsdp: it would be ignored: there is one process; start several by "
+                         "torchrun --nproc_per_node=N")
+    if flags.get("fsdp") and flags["compile"]:
+        raise InputError("--compile: not with --fsdp, whose weights come and go")
     if args.dtype == "auto":
         fast = name == "xla" or name == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
         args.dtype = "bfloat16" if fast else "float32"
     args.device = name
     computing.device, computing.dtype = device.type, args.dtype
+    # torch_xla compiles a program for every shape, and so does the CPU's library for bfloat16
+    # products: a third of a step if all batches differ.
+    computing.multiple = 32 if args.dtype == "bfloat16" else 1
+    if name == "xla":
+        computing.multiple = FEW_SHAPES
     keep_memory()
     if name == "cuda":      # cuDNN's attention makes a plan for every shape, and shapes vary
         torch.backends.cuda.enable_cudnn_sdp(False)
     torch.manual_seed(args.seed)
     return device
-
-
-def compute():
-    """Returns the context in which every model runs. With --dtype=bfloat16 the matrix products are
-    bfloat16 (torch.autocast); otherwise it changes nothing."""
-    return torch.autocast(computing.device, torch.bfloat16, enabled=computing.dtype == "bfloat16")
-
-
-@contextlib.contextmanager
-def in_float32():
-    """Computes in float32 inside the block, whatever --dtype says."""
-    dtype, computing.dtype = computing.dtype, "float32"
-    try:
-        yield
-    finally:
-        computing.dtype = dtype
 
 
 def device_name(name):
@@ -73,28 +99,28 @@ def device_name(name):
     return name
 
 
-def check_shares(flags):
-    """Raises InputError if several processes can't share the rows of a batch, or one has to
-    share."""
-    for name in ("batch_size", "n_eval"):
-        if flags.get(name, processes()) < processes():
-            raise InputError(f"--{name}: {flags[name]} rows are too few for {processes()} "
-                             "processes")
-    if flags.get("fsdp") and processes() == 1:
-        raise InputError("--fsdp: it would be ignored: there is one process; start several by "
-                         "torchrun --nproc_per_node=N")
-    if flags.get("fsdp") and flags["compile"]:
-        raise InputError("--compile: not with --fsdp, whose weights come and go")
+def compute():
+    """Returns the context in which every model runs. With --dtype=bfloat16 the matrix products are
+    bfloat16 (torch.autocast); otherwise it changes nothing."""
+    return torch.autocast(computing.device, torch.bfloat16, enabled=computing.dtype == "bfloat16")
 
 
-def keep_memory():
-    """Tells glibc to keep freed memory for the next step. Otherwise every large array is given back
-    to the system when it is freed, and comes back one page at a time, each zeroed first: a fifth of
-    a step on a CPU (dev/LOG.md)."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):   # other C libraries have no such
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2 ** 30)      # M_MMAP_THRESHOLD: take what is below 1 GiB from the heap
-        libc.mallopt(-1, -1)           # M_TRIM_THRESHOLD: never give the heap back
+@contextlib.contextmanager
+def in_float32():
+    """Computes in float32 inside the block, whatever --dtype says."""
+    dtype, computing.dtype = computing.dtype, "float32"
+    try:
+        yield
+    finally:
+        computing.dtype = dtype
+
+
+def place(model, device, args):
+    """Moves a model, which is still on the CPU, to the device; with --fsdp only this process's part
+    of it. Applies --gradient_checkpointing. Returns the model."""
+    if args.gradient_checkpointing:
+        recompute_layers(model)
+    return shard(model, device, args.dtype) if args.fsdp else model.to(device)
 
 
 def recompute_layers(model):
@@ -111,30 +137,20 @@ def recompute_layers(model):
                                                  preserve_rng_state=False)  # there is no dropout
 
 
-def place(model, device, args):
-    """Moves a model, which is still on the CPU, to the device; with --fsdp only this process's part
-    of it (processes.shard). Applies --gradient_checkpointing. Returns the model."""
-    if args.gradient_checkpointing:
-        recompute_layers(model)
-    return shard(model, device, args.dtype) if args.fsdp else model.to(device)
+def keep_memory():
+    """Tells glibc to keep freed memory for the next step. Otherwise every large array is given back
+    to the system when it is freed, and comes back one page at a time, each zeroed first: a fifth of
+    a step on a CPU (dev/LOG.md)."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):   # other C libraries have no such
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2 ** 30)      # M_MMAP_THRESHOLD: take what is below 1 GiB from the heap
+        libc.mallopt(-1, -1)           # M_TRIM_THRESHOLD: never give the heap back
 
 
 def compiles_every_shape(device):
     """Returns whether a device compiles a program for each new shape, so that shapes should be
     few."""
     return device.type == "xla"
-
-
-def shape_multiple():
-    """Returns what batches' shapes are rounded up to. torch_xla compiles a program for every shape,
-    and so does the CPU's library for bfloat16 products (a third of a step if all batches
-    differ)."""
-    if computing.device == "xla":
-        return FEW_SHAPES
-    return 32 if computing.dtype == "bfloat16" else 1
-
-
-FEW_SHAPES = 128        # from here on shapes are powers of two
 
 
 def round_up(n, multiple):
@@ -144,12 +160,6 @@ def round_up(n, multiple):
     while multiple < n:
         multiple *= 2
     return multiple
-
-
-def compiled_graphs():
-    """Returns how many graphs torch.compile has made in this process."""
-    from torch._dynamo.utils import counters
-    return counters["stats"]["unique_graphs"]
 
 
 def new_generator(device, seed):
@@ -172,3 +182,195 @@ def sync(device):
     if device.type == "xla":
         import torch_xla
         torch_xla.sync()
+
+
+# ------------------------------------------------------------------ several processes
+
+
+def join(name):
+    """Joins the processes that torchrun has started, if it has. name: the device's, "cpu" or
+    "cuda". Returns the device of this process. InputError if another program than torchrun has set
+    a process's number: it may have started several, which would not know of each other."""
+    if not BY_TORCHRUN:
+        for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            if variable in os.environ:
+                raise InputError(f"{variable} is set, but torchrun did not start this process; use "
+                                 "torchrun --nproc_per_node=N for several processes, or unset "
+                                 f"{variable} for a single one")
+        return torch.device(name)
+    if name in ("mps", "xla"):
+        raise InputError(f"--device={name}: torchrun's processes can't share one; use "
+                         "--device=cpu")
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+        atexit.register(leave)
+        signal.signal(signal.SIGTERM, exit_with_the_others)
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    if name == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(name)
+
+
+def leave():
+    """Ends the threads that talk to other processes, before Python ends: one that is left would
+    sometimes abort the process after its work is done."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def exit_with_the_others(number, frame):
+    """Handles torchrun's SIGTERM while there is nothing to save: it is told to stop, or another
+    process has ended."""
+    print(f"{os.path.basename(sys.argv[0])}: error: {OTHERS_ENDED}", file=sys.stderr)
+    sys.exit(128 + number)
+
+
+def is_first():
+    """Returns whether this process writes the files: it is the only one, or torchrun's first."""
+    return RANK == 0
+
+
+def wait():
+    """Waits until all processes are here: after the first one has written what all will read."""
+    if PROCESSES > 1:
+        dist.barrier()
+
+
+def micro_batches(rows, size):
+    """Splits this process's share of some rows, every n-th of them, into parts of at most `size`.
+    Every process has as many parts, and none is empty: a model sharded by --fsdp computes in all
+    processes at once. (Where size is 1 and one process has a row more than another, that row is in
+    a part of two.)"""
+    if PROCESSES == 1:
+        return np.split(rows, range(size, len(rows), size))
+    fewest, most = len(rows) // PROCESSES, -(-len(rows) // PROCESSES)
+    if fewest == 0:
+        raise InputError(f"--data: {len(rows)} rows are too few for {PROCESSES} processes")
+    mine, parts = rows[RANK::PROCESSES], min(-(-most // size), fewest)
+    cuts = [min(size * i, len(mine) - (parts - i)) for i in range(1, parts)]    # leave one for each
+    return np.split(mine, cuts)
+
+
+def in_shares(compute_part, parts):
+    """Computes compute_part(part) of all parts, each in one process, and returns the results in
+    order. Every process computes as often, since a model sharded by --fsdp computes in all of them
+    at once: one that has nothing left to do computes the last part again."""
+    if PROCESSES == 1:
+        return [compute_part(part) for part in parts]
+    mine = {}
+    for first in range(0, len(parts), PROCESSES):
+        number = min(first + RANK, len(parts) - 1)
+        mine[number] = compute_part(parts[number])
+    everyone = [None] * PROCESSES
+    dist.all_gather_object(everyone, mine)
+    results = {number: result for some in everyone for number, result in some.items()}
+    return [results[number] for number in range(len(parts))]
+
+
+def add_up(numbers):
+    """Sums each of {name: number} over all processes."""
+    if PROCESSES == 1:
+        return numbers
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return dict(zip(numbers, total.tolist()))
+
+
+def add_up_gradients(model):
+    """Gives every process the gradient of the whole batch: the sum over their shares."""
+    if PROCESSES == 1:
+        return
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if isinstance(parameters[0], DTensor):      # fully_shard has taken the mean
+        for p in parameters:
+            p.grad.mul_(PROCESSES)
+        return
+    flat = torch.cat([p.grad.flatten() for p in parameters])
+    dist.all_reduce(flat)
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+        p.grad.copy_(part.view_as(p))
+
+
+# ------------------------------------------------------------------ --fsdp
+
+
+def shard(model, device, dtype):
+    """Splits a model's weights over the processes, by PyTorch's fully_shard: a layer's weights are
+    put together before it computes and dropped after it, so that a model may be too large for one
+    device. Returns the model.
+
+    model: still on the CPU, with its layers in transformer.h, each with the parts attn and mlp.
+    What else it has, such as the embeddings and the head, is put together for as long as the model
+    computes; between passes its parameters are all parts, as the optimizer needs them. All
+    processes have to compute at the same moment: each runs as many forward and backward passes
+    (`micro_batches`, `in_shares`). dtype: of the matrix products.
+    """
+    # fully_shard warns of modules that return views: nothing here changes one in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+    mesh = init_device_mesh(device.type, (PROCESSES,))
+    kind = MixedPrecisionPolicy()
+    if dtype == "bfloat16":             # what autocast computes, but it would keep whole copies,
+        kind = MixedPrecisionPolicy(torch.bfloat16, torch.float32)      # and twice as much travels
+    for layer in model.transformer.h:
+        fully_shard(layer.attn, mesh=mesh, mp_policy=kind)
+        fully_shard(layer.mlp, mesh=mesh, mp_policy=kind)
+    return fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+
+def whole(state, keep=True):
+    """Returns nested dictionaries and lists with every tensor as a whole, on the CPU. All processes
+    have to call this; those with keep=False, which write nothing, get None for tensors."""
+    if isinstance(state, dict):
+        return {name: whole(value, keep) for name, value in state.items()}
+    if isinstance(state, list):
+        return [whole(value, keep) for value in state]
+    if torch.is_tensor(state):
+        state = state.full_tensor() if isinstance(state, DTensor) else state
+        return state.cpu() if keep else None
+    return state
+
+
+def trained_state(model):
+    """Returns a model's state dictionary without what stays as it is: its frozen weights."""
+    frozen = {name for name, weight in model.named_parameters(remove_duplicate=False)
+              if not weight.requires_grad}
+    return {name: value for name, value in model.state_dict().items() if name not in frozen}
+
+
+def load_whole(model, tensors, optimizer=None, optimizer_state=None):
+    """Loads a model, and its optimizer, from state dictionaries of whole tensors."""
+    own = trained_state(model)
+    if own.keys() != tensors.keys():
+        raise ValueError("weights of other layers")
+    model.load_state_dict({name: part(tensor, own[name]) for name, tensor in tensors.items()},
+                          strict=False)         # without those that are not trained
+    if optimizer is not None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for number, values in optimizer_state["state"].items():
+            for name, value in values.items():
+                if value.dim() > 0:                     # not the count of steps
+                    values[name] = part(value, parameters[number])
+        optimizer.load_state_dict(optimizer_state)
+
+
+def part(tensor, like):
+    """Returns this process's part of a whole tensor if `like` is sharded, otherwise all of it."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements)
+
+
+def gathered(model):
+    """Returns the model itself or, if it is sharded, a copy with whole weights, for sampling: each
+    token is a forward pass, and processes have different numbers of them. The copy takes 4 bytes
+    for each parameter, on every device."""
+    if not isinstance(model, FSDPModule):
+        return model
+    with torch.device("meta"):
+        copy = type(model)(model.config)                # makes one that is not sharded
+    tensors = {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}
+    copy.load_state_dict(tensors, assign=True)
+    return copy

@@ -10,60 +10,33 @@ import zipfile
 
 from support.flags import InputError, in_a_line
 
-try:
-    import fcntl
-except ImportError:     # Windows has no such locks
-    fcntl = None
-
-# Names that `replacing` gives, and those of safetensors.
-TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp$|^\.tmp\w{6}$")
+TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp$")      # the names that `replacing` gives
 A_DAY = 24 * 60 * 60
 
 
 @contextlib.contextmanager
 def replacing(path, folder=False):
-    """Yields a temporary path, of an empty file or folder, to write to. When the block ends, what
-    was written is on the disk and gets the name `path`; if the block fails, nothing is left.
-    InputError names the file if the system can't write it, because the disk is full for example.
-
-    The temporary name is random, as processes of several machines may share a cache, and it is
-    locked while its process lives, so that `remove_leftovers` tells what a kill has left."""
-    with naming_file(path):
-        temporary, held = new_temporary(path, folder)
+    """Yields a temporary name, to write a file to (or with folder=True, of an empty folder). When
+    the block ends, what was written is on the disk and gets the name `path`; if the block fails,
+    nothing is left. InputError names the file if the system can't write it, because the disk is
+    full for example."""
+    temporary = f"{path}.{secrets.token_hex(4)}.tmp"    # two processes may write the same file
     try:
+        if folder:
+            os.mkdir(temporary)
         yield temporary
         settle(temporary)
-        try:
+        if not (folder and os.path.isdir(path)):        # else another process was faster
             os.replace(temporary, path)
-        except OSError:
-            if not (folder and os.path.isdir(path)):    # else another process was faster
-                raise
     except InputError:
         raise
     except Exception as error:
-        reason = system_reason(error, temporary)
+        reason = system_reason(error)
         if reason is None:
             raise
         raise InputError(f"{path}: can't be written: {reason}") from error
     finally:
         remove(temporary)
-        if held is not None:
-            os.close(held)
-
-
-def new_temporary(path, folder):
-    """Makes an empty file or folder next to a path. Returns its name, and its lock."""
-    while True:
-        temporary = f"{path}.{secrets.token_hex(4)}.tmp"
-        if folder:
-            os.mkdir(temporary)
-        else:
-            open(temporary, "xb").close()
-        with contextlib.suppress(BlockingIOError, FileNotFoundError):
-            held = lock(temporary)
-            if os.path.exists(temporary):
-                return temporary, held
-        # Another process took it for a leftover before it was locked: once more.
 
 
 def settle(path):
@@ -74,11 +47,21 @@ def settle(path):
     os.umask(umask)
     for name in names or [path]:
         os.chmod(name, 0o666 & ~umask)      # safetensors makes them private
-        number = os.open(name, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
+        with open(name, "rb") as file:
+            os.fsync(file)
+
+
+def system_reason(error):
+    """Returns why the system could not write, such as "No space left on device"; None if the error
+    is of another kind. torch and safetensors each have their own way to say it."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error.strerror or str(error)     # numpy says how much it could write
+        in_rust = re.search(r"\(os error (\d+)\)", str(error))
+        if in_rust:
+            return os.strerror(int(in_rust[1]))
+        error = error.__context__
+    return None
 
 
 @contextlib.contextmanager
@@ -90,58 +73,15 @@ def naming_file(path):
         raise InputError(f"{path}: can't be written: {error.strerror or error}") from error
 
 
-def system_reason(error, path):
-    """Returns why the system could not write to a path, such as "No space left on device"; None if
-    the error is of another kind. torch, safetensors and numpy each have their own way to say it."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno:
-            return error.strerror
-        in_rust = re.search(r"\(os error (\d+)\)", str(error))
-        if in_rust:
-            return os.strerror(int(in_rust[1]))
-        error = error.__context__
-    name = os.path.join(path, "more") if os.path.isdir(path) else path
-    try:        # numpy only says how much it could write: is there room for more?
-        with open(name, "ab") as file:
-            file.write(bytes(2 ** 20))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        return error.strerror
-    return None
-
-
-def lock(path):
-    """Locks a file or a folder until the number that is returned is closed, or the process ends.
-    Returns None where the file system has no locks. BlockingIOError if another process has it."""
-    if fcntl is None:
-        return None
-    number = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
-    try:
-        fcntl.flock(number, fcntl.LOCK_NB | fcntl.LOCK_EX)
-    except BlockingIOError:
-        os.close(number)
-        raise
-    except OSError:
-        os.close(number)
-        return None
-    return number
-
-
-def remove_leftovers(folder):
-    """Removes what killed processes had not finished writing by `replacing`. What a live process
-    writes is locked; where there are no locks, it is what was changed within a day."""
-    if not os.path.isdir(folder):
-        return
-    for name in os.listdir(folder):
-        path = os.path.join(folder, name)
-        if TEMPORARY.search(name):
-            with contextlib.suppress(OSError):      # in use, gone already, or somebody else's
-                number = lock(path)
-                if number is not None or os.stat(path).st_mtime < time.time() - A_DAY:
+def remove_leftovers(folder, age=A_DAY):
+    """Removes what killed processes had not finished writing by `replacing`: what nobody has
+    written to for a day. age: another time, in seconds."""
+    if os.path.isdir(folder):
+        for name in os.listdir(folder):
+            path = os.path.join(folder, name)
+            with contextlib.suppress(OSError):      # gone already, or somebody else's
+                if TEMPORARY.search(name) and os.stat(path).st_mtime <= time.time() - age:
                     remove(path)
-                if number is not None:
-                    os.close(number)
 
 
 def remove(path):

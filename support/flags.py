@@ -1,6 +1,7 @@
 """Reads command-line flags: their types, what is refused, and the one line that says why."""
 import argparse
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -35,6 +36,13 @@ def run_script(main):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # for the last flush
         _say_and_exit(f"{name}: error: standard output was closed", 1)
+
+
+def end_with_parent():
+    """Asks Linux, where it is there, for a SIGTERM when the process that started this one ends,
+    killed or not."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)          # PR_SET_PDEATHSIG
 
 
 def _exit_on_signal(number, frame):
@@ -86,6 +94,11 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                          allow_abbrev=False)
+
+    def add_shared(self, *names):
+        """Adds flags that several scripts have, rows of the table SHARED."""
+        for name in names:
+            self.add_argument(f"--{name}", **SHARED[name])
 
     def error(self, message):
         if len(message) > LONGEST_MESSAGE:      # it quotes what was typed
@@ -150,25 +163,6 @@ first_last.__name__ = "FIRST,LAST (or one number), none below 0:"
 # ------------------------------------------------------------------ flags that scripts share
 
 
-def device_flags(parser):
-    """Adds the flags that every script has: where to compute, and in what precision."""
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps", "xla"],
-                        help="auto: cuda if there is one, else cpu")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-                        help="of matrix products; weights, losses and sums stay float32 "
-                             "(auto: bfloat16 on xla, and on cuda from an A100 on)")
-
-
-def skip_flag(parser):
-    parser.add_argument("--skip_bad_rows", action="store_true", default=None, help="leave out the "
-                        "rows of --data in which something is wrong, and say which")
-
-
-def split_flag(parser):
-    parser.add_argument("--split", help="of --data, if it is a folder or a hub data set with "
-                        "several, such as train_prefs (or a+b); --data=NAME:SPLIT says the same")
-
-
 def held_out_split(text):
     """Parses --split of the scripts that answer held-out prompts: validation or test."""
     if text not in ("validation", "test"):
@@ -178,22 +172,29 @@ def held_out_split(text):
     return text
 
 
-def penalty_flag(parser):
-    parser.add_argument("--missing_eos_penalty", type=not_negative_float, help="what a sample that "
-                        "was cut off, and so has no end-of-text token, loses of its reward "
-                        "(default: nothing)")
+SHARED = {          # {flag: its options for argparse}, for Parser.add_shared
+    "device": dict(default="auto", choices=["auto", "cpu", "cuda", "mps", "xla"],
+                   help="where to compute; auto: cuda if there is one, else cpu"),
+    "dtype": dict(default="auto", choices=["auto", "float32", "bfloat16"],
+                  help="of matrix products; weights, losses and sums stay float32 (auto: bfloat16 "
+                       "on xla, and on cuda from an A100 on)"),
+    "skip_bad_rows": dict(action="store_true", default=None,
+                          help="leave out the rows of --data in which something is wrong, and say "
+                               "which"),
+    "missing_eos_penalty": dict(type=not_negative_float,
+                                help="what a sample that was cut off, and so has no end-of-text "
+                                     "token, loses of its reward (default: nothing)"),
+    "temperature": dict(type=temperature, default=1.0,
+                        help="of sampling, up to 100; 0 takes the most likely token"),
+}
 
 
-def sampling_flags(parser):
-    parser.add_argument("--temperature", type=temperature, default=1.0,
-                        help="of sampling, up to 100; 0 takes the most likely token")
-
-
-def comparison_flags(argv, doc):
-    """Reads and checks the flags of evaluate.py. Returns an argparse.Namespace."""
+def comparison_flags(argv, doc, methods=()):
+    """Reads and checks the flags of evaluate.py. methods: those that it compares by default, by the
+    names of their folders in out/. Returns an argparse.Namespace."""
     parser = Parser(doc)
     add = parser.add_argument
-    add("policies", nargs="*", help="run folders of policies (default: all six of out/)")
+    add("policies", nargs="*", help="run folders of policies (default: the six methods in out/)")
     add("--ref", default="out/sft", help="run folder of the reference policy")
     add("--rms", help="reward models, or folders of families, comma-separated, whose accuracy to "
         "report (if no policies are named: out/rm,out/rms)")
@@ -201,7 +202,7 @@ def comparison_flags(argv, doc):
         "tinytldr's oracle)")
     add("--relabel", help="run folder of a reward model that relabels the pairs for --rms")
     add("--data", default="tinytldr", help="where the held-out prompts and pairs come from")
-    skip_flag(parser)
+    parser.add_shared("skip_bad_rows")
     add("--split", default="test", type=held_out_split, metavar="{validation,test}",
         help="which of the held-out prompts (a split of the data set itself: --data=NAME:SPLIT)")
     add("--out_dir", default="out/report", help="where report.md, results.json and figures go")
@@ -210,13 +211,10 @@ def comparison_flags(argv, doc):
     add("--seed", type=seed, help="of the data and of sampling (default: 0)")
     add("--max_new_tokens", type=positive_int, help="longest sample (default: 64 on tinytldr, else "
         "what 99%% of the held-out responses need)")
-    penalty_flag(parser)
-    sampling_flags(parser)
-    device_flags(parser)
+    parser.add_shared("missing_eos_penalty", "temperature", "device", "dtype")
     args = parser.parse_intermixed_args(argv)       # policies may stand between flags
     if not args.policies:
-        six = ("dpo", "ipo", "d-dpo", "p-dpo", "dp-dpo", "e-dpo")
-        args.policies = [f"out/{name}" for name in six]
+        args.policies = [f"out/{name}" for name in methods]
         args.rms = args.rms or ("out/rm,out/rms" if args.data == "tinytldr" else None)
     random = args.data == "tinytldr" or args.temperature > 0
     if args.data == "tinytldr":
@@ -244,7 +242,7 @@ def talk_flags(argv, doc):
     source.add_argument("--prompt_file", help="a text file that is one prompt")
     source.add_argument("--data", help="answer held-out prompts: of tinytldr, of a file of "
                         "preferences or demonstrations, or of a hub name")
-    skip_flag(parser)
+    parser.add_shared("skip_bad_rows")
     add("--split", type=held_out_split, metavar="{validation,test}", help="which of the held-out "
         "prompts (default: test; a split of the data set itself: --data=NAME:SPLIT)")
     add("--n_prompts", type=positive_int, help="held-out prompts, at most (default: 5)")
@@ -254,11 +252,10 @@ def talk_flags(argv, doc):
     add("--n", type=up_to_1000, help="samples for each prompt (default: 1)")
     add("--seed", type=seed, help="of sampling, and of the post (default: 0)")
     add("--max_new_tokens", type=positive_int, default=64, help="longest sample")
-    sampling_flags(parser)
+    parser.add_shared("temperature", "device", "dtype")
     add("--top_k", type=positive_int, help="sample from the most likely tokens, so many of them")
     add("--top_p", type=positive_fraction, help="sample from the most likely tokens, as many as "
         "hold this fraction of the probability (after --temperature and --top_k)")
-    device_flags(parser)
     args = parser.parse_args(argv)
     prompts = args.prompt is not None or args.prompt_file is not None
     posts = not prompts and args.data in (None, "tinytldr")     # which depend on --seed

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from support.columns import MANY_CUT_OFF
+from support.device import is_first
 from support.files import naming_file, remove, remove_leftovers, replacing, write_json
-from support.processes import is_first
 from support.run import run_flags, run_names
 
 GLOSSARY = Path(__file__).parent.parent / "docs" / "glossary.md"

@@ -11,36 +11,38 @@ import textwrap
 import time
 
 import torch
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from support.device import compiled_graphs, sync
+from support.device import (
+    PROCESSES,
+    add_up,
+    is_first,
+    load_whole,
+    progress_bar,
+    sync,
+    trained_state,
+    wait,
+    whole,
+)
 from support.files import (
     check_zip,
-    lock,
     naming_file,
     read_json,
     remove_leftovers,
     replacing,
     write_json,
 )
-from support.flags import InputError, in_a_line
-from support.processes import (
-    add_up_numbers,
-    any_of,
-    full,
-    is_first,
-    load_whole,
-    processes,
-    progress_bar,
-    starts_as_first,
-    trained_state,
-    wait,
-    whole,
-)
+from support.flags import InputError
+
+try:
+    import fcntl
+except ImportError:     # Windows has no such locks
+    fcntl = None
 
 # Flags that may differ on --resume
-MAY_CHANGE = ("out_dir", "resume", "overwrite", "device", "compile", "fsdp", "log",
-              "gradient_checkpointing", "merge_lora")
+MAY_CHANGE = ("out_dir", "resume", "device", "compile", "fsdp", "gradient_checkpointing",
+              "merge_lora")
 LOG_EVERY = 10                                              # steps
 # The columns on the screen, docs/glossary.md: {heading: (name in metrics.jsonl, format)}
 SHOWN = {"loss": ("loss", ".4f"),
@@ -51,17 +53,15 @@ SHOWN = {"loss": ("loss", ".4f"),
          "val/chosen": ("validation/chosen_change", ".2f"),
          "reward": ("validation/reward", ".2f")}
 # What is in state.pt and in best.pt
-STATE = {"model": dict, "optimizer": dict, "step": int, "reported": bool, "window": list,
-         "constants": str, "rng": torch.Tensor, "metrics": str}
-BEST = {"model": dict, "value": float, "step": int}
+STATE = {"model", "optimizer", "step", "reported", "window", "constants", "rng", "metrics"}
+BEST = {"model", "value", "step"}
 LOCK = ".lock"          # an empty file, locked by the process that writes to its folder
 MODELS = {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"}
-claimed = {}            # {real path of a folder: its lock}, of this process
 
 
 class Run:
     """Keeps a training run in its folder: config.json (with --lora run.json) has its flags (under
-    "nanopref"), metrics.jsonl its numbers, state.pt what resuming needs.
+    "nanopref"), metrics.jsonl its numbers, state.pt all that resuming needs.
 
     constants: a hash of what training takes as given (reference, data, rewards), which has to be
     the same on --resume. `first_step` is 0, or where a resumed run goes on.
@@ -73,16 +73,25 @@ class Run:
         self.model, self.optimizer = model, optimizer
         self.max_steps, self.eval_every, self.first_step = args.max_steps, args.eval_every, 0
         self.select = flags.get("select", "last")
-        self.compile = flags.get("compile", False)
         self.device = next(model.parameters()).device
         self.sums, self.window = {}, []     # of this step; of the steps since the last line
         self.means, self.columns = {}, []   # the last line's; the headings on the screen
+        self.metrics = ""                   # the text of metrics.jsonl
         self.reported = None                # the step whose evaluation is in the resumed state
-        logged = self._load_state(flags) if args.resume else ""
-        # wandb may refuse, so it is opened before anything is written
-        self.also_log = open_log(flags.get("log"), self.dir, flags, self.first_step)
+        self.metrics_path = os.path.join(self.dir, "metrics.jsonl")
+        self.state_path = os.path.join(self.dir, "state.pt")
+        self.best_path = os.path.join(self.dir, "best.pt")
         if is_first():
-            self._prepare_folder(flags, logged)
+            check_free(self.dir, args.resume)
+            self.lock = claim(self.dir)
+        if args.resume:
+            self._resume(flags)
+        elif is_first():
+            for name in ("best.pt", "metrics.jsonl", "config.json", "run.json"):
+                with contextlib.suppress(FileNotFoundError):    # of one that had no state yet
+                    os.remove(os.path.join(self.dir, name))
+            name = "run.json" if flags.get("lora") else "config.json"
+            write_json(os.path.join(self.dir, name), {"nanopref": flags}, indent=2)
         wait()
         self.stop_signal, self.handlers = None, {}
         with contextlib.suppress(ValueError):       # only the main thread can have handlers
@@ -90,28 +99,6 @@ class Run:
                 self.handlers[number] = signal.signal(number, self._on_signal)
         self.started = self.printed = time.time()
         self.bar = progress_bar(total=args.max_steps, initial=self.first_step, desc=self.dir)
-
-    def _path(self, name):
-        return os.path.join(self.dir, name)
-
-    def _prepare_folder(self, flags, logged):
-        """Makes the folder ready to write to. logged: the text of metrics.jsonl up to a resumed
-        state; what came later will be logged again."""
-        if not flags["resume"]:
-            check_free(self.dir, overwrite=flags.get("overwrite", False))
-        claim(self.dir)
-        remove_leftovers(self.dir)
-        if flags["resume"]:
-            self._write_metrics(logged)
-            return
-        if flags.get("overwrite"):
-            set_aside(self.dir)
-        # of a run that never came to a state.pt
-        for name in ("best.pt", "metrics.jsonl", "config.json", "run.json"):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(self._path(name))
-        name = "run.json" if flags.get("lora") else "config.json"
-        write_json(self._path(name), {"nanopref": flags}, indent=2)
 
     # ---- in the loop
 
@@ -131,10 +118,7 @@ class Run:
         as well. Every ten steps, and before an evaluation, a line of metrics.jsonl gets the means
         since the last line, and all numbers are checked: in between nothing waits for the device.
         """
-        shares = {}         # of values that are the same in all processes
-        for name, value in values.items():
-            shares[name] = full(value) / processes()
-        self.window.append({"step": step, "rows": rows, **self.sums, **shares})
+        self.window.append({"step": step, "rows": rows, "sums": self.sums, "same": values})
         self.sums = {}
         sync(self.device)
         self.bar.update()
@@ -143,39 +127,46 @@ class Run:
             steps = self._numbers_of_window()
             means = {name: sum(numbers[name] for numbers in steps) / len(steps)
                      for name in steps[0]}
-            self.means = add_up_numbers(means)
+            self.means = add_up(means)
             self.log(step, self.means)
             self.window = []
             if self.bar.disable and time.time() > self.printed + 30:       # there is no terminal
                 self._print(step + 1, {})
-        if processes() == 1 or logs:        # several have to talk about it, which takes time
-            if any_of(self.stop_signal):
-                self._stop(step + 1)
+        told = self.stop_signal is not None
+        if PROCESSES > 1:       # they have to talk about it, which takes time
+            told = logs and add_up({"told": told})["told"] > 0
+        if told:
+            self._stop(step + 1)
 
     def _numbers_of_window(self):
         """Returns what was watched in each step since the last line of metrics.jsonl, [{name:
-        number}]. InputError for the first step in which a number is not finite."""
+        number}], this process's part of it. InputError for the first step in which a number is not
+        finite."""
         steps = []
         for watched in self.window:
-            numbers = {name: float(value) for name, value in watched.items()
-                       if name not in ("step", "rows")}
-            if not all(map(math.isfinite, numbers.values())):
-                raise self._diverged(watched["step"], numbers, watched["rows"])
+            numbers = {name: float(value) for name, value in watched["sums"].items()}
+            for name, value in watched["same"].items():         # which all processes have
+                value = value.full_tensor() if isinstance(value, DTensor) else value
+                numbers[name] = float(value) / PROCESSES
+            self._check_finite(watched["step"], numbers, watched["rows"])
             steps.append(numbers)
         return steps
 
-    def _diverged(self, step, numbers, rows=()):
-        """Returns the InputError for numbers that are not finite."""
+    def _check_finite(self, step, numbers, rows=()):
+        """Raises InputError if one of {name: number} is not finite."""
+        wrong = [f"{name} is {value}" for name, value in numbers.items()
+                 if not math.isfinite(value)]
+        if not wrong:
+            return
         where = f"at step {step} "
         if len(rows):
             where += f"(training rows {' '.join(map(str, sorted(rows)))}) "
-        where += ", ".join(f"{name} is {value}" for name, value in numbers.items()
-                           if not math.isfinite(value))
+        where += ", ".join(wrong)
         if step == 0:
-            return InputError(f"--rewards, --beta, --gamma: too large: {where}; if they are not, "
-                              "the loss itself gives no number")
-        return InputError(f"--lr: training diverged: {where}; try a lower learning rate; "
-                          f"{self._path('state.pt')} is the last good state")
+            raise InputError(f"--rewards, --beta, --gamma: too large: {where}; if they are not, "
+                             "the loss itself gives no number")
+        raise InputError(f"--lr: training diverged: {where}; try a lower learning rate; "
+                         f"{self.state_path} is the last good state")
 
     def report(self, step, results):
         """Logs and prints what an evaluation measured, {name: number}, and saves the state."""
@@ -187,14 +178,13 @@ class Run:
 
     def log(self, step, values):
         """Adds a line to metrics.jsonl. It has no times: the same seed gives the same bytes."""
-        if not all(map(math.isfinite, values.values())):
-            raise self._diverged(step, values)
+        self._check_finite(step, values)
+        line = json.dumps({"step": step, **values}) + "\n"
         if is_first():
-            path = self._path("metrics.jsonl")
-            with naming_file(path), open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
-        if self.also_log:
-            self.also_log(step, values)
+            with (naming_file(self.metrics_path),
+                  open(self.metrics_path, "a", encoding="utf-8") as file):
+                file.write(line)
+        self.metrics += line
 
     def _print(self, step, results):
         """Prints a row of the table: the training loss of late, what an evaluation measured, and
@@ -223,18 +213,17 @@ class Run:
         value = -results["validation/loss"]
         if self.select != "loss":
             value = results["validation/reward"]
-        path = self._path("best.pt")
-        if os.path.exists(path):
-            best = load(path, BEST)
+        if os.path.exists(self.best_path):
+            best = load(self.best_path, BEST)
             if best["value"] >= value and best["step"] != step:
                 return
-        self._save(path, {"model": trained_state(self.model), "value": value, "step": step})
+        save(self.best_path, {"model": trained_state(self.model), "value": value, "step": step})
 
     def restore_selected(self):
         """Gives the model the weights that --select asks for, once training is over."""
         if self.select != "last":
             wait()
-            best = load(self._path("best.pt"), BEST)
+            best = load(self.best_path, BEST)
             load_whole(self.model, best["model"])
             print(f"--select={self.select}: the model of step {best['step']}")
 
@@ -244,10 +233,9 @@ class Run:
         self.bar.close()
         self._restore_handlers()
         if is_first():
-            release(self.dir)
-        compiled = f", {compiled_graphs()} graphs compiled" if self.compile else ""
+            self.lock.close()
         print(f"{self.max_steps - self.first_step} steps in {time.time() - self.started:.0f} s"
-              f"{compiled} -> {self.dir}")
+              f" -> {self.dir}")
 
     # ---- stopping and resuming
 
@@ -271,62 +259,78 @@ class Run:
     def save_state(self, step, reported=False):
         """Saves all that resuming needs in one file, so that its parts always belong together.
         reported: whether the evaluation before this step is logged already."""
-        state = {"model": trained_state(self.model), "optimizer": self.optimizer.state_dict(),
-                 "step": step, "reported": reported,
-                 "window": [add_up_numbers(numbers) for numbers in self._numbers_of_window()],
-                 "constants": self.constants, "rng": torch.get_rng_state()}
-        if is_first():
-            state["metrics"] = self._read_metrics()
-        self._save(self._path("state.pt"), state)
+        save(self.state_path, {
+            "model": trained_state(self.model), "optimizer": self.optimizer.state_dict(),
+            "step": step, "reported": reported, "metrics": self.metrics,
+            "window": [add_up(numbers) for numbers in self._numbers_of_window()],
+            "constants": self.constants, "rng": torch.get_rng_state()})
 
-    def _read_metrics(self):
-        path = self._path("metrics.jsonl")
-        if not os.path.exists(path):
-            return ""
-        with open(path, encoding="utf-8") as file:
-            return file.read()
-
-    def _write_metrics(self, text):
-        path = self._path("metrics.jsonl")
-        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-
-    def _save(self, path, state):
-        state = whole(state, keep=is_first())
-        if not is_first():
-            return
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            torch.save(state, file)     # which, given a name, would write it into the file
-
-    def _load_state(self, flags):
-        """Goes on from state.pt. Returns the text of metrics.jsonl up to there."""
-        check_free(self.dir, resume=True)
+    def _resume(self, flags):
+        """Goes on from state.pt: metrics.jsonl is what it was then, and what came later will be
+        logged again. InputError if this is another run, or if the state can't be used."""
         before = run_flags(self.dir)
         for name, value in flags.items():
             if name not in MAY_CHANGE and before.get(name) != json.loads(json.dumps(value)):
                 raise InputError(f"--resume: --{name} was {before.get(name)!r} and is {value!r}; "
                                  "it has to stay the same")
-        if is_first():
-            claim(self.dir)
-        path = self._path("state.pt")
-        state = load(path, STATE)
-        if not 0 <= state["step"] <= self.max_steps:
-            raise InputError(of_another_version(path))
+        state = load(self.state_path, STATE)
         if state["constants"] != self.constants:
             raise InputError("--resume: the reference, the data or the rewards have changed since "
                              "the run began; start it again")
         try:
             load_whole(self.model, state["model"], self.optimizer, state["optimizer"])
             torch.set_rng_state(state["rng"])
-            self.window = [{name: number / processes() for name, number in numbers.items()}
-                           for numbers in state["window"]]
+            for numbers in state["window"]:
+                shares = {name: number / PROCESSES for name, number in numbers.items()}
+                self.window.append({"step": None, "rows": (), "sums": shares, "same": {}})
+            self.metrics += state["metrics"]
+            self.first_step = state["step"]
+            if not 0 <= self.first_step <= self.max_steps:
+                raise ValueError
         except Exception as error:      # these parts may hold anything
-            raise InputError(f"{of_another_version(path)} ({in_a_line(error)})") from error
-        self.first_step = state["step"]
+            raise another_version(self.state_path) from error
         if state["reported"]:
             self.reported = self.first_step
+        if is_first():
+            with (replacing(self.metrics_path) as temporary,
+                  open(temporary, "w", encoding="utf-8") as file):
+                file.write(self.metrics)
         print(f"resumed {self.dir} at step {self.first_step}")
-        return state["metrics"]
+
+
+# ------------------------------------------------------------------ saved states
+
+
+def save(path, state):
+    """Writes nested dictionaries and lists of tensors and numbers to a file, by torch.save."""
+    state = whole(state, keep=is_first())
+    if is_first():
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            torch.save(state, file)     # which, given a name, would write it into the file
+
+
+def load(path, names):
+    """Reads a file of `save`'s onto the CPU, a dictionary with these names. InputError if it is
+    damaged or something else."""
+    if os.path.exists(path) and not os.path.isfile(path):      # a FIFO would be waited for
+        raise InputError(f"--resume: {path} is not a file")
+    try:
+        check_zip(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"--resume: {path} can't be read: {error.strerror}") from error
+    except Exception as error:     # torch raises many kinds
+        raise InputError(f"--resume: {path} is damaged ({type(error).__name__}); remove the "
+                         "folder, and start again without --resume") from error
+    if not isinstance(state, dict) or state.keys() != names:
+        raise another_version(path)
+    return state
+
+
+def another_version(path):
+    """Returns the InputError for a file that `save` has not written as it does today."""
+    return InputError(f"--resume: {path} is not what this version of nanoPref writes there; resume "
+                      "with the version that wrote it, or remove the folder and start again")
 
 
 # ------------------------------------------------------------------ on the screen
@@ -341,7 +345,8 @@ def count_parameters(model):
 
 def print_prompt(number, text):
     """Prints a prompt under its number; of a long one the last four lines."""
-    lines = textwrap.wrap(in_words(text), max(20, columns_of_terminal() - 16))
+    width = shutil.get_terminal_size((100, 24)).columns         # 100 where there is no terminal
+    lines = textwrap.wrap(in_words(text), max(20, width - 16))
     if len(lines) > 4:
         lines = ["... " + lines[-4], *lines[-3:]]
     for start, line in zip([f"prompt {number}:", "", "", ""], lines):
@@ -351,20 +356,16 @@ def print_prompt(number, text):
 def print_reply(number, reward, text):
     """Prints a reply in one line, cut to the terminal's width. number: its prompt's; reward: a
     number, or None."""
+    width = shutil.get_terminal_size((100, 24)).columns
     reward = "" if reward is None else f"{reward:+.3g}"
     line = f"{number:7}  {reward:>5}  {in_words(text) or '(empty)'}"
-    tqdm.write(line[:columns_of_terminal() - 1].rstrip(), file=sys.stdout)
+    tqdm.write(line[:width - 1].rstrip(), file=sys.stdout)
 
 
 def in_words(text):
     """Returns a text's words with one space between them. What could steer the terminal, as
     newlines do, is a space too."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
-
-def columns_of_terminal():
-    """Returns the terminal's width in columns, or 100 where there is no terminal."""
-    return shutil.get_terminal_size((100, 24)).columns
 
 
 def duration(seconds):
@@ -374,106 +375,43 @@ def duration(seconds):
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-# ------------------------------------------------------------------ saved states
-
-
-def load(path, layout):
-    """Reads a file of torch.save's onto the CPU. layout: {name: type} of what has to be in it.
-    InputError if it is damaged or something else."""
-    if os.path.exists(path) and not os.path.isfile(path):      # a FIFO would be waited for
-        raise InputError(f"--resume: {path} is not a file")
-    try:
-        check_zip(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise InputError(f"--resume: {path} can't be read: {error.strerror}") from error
-    except Exception as error:     # torch raises many kinds
-        raise InputError(f"--resume: {path} is damaged ({type(error).__name__}); start again with "
-                         "--overwrite") from error
-    if not isinstance(state, dict) or state.keys() != layout.keys():
-        raise InputError(of_another_version(path))
-    for name, kind in layout.items():
-        if not isinstance(state[name], kind):
-            raise InputError(of_another_version(path))
-    return state
-
-
-def of_another_version(path):
-    return (f"--resume: {path} is not what this version of nanoPref writes there; resume with the "
-            "version that wrote it, or start again with --overwrite")
-
-
 # ------------------------------------------------------------------ whose folder it is
 
 
-def check_free(folder, resume=False, overwrite=False):
-    """Raises InputError if a new run in this folder would overwrite something, if there is none to
-    resume, or if another process is at work there. A run that never came to its first evaluation
-    may be overwritten."""
-    check_unused(folder)
+def check_free(folder, resume=False):
+    """Raises InputError if a new run in this folder would overwrite something, or if there is none
+    to resume. A run that never came to its first evaluation may be overwritten."""
     there = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-    if resume and "state.pt" not in there:
-        raise InputError(f"--resume: there is no state.pt in {folder!r}; leave --resume out to "
-                         "start from the beginning")
-    not_ours = "config.json" in there and LOCK not in there
-    model = MODELS & there or "adapter_config.json" in there or not_ours
-    if resume or overwrite or not ("state.pt" in there or model):
+    if resume:
+        if "state.pt" not in there:
+            raise InputError(f"--resume: there is no state.pt in {folder!r}; leave --resume out to "
+                             "start from the beginning")
         return
-    what = "a model" if model else "an unfinished run (go on with --resume)"
-    raise InputError(f"--out_dir: {folder!r} holds {what}; name another folder, or --overwrite, "
-                     "which sets the old one aside")
-
-
-def check_unused(folder):
-    """Raises InputError if another process writes to this folder. (Of several that torchrun has
-    started, the first one writes, so that only it looks.)"""
-    path, first = os.path.join(folder, LOCK), starts_as_first()
-    if first and os.path.realpath(folder) not in claimed and os.path.exists(path):
-        held = lock_folder(folder)
-        if held is not None:
-            os.close(held)
+    models = {*MODELS, "adapter_config.json"}
+    model = models & there or "config.json" in there and LOCK not in there
+    if model or "state.pt" in there:
+        what = "a model" if model else "an unfinished run (go on with --resume)"
+        raise InputError(f"--out_dir: {folder!r} holds {what}; name another folder, or remove this "
+                         "one")
 
 
 def claim(folder):
-    """Makes a folder, for this process alone to write to, until it releases it or ends."""
-    if os.path.realpath(folder) not in claimed:
-        with naming_file(folder):
-            os.makedirs(folder, exist_ok=True)
-            open(os.path.join(folder, LOCK), "ab").close()
-        claimed[os.path.realpath(folder)] = lock_folder(folder)
-
-
-def lock_folder(folder):
-    """Locks a run folder. Returns what `lock` does. InputError if another process has it."""
+    """Makes a folder, for this process alone to write to, and removes what a killed one has left
+    unfinished there. Returns a file; when it is closed, or the process ends, others may write.
+    InputError if another process is at work there."""
+    with naming_file(folder):
+        os.makedirs(folder, exist_ok=True)
+        file = open(os.path.join(folder, LOCK), "ab")
     try:
-        return lock(os.path.join(folder, LOCK))
-    except BlockingIOError:
+        if fcntl is not None:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         raise InputError(f"--out_dir: another process is at work in {folder!r}; wait for it, or "
                          "name another folder") from None
-    except OSError as error:
-        raise InputError(f"--out_dir: {folder!r} can't be used: {error.strerror}") from error
-
-
-def release(folder):
-    held = claimed.pop(os.path.realpath(folder))
-    if held is not None:
-        os.close(held)
-
-
-def set_aside(folder):
-    """Moves the files of an earlier run into a folder old-1 (-2, ...) inside its own."""
-    names = [name for name in sorted(os.listdir(folder))
-             if name != LOCK and os.path.isfile(os.path.join(folder, name))]
-    if not names:
-        return
-    number = 1
-    while os.path.exists(os.path.join(folder, f"old-{number}")):
-        number += 1
-    aside = os.path.join(folder, f"old-{number}")
-    os.mkdir(aside)
-    for name in names:
-        os.rename(os.path.join(folder, name), os.path.join(aside, name))
-    print(f"--overwrite: the files of {folder} are in {aside} now")
+    except OSError:     # the file system has no locks
+        pass
+    remove_leftovers(folder, age=0)
+    return file
 
 
 # ------------------------------------------------------------------ what is in a folder
@@ -546,49 +484,3 @@ def run_names(folders):
         taken = name in names or name == "reference"
         names[folder if taken else name] = folder
     return names
-
-
-# ------------------------------------------------------------------ --log
-
-
-def log_package(name):
-    """Imports what --log needs, an optional package. InputError says how to get it."""
-    try:
-        if name == "tensorboard":
-            from torch.utils import tensorboard
-            return tensorboard
-        import wandb
-        return wandb
-    except ImportError as error:
-        raise InputError(f"--log={name} needs {name}: pip install {name}") from error
-
-
-def open_log(name, folder, flags, first_step):
-    """Returns a function of (step, {name: number}) that shows a run's metrics in tensorboard or
-    wandb; None without --log, and in all processes but the first.
-
-    tensorboard reads them from the run folder. Where a run goes on or begins again, what was there
-    from first_step on is no longer shown. At wandb every start is a run of its own, in one group.
-    """
-    if name is None or not is_first():
-        return None
-    package = log_package(name)
-    os.makedirs(folder, exist_ok=True)
-    if name == "tensorboard":
-        writer = package.SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=first_step)
-
-        def show(step, values):
-            for key, value in values.items():
-                writer.add_scalar(key, value, step)
-            writer.flush()      # an interrupted run has what it logged
-        return show
-    try:
-        run = package.init(project="nanopref", name=folder, group=folder, dir=folder, config=flags,
-                           reinit="finish_previous")    # the members of a family
-    except package.Error as error:
-        raise InputError(f"--log=wandb: {in_a_line(error)} (WANDB_MODE=offline needs no account)"
-                         ) from error
-
-    def log(step, values):
-        run.log(values, step=step)
-    return log

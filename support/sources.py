@@ -43,18 +43,6 @@ def name_and_split(data):
     return name, split
 
 
-def join_split(args):
-    """Puts --split into --data, as NAME:SPLIT, where those who read look for it. InputError if it
-    is one too many, or --data is a file."""
-    if args.split is not None:
-        name, split = name_and_split(args.data)
-        if split is not None:
-            raise InputError(f"--split: --data={args.data} names a split already")
-        name_and_split(f"{name}:{args.split}")      # refuses a file
-        args.data = f"{name}:{args.split}"
-    del args.split
-
-
 def choose_splits(names, wanted, data):
     """Returns which of the splits to read: those that are wanted ("a" or "a+b"), or else the one
     for training. InputError names them all if there is no such split, or not one alone."""
@@ -67,7 +55,7 @@ def choose_splits(names, wanted, data):
             matching = [name for name in names if name == part]
             matching = matching or [name for name in names if f"/{part}/" in f"/{name}/"]
             if not matching:
-                raise InputError(f"--data, --split: no split {part!r}: {there}")
+                raise InputError(f"--data: no split {part!r}: {there}")
             chosen |= dict.fromkeys(matching)
         return list(chosen)
     training = [name for name in names if TRAINING.search(name)]
@@ -75,7 +63,7 @@ def choose_splits(names, wanted, data):
     if len(candidates) == 1:
         return candidates
     first = short[(candidates or names)[0]]
-    how = f"name one with --split={first}, or with --data={data}:{first}"
+    how = f"name one with --data={data}:{first}"
     if not candidates:
         raise InputError(f"--data: no train split: {there}; {how}")
     raise InputError(f"--data: several splits to train on: {there}; {how}, or several, as in "

@@ -12,9 +12,9 @@ import tiktoken
 
 from support.chat import HH, MARK, ChatTemplate, template_of
 from support.checkpoint import Finder, read_sizes
+from support.device import is_first
 from support.files import json_object, read_json, replacing, write_json
 from support.flags import InputError, in_a_line, naming
-from support.processes import is_first, starts_as_first
 from support.run import run_flags
 
 MAIN_FILES = ("tokenizer.json", "vocab.json")       # a folder with one of them has a tokenizer
@@ -79,7 +79,7 @@ def own_tokenizer(model, data=None):
         raise InputError(f"{model}: it has no tokenizer (no tokenizer.json, no vocab.json), and "
                          f"its vocab_size, {vocab_size}, is not GPT-2's; copy the model's own "
                          "tokenizer files there, or train it with --tokenizer and its name")
-    if starts_as_first():
+    if is_first():
         print(f"{model}: no tokenizer there; it is taken to read the tokens of {name}")
     return name
 

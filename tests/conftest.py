@@ -24,7 +24,7 @@ def computing():
     """A run that a test starts chooses a device and a precision, which the next test does not
     want."""
     from support import device
-    device.computing.device, device.computing.dtype = "cpu", "float32"
+    vars(device.computing).update(device="cpu", dtype="float32", multiple=1)
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +42,20 @@ def hub_cache(tmp_path_factory):
     import datasets
     datasets.config.HF_DATASETS_CACHE = str(tmp_path_factory.mktemp("datasets"))
     os.environ["NANOPREF_CACHE"] = str(tmp_path_factory.mktemp("tokens"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_pairs():
+    """TinyTLDR's validation and test pairs are 200, not 1000, whose samples take seconds."""
+    import tinytldr
+    pair_rows = tinytldr.pair_rows
+
+    def fewer(split, n, *values, **options):
+        return pair_rows(split, n if split == "train" else min(n, 200), *values, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tinytldr, "pair_rows", fewer)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -256,12 +256,12 @@ def test_taking_rows_takes_their_columns():
 
 
 def test_a_batch_has_the_columns_of_its_rows(monkeypatch):
-    """In bfloat16 its sizes are rounded up, so that they are few."""
+    """Its sizes are rounded up where they should be few."""
     batch = small_dataset().batch(np.array([1, 0]))
     assert batch.tokens.shape == (2, 5) and batch.target.shape == (7,)
     assert batch.samples.tolist() == [[1], [1]]
     assert batch.ref_logps.tolist() == [[2, 3], [0, 1]] and batch.rewards.ravel().tolist() == [1, 0]
-    monkeypatch.setattr(device.computing, "dtype", "bfloat16")
+    monkeypatch.setattr(device.computing, "multiple", 32)
     rounded = small_dataset().batch(np.array([1, 0]))
     assert rounded.tokens.shape == (2, 32) and rounded.target.shape == (32,)
 

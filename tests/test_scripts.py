@@ -2,7 +2,6 @@
 (test_training.py): what is cached and under which name, where and in what precision it is computed,
 what is asked for, what is written. All with models of a layer and rows of random tokens."""
 import json
-import re
 import shutil
 from dataclasses import replace
 from functools import partialmethod
@@ -21,9 +20,8 @@ from data import Dataset, TreeBatch
 from model import GPT, GPTConfig
 from reward import RewardModel, family_scores, load_reward_models, training_pairs
 from support import columns
-from support.checks import say_spread
-from support.columns import sample, score
-from support.device import compiled_graphs, computing, recompute_layers
+from support.columns import sample, say_spread, score
+from support.device import computing, recompute_layers
 from support.flags import InputError
 from support.prompts import with_room
 from support.tokenizer import to_text
@@ -110,7 +108,7 @@ def arguments(lab, **changed):
              "rewards": None, "relabel": None, "data": "tinytldr", "pool": 30,
              "label_temperature": 0.5, "rho": 0.5, "n_pairs": 6, "max_new_tokens": 4, "seed": 7,
              "dtype": "float32", "device": "cpu", "tokenizer": "tinytldr", "micro_batch_size": 2,
-             "kl_samples": 1, "skip_bad_rows": None, "missing_eos_penalty": None}
+             "skip_bad_rows": None, "missing_eos_penalty": None}
     return SimpleNamespace(**flags | changed)
 
 
@@ -455,7 +453,7 @@ def test_log_probs_in_bfloat16_are_compared_with_float32(lab, computed, capsys):
     said = capsys.readouterr().out
     assert "train log-probs in bfloat16: within " in said
     assert "validation log-probs in bfloat16: within " in said
-    train(lab, train_policy, "--overwrite")
+    train(lab, train_policy, f"--out_dir={lab.root}/float32")
     assert "log-probs in bfloat16" not in capsys.readouterr().out
 
 
@@ -484,19 +482,20 @@ def test_compilation_is_for_any_shape(lab, monkeypatch, script, flags, calls):
 
 
 @MODELS
-def test_a_compiled_run_is_the_same_run(lab, monkeypatch, capsys, model):
+def test_a_compiled_run_is_the_same_run(lab, monkeypatch, model):
     """The numbers of a run with --compile, to 1e-5, and a handful of graphs for all its shapes.
     (The graphs are made and not translated to C++, which takes a minute.)"""
-    graphs_before, compile_module = compiled_graphs(), torch.nn.Module.compile
+    from torch._dynamo.utils import counters
+    graphs_before, compile_module = counters["stats"]["unique_graphs"], torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compile_module, backend="eager"))
     runs = []
-    for flags in ([], ["--compile", "--overwrite"]):
-        train(lab, train_policy, "--max_steps=3", f"--init_from={lab.root}/{model}", *flags)
-        runs.append(metrics(lab.root / "run"))
+    for name, flags in (("plain", []), ("compiled", ["--compile"])):
+        train(lab, train_policy, "--max_steps=3", f"--init_from={lab.root}/{model}",
+              f"--out_dir={lab.root}/{name}", *flags)
+        runs.append(metrics(lab.root / name))
     for plain, compiled in zip(*runs, strict=True):
         assert compiled == pytest.approx(plain, rel=1e-5, abs=1e-5)
-    graphs = re.search(r"steps in .* s, (\d+) graphs compiled ->", capsys.readouterr().out)
-    assert 1 <= int(graphs[1]) - graphs_before <= 6
+    assert 1 <= counters["stats"]["unique_graphs"] - graphs_before <= 6
 
 
 def saved_bytes(model, batch):
@@ -518,12 +517,12 @@ def test_layers_that_are_computed_again(lab, model):
     """A run with --gradient_checkpointing is the same run, and keeps less for its backward pass:
     each layer's input to attention and to its MLP and the sums after them, not what is inside."""
     runs = []
-    init_from = f"{lab.root}/{model}"
-    for flags in ([], ["--gradient_checkpointing", "--overwrite"]):
-        train(lab, train_policy, "--max_steps=3", f"--init_from={init_from}", *flags)
-        runs.append((lab.root / "run/metrics.jsonl").read_text())
+    for name, flags in (("plain", []), ("again", ["--gradient_checkpointing"])):
+        train(lab, train_policy, "--max_steps=3", f"--init_from={lab.root}/{model}",
+              f"--out_dir={lab.root}/{name}", *flags)
+        runs.append((lab.root / name / "metrics.jsonl").read_text())
     assert runs[0] == runs[1]
-    model, batch = GPT.from_pretrained(init_from), lab.pairs["train"].batch(range(4))
+    model, batch = GPT.from_pretrained(f"{lab.root}/{model}"), lab.pairs["train"].batch(range(4))
     before = saved_bytes(model, batch)
     recompute_layers(model)
     assert saved_bytes(model, batch) < 0.5 * before

@@ -460,8 +460,10 @@ def assert_metrics(out_dir, wanted, at_reference):
 
 def check_policy(lab, out_dir, flags, objective, splits, max_steps=3, grad_clip=GRAD_CLIP):
     """train_policy.py arrives where the plain trainer does. splits: {split: rows}."""
-    train_policy.main([*SHARED_FLAGS, f"--max_steps={max_steps}", f"--grad_clip={grad_clip}",
-                       f"--init_from={lab.root}/ref", f"--out_dir={out_dir}", *flags])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_policy, "GRAD_CLIP", grad_clip)
+        train_policy.main([*SHARED_FLAGS, f"--max_steps={max_steps}", f"--out_dir={out_dir}",
+                           f"--init_from={lab.root}/ref", *flags])
     watched = {"validation": splits["validation"]}
     if objective is not supervised:
         some = np.random.default_rng(0).permutation(len(splits["train"]))[:N_EVAL]
@@ -499,12 +501,13 @@ def test_every_preference_loss(name, K, lab, tmp_path):
 
 
 @pytest.mark.parametrize("K", [2, 3])
-def test_several_samples_for_the_kl_term(K, lab, tmp_path):
-    """--kl_samples: the mean over the samples of a prompt."""
+def test_several_samples_for_the_kl_term(K, lab, tmp_path, monkeypatch):
+    """The KL is the mean over the samples of a prompt."""
+    monkeypatch.setattr(train_policy, "KL_SAMPLES", 3)
     splits = copy_of(lab.rows[K], with_samples=True)
     for rows in splits.values():
         add_constants(rows, lab, n_samples=3)
-    flags = ["--loss=p-dpo", f"--data={lab.root}/{K}.jsonl", MICRO_BATCHES, "--kl_samples=3"]
+    flags = ["--loss=p-dpo", f"--data={lab.root}/{K}.jsonl", MICRO_BATCHES]
     check_policy(lab, tmp_path, flags + EQUATIONS["p-dpo"][2], Preferences("p-dpo"), splits)
 
 
@@ -642,25 +645,27 @@ def check_reward_model(lab, out_dir, splits, grad_clip, steps=3, order_seed=SEED
     assert_metrics(out_dir, wanted, at_reference=False)
 
 
-def train_reward_models(lab, K, out_dir, *flags):
-    train_rm.main([*SHARED_FLAGS, "--max_steps=3", MICRO_BATCHES, f"--init_from={lab.root}/ref",
-                   f"--out_dir={out_dir}", f"--data={lab.root}/{K}.jsonl", *flags])
+def train_reward_models(lab, K, out_dir, *flags, grad_clip=GRAD_CLIP):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_rm, "GRAD_CLIP", grad_clip)
+        train_rm.main([*SHARED_FLAGS, "--max_steps=3", MICRO_BATCHES, f"--out_dir={out_dir}",
+                       f"--init_from={lab.root}/ref", f"--data={lab.root}/{K}.jsonl", *flags])
 
 
 @pytest.mark.parametrize("K", [2, 3])
 def test_a_reward_model(K, lab, tmp_path):
     """On pairs, and on rankings of three."""
-    train_reward_models(lab, K, tmp_path, f"--grad_clip={GRAD_CLIP}")
+    train_reward_models(lab, K, tmp_path)
     check_reward_model(lab, tmp_path, copy_of(lab.rows[K], with_samples=False), GRAD_CLIP)
 
 
 def test_a_reward_model_of_rows_with_different_numbers_of_responses(lab, ragged, tmp_path):
-    train_reward_models(lab, 3, tmp_path, f"--grad_clip={GRAD_CLIP}")
+    train_reward_models(lab, 3, tmp_path)
     check_reward_model(lab, tmp_path, copy_of(ragged, with_samples=False), GRAD_CLIP)
 
 
 def test_a_reward_model_that_sums(lab, tmp_path):
-    train_reward_models(lab, 2, tmp_path, "--head=sum", f"--grad_clip={GRAD_CLIP}")
+    train_reward_models(lab, 2, tmp_path, "--head=sum")
     check_reward_model(lab, tmp_path, copy_of(lab.rows[2], with_samples=False), GRAD_CLIP,
                        head="sum")
 
@@ -668,7 +673,7 @@ def test_a_reward_model_that_sums(lab, tmp_path):
 def test_a_family_of_reward_models(lab, tmp_path):
     """--bias: every member starts from the reference and learns from its own subset, for as many
     epochs, in another order than a single model; here with gradients that are not clipped."""
-    train_reward_models(lab, 2, tmp_path, "--bias=0.3,0.6", "--grad_clip=1000", "--max_steps=5")
+    train_reward_models(lab, 2, tmp_path, "--bias=0.3,0.6", "--max_steps=5", grad_clip=1000)
     for bias in (0.3, 0.6):
         splits = copy_of(lab.rows[2], with_samples=False)
         n_pairs = len(splits["train"])

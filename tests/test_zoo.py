@@ -17,7 +17,7 @@ import zoo
 from experiments import loss_page, properties
 from experiments import zoo as runner
 from losses import PREFERENCE_LOSSES, batch_loss, knobs, needs
-from support.checks import check_step_0
+from support.columns import check_step_0
 from support.flags import InputError
 
 ROOT = Path(__file__).parents[1]

@@ -1,7 +1,6 @@
 """Flags, before anything is read or made: what would be ignored is refused, what is wrong is said,
 what is left out is filled in."""
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -162,20 +161,10 @@ def test_what_chance_needs_where_there_is_none(refuses, script, flags):
     (["--batch_size=1.5"], "--batch_size: invalid positive int"),
     (["--max_steps=1000000000001"], r"--max_steps: invalid positive int \(to 1e12\)"),
     (["--loss=sft", f"--n_embd={10 ** 400}"], "--n_embd: invalid positive int"),
-    (["--kl_samples=1000000000000"], "--kl_samples: invalid int from 1 to 1000"),
     ([f"--seed={'1' * 5000}"], r"--seed: invalid seed value: '1{300,400}\.\.\.$"),
     (["--loss=sft", "--n_head=3"], "--n_head: 3 heads do not divide --n_embd=128")])
 def test_bad_flags_of_a_policy(refuses, flags, message):
     refuses(train_policy, flags, message)
-
-
-@pytest.mark.parametrize("script", [train_policy, train_rm])
-@pytest.mark.parametrize("name, module", [("wandb", "wandb"),
-                                          ("tensorboard", "torch.utils.tensorboard")])
-def test_a_package_that_is_not_installed(refuses, monkeypatch, script, name, module):
-    """--log says how to get it, before the work."""
-    monkeypatch.setitem(sys.modules, module, None)
-    refuses(script, [f"--log={name}"], f"^--log={name} needs {name}: pip install {name}$")
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -203,7 +192,7 @@ def test_policies_to_compare_stand_anywhere(refuses):
     """Before, between and after the flags; what is wrong is still said."""
     args = comparison_flags(["--ref=r", "a", "--n_prompts=4", "b", "--show", "1", "c"], "")
     assert (args.policies, args.ref, args.n_prompts, args.show) == (["a", "b", "c"], "r", 4, 1)
-    assert len(comparison_flags(["--n_prompts=4"], "").policies) == 6
+    assert comparison_flags([], "", ["dpo", "ipo"]).policies == ["out/dpo", "out/ipo"]
     refuses(evaluate, ["a", "--n_prompts=4", "b", "--nprompts=5"], "unrecognized arguments: --npr")
 
 
@@ -321,7 +310,7 @@ def test_scratch_is_a_folder_name_like_any_other(hub_cache):
     Path("demonstrations.jsonl").write_text("".join(rows))
     flags = ["--loss=sft", "--out_dir=scratch", "--max_steps=1", "--batch_size=2", "--n_layer=1",
              "--n_embd=8", "--data=demonstrations.jsonl", "--tokenizer=tinytldr"]
-    for again in ([], ["--overwrite"], ["--resume"]):
+    for again in ([], ["--resume"]):
         train_policy.main(flags + again)
         config = json.loads(Path("scratch/config.json").read_text())
         assert config["nanopref"]["init_from"] == "scratch" and config["n_layer"] == 1

@@ -24,12 +24,10 @@ import train_policy
 import train_rm
 from data import Dataset, collate
 from model import GPT, GPTConfig
-from support import device, processes, run
+from support import device
 from support.columns import score
-from support.device import place
+from support.device import gathered, load_whole, place, whole
 from support.flags import OTHERS_ENDED, InputError, lost_processes
-from support.processes import full, gathered, load_whole, whole
-from support.run import release
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 ROOT = str(Path(__file__).parents[2])
@@ -91,9 +89,10 @@ def session(folder, name, resumed=None, *flags):
     distil(folder, f"{name}/e-dpo", *flags)
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Interrupted):
         patch.setattr(train_policy, "learning_rate", learning_rate_until_15)
+        patch.setattr(train_policy, "Run", noted_run)
         distil(folder, f"{name}/killed", *flags)
-    if processes.is_first():
-        release(f"{out}/killed")        # as the end of its process would
+    if device.is_first():
+        RUNS.pop().lock.close()         # as the end of its process would
     if resumed is not None:
         distil(folder, f"{resumed}/killed", "--resume", *flags)
     if "--fsdp" in flags:
@@ -113,6 +112,12 @@ def learning_rate_until_15(step, max_steps, peak):
 
 
 LEARNING_RATE = train_policy.learning_rate
+RUN, RUNS = train_policy.Run, []
+
+
+def noted_run(*arguments):
+    RUNS.append(RUN(*arguments))
+    return RUNS[-1]
 
 
 def check_parts(start):
@@ -128,7 +133,7 @@ def check_parts(start):
     prompts = [[1, 2, 3], [4]]
     copy = gathered(model)
     assert copy is not model and gathered(plain) is plain
-    if processes.is_first():            # the other has nothing to sample
+    if device.is_first():               # the other has nothing to sample
         assert copy.generate(prompts, 5, 0) == plain.generate(prompts, 5, 0)
     assert list(whole(model.state_dict(), keep=False).values()) == [None] * len(plain.state_dict())
     other = {name: tensor + 1 for name, tensor in plain.state_dict().items()}
@@ -144,12 +149,12 @@ def check_bfloat16(start):
     model = place(GPT.from_pretrained(start), torch.device("cpu"), args)
     examples = [([1, 2, 3], [[4], [5, 6]]), ([7, 8], [[9, 10], [11]])]
     with torch.autocast("cpu", torch.bfloat16):
-        model(collate([examples[processes.rank()]])).sum().backward()
-        processes.add_up_gradients(model)
+        model(collate([examples[device.RANK]])).sum().backward()
+        device.add_up_gradients(model)
         for example in examples:
             plain(collate([example])).sum().backward()
     for parameter, expected in zip(model.parameters(), plain.parameters()):
-        torch.testing.assert_close(full(parameter.grad), expected.grad)
+        torch.testing.assert_close(whole(parameter.grad), expected.grad)
 
 
 def torchrun(folder, code, *flags):
@@ -232,12 +237,12 @@ import os, signal, sys, time
 sys.path.insert(0, {root!r})
 import train_rm
 from support.flags import run_script
-from support.processes import rank
+from support.device import RANK
 
 class Run(train_rm.Run):
     def end_step(self, step, *args, **values):
         super().end_step(step, *args, **values)
-        if step == 15 and rank() == {killed}:
+        if step == 15 and RANK == {killed}:
             print("killed at", time.time(), file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -246,7 +251,7 @@ run_script(train_rm.main)
 """
 
 
-@pytest.mark.parametrize("killed, flags", [(0, []), (1, ["--fsdp"])])
+@pytest.mark.parametrize("killed, flags", [(0, ["--fsdp"])])
 def test_when_a_process_is_killed_the_other_says_so_and_ends(sessions, killed, flags):
     """In one line that names --resume, and with exit code 2; torchrun then says what it saw. The
     run goes on from its last saved state."""
@@ -291,15 +296,14 @@ def test_joining_and_leaving_the_others(monkeypatch, capsys):
     """Whatever ends a process that has joined, its group is left before Python ends. torchrun's
     SIGTERM, where there is nothing to save, is told in the same line."""
     group = []
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    monkeypatch.setattr(processes.dist, "is_initialized", lambda: bool(group))
-    monkeypatch.setattr(processes.dist, "init_process_group", group.append)
-    monkeypatch.setattr(processes.dist, "destroy_process_group", group.clear)
-    monkeypatch.setattr(processes, "rank", lambda: 0)
+    monkeypatch.setattr(device, "BY_TORCHRUN", True)
+    monkeypatch.setattr(device.dist, "is_initialized", lambda: bool(group))
+    monkeypatch.setattr(device.dist, "init_process_group", group.append)
+    monkeypatch.setattr(device.dist, "destroy_process_group", group.clear)
     at_exit = []
-    monkeypatch.setattr(processes.atexit, "register", at_exit.append)
+    monkeypatch.setattr(device.atexit, "register", at_exit.append)
     for _ in range(2):                  # a script that trains several models joins once
-        assert processes.join("cpu") == torch.device("cpu")
+        assert device.join("cpu") == torch.device("cpu")
         assert group == ["gloo"]
     monkeypatch.setattr(sys, "argv", ["some/train_rm.py"])
     with pytest.raises(SystemExit) as exit:
@@ -322,40 +326,27 @@ def test_a_rank_without_torchrun(monkeypatch, tmp_path, variable, value):
     assert not (tmp_path / "run").exists()
 
 
-def test_without_torchrun_nobody_leaves_the_folder_to_a_first_process(monkeypatch, tmp_path):
-    """Whether another process is at work there, all look but torchrun's second one."""
-    folder = str(tmp_path / "run")
-    run.claim(folder)
-    monkeypatch.setattr(run, "claimed", {})         # as another process sees it
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(InputError, match="another process is at work"):
-        run.check_unused(folder)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    run.check_unused(folder)
-
-
 def test_torchrun_where_processes_cannot_share_the_device(monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr(device, "BY_TORCHRUN", True)
     for name in ("mps", "xla"):
         with pytest.raises(InputError, match=f"^--device={name}: torchrun's processes can't"):
-            processes.join(name)
+            device.join(name)
 
 
 def test_without_torchrun_there_is_a_single_process():
     rows = np.arange(5)
-    assert processes.processes() == 1 and processes.is_first()
-    assert [part.tolist() for part in processes.micro_batches(rows, 2)] == [[0, 1], [2, 3], [4]]
-    assert processes.add_up(rows) is rows
-    assert processes.in_shares(range, [2, 3]) == [0, 1, 0, 1, 2]
-    assert list(processes.share_in_step("ab")) == [("a", True), ("b", True)]
+    assert device.PROCESSES == 1 and device.is_first()
+    assert [part.tolist() for part in device.micro_batches(rows, 2)] == [[0, 1], [2, 3], [4]]
+    assert device.add_up({"loss": 2.0}) == {"loss": 2.0}
+    assert device.in_shares(range, [2, 3]) == [range(2), range(3)]
 
 
 def in_each_process(monkeypatch, n, function, *args):
     """What the function returns in each of n processes."""
     results = []
-    monkeypatch.setattr(processes, "processes", lambda: n)
+    monkeypatch.setattr(device, "PROCESSES", n)
     for number in range(n):
-        monkeypatch.setattr(processes, "rank", lambda: number)
+        monkeypatch.setattr(device, "RANK", number)
         results.append(function(*args))
     return results
 
@@ -365,7 +356,7 @@ def in_each_process(monkeypatch, n, function, *args):
 def test_every_process_has_as_many_micro_batches(monkeypatch, n, size):
     """None of them empty or, but for what the docstring says, too large; together all rows."""
     for n_rows in range(n, 20):
-        shares = in_each_process(monkeypatch, n, processes.micro_batches, np.arange(n_rows), size)
+        shares = in_each_process(monkeypatch, n, device.micro_batches, np.arange(n_rows), size)
         assert len({len(parts) for parts in shares}) == 1
         sizes = [len(part) for parts in shares for part in parts]
         assert min(sizes) >= 1 and max(sizes) <= max(size, 1 + (n_rows % n > 0))
@@ -374,20 +365,32 @@ def test_every_process_has_as_many_micro_batches(monkeypatch, n, size):
 
 
 def test_compiled_code_of_weights_that_come_and_go(monkeypatch):
-    monkeypatch.setattr(device, "processes", lambda: 2)
-    device.check_shares({"fsdp": True, "compile": False})
+    monkeypatch.setattr(device, "PROCESSES", 2)
+    args = SimpleNamespace(device="cpu", dtype="float32", seed=0, fsdp=True, compile=False)
+    device.setup(args)
+    args.compile = True
     with pytest.raises(InputError, match="--compile: not with --fsdp"):
-        device.check_shares({"fsdp": True, "compile": True})
+        device.setup(args)
 
 
 def test_rows_that_not_every_process_can_share(monkeypatch):
     with pytest.raises(InputError, match="--data: 1 rows are too few for 2 processes"):
-        in_each_process(monkeypatch, 2, processes.micro_batches, np.arange(1), 3)
+        in_each_process(monkeypatch, 2, device.micro_batches, np.arange(1), 3)
 
 
-def test_a_share_in_step_is_padded_with_the_last_part(monkeypatch):
-    shares = in_each_process(monkeypatch, 2, lambda: list(processes.share_in_step([5, 6, 7])))
-    assert shares == [[(5, True), (7, True)], [(6, True), (7, False)]]
+def test_every_process_computes_as_many_parts(monkeypatch):
+    """One that has nothing left computes the last part again; all get all results, in order."""
+    for rank, computed in ((0, [5, 7]), (1, [6, 7])):
+        def gather(everyone, mine):
+            everyone[:] = [{0: 50, 2: 70}, {1: 60, 2: 70}]
+            assert everyone[rank] == mine
+
+        calls = []
+        monkeypatch.setattr(device, "PROCESSES", 2)
+        monkeypatch.setattr(device, "RANK", rank)
+        monkeypatch.setattr(device.dist, "all_gather_object", gather)
+        results = device.in_shares(lambda part: calls.append(part) or 10 * part, [5, 6, 7])
+        assert results == [50, 60, 70] and calls == computed
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="no such signal elsewhere")
@@ -395,7 +398,7 @@ def test_a_killed_driver_takes_its_run_with_it():
     """Whatever kills it: the run gets a SIGTERM, which it answers by saving its state."""
     run = "import time; print('begun', flush=True); time.sleep(60)"
     driver = (f"import subprocess, sys; sys.path.insert(0, {ROOT!r})\n"
-              "from support.processes import end_with_parent\n"
+              "from support.flags import end_with_parent\n"
               f"subprocess.run([sys.executable, '-c', {run!r}], preexec_fn=end_with_parent)")
     with subprocess.Popen([sys.executable, "-c", driver], stdout=subprocess.PIPE) as process:
         process.stdout.readline()

@@ -23,7 +23,7 @@ from dev import draw
 from losses import LOSSES, knobs
 from model import GPT, GPTConfig
 from reward import RewardModel
-from support.flags import InputError, comparison_flags, talk_flags
+from support.flags import SHARED, InputError, comparison_flags, talk_flags
 from support.run import SHOWN
 
 ROOT = Path(__file__).parents[2]
@@ -85,7 +85,7 @@ def test_commands_that_it_names_exist(page):
 def all_flags():
     """The flags of all scripts: read from the source, as those of the losses are from the table;
     and torchrun's."""
-    flags = {"help", "nproc_per_node"} | {knob for loss in LOSSES for knob in knobs(loss)}
+    flags = {"help", "nproc_per_node", *SHARED} | {knob for loss in LOSSES for knob in knobs(loss)}
     for path in CODE:
         text = text_of(path)
         flags |= set(re.findall(r'"--(\w+)"', text))

@@ -914,21 +914,17 @@ def test_a_dialogue_goes_on(world, tmp_path, monkeypatch, capsys):
 
 # ------------------------------------------------------------------ bad input
 
-@pytest.mark.parametrize("script, flags, message", [
-    ("train_policy", ["--loss=ppo"], "argument --loss: invalid choice: 'ppo'"),
-    ("train_rm", ["--max_steps=0"],
-     "argument --max_steps: invalid positive int (to 1e12) value: '0'"),
-    ("evaluate", ["--ref={tmp}/none"], "none: no such folder"),
-    ("sample", ["{tmp}/none"], "none: no such folder")])
-def test_bad_input_from_the_shell(tmp_path, script, flags, message):
-    """Exit code 2, one line that names the script, and nothing is written."""
-    flags = [flag.format(tmp=tmp_path) for flag in flags]
-    done = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *flags], text=True,
+def test_bad_input_from_the_shell(tmp_path):
+    """Exit code 2, one line that names the script, and nothing is written: all four scripts run
+    their main in the same way."""
+    done = subprocess.run([sys.executable, str(ROOT / "train_policy.py"), "--loss=ppo"], text=True,
                           capture_output=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith(f"{script}.py: error: ")
-    assert message in done.stderr and done.stderr.count("\n") == 1, done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert done.stderr.startswith("train_policy.py: error: argument --loss: invalid choice: 'ppo'")
+    assert done.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == []
+    for script in ("train_policy", "train_rm", "evaluate", "sample"):
+        source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
+        assert source.endswith('if __name__ == "__main__":\n    run_script(main)\n')
 
 
 @pytest.mark.parametrize("script, flags, message", [

@@ -88,8 +88,8 @@ def test_files_that_are_no_data(tmp_path):
     (["test.jsonl"], "test", "test")])
 def test_it_is_not_guessed_what_to_train_on(tmp_path, files, there, how):
     data = fill(tmp_path, *files)
-    with pytest.raises(InputError, match=f"{data} has {there}; name one with --split={how}, or "
-                                         f"with --data={data}:{how}"):
+    with pytest.raises(InputError, match=f"{data} has {there}; name one with "
+                                         f"--data={data}:{how}"):
         read(data)
 
 
@@ -177,7 +177,7 @@ def test_splits_of_the_hub(hub, capsys):
         hub[split] = [{**PAIR, "prompt": split}]
     there = "lab/set has train_prefs, train_sft, test_prefs"
     with pytest.raises(InputError, match=f"several splits to train on: {there}; name one with "
-                                         "--split=train_prefs, or with --data=lab/set:train_pref"):
+                                         "--data=lab/set:train_prefs, or several"):
         read("lab/set")
     with pytest.raises(InputError, match=f"no split 'train': {there}"):
         read("lab/set:train")
@@ -198,21 +198,16 @@ def test_what_is_no_split_of_the_hub(hub_cache):
 
 # ------------------------------------------------------------------ the flag
 
-def test_the_flag_is_put_into_data(tmp_path):
+@pytest.mark.parametrize("script, flags", [(train_policy, ["--loss=sft"]), (train_rm, [])])
+def test_a_split_of_the_data_to_train_on(tmp_path, script, flags):
+    """It is part of --data's name; the run may still not be written into the data."""
     data = fill(tmp_path / "prefs", "train_a.jsonl", "train_b.jsonl")
-    out = f"--out_dir={tmp_path}/out"
-    for parse in (lambda flags: train_policy.parse_flags(["--loss=sft", out, *flags]),
-                  lambda flags: train_rm.parse_flags([out, *flags])):
-        args = parse([f"--data={data}", "--split=train_a"])
-        assert args.data == f"{data}:train_a" and "split" not in vars(args)
-        with pytest.raises(InputError, match="--split: it would be ignored"):
-            parse(["--split=train_a"])
-        with pytest.raises(InputError, match="train_a.jsonl is one file"):
-            parse([f"--data={data}/train_a.jsonl", "--split=train"])
-        with pytest.raises(InputError, match="--split: --data=.* names a split already"):
-            parse([f"--data={data}:train_a", "--split=train_b"])
+    args = script.parse_flags([*flags, f"--data={data}:train_a", f"--out_dir={tmp_path}/out"])
+    assert args.data == f"{data}:train_a"
+    with pytest.raises(InputError, match="train_a.jsonl is one file"):
+        script.parse_flags([*flags, f"--data={data}/train_a.jsonl:train"])
     with pytest.raises(InputError, match="--out_dir: .* lies in --data"):
-        train_rm.parse_flags([f"--data={data}", "--split=train_a", f"--out_dir={data}/out"])
+        script.parse_flags([*flags, f"--data={data}:train_a", f"--out_dir={data}/out"])
 
 
 def test_held_out_prompts_of_a_split(tmp_path):
@@ -228,7 +223,7 @@ def test_held_out_prompts_of_a_split(tmp_path):
 
 def test_show_a_split(tmp_path, hub_cache, capsys):
     data = fill(tmp_path, "train_a.jsonl", "train_b.jsonl")
-    show.main([f"--data={data}", "--split=train_b", "--tokenizer=tinytldr"])
+    show.main([f"--data={data}:train_b", "--tokenizer=tinytldr"])
     assert "reads train_b.jsonl; not read: train_a.jsonl" in capsys.readouterr().out
 
 
