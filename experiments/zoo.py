@@ -28,6 +28,7 @@ from experiments import trials
 from experiments.figure2 import append, check_reference, commit, read_rows, reference
 from experiments.loss_page import write_page
 from experiments.world import earned
+from experiments.zoo_answers import answer_table
 from losses import needs
 from model import GPT
 from support.flags import InputError, Parser, comma_separated, positive_int, run_script
@@ -182,7 +183,9 @@ def main(argv=None):
                          f"{', '.join(METHODS)}, and {', '.join(RHOS)}")
     path = f"{args.results}/runs.csv"
     if args.draw:
-        return write_page(METHODS, knob_of, read_rows(path), chosen_values(read_rows(path)))
+        rows = read_rows(path)
+        write_page(METHODS, knob_of, rows, chosen_values(rows))
+        return print(answer_table(rows))
     trials.check_models(sft=args.sft)
     check_reference(read_rows(path), args.sft, path)
     os.makedirs(args.results, exist_ok=True)
@@ -199,6 +202,7 @@ def main(argv=None):
         for rho in args.rhos:
             run_all(args, pool, path, [("test", rho, seed, method, chosen[method])
                                        for seed in SEEDS for method in args.losses])
+    print(answer_table(read_rows(path)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from test_losses import COLUMNS, EXTREME, M, assert_gives, h_by_hand, make_batch
 import losses
 import train_policy
 import zoo
-from experiments import loss_page, properties
+from experiments import loss_page, properties, zoo_answers
 from experiments import zoo as runner
 from losses import PREFERENCE_LOSSES, batch_loss, knobs, needs
 from support.columns import check_step_0
@@ -367,6 +367,21 @@ def test_a_knob_is_chosen_from_all_its_trials():
     rows.append(row("hinge", 1, "3.0", "test", "0.2", "1"))
     text = loss_page.measured(runner.METHODS, runner.knob_of, rows, runner.chosen_values(rows))
     assert "| hinge | beta 1 | +2.50 ± 6.35 | -1.0 |  |  | 12.0 |" in text
+
+
+def test_answers():
+    """By the criteria in dev/LOG.md, from the runs there are."""
+    rows = [row("dpo", 1, "2.0", "test", rho, seed) for rho in ("0.2", "all") for seed in "012"]
+    assert zoo_answers.answer_table(rows).count("| open |") == 7
+    rows += [row("discopop", 1, "1.5", "test", "0.2", seed) for seed in "012"]
+    rows += [row(zoo_answers.MEAN, 1, advantage, "test", "0.2", seed)
+             for seed, advantage in zip("012", ("1.9", "2.1", "2.1"))]
+    rows += [row("r-dpo", 1, "2.5", "test", rho, seed) for rho in ("0.2", "all") for seed in "012"]
+    lines = {line.split(" | ")[0]: line for line in zoo_answers.answer_table(rows).splitlines()}
+    assert lines["| does DiscoPOP's wrong start matter?"].endswith("-0.50, -0.50, -0.50 | yes |")
+    assert lines["| does taking length out of the reward help?"].endswith("| undecided |")
+    assert "r-dpo in 3 seeds (+0.60, +0.40, +0.40)" in str(lines)
+    assert zoo_answers.spearman([1, 2, 3], [10, 30, 20]) == pytest.approx(0.5)
 
 
 def test_every_method_has_three_values_of_a_knob_of_its_loss():
