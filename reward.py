@@ -23,7 +23,7 @@ from support.columns import (
     cached,
     count_cut_off,
     hash_examples,
-    hash_weights,
+    hash_model,
     key,
     score,
     with_end,
@@ -117,7 +117,7 @@ def family_scores(models, dataset, out_dir, name):
     the data set. Returns (N, K, M) float32: a data set's column `rewards`."""
     columns = []
     for folder, model in models.items():
-        entry = key(hash_weights(model), model.config.reward_head, hash_examples(dataset.examples),
+        entry = key(hash_model(model), hash_examples(dataset.examples),
                     computing.dtype)
         rewards = cached(cache_folder(folder, out_dir), f"{name}-rewards", entry, score, model,
                          dataset, f"{name} rewards")

@@ -36,7 +36,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from support.columns import cached, hash_weights, key, sample
+from support.columns import cached, hash_model, key, sample
 from support.device import in_float32
 from support.tokenizer import to_text, word_encoding
 
@@ -264,7 +264,7 @@ def pair_rows(split, n, policy, encoding, cache, label_temperature=0, seed=0):
     """
     posts = [post(seed, split, i) for i in range(100)]      # if you edit the world, this changes
     points = (STATED, UNSUPPORTED, CHATTERED, BROKEN)
-    entry = key(hash_weights(policy), encoding.name, SLOTS, CHATTER, points, posts, split,
+    entry = key(hash_model(policy), encoding.name, SLOTS, CHATTER, points, posts, split,
                 PAIRS_FROM[split], n, label_temperature, seed)
     return cached(cache, f"{split}-pairs", entry, sample_pairs, split, n, policy, encoding,
                   label_temperature, seed)

@@ -34,7 +34,7 @@ from support.columns import (
     check_step_0,
     count_cut_off,
     hash_examples,
-    hash_weights,
+    hash_model,
     key,
     sample,
     say_spread,
@@ -102,7 +102,7 @@ def with_columns(dataset, split, policy, tokenizer, reward_models, args):
     """
     needed = needs(args.loss)
     cache = cache_folder(args.init_from, args.out_dir)
-    weights = hash_weights(policy)
+    weights = hash_model(policy)
     if "rewards" not in needed:
         dataset.rewards = None
     elif args.rewards != "scores":
@@ -293,7 +293,7 @@ def main(argv=None):
     order = BatchOrder(train.row_lengths(), args.batch_size, args.seed)
 
     # ---- model
-    constants = key(hash_weights(policy), hash_examples(train.examples), train.rewards)
+    constants = key(hash_model(policy), hash_examples(train.examples), train.rewards)
     if args.lora:                       # the policy was the reference so far, and stays inside
         add_lora(policy, args.lora, args.init_from, args.seed)
     optimizer = adamw(policy, args.lr)

@@ -24,7 +24,7 @@ from lora import add_lora, merge_lora
 from losses import bradley_terry, reward_margin
 from model import GPT
 from reward import RewardModel, training_pairs
-from support.columns import hash_examples, hash_weights, key
+from support.columns import hash_examples, hash_model, key
 from support.device import (
     add_up,
     add_up_gradients,
@@ -124,7 +124,7 @@ def train_one(args, policy, tokenizer, train, validation, device):
     order = BatchOrder(train.row_lengths(), args.batch_size, args.seed + (args.bias is not None))
 
     # ---- model
-    constants = key(hash_weights(policy), hash_examples(train.examples))
+    constants = key(hash_model(policy), hash_examples(train.examples))
     reward_model = place(RewardModel.from_policy(policy, args.head), device, args)
     optimizer = adamw(reward_model, args.lr)
     run = Run(args, reward_model, optimizer, constants)

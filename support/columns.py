@@ -205,6 +205,12 @@ def key(*parts):
     return digest.hexdigest()[:16]
 
 
+def hash_model(model):
+    """Returns a hash of a model: of its weights, and of the sizes and switches that say what is
+    computed with them (two models may differ in nothing but their number of heads)."""
+    return key(hash_weights(model), model.config)
+
+
 def hash_weights(model):
     """Returns a hash of all tensors of a model and of their names. Of a frozen weight, which may be
     large and which several adapters may share, the hash is computed once."""
