@@ -4,7 +4,7 @@
 
 Their text and code are those of dev/walk_cells.py: a text between triple quotes becomes a cell of
 Markdown, the lines up to the next one become a cell of code. The code is run, and what it prints
-and draws stands below it. In a text, {collate} becomes a link to the line where collate begins.
+and draws stands below it. In a text, {data.collate} becomes a link to the line where it begins.
 """
 import ast
 import base64
@@ -19,11 +19,18 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import data
+import losses
+import model
+import tinytldr
+import train_policy
 from dev.walk_figures import Picture
 from support.flags import Parser, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 CELLS = ROOT / "dev" / "walk_cells.py"
+METHOD = {"data": data, "losses": losses, "model": model, "tinytldr": tinytldr,
+          "train_policy": train_policy}
 HEADER = "<!-- Written by python dev/walk.py; its text is in dev/walk_cells.py. -->"
 
 
@@ -31,21 +38,19 @@ class Prose(string.Formatter):
     """Fills in a text: a function or a class becomes a link to where it begins."""
 
     def format_field(self, value, spec):
-        if not inspect.isroutine(value) and not inspect.isclass(value):
-            return super().format_field(value, spec)
-        value = inspect.unwrap(value)                       # of a cache
+        value = inspect.unwrap(value)                       # a cached function
         path = Path(inspect.getsourcefile(value)).relative_to(ROOT).as_posix()
         line = inspect.getsourcelines(value)[1]
         return f"[`{value.__qualname__}`, {path}:{line}](../{path})"
 
 
 def read_cells(source):
-    """Splits a script into cells, a list of (kind, text); kind: "markdown" or "code"."""
+    """Splits a script into cells, a list of (kind, finished text); kind: "markdown" or "code"."""
     lines, cells, end = source.splitlines(), [], 0
     for node in ast.parse(source).body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             cells.append(("code", "\n".join(lines[end:node.lineno - 1]).strip()))
-            cells.append(("markdown", node.value.value.strip()))
+            cells.append(("markdown", Prose().vformat(node.value.value.strip(), (), METHOD)))
             end = node.end_lineno
     cells.append(("code", "\n".join(lines[end:]).strip()))
     return [(kind, text) for kind, text in cells if text]
@@ -65,29 +70,26 @@ def run_cell(code, namespace):
 
 
 def run_cells(cells):
-    """Runs all cells, in order. Returns a list of (kind, finished text, printed, pictures)."""
+    """Runs the cells, in order. Returns a list of (kind, text, printed, pictures)."""
     namespace, results = {}, []
     for kind, text in cells:
-        if kind == "markdown":
-            results.append((kind, Prose().vformat(text, (), namespace), "", []))
-        else:
-            results.append((kind, text, *run_cell(text, namespace)))
+        outcome = run_cell(text, namespace) if kind == "code" else ("", [])
+        results.append((kind, text, *outcome))
     return results
 
 
 def page(results):
-    """Returns the Markdown page, and its pictures: {name of the file: PNG}."""
-    parts, files = [], {}
+    """Returns the Markdown page. Its pictures are img/walk_1.png, img/walk_2.png, ..."""
+    parts, n_pictures = [], 0
     for kind, text, printed, pictures in results:
         parts.append(text if kind == "markdown" else f"```python\n{text}\n```")
         if printed:
             parts.append(f"```text\n{printed.rstrip()}\n```")
         for picture in pictures:
-            name = f"walk_{len(files) + 1}.png"
-            files[name] = picture.png
-            parts.append(f"![{picture.about}](img/{name})")
+            n_pictures += 1
+            parts.append(f"![{picture.about}](img/walk_{n_pictures}.png)")
     title, rest = "\n\n".join(parts).split("\n", 1)
-    return f"{title}\n\n{HEADER}\n{rest}\n", files
+    return f"{title}\n\n{HEADER}\n{rest}\n"
 
 
 def notebook(results):
@@ -114,14 +116,13 @@ def main(argv=None):
     parser.add_argument("--out_dir", default=str(ROOT / "docs"), help="for the page, the notebook")
     args = parser.parse_args(argv)
     results = run_cells(read_cells(CELLS.read_text(encoding="utf-8")))
-    folder = Path(args.out_dir)
-    (folder / "img").mkdir(parents=True, exist_ok=True)
-    text, files = page(results)
-    for name, png in files.items():
-        (folder / "img" / name).write_bytes(png)
-    (folder / "walk.md").write_text(text, encoding="utf-8")
-    (folder / "walk.ipynb").write_text(json.dumps(notebook(results), indent=1, ensure_ascii=False)
-                                       + "\n", encoding="utf-8")
+    (Path(args.out_dir) / "img").mkdir(parents=True, exist_ok=True)
+    pictures = [picture for *_, pictures in results for picture in pictures]
+    for number, picture in enumerate(pictures, 1):
+        (Path(args.out_dir) / "img" / f"walk_{number}.png").write_bytes(picture.png)
+    text = json.dumps(notebook(results), indent=1, ensure_ascii=False) + "\n"
+    (Path(args.out_dir) / "walk.ipynb").write_text(text, encoding="utf-8")
+    (Path(args.out_dir) / "walk.md").write_text(page(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

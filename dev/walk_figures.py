@@ -1,5 +1,7 @@
-"""Draws the pictures of docs/walk.md. Each function returns a Picture, which a notebook shows."""
+"""Draws the pictures of docs/walk.md, for dev/walk_cells.py."""
+import inspect
 import io
+from functools import cached_property, wraps
 
 import numpy as np
 import torch
@@ -11,16 +13,30 @@ BRANCHES = [GREY, BLUE, ORANGE]         # the prompt, the chosen reply, the reje
 
 
 class Picture:
-    """A figure as PNG, the form in which notebooks ask for it."""
+    """A picture that is drawn when somebody asks for its PNG, as a notebook does."""
 
-    def __init__(self, fig, about):
-        self.about, file = about, io.BytesIO()
+    def __init__(self, draw, arguments):
+        self.draw, self.arguments = draw, arguments
+        self.about = inspect.getdoc(draw).split("\n\n")[0].replace("\n", " ").rstrip(".")
+
+    @cached_property
+    def png(self):
+        file, fig = io.BytesIO(), self.draw(*self.arguments)
         fig.savefig(file, format="png", dpi=90)
         pyplot().close(fig)
-        self.png = file.getvalue()
+        return file.getvalue()
 
     def _repr_png_(self):
         return self.png
+
+
+def picture(draw):
+    """Makes a function that draws a figure return a Picture instead. The first paragraph of its
+    docstring says what one sees."""
+    @wraps(draw)
+    def later(*arguments):
+        return Picture(draw, arguments)
+    return later
 
 
 def words(batch, encoding):
@@ -29,10 +45,11 @@ def words(batch, encoding):
     return [text.replace("<|endoftext|>", "<end>") for text in texts]
 
 
+@picture
 def tree(batch, encoding):
-    """Draws tokens as boxes with branch and position, and arrows to their predictors."""
+    """The row as a tree: tokens with branch and position, and arrows to their predictors."""
     labels, T = words(batch, encoding), batch.tokens.size(1)
-    fig, ax = pyplot().subplots(figsize=(10, 2.7), layout="constrained")
+    fig, ax = pyplot().subplots(figsize=(10, 2.2), layout="constrained")
     for column, label in enumerate(labels):
         branch = batch.branch[0, column].item()
         box = {"boxstyle": "round,pad=0.1", "facecolor": BRANCHES[branch] + "22",
@@ -47,13 +64,17 @@ def tree(batch, encoding):
         ax.annotate("", (predictor, 0.35), (own, 0.35), arrowprops=arrow)
     ax.text(-0.8, -0.8, "branch", ha="right", va="center")
     ax.text(-0.8, -1.4, "position", ha="right", va="center")
-    ax.set(xlim=(-2.2, T - 0.4), ylim=(-1.8, 2.7))
+    ax.set(xlim=(-2.2, T - 0.4), ylim=(-1.8, 1.8))
     ax.axis("off")
-    return Picture(fig, "the row as a tree: tokens with branch and position, and their predictors")
+    return fig
 
 
+@picture
 def masks(masks, batch, encoding):
-    """Draws masks next to each other. masks: {name: (1, 1, T, T)}."""
+    """The right mask and three wrong ones: a line is a token, its cells are those that it sees.
+
+    masks: {name: (1, 1, T, T)}.
+    """
     labels, branch = words(batch, encoding), batch.branch[0]
     colours = np.array([[1.0] * 3, *[tuple(int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5))
                                      for colour in BRANCHES]])
@@ -71,4 +92,73 @@ def masks(masks, batch, encoding):
         ax.grid(which="minor", color="white", linewidth=1)
         ax.tick_params(which="minor", length=0)
     axes[0].set_ylabel("this token sees ...")
-    return Picture(fig, "the right mask and three wrong ones; the colour is that of the seen token")
+    return fig
+
+
+@picture
+def curves(h, curves, lowest):
+    """Four losses over h; dots: where each is lowest; dotted line: the reference.
+
+    h: (N,). curves, lowest: {name: values}.
+    """
+    fig, axes = pyplot().subplots(1, len(curves), figsize=(10, 2.4), layout="constrained")
+    for ax, (name, curve) in zip(axes, curves.items()):
+        ax.plot(h, curve, color=BLUE)
+        for place in lowest[name].tolist():
+            ax.plot(place, curve[h == place], "o", color=ORANGE)
+        ax.axvline(0, color=GREY, linestyle=":")
+        ax.set(title=name, xlabel="h", ylim=(-0.05 * curve.max(), None))
+    return fig
+
+
+@picture
+def staircase(h, distances, member):
+    """The minimum (blue) of three squared distances, and below it which of the three it is.
+
+    h: (N,). distances: (N, M). member: (N,).
+    """
+    fig, (above, below) = pyplot().subplots(2, 1, figsize=(6, 3.6), layout="constrained",
+                                            sharex=True, height_ratios=[2, 1])
+    above.plot(h, distances, color=GREY, linewidth=0.8)
+    above.plot(h, distances.min(dim=1).values, color=BLUE, linewidth=2.5)
+    above.set(ylim=(-0.5, 12), ylabel="(target - h)^2")
+    below.step(h, member, color=ORANGE, linewidth=2)
+    below.set(xlabel="h", ylabel="best model", yticks=range(distances.size(1)))
+    return fig
+
+
+@picture
+def changes(batch, change, encoding):
+    """How much each token's log-prob has changed: the chosen reply in blue, the rejected one in
+    orange.
+
+    change: (R,), in nats.
+    """
+    replies = batch.slot.tolist()
+    fig, ax = pyplot().subplots(figsize=(8, 2.6), layout="constrained")
+    ax.bar(range(len(change)), change, color=[BRANCHES[reply + 1] for reply in replies])
+    labels = [label for label, role in zip(words(batch, encoding), batch.branch[0]) if role > 0]
+    ax.set_xticks(range(len(change)), labels, family="monospace", fontsize=7.5)
+    ax.axhline(0, color="black", linewidth=0.6)
+    ax.set_ylabel("change, nats")
+    return fig
+
+
+@picture
+def training(history):
+    """Thirty steps of four losses: log-ratios of both replies, and their difference h.
+
+    history: {loss: [{name: number} of each step]}.
+    """
+    fig, axes = pyplot().subplots(1, len(history), figsize=(10, 2.8), layout="constrained",
+                                  sharey=True)
+    lines = {"chosen_change": ("chosen", BLUE), "rejected_change": ("rejected", ORANGE),
+             "margin": ("h", GREEN)}
+    for ax, (loss, steps) in zip(axes, history.items()):
+        for name, (label, colour) in lines.items():
+            ax.plot([numbers[name] for numbers in steps], color=colour, label=label)
+        ax.axhline(0, color="black", linewidth=0.6)
+        ax.set(title=loss, xlabel="step")
+    axes[0].set_ylabel("nats")
+    axes[0].legend(frameon=False)
+    return fig
