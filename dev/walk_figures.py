@@ -3,7 +3,6 @@ import inspect
 import io
 from functools import cached_property, wraps
 
-import numpy as np
 import torch
 
 from support.report import pyplot
@@ -76,21 +75,14 @@ def masks(masks, batch, encoding):
     masks: {name: (1, 1, T, T)}.
     """
     labels, branch = words(batch, encoding), batch.branch[0]
-    colours = np.array([[1.0] * 3, *[tuple(int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5))
-                                     for colour in BRANCHES]])
     fig, axes = pyplot().subplots(1, len(masks), figsize=(11, 3.2), layout="constrained")
     for ax, (name, mask) in zip(axes, masks.items()):
         cells = torch.where(mask[0, 0] == 0, branch + 1, 0)                 # (T, T)
-        ax.imshow(colours[cells.numpy()])
+        for part, colour in enumerate(BRANCHES, 1):
+            ax.spy(cells == part, marker="s", markersize=7, color=colour)
         ax.set_title(name, fontweight="bold" if name == "right" else None)
-        ax.set_xticks([])
-        ax.set_yticks(range(len(labels)), labels if ax is axes[0] else [""] * len(labels),
-                      family="monospace", fontsize=6.5)
-        ax.tick_params(length=0)
-        ax.set_xticks(np.arange(len(labels)) - 0.5, minor=True)
-        ax.set_yticks(np.arange(len(labels)) - 0.5, minor=True)
-        ax.grid(which="minor", color="white", linewidth=1)
-        ax.tick_params(which="minor", length=0)
+        ax.set(xticks=[], yticks=[])
+    axes[0].set_yticks(range(len(labels)), labels, family="monospace", fontsize=6.5)
     axes[0].set_ylabel("this token sees ...")
     return fig
 
