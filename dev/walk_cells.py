@@ -10,7 +10,7 @@ You can read it ([walk.md](walk.md)), or run and change it ([walk.ipynb](walk.ip
 
 import sys
 
-sys.path.append("..")       # the notebook is in docs/, the code above it
+sys.path.append("..")       # a notebook runs in docs/, and the code is one folder up
 
 from copy import deepcopy
 
@@ -57,7 +57,7 @@ for name, reply in (("chosen", chosen), ("rejected", rejected)):
     print(f"    reward {oracle_reward(prompt, reply):+d}")
 
 """The reply with the higher reward is the *chosen* one. It is always number 1, and the *rejected*
-one is number 2. Remember the words that they share: " my coworker". They will matter in part 6.
+one is number 2. Remember the words that they share: " my coworker". They will matter in part 8.
 
 ## 2. A tree of tokens
 
@@ -77,8 +77,9 @@ print(f"T = {batch.tokens.size(1)} tokens in the row: {len(prompt_ids)} of the p
 print(f"lengths of the replies, each with its end-of-text token: {batch.lengths[0].tolist()}")
 
 """A picture of it, with only the last tokens of the prompt. An arrow goes from each token of a
-reply to its *predictor*, the token whose output predicts it. That is the token before it, with one
-exception: the first token of *each* reply is predicted from the prompt's last token.
+reply to its *predictor*, the token whose output predicts it. Mostly that is the token before it.
+But the first token of *each* reply is predicted from the prompt's last token, even where the other
+reply lies in between.
 """
 
 short = collate([(prompt_ids[-3:], replies)])
@@ -145,7 +146,8 @@ for step in range(60):
 
 The log-prob of a reply is the sum over its tokens. `reference(batch)` computes it for all replies
 at once ({model.GPT.response_logps}). We open that function here, to see the tokens too. The hidden
-states are read where a token is predicted, and nowhere else.
+states are read where a token is predicted, and nowhere else. Then each reply's tokens are added up
+({data.TreeBatch.sum_tokens}).
 """
 
 
@@ -189,7 +191,8 @@ margin h ({losses.log_ratio_margin}), whatever the pair. Every loss has a value 
 tell without a model. If your first step shows another one, something is wired wrongly.
 
 Some losses need more than log-probs: rewards, and samples from the reference for the KL. The data
-set keeps them as columns ({data.Dataset}). Here three reward models disagree about how much better
+set keeps them as columns ({data.Dataset}), and the loss takes what it needs
+({losses.batch_loss}). Here three reward models disagree about how much better
 the chosen reply is: by 1, 4 or 7 points. These scores are made up for this page. The oracle's gap
 is 4, which is their mean.
 """
