@@ -97,7 +97,8 @@ A token may look at the prompt and at its own reply, up to itself. The mask says
 
 
 def masks(batch):
-    """The right mask and three wrong ones, each (1, 1, T, T): 0 where a token sees another."""
+    """Builds the right mask and three wrong ones, each (1, 1, T, T): 0 where a token sees another,
+    -inf where not."""
     right = tree_mask(batch.branch, torch.float64)
     position, branch = batch.position[0], batch.branch[0]
     sees_earlier = position[:, None] >= position
@@ -120,7 +121,7 @@ in float64, so that your machine gets the same digits.
 
 
 def example(index):
-    """A training post with two demonstrations, as token ids."""
+    """Encodes a training post and two demonstrations of it."""
     texts = [demonstration(0, "train", index, person) for person in range(2)]
     ids = [encoding.encode_ordinary(text) + [encoding.eot_token] for text in texts]
     return encoding.encode_ordinary(post(0, "train", index)), ids
@@ -152,7 +153,7 @@ states are read where a token is predicted, and nowhere else. Then each reply's 
 
 
 def by_token(policy, batch, mask):
-    """The log-prob of every token of the replies, in nats, (R,)."""
+    """Computes the log-prob of every token of the replies, in nats, (R,)."""
     hidden = policy.transformer(batch.tokens, batch.position, mask, read=batch.predictor)
     return token_logps(hidden, policy.lm_head.weight, batch.target)
 
@@ -181,8 +182,9 @@ with torch.no_grad():
         sums = batch.sum_tokens(by_token(reference, batch, mask))[0]
         print(f"{name:18}  {sums[0]:8.4f} {sums[1]:8.4f}")
 
-"""A wrong mask raises no error. It is off by little, so that a curve of the loss would not show it.
-That is why a test compares the tree with separate sequences (tests/test_tree.py).
+"""Plain causal moves only the second reply, siblings both, and without the prompt all is different.
+No wrong mask raises an error, and two of them are off by so little that no training curve would
+show it. That is why a test compares the tree with separate sequences (tests/test_tree.py).
 
 ## 6. Where training starts
 

@@ -16,7 +16,8 @@ class Picture:
 
     def __init__(self, draw, arguments):
         self.draw, self.arguments = draw, arguments
-        self.about = inspect.getdoc(draw).split("\n\n")[0].replace("\n", " ").rstrip(".")
+        self.about = inspect.getdoc(draw).split("\n\n")[0].replace("\n", " ")
+        self.about = self.about.removeprefix("Draws ").rstrip(".")
 
     @cached_property
     def png(self):
@@ -39,14 +40,14 @@ def picture(draw):
 
 
 def words(batch, encoding):
-    """The tokens of a batch's first row as short labels."""
+    """Returns the tokens of a batch's first row as short labels."""
     texts = [encoding.decode([token]).strip() for token in batch.tokens[0].tolist()]
     return [text.replace("<|endoftext|>", "<end>") for text in texts]
 
 
 @picture
 def tree(batch, encoding):
-    """The row as a tree: tokens with branch and position, and arrows to their predictors."""
+    """Draws the row as a tree: tokens with branch and position, and arrows to their predictors."""
     labels, T = words(batch, encoding), batch.tokens.size(1)
     fig, ax = pyplot().subplots(figsize=(10, 2.2), layout="constrained")
     for column, label in enumerate(labels):
@@ -70,7 +71,7 @@ def tree(batch, encoding):
 
 @picture
 def masks(masks, batch, encoding):
-    """The right mask and three wrong ones: a line is a token, its cells are those that it sees.
+    """Draws the right mask and three wrong ones: a line is a token, its cells are those that it sees.
 
     masks: {name: (1, 1, T, T)}.
     """
@@ -89,7 +90,7 @@ def masks(masks, batch, encoding):
 
 @picture
 def curves(h, curves, lowest):
-    """Four losses over h; dots: where each is lowest; dotted line: the reference.
+    """Draws four losses over h; dots: where each is lowest; dotted line: the reference.
 
     h: (N,). curves, lowest: {name: values}.
     """
@@ -105,7 +106,7 @@ def curves(h, curves, lowest):
 
 @picture
 def staircase(h, distances, member):
-    """The minimum (blue) of three squared distances, and below it which of the three it is.
+    """Draws the minimum (blue) of three squared distances, and below it which of the three it is.
 
     h: (N,). distances: (N, M). member: (N,).
     """
@@ -121,8 +122,7 @@ def staircase(h, distances, member):
 
 @picture
 def changes(batch, change, encoding):
-    """How much each token's log-prob has changed: the chosen reply in blue, the rejected one in
-    orange.
+    """Draws the change of each token's log-prob: chosen reply blue, rejected one orange.
 
     change: (R,), in nats.
     """
@@ -138,7 +138,7 @@ def changes(batch, change, encoding):
 
 @picture
 def training(history):
-    """Thirty steps of four losses: log-ratios of both replies, and their difference h.
+    """Draws thirty steps of four losses: log-ratios of both replies, and their difference h.
 
     history: {loss: [{name: number} of each step]}.
     """
