@@ -71,7 +71,7 @@ def tree(batch, encoding):
 
 @picture
 def masks(masks, batch, encoding):
-    """Draws the right mask and three wrong ones: a line is a token, its cells are those that it sees.
+    """Draws the right mask and three wrong ones: a line is a token, its cells what it sees.
 
     masks: {name: (1, 1, T, T)}.
     """
