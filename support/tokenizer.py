@@ -91,7 +91,8 @@ class FolderTokenizer:
 
     name: a folder or hub name and "/". files: {file name: bytes}, for a copy next to what is
     trained. start: the tokens with which a text begins, such as Llama 3's BOS. template: the
-    model's ChatTemplate, or HH's layout. eot_token: the token that ends a response.
+    model's ChatTemplate, or HH's layout. eot_token: the token that ends a response. ends: it, and
+    the others in which the model may end one.
     """
 
     def __init__(self, name):
@@ -179,6 +180,8 @@ class FolderTokenizer:
             raise InputError(f"{self.name}: which token ends a text? Give tokenizer_config.json an "
                              "eos_token")
         self.eot_token = ends[0] if end is None else end
+        others = ends if self.eot_token in ends else []
+        self.ends = [self.eot_token, *(number for number in others if number != self.eot_token)]
         if ends and end not in (None, *ends):
             print(f"{self.name}: a response ends in token {end}, as its tokenizer says, and not in "
                   f"{ends[0]}, the model's eos_token_id")
@@ -264,11 +267,18 @@ def text_start(tokenizer):
     return getattr(tokenizer, "start", [])
 
 
+def ends_of(tokenizer):
+    """Returns the tokens that end a sample, as a list: first the one in which responses are trained
+    to end, then others of the model's own."""
+    return getattr(tokenizer, "ends", [tokenizer.eot_token])
+
+
 def to_text(response, tokenizer):
-    """Returns a sample as text, without its end-of-text token, and without ids that only a
+    """Returns a sample as text, without the token that ends it, and without ids that only a
     vocabulary padded beyond the tokenizer's has."""
+    ends = ends_of(tokenizer)
     return tokenizer.decode([token for token in response
-                             if token != tokenizer.eot_token and token < tokenizer.n_vocab])
+                             if token not in ends and token < tokenizer.n_vocab])
 
 
 def special_tokens(tokenizer):

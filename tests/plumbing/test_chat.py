@@ -13,7 +13,7 @@ from model import GPT, GPTConfig
 from runs.score import record, scorable
 from support.chat import HH, ChatTemplate, chat_segments, segments_of, text_segments
 from support.prompts import prompt_tokens
-from support.tokenizer import save_tokenizer
+from support.tokenizer import ends_of, save_tokenizer, to_text
 from support.tokens import encode, fit, prompts_of, tokenised_file
 
 pytestmark = pytest.mark.usefixtures("hub_cache")
@@ -99,6 +99,21 @@ def test_what_a_person_says_in_a_response_is_not_learnt(tokenizer):
     between = ids_of(f"\n{START}user\nGo{END}\n{START}assistant\n")
     assert responses == [ids_of(f"Yes{END}") + [~token for token in between] + ids_of(f"No{END}"),
                          ids_of(f"No{END}")]
+
+
+def test_a_model_that_may_end_in_several_tokens(tmp_path):
+    """Responses are trained to end in the template's end of turn; a sample may end in the others
+    that the model's files list with it, too."""
+    write_tokenizer(tmp_path / "own")
+    listed = tmp_path / "own/generation_config.json"
+    for ends, wanted in (([256, 258], [258, 256]), (258, [258]), ([256, 7], [258])):
+        listed.write_text(json.dumps({"eos_token_id": ends}))
+        tokenizer = get_tokenizer(f"{tmp_path}/own/")
+        assert (tokenizer.eot_token, ends_of(tokenizer)) == (258, wanted)
+    listed.write_text(json.dumps({"eos_token_id": [256, 258]}))
+    tokenizer = get_tokenizer(f"{tmp_path}/own/")
+    assert [to_text([*b"No", end], tokenizer) for end in (256, 258, 257)] == (
+        ["No", "No", f"No{START}"])
 
 
 def test_the_layout_of_hh_is_the_template_of_models_without_one(tmp_path):
@@ -326,7 +341,7 @@ def test_sample_talks_in_the_template(tmp_path, monkeypatch, capsys):
     sample.main([folder, "--chat", "--max_new_tokens=5"])
     first = f"{START}user\nHi{END}\n{START}assistant\n"
     second = first + f"Yes{END}\n{START}user\nGo{END}\n{START}assistant\n"
-    assert echo.asked == [(ids_of(first), 258), (ids_of(second), 258)]
+    assert echo.asked == [(ids_of(first), [258]), (ids_of(second), [258])]
     assert f"[{folder}]Yes\n" in capsys.readouterr().out
 
 
