@@ -276,9 +276,10 @@ def ends_of(tokenizer):
 def to_text(response, tokenizer):
     """Returns a sample as text, without the token that ends it, and without ids that only a
     vocabulary padded beyond the tokenizer's has."""
-    ends = ends_of(tokenizer)
-    return tokenizer.decode([token for token in response
-                             if token not in ends and token < tokenizer.n_vocab])
+    kept = [token for token in response if token < tokenizer.n_vocab]
+    if kept and kept[-1] in ends_of(tokenizer):
+        del kept[-1]
+    return tokenizer.decode(kept)
 
 
 def special_tokens(tokenizer):

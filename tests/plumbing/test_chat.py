@@ -192,6 +192,44 @@ def test_a_template_that_drops_thoughts(tmp_path):
         segments_of({"prompt": [HI], "responses": [[YES, GO, NO]]}, tokenizer)
 
 
+def test_thoughts_in_a_reply_are_learnt(tmp_path):
+    """Then the template asks for thoughts, in the whole row; those of earlier turns it may drop."""
+    tokenizer = write_tokenizer(tmp_path / "own", THINKING.replace("loop.last and ", "loop.last "
+                                "and '</think>' not in m['content'] and "))
+    thought = "<think>\nhm\n</think>\n\nYes"
+    prompt, responses = example({"prompt": [HI], "responses": [[says("assistant", thought)], [NO]]},
+                                tokenizer)
+    assert prompt == ids_of(f"{START}user\nHi{END}\n{START}assistant\n")
+    assert responses == [ids_of(f"{thought}{END}"), ids_of(f"<think>\n\n</think>\n\nNo{END}")]
+    prompt, _ = example({"prompt": [says("user", thought)], "responses": [[NO]]}, tokenizer)
+    assert prompt[-len("<think>\n\n</think>\n\n"):] == [*b"<think>\n\n</think>\n\n"]
+
+
+@pytest.mark.parametrize("template, rows, message", [
+    (CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}"),
+     [{"prompt": [HI, YES, says("tool", "a 42")], "chosen": "a", "rejected": "b"}] * 2,
+     "warning: in 2 rows the chat template writes nothing of what 'tool' says"),
+    (CHATML, [{"prompt": [HI, YES, says("tool", "a 42")], "chosen": "a", "rejected": "b"}], ""),
+    (CHATML, [{"prompt": [HI, says("assistant", "", tool_calls=["f"]), GO], "chosen": "a",
+               "rejected": "b"}], "1 row: 'tool_calls' of their messages is not read"),
+    (CHATML, [{"prompt": [HI], "chosen": "a", "rejected": "b"},
+              {"prompt": [HI], "chosen": [says("assistant", "", tool_calls=["f"])],
+               "rejected": [NO]}],
+     "row 2: a reply is nothing but 'tool_calls', which are not read by the chat layout"),
+    (None, [{"messages": [HI, says("assistant", "", tool_calls=["f"])]}],
+     "row 1: a reply is nothing but 'tool_calls'")])
+def test_what_a_template_leaves_out(tmp_path, capsys, template, rows, message):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own, demonstrations = write_tokenizer(tmp_path / "own", template), "messages" in rows[0]
+    if message.startswith("row"):
+        with pytest.raises(ValueError, match=message):
+            tokenised_file(str(tmp_path / "a.jsonl"), own, demonstrations)
+        return
+    tokenised_file(str(tmp_path / "a.jsonl"), own)
+    said = capsys.readouterr().out
+    assert message in said and (message or "template" not in said)
+
+
 def test_a_bad_row_of_a_template(tmp_path, capsys):
     """What the template refuses is a bad row, and so is a fault in the template itself."""
     path, rows = tmp_path / "a.jsonl", [{"prompt": [HI], "chosen": "a", "rejected": "b"}] * 2

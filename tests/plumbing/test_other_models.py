@@ -328,6 +328,9 @@ def test_both_ways_to_write_rope(llama):
     edit_config(llama, rope_scaling="gone", rope_theta="gone",
                 rope_parameters={**ROPE, "rope_theta": 50.0})
     assert GPT.from_pretrained(str(llama)).config == older
+    edit_config(llama, rope_scaling={**ROPE, "factor": 3.0}, rope_theta=40)     # of both the older
+    both = GPT.from_pretrained(str(llama)).config
+    assert both.rope_theta == 40 and both.rope_scaling == {**ROPE, "factor": 3.0}
 
 
 def test_a_sliding_window_is_the_longest_text(llama, capsys):
