@@ -117,8 +117,7 @@ def family_scores(models, dataset, out_dir, name):
     the data set. Returns (N, K, M) float32: a data set's column `rewards`."""
     columns = []
     for folder, model in models.items():
-        entry = key(hash_model(model), hash_examples(dataset.examples),
-                    computing.dtype)
+        entry = key(hash_model(model), hash_examples(dataset.examples), computing.dtype)
         rewards = cached(cache_folder(folder, out_dir), f"{name}-rewards", entry, score, model,
                          dataset, f"{name} rewards")
         columns.append(np.array(rewards, np.float32))       # (N, K)
