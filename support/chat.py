@@ -59,7 +59,11 @@ class ChatTemplate:
     def end_of_turn(self):
         """Returns the text of the special token that ends a turn of the assistant, or None."""
         asked = [{"role": "user", "content": "a"}]
-        head = self.render(asked, generate=True)
+        try:
+            head = self.render(asked, generate=True)
+        except ValueError:      # some want to be told who they are
+            asked = [{"role": "system", "content": "c"}, *asked]
+            head = self.render(asked, generate=True)
         whole = self.render([*asked, {"role": "assistant", "content": "b"}])
         tail = whole[len(head):].removeprefix("b").lstrip()
         match = self.special.match(tail) if whole.startswith(head) else None

@@ -103,10 +103,12 @@ def test_what_a_person_says_in_a_response_is_not_learnt(tokenizer):
 
 def test_a_model_that_may_end_in_several_tokens(tmp_path):
     """Responses are trained to end in the template's end of turn; a sample may end in the others
-    that the model's files list with it, too."""
+    that the model's files list with it, too, and in special tokens that they list alone."""
     write_tokenizer(tmp_path / "own")
     listed = tmp_path / "own/generation_config.json"
-    for ends, wanted in (([256, 258], [258, 256]), (258, [258]), ([256, 7], [258])):
+    (tmp_path / "own/config.json").write_text(json.dumps({"eos_token_id": [258, 7]}))
+    for ends, wanted in (([256, 258], [258, 256]), (258, [258]), ([7, 258], [258, 7]),
+                         ([256, 7], [258, 256]), (None, [258, 7])):
         listed.write_text(json.dumps({"eos_token_id": ends}))
         tokenizer = get_tokenizer(f"{tmp_path}/own/")
         assert (tokenizer.eot_token, ends_of(tokenizer)) == (258, wanted)
@@ -242,6 +244,11 @@ def test_a_bad_row_of_a_template(tmp_path, capsys):
                                          "no system here; --skip_bad_rows leaves them out$"):
         tokenised_file(str(path), own)
     assert len(tokenised_file(str(path), own, skip_bad_rows=True)["hash"]) == 1
+    asks = "{% if messages[0].role != 'system' %}{{ raise_exception('who am I?') }}{% endif %}"
+    assert write_tokenizer(tmp_path / "asks", asks + CHATML).eot_token == 258
+    for broken in (5, ["x"], [{"name": "other", "template": CHATML}], [{"template": CHATML}]):
+        with pytest.raises(ValueError, match="own/tokenizer_config.json: its chat_template is nei"):
+            write_tokenizer(tmp_path / "own", broken)
     for broken in ("{% if %}", "{{ messages.nothing() }}", "{{ ''.__class__.__mro__ }}x"):
         with pytest.raises(ValueError, match="own/: .*chat template"):
             write_tokenizer(tmp_path / "own", broken)

@@ -613,7 +613,7 @@ def test_the_token_that_ends_a_text(tmp_path, capsys):
     config, settings = tmp_path / "config.json", tmp_path / "tokenizer_config.json"
     config.write_text('{"eos_token_id": 7}')
     assert get_tokenizer(str(tmp_path)).eot_token == 0
-    assert "a response ends in token 0, as its tokenizer says, and not in 7, the model's" in (
+    assert "responses are trained to end in token 0, as its tokenizer says, and not in 7" in (
         capsys.readouterr().out)
     settings.write_text(json.dumps({"eos_token": {"content": "!"}}))
     assert get_tokenizer(str(tmp_path)).eot_token == vocabulary["!"]
