@@ -64,9 +64,10 @@ def add_lora(model, rank, base, seed=0):
     if model.lora_base is not None:
         ranks = {len(getattr(layer, "lora_A", ())) for _, layer in linear_layers(model)}
         if ranks != {rank}:
-            raise InputError(f"--lora={rank}: the adapter of --init_from does not have this rank in "
-                             f"all its layers, but {', '.join(map(str, sorted(ranks)))}; name its own "
-                             "rank, or leave --lora out to merge it and train the whole model")
+            raise InputError(f"--lora={rank}: the adapter of --init_from does not have this rank "
+                             f"in all its layers, but {', '.join(map(str, sorted(ranks)))}; name "
+                             "its own rank, or leave --lora out to merge it and train the whole "
+                             "model")
         return
     generator = torch.Generator().manual_seed(seed)
     corrections = {}
