@@ -52,7 +52,7 @@ def policy_flags(argv, doc, of_sft, of_preferences, losses):
                 number = isinstance(default, (int, float))
                 whose = ", ".join(name for name in losses if knob in losses[name][1])
                 add(f"--{knob}", type=not_negative_float if number else str,
-                    help=f"see the formula of {whose}, in losses.py or zoo.py")
+                    help=f"the {knob} in the formula of {whose} (losses.py, zoo.py)")
             users.setdefault(knob, []).append(loss)
     add("--max_new_tokens", type=positive_int, help="how long samples for the KL term and for "
         "--select may be, in tokens (default: 64 on tinytldr, else what 99%% of the training "
