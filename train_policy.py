@@ -8,7 +8,9 @@ Without --out_dir, a run goes to out/ under the name of its loss, where the spee
 too. The reference is the model of --init_from, as it was before step 0. Everything that stays fixed
 during training (the reference's log-probs, its samples for the KL term, the reward models' scores)
 is computed once before training and stored as columns of the data set. A training step is then one
-forward and one backward pass of the policy. Default numbers stand at the top of train_policy.py.
+forward and one backward pass of the policy. The default numbers are at the top of train_policy.py.
+With --lora=16 only a small adapter is trained; docs/data.md shows how to use your own data and
+models.
 """
 import math
 
@@ -39,6 +41,7 @@ from support.columns import (
     sample,
     say_spread,
     score,
+    was_cut_off,
 )
 from support.device import (
     add_up,
@@ -51,18 +54,18 @@ from support.device import (
 )
 from support.flags import InputError, run_script
 from support.run import Run, count_parameters, print_prompt, print_reply
-from support.tokenizer import check_vocabulary, save_tokenizer, to_text
+from support.tokenizer import check_vocabulary, ends_of, save_tokenizer, to_text
 from support.tokens import default_block_size, example_lengths, longest_sample
 from support.training_flags import policy_flags
 from zoo import all_losses
 
-# ------ the numbers of a run: those in lower case are defaults of the flags of the same names
+# ------ the numbers of a run: each name in lower case is a flag, and the number its default
 
 SFT = dict(                     # --loss=sft, which makes the reference policy
     max_steps=1500,             # optimizer steps
     batch_size=32,              # prompts in a step, each with its demonstrations
     lr=4e-3,                    # peak learning rate; a hundredth of it for models as wide as GPT-2
-    lora_lr=10,                 # --lora multiplies lr by this, which has no flag of its own
+    lora_lr=10,                 # with --lora, lr is multiplied by this (not a flag)
     n_layer=2,                  # layers of the model from scratch,
     n_head=4,                   # its attention heads,
     n_embd=128,                 # its width,
@@ -102,7 +105,7 @@ def with_columns(dataset, split, policy, tokenizer, reward_models, args):
     """
     needed = needs(args.loss)
     cache = cache_folder(args.init_from, args.out_dir)
-    weights = hash_model(policy)
+    weights, ends = hash_model(policy), ends_of(tokenizer)
     if "rewards" not in needed:
         dataset.rewards = None
     elif args.rewards != "scores":
@@ -113,11 +116,11 @@ def with_columns(dataset, split, policy, tokenizer, reward_models, args):
     if "kl" in needed:
         prompts = [prompt.tolist() for prompt, _ in dataset.examples] * KL_SAMPLES
         entry = key(weights, prompts, args.max_new_tokens, args.seed, args.dtype, args.tokenizer,
-                    tokenizer.eot_token)
+                    ends)
         samples = cached(cache, f"{split}-samples", entry, sample, policy, prompts,
-                         args.max_new_tokens, tokenizer.eot_token, seed=[args.seed, 3],
+                         args.max_new_tokens, ends, seed=[args.seed, 3],
                          desc=f"{split} samples")
-        count_cut_off(f"{split} samples for the KL term", samples, tokenizer.eot_token,
+        count_cut_off(f"{split} samples for the KL term", samples, ends,
                       args.max_new_tokens, "the KL counts the tokens that were drawn")
         for first in range(0, len(samples), len(dataset)):
             dataset = dataset.with_samples(samples[first:first + len(dataset)])
@@ -134,8 +137,8 @@ def statistics(logps, batch):
     """Computes the numbers to watch, which docs/glossary.md explains.
 
     logps: (B, K) summed log-probs of the policy, in nats. batch: a TreeBatch. Returns {name: (P,)},
-    one number for each pair, times the pair's weight in its row. The KL has one for each row, (B,).
-    SFT has no reference, and so nothing to watch: {}.
+    one number for each pair, times the pair's weight in its row. The KL has one number for each
+    row, (B,). SFT has no reference to compare with, so it returns {}.
     """
     if batch.ref_logps is None:
         return {}
@@ -152,7 +155,7 @@ def statistics(logps, batch):
 
 
 def picked_members(logps, batch, beta):
-    """Tells which reward models e-DPO's minimum picks.
+    """Says which reward models e-DPO's minimum picks.
 
     logps: (B, K) summed log-probs. batch: a TreeBatch with rewards by M models. Returns
     {"picked_0": (P,), ..., "picked_<M - 1>": (P,)}: a pair's weight in its row if its minimum is at
@@ -164,8 +167,8 @@ def picked_members(logps, batch, beta):
 
 
 def row_terms(dataset, loss):
-    """Counts the terms that each row adds to the mean loss, (N,): for SFT its response tokens, else
-    1.
+    """Counts the terms that each row adds to the mean loss: for SFT its response tokens, for other
+    losses 1. Returns (N,).
 
     A step divides by the number of terms that a batch has on average. It does not divide by the
     tokens of its own batch: all rows of a batch have similar lengths, so short responses would
@@ -178,9 +181,10 @@ def row_terms(dataset, loss):
 
 @torch.no_grad()
 def evaluate(policy, dataset, args, flags, device):
-    """Computes means of the loss and of the numbers to watch over a whole data set: {name: number}.
+    """Computes means of the loss and of the numbers to watch over a whole data set.
 
     flags: those of the loss, with the gamma of the last step, so that you can compare evaluations.
+    Returns {name: number}.
     """
     total = int(row_terms(dataset, args.loss).sum())
     size = 4 * args.micro_batch_size    # without a gradient, a row takes less memory
@@ -199,13 +203,13 @@ def evaluate(policy, dataset, args, flags, device):
 
 
 def reward_of_samples(policy, prompts, judges, tokenizer, args):
-    """Measures what --select goes by: the mean reward of one sample for each prompt.
+    """Measures what --select chooses by: the mean reward of one sample for each prompt.
 
     prompts: lists of token ids. judges: {folder: RewardModel}, which reward the samples; with none,
     TinyTLDR's oracle does. Returns {"reward": the mean, "unended": the fraction of samples that
     were cut off}.
     """
-    replies = sample(policy, prompts, args.max_new_tokens, tokenizer.eot_token, [args.seed, 5])
+    replies = sample(policy, prompts, args.max_new_tokens, ends_of(tokenizer), [args.seed, 5])
     texts = [to_text(prompt, tokenizer) for prompt in prompts]
     rewards, cut = judge_samples("--select", judges, texts, prompts, replies, tokenizer, args)
     return {"reward": float(rewards.mean()), "unended": float(cut.mean())}
@@ -213,9 +217,9 @@ def reward_of_samples(policy, prompts, judges, tokenizer, args):
 
 def show_samples(policy, prompts, judges, tokenizer, args):
     """Prints the policy's reply to each of a few prompts (lists of token ids), and its reward: the
-    oracle's on TinyTLDR, elsewhere the mean of the reward models {folder: model} in `judges`. The
-    random numbers are the same each time, from a generator of their own."""
-    replies = sample(policy, prompts, SAMPLE_TOKENS, tokenizer.eot_token, [args.seed, 6],
+    oracle's on TinyTLDR, on other data the mean of the reward models {folder: model} in `judges`.
+    Each call draws with the same random numbers, from a generator of their own."""
+    replies = sample(policy, prompts, SAMPLE_TOKENS, ends_of(tokenizer), [args.seed, 6],
                      desc="samples to show")
     judges = {} if args.data == "tinytldr" else judges
     rewards = [None] * len(prompts)
@@ -223,7 +227,7 @@ def show_samples(policy, prompts, judges, tokenizer, args):
         texts = [to_text(prompt, tokenizer) for prompt in prompts]
         rewards = reward_samples(judges, texts, prompts, replies, tokenizer)
     for number, (reply, reward) in enumerate(zip(replies, rewards), 1):
-        ending = "" if tokenizer.eot_token in reply else " ..."
+        ending = " ..." if was_cut_off(reply, ends_of(tokenizer)) else ""
         print_reply(number, reward, to_text(reply, tokenizer) + ending)
 
 
@@ -294,7 +298,7 @@ def main(argv=None):
 
     # ---- model
     constants = key(hash_model(policy), hash_examples(train.examples), train.rewards)
-    if args.lora:                       # the policy was the reference so far, and stays inside
+    if args.lora:       # from here on an adapter is trained; the reference's weights stay frozen
         add_lora(policy, args.lora, args.init_from, args.seed)
     optimizer = adamw(policy, args.lr)
     run = Run(args, policy, optimizer, constants)

@@ -282,7 +282,7 @@ def test_another_rank(adapter):
     policy = GPT.from_pretrained("adapter", merge=False)
     add_lora(policy, 3, "adapter")
     assert policy.lora_base == "base"
-    with pytest.raises(InputError, match=r"--lora=4: the adapter of --init_from has not this rank"):
+    with pytest.raises(InputError, match=r"--lora=4: the adapter of --init_from does not have"):
         add_lora(policy, 4, "adapter")
 
 
