@@ -343,29 +343,30 @@ class GPT(nn.Module):
         """Samples one response for each prompt: lists of tokens in, lists of tokens out.
 
         prompts: none empty, none longer than block_size. temperature: 0 takes the most likely
-        token. stop: the token that ends a response, and is part of it; a response also ends after
-        max_new_tokens, or when it fills block_size. generator: a torch.Generator, so that sampling
-        leaves the global random stream alone. batch_size: prompts at a time (default: as many as
-        the cache's memory allows). on_token: called after every step with the list of new tokens.
-        top_k, top_p: draw only from the likely tokens, see `likely`.
+        token. stop: the token that ends a response, and is part of it, or a list of such tokens; a
+        response also ends after max_new_tokens, or when it fills block_size. generator: a
+        torch.Generator, so that sampling leaves the global random stream alone. batch_size: prompts
+        at a time (default: as many as the cache's memory allows). on_token: called after every step
+        with the list of new tokens. top_k, top_p: draw only from the likely tokens, see `likely`.
         """
         if not all(0 < len(prompt) <= self.config.block_size for prompt in prompts):
             raise ValueError(f"prompts must have 1 to {self.config.block_size} tokens")
         if batch_size is None:      # GPT-2 small: 4.8 GB of float32 keys and values at most
             columns = max(map(len, prompts), default=0) + max_new_tokens
             batch_size = max(1, min(256, 65_536 // columns))
+        stops = torch.tensor([] if stop is None else stop, dtype=torch.long).flatten()
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))     # little padding
         responses = [None] * len(prompts)
         for first in range(0, len(prompts), batch_size):
             rows = order[first:first + batch_size]
             part = [prompts[i] for i in rows]
-            sampled = self._generate_batch(part, max_new_tokens, temperature, stop, generator,
+            sampled = self._generate_batch(part, max_new_tokens, temperature, stops, generator,
                                            batch_size, on_token, top_k, top_p)
             for i, response in zip(rows, sampled):
                 responses[i] = response
         return responses
 
-    def _generate_batch(self, prompts, max_new_tokens, temperature, stop, generator, batch_size,
+    def _generate_batch(self, prompts, max_new_tokens, temperature, stops, generator, batch_size,
                         on_token, top_k, top_p):
         """Samples one response for each of at most batch_size prompts; see generate.
 
@@ -430,7 +431,7 @@ class GPT(nn.Module):
             new[prompt_number, t] = drawn
             if on_token is not None:
                 on_token(drawn.tolist())
-            ended |= drawn == stop
+            ended |= torch.isin(drawn, stops)
             if ended.all():
                 break
             if ended.sum() >= len(ended) / 2:       # drop the rows that have ended
@@ -440,12 +441,12 @@ class GPT(nn.Module):
                     layers = [layer[:, going] for layer in layers]
                     going = torch.arange(len(going))
 
-        responses = []
-        for prompt, response in zip(prompts, new.tolist()):
-            response = response[:config.block_size - len(prompt)]
-            if stop in response:
-                response = response[:response.index(stop) + 1]
-            responses.append(response)
+        responses, ends = [], torch.isin(new, stops)                    # (n, steps)
+        for prompt, response, is_end in zip(prompts, new.tolist(), ends.tolist()):
+            length = min(len(response), config.block_size - len(prompt))
+            if True in is_end[:length]:
+                length = is_end.index(True) + 1
+            responses.append(response[:length])
         return responses
 
 

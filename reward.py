@@ -31,7 +31,7 @@ from support.columns import (
 from support.device import computing, whole
 from support.flags import naming
 from support.run import models_named
-from support.tokenizer import check_same_tokens, to_text
+from support.tokenizer import check_same_tokens, ends_of, to_text
 
 
 class RewardModel(nn.Module):
@@ -126,8 +126,7 @@ def family_scores(models, dataset, out_dir, name):
     """
     columns = []
     for folder, model in models.items():
-        entry = key(hash_model(model), hash_examples(dataset.examples),
-                    computing.dtype)
+        entry = key(hash_model(model), hash_examples(dataset.examples), computing.dtype)
         rewards = cached(cache_folder(folder, out_dir), f"{name}-rewards", entry, score, model,
                          dataset, f"{name} rewards")
         columns.append(np.array(rewards, np.float32))       # (N, K)
@@ -143,15 +142,15 @@ def reward_samples(judges, texts, prompts, samples, tokenizer):
     """Rewards samples, one for each prompt.
 
     judges: {folder: RewardModel}, whose mean is the reward. If it is empty, TinyTLDR's oracle reads
-    the text. Reward models were trained to be read at the end-of-text token, so a sample that was
-    cut off gets one appended. texts: the N prompts as the oracle reads them. prompts, samples: N
-    lists of token ids. Returns (N,).
+    the text. Reward models were trained to be read at the end-of-text token, so a sample without it
+    gets one appended. texts: the N prompts as the oracle reads them. prompts, samples: N lists of
+    token ids. Returns (N,).
     """
     if not judges:
         replies = [to_text(sample, tokenizer) for sample in samples]
         return np.array(list(map(tinytldr.oracle_reward, texts, replies)))
     block_size = min(judge.config.block_size for judge in judges.values())
-    pairs = [with_end(*pair, tokenizer.eot_token, block_size) for pair in zip(prompts, samples)]
+    pairs = [with_end(*pair, ends_of(tokenizer), block_size) for pair in zip(prompts, samples)]
     dataset = Dataset([(prompt, [sample]) for prompt, sample in pairs])
     return mean_reward(judges, dataset)[:, 0]
 
@@ -160,10 +159,10 @@ def judge_samples(name, judges, texts, prompts, samples, tokenizer, args):
     """Rewards samples by `reward_samples`, prints how many of them were cut off, and subtracts
     --missing_eos_penalty from the reward of each of those. name: whose samples they are. Returns
     (rewards (N,), which samples were cut off (N,) bool)."""
-    end, penalty = tokenizer.eot_token, args.missing_eos_penalty or 0
+    penalty = args.missing_eos_penalty or 0
     then = "judged with one appended" if judges else "the oracle judges the text that there is"
     then += f", minus --missing_eos_penalty={penalty:g}" if penalty else ""
-    cut = count_cut_off(name, samples, end, args.max_new_tokens, then)
+    cut = count_cut_off(name, samples, ends_of(tokenizer), args.max_new_tokens, then)
     rewards = reward_samples(judges, texts, prompts, samples, tokenizer)
     if penalty:
         rewards = rewards - penalty * cut

@@ -41,6 +41,7 @@ from support.columns import (
     sample,
     say_spread,
     score,
+    was_cut_off,
 )
 from support.device import (
     add_up,
@@ -53,7 +54,7 @@ from support.device import (
 )
 from support.flags import InputError, run_script
 from support.run import Run, count_parameters, print_prompt, print_reply
-from support.tokenizer import check_vocabulary, save_tokenizer, to_text
+from support.tokenizer import check_vocabulary, ends_of, save_tokenizer, to_text
 from support.tokens import default_block_size, example_lengths, longest_sample
 from support.training_flags import policy_flags
 from zoo import all_losses
@@ -104,7 +105,7 @@ def with_columns(dataset, split, policy, tokenizer, reward_models, args):
     """
     needed = needs(args.loss)
     cache = cache_folder(args.init_from, args.out_dir)
-    weights = hash_model(policy)
+    weights, ends = hash_model(policy), ends_of(tokenizer)
     if "rewards" not in needed:
         dataset.rewards = None
     elif args.rewards != "scores":
@@ -115,11 +116,11 @@ def with_columns(dataset, split, policy, tokenizer, reward_models, args):
     if "kl" in needed:
         prompts = [prompt.tolist() for prompt, _ in dataset.examples] * KL_SAMPLES
         entry = key(weights, prompts, args.max_new_tokens, args.seed, args.dtype, args.tokenizer,
-                    tokenizer.eot_token)
+                    ends)
         samples = cached(cache, f"{split}-samples", entry, sample, policy, prompts,
-                         args.max_new_tokens, tokenizer.eot_token, seed=[args.seed, 3],
+                         args.max_new_tokens, ends, seed=[args.seed, 3],
                          desc=f"{split} samples")
-        count_cut_off(f"{split} samples for the KL term", samples, tokenizer.eot_token,
+        count_cut_off(f"{split} samples for the KL term", samples, ends,
                       args.max_new_tokens, "the KL counts the tokens that were drawn")
         for first in range(0, len(samples), len(dataset)):
             dataset = dataset.with_samples(samples[first:first + len(dataset)])
@@ -208,7 +209,7 @@ def reward_of_samples(policy, prompts, judges, tokenizer, args):
     TinyTLDR's oracle does. Returns {"reward": the mean, "unended": the fraction of samples that
     were cut off}.
     """
-    replies = sample(policy, prompts, args.max_new_tokens, tokenizer.eot_token, [args.seed, 5])
+    replies = sample(policy, prompts, args.max_new_tokens, ends_of(tokenizer), [args.seed, 5])
     texts = [to_text(prompt, tokenizer) for prompt in prompts]
     rewards, cut = judge_samples("--select", judges, texts, prompts, replies, tokenizer, args)
     return {"reward": float(rewards.mean()), "unended": float(cut.mean())}
@@ -218,7 +219,7 @@ def show_samples(policy, prompts, judges, tokenizer, args):
     """Prints the policy's reply to each of a few prompts (lists of token ids), and its reward: the
     oracle's on TinyTLDR, on other data the mean of the reward models {folder: model} in `judges`.
     Each call draws with the same random numbers, from a generator of their own."""
-    replies = sample(policy, prompts, SAMPLE_TOKENS, tokenizer.eot_token, [args.seed, 6],
+    replies = sample(policy, prompts, SAMPLE_TOKENS, ends_of(tokenizer), [args.seed, 6],
                      desc="samples to show")
     judges = {} if args.data == "tinytldr" else judges
     rewards = [None] * len(prompts)
@@ -226,7 +227,7 @@ def show_samples(policy, prompts, judges, tokenizer, args):
         texts = [to_text(prompt, tokenizer) for prompt in prompts]
         rewards = reward_samples(judges, texts, prompts, replies, tokenizer)
     for number, (reply, reward) in enumerate(zip(replies, rewards), 1):
-        ending = "" if tokenizer.eot_token in reply else " ..."
+        ending = " ..." if was_cut_off(reply, ends_of(tokenizer)) else ""
         print_reply(number, reward, to_text(reply, tokenizer) + ending)
 
 

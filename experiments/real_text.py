@@ -266,7 +266,7 @@ def draw_samples(args, part, shard, n_shards):
     copies = [prompt for prompt in prompts for _ in range(n)]
     end = worker.tokenizer.eot_token
     replies = sample(worker.reference(), copies, args.max_new_tokens, end, [7, shard])
-    texts = [None if was_cut_off(reply, end) else to_text(reply, worker.tokenizer)
+    texts = [None if was_cut_off(reply, [end]) else to_text(reply, worker.tokenizer)
              for reply in replies]
     write_json(path, {"texts": [texts[i:i + n] for i in range(0, len(texts), n)]})
 

@@ -103,7 +103,8 @@ def read_tensors(folder):
                 tensors = load(path)
             tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
             for name, tensor in tensors.items():
-                if tensor.dim() != 2 or not torch.isfinite(tensor).all():
+                is_lora = name.endswith((".lora_A.weight", ".lora_B.weight", HEAD))
+                if is_lora and tensor.dim() != 2 or not torch.isfinite(tensor).all():
                     raise InputError(f"{folder}: the weights {name} are no finite matrix")
                 tensors[name] = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
             return tensors
@@ -116,7 +117,7 @@ def write_adapter(directory, model):
     a run stay: next to a config.json, transformers would look for a whole model."""
     score = getattr(model, "score", None)
     layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
-    rank, scale = {(len(layer.lora_A), layer.scale) for layer in layers.values()}.pop()
+    (rank, scale), = {(len(layer.lora_A), layer.scale) for layer in layers.values()}
     tensors, targets = {}, set()
     for layer, linear in layers.items():
         parts = parts_in_files(model, layer)

@@ -9,6 +9,7 @@ import datetime
 import functools
 import json
 import re
+from itertools import chain
 
 ROLES = {"user": "Human", "assistant": "Assistant", "system": "System", "developer": "System",
          "tool": "Tool"}            # as messages have them, and as HH's layout names them
@@ -36,13 +37,14 @@ class ChatTemplate:
         longest_first = sorted(filter(None, specials), key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
-    def render(self, messages, generate=False):
+    def render(self, messages, generate=False, thinking=False):
         """Returns the text of messages; with `generate` it ends where the assistant's next turn
-        begins. ValueError if the template does not take them."""
+        begins. thinking: whether templates of models that can think ask for thoughts. ValueError if
+        the template does not take the messages."""
         try:
             return compile_template(self.source).render(
                 messages=messages, add_generation_prompt=generate, tools=None, documents=None,
-                enable_thinking=False, **self.variables)
+                enable_thinking=thinking, **self.variables)
         except Exception as error:      # jinja2's own, and whatever the template's code raises
             raise ValueError(f"the chat template does not take these messages: {error}") from error
 
@@ -57,7 +59,11 @@ class ChatTemplate:
     def end_of_turn(self):
         """Returns the text of the special token that ends a turn of the assistant, or None."""
         asked = [{"role": "user", "content": "a"}]
-        head = self.render(asked, generate=True)
+        try:
+            head = self.render(asked, generate=True)
+        except ValueError:      # some want to be told who they are
+            asked = [{"role": "system", "content": "c"}, *asked]
+            head = self.render(asked, generate=True)
         whole = self.render([*asked, {"role": "assistant", "content": "b"}])
         tail = whole[len(head):].removeprefix("b").lstrip()
         match = self.special.match(tail) if whole.startswith(head) else None
@@ -109,7 +115,9 @@ def segments_of(row, tokenizer):
     if isinstance(prompt, str):
         return prompt, [text_segments(prompt, response) for response in responses]
     template = template_of(tokenizer)
-    rendered = [chat_segments(template, prompt, response) for response in responses]
+    thinking = any(message.get("reasoning_content") or "</think>" in message["content"]
+                   for message in chain(*responses))
+    rendered = [chat_segments(template, prompt, response, thinking) for response in responses]
     if any(text != rendered[0][0] for text, _ in rendered):
         raise ValueError("the chat template writes the prompt in another way for each response")
     return rendered[0][0], [segments for _, segments in rendered]
@@ -127,8 +135,9 @@ def text_segments(prompt, response, context=PERSON):
     return [(text, learnt) for text, learnt in parts if text]
 
 
-def chat_segments(template, prompt, response):
-    """Renders a prompt and a response that begins with the assistant, lists of messages.
+def chat_segments(template, prompt, response, thinking=False):
+    """Renders a prompt and a response that begins with the assistant, lists of messages. thinking:
+    whether thoughts are asked for.
 
     Returns (the prompt's text, [(text, learnt), ...]). White space around a reply is taken off: its
     first token would otherwise be one with the template's new line, and so another one. The
@@ -149,8 +158,8 @@ def chat_segments(template, prompt, response):
     turns = []                              # where each of the assistant's turns begins and ends
     for i in range(len(prompt), len(dialogue)):
         if dialogue[i]["role"] == "assistant":
-            head = template.render(dialogue[:i], generate=True)
-            tail = template.render(dialogue[:i + 1]).rstrip()
+            head = template.render(dialogue[:i], True, thinking)
+            tail = template.render(dialogue[:i + 1], False, thinking).rstrip()
             if begun and not turns:
                 head = tail[:tail.find(begun, len(head)) + len(begun)]
             turns.append((head, tail))

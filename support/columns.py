@@ -64,8 +64,8 @@ def score(model, dataset, desc="score"):
 
 def sample(model, prompts, max_new_tokens, stop, seed, temperature=1.0, desc="sample"):
     """Samples one response to each prompt. prompts: lists of token ids; where one leaves no room
-    for max_new_tokens, its response is cut off. seed: a number or several. Returns lists of token
-    ids.
+    for max_new_tokens, its response is cut off. stop: the token or tokens that end a response.
+    seed: a number or several. Returns lists of token ids.
 
     The random numbers come from generators of their own, one for each thousand prompts, so that
     sampling does not change the training, nor depend on the number of processes.
@@ -90,25 +90,27 @@ def sample(model, prompts, max_new_tokens, stop, seed, temperature=1.0, desc="sa
 # ------------------------------------------------------------------ samples that were cut off
 
 
-def with_end(prompt, sample, end, block_size):
+def with_end(prompt, sample, ends, block_size):
     """Returns a prompt and a sample (token ids) as a reward model was trained to read them: the
-    sample ends in the end-of-text token `end`. One that was cut off gets it. Where block_size has
-    no room for it, the prompt loses its start; if the prompt is down to one token, the sample loses
-    its last ones."""
-    if was_cut_off(sample, end):
-        sample = [*sample[:block_size - 2], end]
+    sample ends in the first of `ends`, tokens that end a text. One that was cut off gets it, and of
+    one that ended in another it takes the place. Where block_size has no room for it, the prompt
+    loses its start; if the prompt is down to one token, the sample loses its last ones."""
+    if not was_cut_off(sample, ends):
+        sample = sample[:-1]
+    sample = [*sample[:block_size - 2], ends[0]]
     return prompt[-(block_size - len(sample)):], sample
 
 
-def was_cut_off(sample, end):
-    """Returns whether a sample stopped at max_new_tokens or at block_size, not in end-of-text."""
-    return len(sample) == 0 or sample[-1] != end
+def was_cut_off(sample, ends):
+    """Returns whether a sample stopped at max_new_tokens or at block_size, in none of `ends`, the
+    tokens that end a text."""
+    return len(sample) == 0 or sample[-1] not in ends
 
 
-def count_cut_off(name, samples, end, max_new_tokens, then):
+def count_cut_off(name, samples, ends, max_new_tokens, then):
     """Prints how many samples were cut off, as a warning if they are more than 5%. name: whose
-    samples; end: the end-of-text token; then: what becomes of them. Returns (N,) bool."""
-    cut = np.array([was_cut_off(sample, end) for sample in samples])
+    samples; ends: the tokens that end a text; then: what becomes of them. Returns (N,) bool."""
+    cut = np.array([was_cut_off(sample, ends) for sample in samples])
     at_limit = cut & np.array([len(sample) >= max_new_tokens for sample in samples])
     say_cut_off(name, len(cut), max_new_tokens, int(at_limit.sum()), int((cut & ~at_limit).sum()),
                 then)

@@ -138,8 +138,9 @@ def llama_sizes(config, sizes, where, say):
     if (sizes["head_size"] or sizes["n_embd"] // sizes["n_head"]) % 2:
         refuse("hidden_size", "whose heads have an odd size, which RoPE can't turn in pairs")
     own = {"norm": "rms", "mlp": "swiglu"}
-    # transformers 5 writes rope_parameters; before it was rope_theta and rope_scaling
-    spelt = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    # transformers 5 writes rope_parameters; before it was rope_theta and rope_scaling, which it
+    # takes where a file has both
+    spelt = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(spelt) or {}
     if not isinstance(rope, dict):
         refuse(spelt, "which is not an object")

@@ -2,9 +2,10 @@
 import re
 import sys
 
+from support.columns import was_cut_off
 from support.device import new_generator
 from support.flags import InputError
-from support.tokenizer import prompt_ids, to_text
+from support.tokenizer import ends_of, prompt_ids, to_text
 from support.tokens import SPLITS, prompts_of, tokenised_file
 
 
@@ -166,8 +167,8 @@ def stream_reply(policy, tokenizer, ids, args, generator):
             print(text[len(printed):], end="", flush=True)
             printed = text
 
-    reply, = policy.generate([ids], args.max_new_tokens, args.temperature, tokenizer.eot_token,
+    reply, = policy.generate([ids], args.max_new_tokens, args.temperature, ends_of(tokenizer),
                              generator, on_token=on_token, top_k=args.top_k, top_p=args.top_p)
-    ending = "" if reply[-1] == tokenizer.eot_token else " ..."
+    ending = " ..." if was_cut_off(reply, ends_of(tokenizer)) else ""
     print(to_text(reply, tokenizer)[len(printed):] + ending + "\n")
     return reply

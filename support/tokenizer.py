@@ -91,7 +91,8 @@ class FolderTokenizer:
 
     name: a folder or hub name and "/". files: {file name: bytes}, for a copy next to what is
     trained. start: the tokens with which a text begins, such as Llama 3's BOS. template: the
-    model's ChatTemplate, or HH's layout. eot_token: the token that ends a response.
+    model's ChatTemplate, or HH's layout. eot_token: the token that ends a response. ends: it, and
+    the others in which the model may end one.
     """
 
     def __init__(self, name):
@@ -150,12 +151,7 @@ class FolderTokenizer:
             if eos is not None and eos not in self.vocabulary:
                 raise InputError(f"{self.name}{filename}: its eos_token, {eos!r}, is no token of "
                                  "this tokenizer")
-        template = settings.get("chat_template")
-        if isinstance(template, list):      # of {"name": ..., "template": ...}
-            template = {each["name"]: each["template"] for each in template}.get("default")
-        if "chat_template.jinja" in self.files:
-            template = self.files["chat_template.jinja"].decode()
-        self.template, end = HH, None
+        self.template, end, template = HH, None, self._template_source(settings)
         if template:
             self.template = ChatTemplate(template, variables, self.special.values())
             with naming(self.name):
@@ -171,7 +167,7 @@ class FolderTokenizer:
             path = find.optional(filename)
             if path is not None:
                 value = read_json(path).get("eos_token_id")
-                ends = value if isinstance(value, list) else [value]
+                ends = ends if value is None else value if isinstance(value, list) else [value]
         # A config.json has GPT-2's 50256 by default, whatever it is in another vocabulary.
         ends = [number for number in ends if type(number) is int and 0 <= number < self.n_vocab
                 and (number != 50256 or number in self.special)]
@@ -179,10 +175,30 @@ class FolderTokenizer:
             raise InputError(f"{self.name}: which token ends a text? Give tokenizer_config.json an "
                              "eos_token")
         self.eot_token = ends[0] if end is None else end
+        listed = self.eot_token in ends     # if not, they may be the defaults of config.json
+        self.ends = [self.eot_token, *(number for number in ends if number != self.eot_token
+                                       and (listed or number in self.special))]
         if ends and end not in (None, *ends):
-            print(f"{self.name}: a response ends in token {end}, as its tokenizer says, and not in "
-                  f"{ends[0]}, the model's eos_token_id")
+            print(f"{self.name}: responses are trained to end in token {end}, as its tokenizer "
+                  f"says, and not in {ends[0]}, the model's eos_token_id")
             self.files.pop("generation_config.json", None)      # what is trained ends otherwise
+
+    def _template_source(self, settings):
+        """Returns the source of the chat template; None or "" if there is none. settings: what is
+        in tokenizer_config.json, where it may be a list of named ones."""
+        jinja = self.files.get("chat_template.jinja")
+        if jinja is not None:
+            return jinja.decode(errors="replace")
+        template = settings.get("chat_template")
+        if isinstance(template, list):
+            named = {each.get("name"): each.get("template") for each in template
+                     if isinstance(each, dict)}
+            template = named.get("default", template)
+        if template is not None and not isinstance(template, str):
+            raise InputError(f"{self.name}tokenizer_config.json: its chat_template is neither text "
+                             "nor a list with one that is named 'default'; write the one that is "
+                             "meant into a file chat_template.jinja next to it")
+        return template
 
     @property
     def special_tokens_set(self):
@@ -264,11 +280,19 @@ def text_start(tokenizer):
     return getattr(tokenizer, "start", [])
 
 
+def ends_of(tokenizer):
+    """Returns the tokens that end a sample, as a list: first the one in which responses are trained
+    to end, then others of the model's own."""
+    return getattr(tokenizer, "ends", [tokenizer.eot_token])
+
+
 def to_text(response, tokenizer):
-    """Returns a sample as text, without its end-of-text token, and without ids that only a
+    """Returns a sample as text, without the token that ends it, and without ids that only a
     vocabulary padded beyond the tokenizer's has."""
-    return tokenizer.decode([token for token in response
-                             if token != tokenizer.eot_token and token < tokenizer.n_vocab])
+    kept = [token for token in response if token < tokenizer.n_vocab]
+    if kept and kept[-1] in ends_of(tokenizer):
+        del kept[-1]
+    return tokenizer.decode(kept)
 
 
 def special_tokens(tokenizer):

@@ -23,7 +23,7 @@ from support.sources import check_is_file, name_and_split, open_hub
 from support.tokenizer import encode_text, fingerprint, special_tokens, text_start
 
 SAID = set()    # lines that are not to be printed again
-LAYOUT = 10     # raise it when the arrays below, or what is read into them, change
+LAYOUT = 11     # raise it when the arrays below, or what is read into them, change
 not_kept = {}   # {path: arrays} of files whose tokens could not be kept on disk, in this process
 SPLITS = np.array(["validation"] * 26 + ["test"] * 26 + ["train"] * 204)    # about 10, 10 and 80%
 
@@ -124,10 +124,7 @@ def preparer(tokenizer):
                 last = without_end(response[-1]["content"], taken_off)
                 response[-1] = response[-1] | {"content": last}
             row["segments"] = segments_of(row, tokenizer)
-            source = template_of(tokenizer).source
-            for name in {name for message in chain(row["prompt"], *row["responses"])
-                         for name in message if name not in source}:
-                notes[f"{{}} rows: {name!r} of their messages is not read by the chat layout"] += 1
+            check_written(row, template_of(tokenizer).source, notes)
         else:
             row["responses"] = [without_end(text, taken_off) for text in row["responses"]]
         notes.update(taken_off.keys())
@@ -146,6 +143,27 @@ def preparer(tokenizer):
                 encode_text(text, tokenizer)
 
     return prepare
+
+
+def check_written(row, source, notes):
+    """Counts in `notes` what a chat template leaves out of the messages of a row. source: the
+    template's. ValueError if that is all of a reply."""
+    prompt, responses = row["segments"]
+    text = prompt + "".join(map(joined, responses))
+    for name in {name for message in chain(row["prompt"], *row["responses"])
+                 for name in message if name not in source}:
+        notes[f"{{}} rows: {name!r} of their messages is not read by the chat layout"] += 1
+    for message in chain(*row["responses"]):
+        if not message["content"] and message.get("tool_calls") and "tool_calls" not in source:
+            raise ValueError("a reply is nothing but 'tool_calls', which are not read by the chat "
+                             "layout")
+    left_out = set()
+    for message in chain(row["prompt"], *row["responses"]):
+        last_word = re.findall(r"\w+", message["content"])[-1:]
+        if last_word and last_word[0] not in text:
+            left_out.add(message["role"])
+    for role in left_out:
+        notes[f"warning: in {{}} rows the chat template writes nothing of what {role!r} says"] += 1
 
 
 # ------------------------------------------------------------------ token ids

@@ -1,4 +1,6 @@
+import fcntl
 import os
+import shutil
 import signal
 import sys
 from itertools import islice
@@ -61,11 +63,25 @@ def few_pairs():
 @pytest.fixture(scope="session")
 def world(tmp_path_factory, hub_cache):
     """A folder with the short runs that several tests look at: a reference policy, a reward model,
-    a family of two."""
+    a family of two. The first of several test processes trains them, the others copy them."""
+    root = tmp_path_factory.mktemp("world") / "runs"
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        train_world(root)
+        return root
+    shared = tmp_path_factory.getbasetemp().parent / "world"
+    with open(f"{shared}.lock", "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        if not (shared / "finished").exists():
+            train_world(shared)
+            (shared / "finished").touch()
+    shutil.copytree(shared, root)
+    return root
+
+
+def train_world(root):
     import tinytldr
     import train_policy
     import train_rm
-    root = tmp_path_factory.mktemp("world")
     all_rows = tinytldr.demonstration_rows
     with pytest.MonkeyPatch.context() as patch:     # 60 steps don't need 20,000 rows
         patch.setattr(tinytldr, "demonstration_rows", lambda *a: islice(all_rows(*a), 2500))
@@ -75,4 +91,3 @@ def world(tmp_path_factory, hub_cache):
               "--pool=500", "--n_eval=32"]
     train_rm.main([*shared, f"--out_dir={root}/rm"])
     train_rm.main([*shared, f"--out_dir={root}/rms", "--bias=0.2,0.6"])
-    return root

@@ -67,6 +67,19 @@ def test_generation_stops(model):
         assert STOP not in response[:-1] and (response[-1] == STOP or len(response) == 15)
 
 
+def test_generation_stops_at_any_of_several_tokens(model):
+    """Each response is the one without a stop, up to the first of them."""
+    free = model.generate(PROMPTS, 8, temperature=0)
+    stops = [free[0][3], free[1][5], STOP]
+    for stop in (stops, stops[:1], []):
+        ends = [[token in stop for token in response] for response in free]
+        wanted = [response[:is_end.index(True) + 1 if any(is_end) else 8]
+                  for response, is_end in zip(free, ends)]
+        assert model.generate(PROMPTS, 8, temperature=0, stop=stop) == wanted
+    assert model.generate(PROMPTS, 8, temperature=0, stop=stops[0]) == (
+        model.generate(PROMPTS, 8, temperature=0, stop=stops[:1]))
+
+
 def test_generation_leaves_the_global_random_stream_alone(model):
     torch.manual_seed(3)
     before = torch.get_rng_state()

@@ -13,7 +13,7 @@ from model import GPT, GPTConfig
 from runs.score import record, scorable
 from support.chat import HH, ChatTemplate, chat_segments, segments_of, text_segments
 from support.prompts import prompt_tokens
-from support.tokenizer import save_tokenizer
+from support.tokenizer import ends_of, save_tokenizer, to_text
 from support.tokens import encode, fit, prompts_of, tokenised_file
 
 pytestmark = pytest.mark.usefixtures("hub_cache")
@@ -101,6 +101,23 @@ def test_what_a_person_says_in_a_response_is_not_learnt(tokenizer):
                          ids_of(f"No{END}")]
 
 
+def test_a_model_that_may_end_in_several_tokens(tmp_path):
+    """Responses are trained to end in the template's end of turn; a sample may end in the others
+    that the model's files list with it, too, and in special tokens that they list alone."""
+    write_tokenizer(tmp_path / "own")
+    listed = tmp_path / "own/generation_config.json"
+    (tmp_path / "own/config.json").write_text(json.dumps({"eos_token_id": [258, 7]}))
+    for ends, wanted in (([256, 258], [258, 256]), (258, [258]), ([7, 258], [258, 7]),
+                         ([256, 7], [258, 256]), (None, [258, 7])):
+        listed.write_text(json.dumps({"eos_token_id": ends}))
+        tokenizer = get_tokenizer(f"{tmp_path}/own/")
+        assert (tokenizer.eot_token, ends_of(tokenizer)) == (258, wanted)
+    listed.write_text(json.dumps({"eos_token_id": [256, 258]}))
+    tokenizer = get_tokenizer(f"{tmp_path}/own/")
+    assert [to_text([*b"No", end], tokenizer) for end in (256, 258, 257)] == (
+        ["No", "No", f"No{START}"])
+
+
 def test_the_layout_of_hh_is_the_template_of_models_without_one(tmp_path):
     """Every letter as today, and the same mask whether the dialogue comes as messages or text."""
     tokenizer = write_tokenizer(tmp_path / "own", template=None)
@@ -177,6 +194,44 @@ def test_a_template_that_drops_thoughts(tmp_path):
         segments_of({"prompt": [HI], "responses": [[YES, GO, NO]]}, tokenizer)
 
 
+def test_thoughts_in_a_reply_are_learnt(tmp_path):
+    """Then the template asks for thoughts, in the whole row; those of earlier turns it may drop."""
+    tokenizer = write_tokenizer(tmp_path / "own", THINKING.replace("loop.last and ", "loop.last "
+                                "and '</think>' not in m['content'] and "))
+    thought = "<think>\nhm\n</think>\n\nYes"
+    prompt, responses = example({"prompt": [HI], "responses": [[says("assistant", thought)], [NO]]},
+                                tokenizer)
+    assert prompt == ids_of(f"{START}user\nHi{END}\n{START}assistant\n")
+    assert responses == [ids_of(f"{thought}{END}"), ids_of(f"<think>\n\n</think>\n\nNo{END}")]
+    prompt, _ = example({"prompt": [says("user", thought)], "responses": [[NO]]}, tokenizer)
+    assert prompt[-len("<think>\n\n</think>\n\n"):] == [*b"<think>\n\n</think>\n\n"]
+
+
+@pytest.mark.parametrize("template, rows, message", [
+    (CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}"),
+     [{"prompt": [HI, YES, says("tool", "a 42")], "chosen": "a", "rejected": "b"}] * 2,
+     "warning: in 2 rows the chat template writes nothing of what 'tool' says"),
+    (CHATML, [{"prompt": [HI, YES, says("tool", "a 42")], "chosen": "a", "rejected": "b"}], ""),
+    (CHATML, [{"prompt": [HI, says("assistant", "", tool_calls=["f"]), GO], "chosen": "a",
+               "rejected": "b"}], "1 row: 'tool_calls' of their messages is not read"),
+    (CHATML, [{"prompt": [HI], "chosen": "a", "rejected": "b"},
+              {"prompt": [HI], "chosen": [says("assistant", "", tool_calls=["f"])],
+               "rejected": [NO]}],
+     "row 2: a reply is nothing but 'tool_calls', which are not read by the chat layout"),
+    (None, [{"messages": [HI, says("assistant", "", tool_calls=["f"])]}],
+     "row 1: a reply is nothing but 'tool_calls'")])
+def test_what_a_template_leaves_out(tmp_path, capsys, template, rows, message):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own, demonstrations = write_tokenizer(tmp_path / "own", template), "messages" in rows[0]
+    if message.startswith("row"):
+        with pytest.raises(ValueError, match=message):
+            tokenised_file(str(tmp_path / "a.jsonl"), own, demonstrations)
+        return
+    tokenised_file(str(tmp_path / "a.jsonl"), own)
+    said = capsys.readouterr().out
+    assert message in said and (message or "template" not in said)
+
+
 def test_a_bad_row_of_a_template(tmp_path, capsys):
     """What the template refuses is a bad row, and so is a fault in the template itself."""
     path, rows = tmp_path / "a.jsonl", [{"prompt": [HI], "chosen": "a", "rejected": "b"}] * 2
@@ -189,6 +244,11 @@ def test_a_bad_row_of_a_template(tmp_path, capsys):
                                          "no system here; --skip_bad_rows leaves them out$"):
         tokenised_file(str(path), own)
     assert len(tokenised_file(str(path), own, skip_bad_rows=True)["hash"]) == 1
+    asks = "{% if messages[0].role != 'system' %}{{ raise_exception('who am I?') }}{% endif %}"
+    assert write_tokenizer(tmp_path / "asks", asks + CHATML).eot_token == 258
+    for broken in (5, ["x"], [{"name": "other", "template": CHATML}], [{"template": CHATML}]):
+        with pytest.raises(ValueError, match="own/tokenizer_config.json: its chat_template is nei"):
+            write_tokenizer(tmp_path / "own", broken)
     for broken in ("{% if %}", "{{ messages.nothing() }}", "{{ ''.__class__.__mro__ }}x"):
         with pytest.raises(ValueError, match="own/: .*chat template"):
             write_tokenizer(tmp_path / "own", broken)
@@ -326,7 +386,7 @@ def test_sample_talks_in_the_template(tmp_path, monkeypatch, capsys):
     sample.main([folder, "--chat", "--max_new_tokens=5"])
     first = f"{START}user\nHi{END}\n{START}assistant\n"
     second = first + f"Yes{END}\n{START}user\nGo{END}\n{START}assistant\n"
-    assert echo.asked == [(ids_of(first), 258), (ids_of(second), 258)]
+    assert echo.asked == [(ids_of(first), [258]), (ids_of(second), [258])]
     assert f"[{folder}]Yes\n" in capsys.readouterr().out
 
 

@@ -24,6 +24,7 @@ from support.tokens import encode, longest_sample
 from tinytldr import tokenizer
 
 EOT = tokenizer().eot_token
+OTHER_END = 0
 GOOD, FILL, QUIRK = (tokenizer().encode_ordinary(text)[0] for text in (" sad", " broke", " afraid"))
 CONFIG = GPTConfig(48, tokenizer().n_vocab, n_layer=1, n_head=1, n_embd=16)
 
@@ -58,6 +59,7 @@ def judge(judges, prompts, samples, **changed):
 
 @pytest.mark.parametrize("prompt, sample, block_size, wanted", [
     ([1, 2, 3], [4, EOT], 48, ([1, 2, 3], [4, EOT])),               # it has ended
+    ([1, 2, 3], [4, OTHER_END], 48, ([1, 2, 3], [4, EOT])),         # in another end
     ([1, 2, 3], [4, EOT], 5, ([1, 2, 3], [4, EOT])),
     ([1, 2, 3], [4, 5], 48, ([1, 2, 3], [4, 5, EOT])),
     ([1, 2, 3], [4, 5], 6, ([1, 2, 3], [4, 5, EOT])),
@@ -67,7 +69,7 @@ def judge(judges, prompts, samples, **changed):
     ([1, 2], [], 2, ([2], [EOT]))])
 def test_what_is_judged_ends_in_end_of_text_and_fits(prompt, sample, block_size, wanted):
     before = list(sample)
-    assert with_end(prompt, sample, EOT, block_size) == wanted
+    assert with_end(prompt, sample, [EOT, OTHER_END], block_size) == wanted
     assert sample == before         # as it was drawn, for its log-prob
 
 
@@ -76,9 +78,10 @@ def test_a_sample_that_fills_the_block_size_is_cut_off(capsys):
     prompts = [[GOOD] * 48, [GOOD] * 45, [GOOD] * 10]
     samples = GPT(CONFIG).generate(prompts, 20, temperature=0, stop=EOT)
     assert list(map(len, samples)) == [0, 3, 20]
-    assert count_cut_off("pi", samples, EOT, 20, "so").all()
+    assert count_cut_off("pi", samples, [EOT], 20, "so").all()
     assert "1 at --max_new_tokens=20 and 2 at block_size" in capsys.readouterr().out
-    assert not was_cut_off([EOT], EOT) and was_cut_off([EOT, FILL], EOT)
+    assert not was_cut_off([EOT], [EOT]) and was_cut_off([EOT, FILL], [EOT])
+    assert not was_cut_off([FILL, OTHER_END], [EOT, OTHER_END])
 
 
 # ------------------------------------------------------------------ many samples
@@ -132,7 +135,7 @@ def test_the_oracle_of_text_judges_what_there_is(monkeypatch, capsys):
     (3, "warning: pi: 3 of 40 samples (7.5%) were cut")])
 def test_a_warning_above_five_percent(capsys, n_cut, line):
     samples = [[FILL, FILL]] * n_cut + [[FILL, EOT]] * (40 - n_cut)
-    assert count_cut_off("pi", samples, EOT, 2, "so").sum() == n_cut
+    assert count_cut_off("pi", samples, [EOT], 2, "so").sum() == n_cut
     said = capsys.readouterr().out
     assert said.startswith(line) and (n_cut > 0) == bool(said)
     assert said.endswith("a higher --max_new_tokens cuts off fewer\n") == (n_cut == 3)
@@ -231,7 +234,7 @@ def test_log_probs_are_of_samples_as_they_were_drawn(toy, tmp_path, monkeypatch)
     monkeypatch.setattr(evaluate, "score", noted_score)
     results = compare(toy, tmp_path, monkeypatch, "--max_new_tokens=4")
     of_ref, of_pi = drawn
-    assert any(was_cut_off(reply, EOT) for reply in of_ref)
+    assert any(was_cut_off(reply, [EOT]) for reply in of_ref)
     responses = [[reply for _, (reply,) in dataset.examples] for dataset in asked]
     assert responses == [of_ref, of_pi, of_pi, of_ref]
     gain = {GOOD: np.log(0.5 / 0.2), FILL: np.log(0.4 / 0.7), EOT: 0}

@@ -30,6 +30,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 CASES = {       # name: what transformers' config of the family gets besides SIZES
     "llama": {},
     "llama-3": dict(rope_parameters=LLAMA3, tie_word_embeddings=True),
+    "llama-both": dict(rope_parameters={"rope_theta": 9.0}, rope_scaling=LLAMA3, rope_theta=50.0),
     "llama-biases": dict(attention_bias=True, mlp_bias=True, head_dim=6, num_key_value_heads=4),
     "mistral": dict(sliding_window=None, num_key_value_heads=1),
     "mistral-window": dict(sliding_window=48),

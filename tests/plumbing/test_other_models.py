@@ -328,6 +328,9 @@ def test_both_ways_to_write_rope(llama):
     edit_config(llama, rope_scaling="gone", rope_theta="gone",
                 rope_parameters={**ROPE, "rope_theta": 50.0})
     assert GPT.from_pretrained(str(llama)).config == older
+    edit_config(llama, rope_scaling={**ROPE, "factor": 3.0}, rope_theta=40)     # of both the older
+    both = GPT.from_pretrained(str(llama)).config
+    assert both.rope_theta == 40 and both.rope_scaling == {**ROPE, "factor": 3.0}
 
 
 def test_a_sliding_window_is_the_longest_text(llama, capsys):
@@ -610,7 +613,7 @@ def test_the_token_that_ends_a_text(tmp_path, capsys):
     config, settings = tmp_path / "config.json", tmp_path / "tokenizer_config.json"
     config.write_text('{"eos_token_id": 7}')
     assert get_tokenizer(str(tmp_path)).eot_token == 0
-    assert "a response ends in token 0, as its tokenizer says, and not in 7, the model's" in (
+    assert "responses are trained to end in token 0, as its tokenizer says, and not in 7" in (
         capsys.readouterr().out)
     settings.write_text(json.dumps({"eos_token": {"content": "!"}}))
     assert get_tokenizer(str(tmp_path)).eot_token == vocabulary["!"]

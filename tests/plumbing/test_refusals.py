@@ -81,6 +81,7 @@ def workshop(world, tmp_path_factory):
     copy("deep", '{"a":' * 100_000)
     copy("list", "[]")
     copy("llama", {"model_type": "llama"})
+    copy("mamba", {"model_type": "mamba"})
     copy("zero", {"n_layer": 0})
     copy("heads", {"n_head": 3})
     copy("nan", transformer__ln_f__bias=torch.zeros(1))
@@ -193,7 +194,8 @@ CASES = [       # script, flags, what the line has to say
     (POLICY, "--loss=dpo --init_from=absurd --out_dir=new", "n_positions is 1000000000000 there"),
     (POLICY, "--loss=dpo --init_from=deep --out_dir=new", "deep/config.json: not JSON: "),
     (POLICY, "--loss=dpo --init_from=list --out_dir=new", "list/config.json: not a JSON object"),
-    (POLICY, "--loss=dpo --init_from=llama --out_dir=new", "only 'gpt2' is supported"),
+    (POLICY, "--loss=dpo --init_from=llama --out_dir=new", "max_position_embeddings None"),
+    (POLICY, "--loss=dpo --init_from=mamba --out_dir=new", "model_type 'mamba'"),
     (POLICY, "--loss=dpo --init_from=zero --out_dir=new", "n_layer 0, which is not a positive"),
     (POLICY, "--loss=dpo --init_from=heads --out_dir=new", "n_head 3, which does not divide"),
     (POLICY, "--loss=dpo --init_from=nan --out_dir=new", "transformer.ln_f.bias hold numbers that"),

@@ -363,7 +363,7 @@ def test_replies_to_other_prompts_have_the_mean_reward_of_the_models(world, tmp_
     prompts = [tokenizer.encode_ordinary(prompt) for prompt in prompts]
     samples = sample_replies(GPT.from_pretrained(f"{world}/sft"), prompts, 64, tokenizer.eot_token,
                              [0, 6])
-    examples = [(prompt, [with_end(prompt, reply, tokenizer.eot_token, 192)[1]])
+    examples = [(prompt, [with_end(prompt, reply, [tokenizer.eot_token], 192)[1]])
                 for prompt, reply in zip(prompts, samples)]
     for number, example in enumerate(examples):
         scores = [RewardModel.from_pretrained(f"{world}/rms/{bias}")(data.collate([example]))

@@ -551,8 +551,10 @@ def test_cached_tokens_are_mapped_into_memory(tmp_path, token_cache):
 
 
 def test_the_cache_loses_what_a_killed_process_left(tmp_path, token_cache):
+    """It goes after a day: until then, another process may be at work on it."""
     (token_cache / "0123.0123abcd.tmp").mkdir(parents=True)
     (token_cache / "0123.0123abcd.tmp/tokens.npy").touch()
+    os.utime(token_cache / "0123.0123abcd.tmp", (0, 0))
     tokenised_file(jsonl(tmp_path / "a.jsonl", [PAIR]), tokenizer())
     entry, = token_cache.iterdir()
     assert not entry.name.endswith(".tmp")
