@@ -41,7 +41,7 @@ class Prose(string.Formatter):
         value = inspect.unwrap(value)                       # a cached function
         path = Path(inspect.getsourcefile(value)).relative_to(ROOT).as_posix()
         line = inspect.getsourcelines(value)[1]
-        return f"[`{value.__qualname__}`, {path}:{line}](../{path})"
+        return f"[`{value.__qualname__}`, {path}:{line}](../{path}#L{line})"
 
 
 def read_cells(source):

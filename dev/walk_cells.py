@@ -10,7 +10,7 @@ You can read it ([walk.md](walk.md)), or run and change it ([walk.ipynb](walk.ip
 
 import sys
 
-sys.path.append("..")       # the notebook is in docs/, the code above it
+sys.path.append("..")       # a notebook runs in docs/, and the code is one folder up
 
 from copy import deepcopy
 
@@ -57,7 +57,7 @@ for name, reply in (("chosen", chosen), ("rejected", rejected)):
     print(f"    reward {oracle_reward(prompt, reply):+d}")
 
 """The reply with the higher reward is the *chosen* one. It is always number 1, and the *rejected*
-one is number 2. Remember the words that they share: " my coworker". They will matter in part 6.
+one is number 2. Remember the words that they share: " my coworker". They will matter in part 8.
 
 ## 2. A tree of tokens
 
@@ -77,8 +77,9 @@ print(f"T = {batch.tokens.size(1)} tokens in the row: {len(prompt_ids)} of the p
 print(f"lengths of the replies, each with its end-of-text token: {batch.lengths[0].tolist()}")
 
 """A picture of it, with only the last tokens of the prompt. An arrow goes from each token of a
-reply to its *predictor*, the token whose output predicts it. That is the token before it, with one
-exception: the first token of *each* reply is predicted from the prompt's last token.
+reply to its *predictor*, the token whose output predicts it. Mostly that is the token before it.
+But the first token of *each* reply is predicted from the prompt's last token, even where the other
+reply lies in between.
 """
 
 short = collate([(prompt_ids[-3:], replies)])
@@ -96,7 +97,8 @@ A token may look at the prompt and at its own reply, up to itself. The mask says
 
 
 def masks(batch):
-    """The right mask and three wrong ones, each (1, 1, T, T): 0 where a token sees another."""
+    """Builds the right mask and three wrong ones, each (1, 1, T, T): 0 where a token sees another,
+    -inf where not."""
     right = tree_mask(batch.branch, torch.float64)
     position, branch = batch.position[0], batch.branch[0]
     sees_earlier = position[:, None] >= position
@@ -113,21 +115,22 @@ draw.masks(masks(short), short, encoding)
 
 Log-probs need a model. This one is small enough to learn while you wait: two layers, 32 numbers
 wide ({model.GPT}). It imitates demonstrations of other posts for 60 steps ({losses.sft}). That is
-enough to learn which words are common in replies, but not to tell the facts of the post. It counts
+enough to learn which words are common in replies, but not to tell the facts of the post. We count
 in float64, so that your machine gets the same digits.
 """
 
 
 def example(index):
-    """A training post with two demonstrations, as token ids."""
+    """Encodes a training post and two demonstrations of it."""
     texts = [demonstration(0, "train", index, person) for person in range(2)]
     ids = [encoding.encode_ordinary(text) + [encoding.eot_token] for text in texts]
     return encoding.encode_ordinary(post(0, "train", index)), ids
 
 
-torch.manual_seed(0)
+torch.set_default_dtype(torch.float64)
+torch.manual_seed(2)
 config = GPTConfig(block_size=96, vocab_size=encoding.n_vocab, n_layer=2, n_head=2, n_embd=32)
-reference = GPT(config).double()
+reference = GPT(config)
 optimizer = adamw(reference, lr=0.01)
 for step in range(60):
     demonstrations = collate([example(8 * step + i) for i in range(8)])
@@ -144,12 +147,13 @@ for step in range(60):
 
 The log-prob of a reply is the sum over its tokens. `reference(batch)` computes it for all replies
 at once ({model.GPT.response_logps}). We open that function here, to see the tokens too. The hidden
-states are read where a token is predicted, and nowhere else.
+states are read where a token is predicted, and nowhere else. Then each reply's tokens are added up
+({data.TreeBatch.sum_tokens}).
 """
 
 
 def by_token(policy, batch, mask):
-    """The log-prob of every token of the replies, in nats, (R,)."""
+    """Computes the log-prob of every token of the replies, in nats, (R,)."""
     hidden = policy.transformer(batch.tokens, batch.position, mask, read=batch.predictor)
     return token_logps(hidden, policy.lm_head.weight, batch.target)
 
@@ -178,8 +182,9 @@ with torch.no_grad():
         sums = batch.sum_tokens(by_token(reference, batch, mask))[0]
         print(f"{name:18}  {sums[0]:8.4f} {sums[1]:8.4f}")
 
-"""A wrong mask raises no error. It is off by little, so that a curve of the loss would not show it.
-That is why a test compares the tree with separate sequences (tests/test_tree.py).
+"""Plain causal moves only the second reply, siblings both, and without the prompt all is different.
+No wrong mask raises an error, and two of them are off by so little that no training curve would
+show it. That is why a test compares the tree with separate sequences (tests/test_tree.py).
 
 ## 6. Where training starts
 
@@ -188,7 +193,8 @@ margin h ({losses.log_ratio_margin}), whatever the pair. Every loss has a value 
 tell without a model. If your first step shows another one, something is wired wrongly.
 
 Some losses need more than log-probs: rewards, and samples from the reference for the KL. The data
-set keeps them as columns ({data.Dataset}). Here three reward models disagree about how much better
+set keeps them as columns ({data.Dataset}), and the loss takes what it needs
+({losses.batch_loss}). Here three reward models disagree about how much better
 the chosen reply is: by 1, 4 or 7 points. These scores are made up for this page. The oracle's gap
 is 4, which is their mean.
 """
@@ -325,7 +331,8 @@ draw.training(history)
 """After one step all four are at about the same place: AdamW makes the first step equally long,
 whatever the size of the gradient. After thirty, DPO has run off, and would go on. Its chosen reply
 has become much *less* likely, although its loss is nearly 0. d-DPO has come to its target, 4, and
-e-DPO to its nearest one, 1.
+e-DPO to its nearest one, 1. (With another seed for the reference DPO runs less far, or farther. It
+ran with all four that we tried.)
 
 ## 10. The KL
 

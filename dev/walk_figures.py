@@ -3,7 +3,6 @@ import inspect
 import io
 from functools import cached_property, wraps
 
-import numpy as np
 import torch
 
 from support.report import pyplot
@@ -17,7 +16,8 @@ class Picture:
 
     def __init__(self, draw, arguments):
         self.draw, self.arguments = draw, arguments
-        self.about = inspect.getdoc(draw).split("\n\n")[0].replace("\n", " ").rstrip(".")
+        self.about = inspect.getdoc(draw).split("\n\n")[0].replace("\n", " ")
+        self.about = self.about.removeprefix("Draws ").rstrip(".")
 
     @cached_property
     def png(self):
@@ -40,14 +40,14 @@ def picture(draw):
 
 
 def words(batch, encoding):
-    """The tokens of a batch's first row as short labels."""
+    """Returns the tokens of a batch's first row as short labels."""
     texts = [encoding.decode([token]).strip() for token in batch.tokens[0].tolist()]
     return [text.replace("<|endoftext|>", "<end>") for text in texts]
 
 
 @picture
 def tree(batch, encoding):
-    """The row as a tree: tokens with branch and position, and arrows to their predictors."""
+    """Draws the row as a tree: tokens with branch and position, and arrows to their predictors."""
     labels, T = words(batch, encoding), batch.tokens.size(1)
     fig, ax = pyplot().subplots(figsize=(10, 2.2), layout="constrained")
     for column, label in enumerate(labels):
@@ -71,33 +71,26 @@ def tree(batch, encoding):
 
 @picture
 def masks(masks, batch, encoding):
-    """The right mask and three wrong ones: a line is a token, its cells are those that it sees.
+    """Draws the right mask and three wrong ones: a line is a token, its cells what it sees.
 
     masks: {name: (1, 1, T, T)}.
     """
     labels, branch = words(batch, encoding), batch.branch[0]
-    colours = np.array([[1.0] * 3, *[tuple(int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5))
-                                     for colour in BRANCHES]])
     fig, axes = pyplot().subplots(1, len(masks), figsize=(11, 3.2), layout="constrained")
     for ax, (name, mask) in zip(axes, masks.items()):
         cells = torch.where(mask[0, 0] == 0, branch + 1, 0)                 # (T, T)
-        ax.imshow(colours[cells.numpy()])
+        for part, colour in enumerate(BRANCHES, 1):
+            ax.spy(cells == part, marker="s", markersize=7, color=colour)
         ax.set_title(name, fontweight="bold" if name == "right" else None)
-        ax.set_xticks([])
-        ax.set_yticks(range(len(labels)), labels if ax is axes[0] else [""] * len(labels),
-                      family="monospace", fontsize=6.5)
-        ax.tick_params(length=0)
-        ax.set_xticks(np.arange(len(labels)) - 0.5, minor=True)
-        ax.set_yticks(np.arange(len(labels)) - 0.5, minor=True)
-        ax.grid(which="minor", color="white", linewidth=1)
-        ax.tick_params(which="minor", length=0)
+        ax.set(xticks=[], yticks=[])
+    axes[0].set_yticks(range(len(labels)), labels, family="monospace", fontsize=6.5)
     axes[0].set_ylabel("this token sees ...")
     return fig
 
 
 @picture
 def curves(h, curves, lowest):
-    """Four losses over h; dots: where each is lowest; dotted line: the reference.
+    """Draws four losses over h; dots: where each is lowest; dotted line: the reference.
 
     h: (N,). curves, lowest: {name: values}.
     """
@@ -113,7 +106,7 @@ def curves(h, curves, lowest):
 
 @picture
 def staircase(h, distances, member):
-    """The minimum (blue) of three squared distances, and below it which of the three it is.
+    """Draws the minimum (blue) of three squared distances, and below it which of the three it is.
 
     h: (N,). distances: (N, M). member: (N,).
     """
@@ -129,8 +122,7 @@ def staircase(h, distances, member):
 
 @picture
 def changes(batch, change, encoding):
-    """How much each token's log-prob has changed: the chosen reply in blue, the rejected one in
-    orange.
+    """Draws the change of each token's log-prob: chosen reply blue, rejected one orange.
 
     change: (R,), in nats.
     """
@@ -146,7 +138,7 @@ def changes(batch, change, encoding):
 
 @picture
 def training(history):
-    """Thirty steps of four losses: log-ratios of both replies, and their difference h.
+    """Draws thirty steps of four losses: log-ratios of both replies, and their difference h.
 
     history: {loss: [{name: number} of each step]}.
     """

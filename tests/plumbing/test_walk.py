@@ -25,7 +25,10 @@ def test_the_walk_is_what_its_code_prints(monkeypatch):
                 output["data"]["image/png"] = ""
     cells = [(cell["cell_type"], "".join(cell["source"])) for cell in stored["cells"]]
     assert cells == walk.read_cells(walk.CELLS.read_text(encoding="utf-8")), STALE
-    with torch.random.fork_rng():
-        results = walk.run_cells(cells)
+    try:
+        with torch.random.fork_rng():
+            results = walk.run_cells(cells)
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert walk.notebook(results) == stored, STALE
     assert walk.page(results) == (DOCS / "walk.md").read_text(encoding="utf-8"), STALE
