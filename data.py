@@ -359,9 +359,9 @@ def relabel(dataset, rewards):
 # ------ text to tokens to data sets
 
 def get_tokenizer(name):
-    """Returns the tokenizer of this name. "tinytldr" is the built-in one. A name that ends in "/"
-    is a model's folder, or its name on the hub, for a model that brings its own. Any other name,
-    such as "gpt2", is one of tiktoken's. InputError if there is none."""
+    """Returns the tokenizer of this name. "tinytldr" is the built-in one. A folder, or a name that
+    ends in "/", is that of a model that brings its own. Any other name, such as "gpt2", is one of
+    tiktoken's. InputError if there is none."""
     return tinytldr.tokenizer() if name == "tinytldr" else read_tokenizer(name)
 
 

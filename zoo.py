@@ -1,20 +1,21 @@
-"""Defines other people's losses for preference pairs, in the form of losses.py. Not needed to read
-the rest: whoever wants to compare a loss, or to write the next one, starts here.
+"""Defines other people's losses for preference pairs, in the form of losses.py. You don't need this
+file to understand the rest. Start here if you want to compare losses, or to write the next one.
 
     python train_policy.py --loss=simpo             # any of them, by its name in the table below
     python experiments/zoo.py --draw                # docs/losses.md: what each of them does
 
-Each docstring has the formula, the idea in a sentence or two, and where it was published. All of
-them take B pairs and return one number for each, (B,). As in losses.py, h is the log-ratio margin,
-column 0 is the chosen response and column 1 the rejected one; parameters without a default are
-columns that the loss needs, and those with one are its flags. The letters here besides:
+Each docstring has the formula, the idea in a sentence or two, and where it was published. All
+losses take B pairs and return one number for each, (B,). As in losses.py, h is the log-ratio
+margin, column 0 is the chosen response and column 1 the rejected one. Parameters without a default
+are columns that the loss needs; those with a default are its flags. There are a few more letters:
 
     u, v        log-ratio logp_pi - logp_ref of the chosen and of the rejected response: h = u - v
     |y|         tokens in a response, end of text included
     sigma       the logistic function, 1 / (1 + exp(-x))
 
-Names of flags say what a number is for, where papers reuse a few Greek letters: `epsilon` is the
-assumed fraction of wrong labels, `weight` is the weight of a second term. beta keeps its meaning.
+Papers use a few Greek letters for many things. Here the name of a flag says what the number is for:
+`epsilon` is the assumed fraction of wrong labels, `weight` is the weight of a second term. beta has
+the same meaning as in losses.py.
 """
 import math
 
@@ -446,7 +447,7 @@ def all_losses():
     return list(LOSSES | ZOO)
 
 
-# How TRL 1.16 calls them: {its trainer: {its loss_type or flag: (ours, what differs)}}.
+# What TRL 1.16 calls them: {its trainer: {its loss_type or flag: (ours, what differs)}}.
 TRL = {
     "DPOTrainer": {
         "sigmoid": ("dpo", ""),

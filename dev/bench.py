@@ -1,24 +1,24 @@
-"""What a training step costs, and what the machine could do: seconds, tokens, memory, and the share
-of the rate of its matrix products.
+"""Measures what a training step costs: seconds, tokens, memory, and which share it reaches of the
+machine's speed in matrix products.
 
     python dev/bench.py                            # 6 layers, width 384, TL;DR's lengths: 3 min
     python dev/bench.py --model=tiny --shape=hh    # 4 layers, width 128; long responses
     python dev/bench.py --data=prefs.jsonl --model=gpt2 --device=cuda
     python dev/bench.py --model=smollm2 --batch_size=4      # SmolLM2-135M, of the Llama family
     python dev/bench.py --only=dpo --profile       # where the time goes, operators and parts
-    python dev/bench.py --scaling                  # against four sizes
+    python dev/bench.py --scaling                  # how the cost grows with four sizes
     bash dev/bench_trl.sh                          # side by side with TRL
 
-Everything is measured in turns in one process, so that a busy machine disturbs all rows alike:
-trust ratios, not seconds.
+Everything is measured in turns in one process, so that a busy machine disturbs all rows alike.
+Trust the ratios, not the seconds.
 
 step        median seconds of an optimizer step as in train_policy.py (collate, forward, loss,
-            backward, clip, AdamW; not what it logs) and (min .. max)
+            backward, clip, AdamW, but no logging), and (min .. max)
 useful      tokens that had to be looked at: every prompt and every response once, no padding
 needed      floating-point operations that the step has to do: the prompt once, the last layer only
             where something is read, the vocabulary projection on response tokens only, causal
-            attention; the backward pass twice the forward (with --lora once). Norms, rotations,
-            activations and the optimizer are not counted
+            attention. The backward pass counts twice the forward one (with --lora once). Norms,
+            rotations, activations and the optimizer are not counted
 MFU         needed operations per second over the machine's rate for the model's own matrix
             products, measured in the same turns
 of peak     the same over what the card's maker promises: for H100 and H200 (SXM) in bfloat16
@@ -83,28 +83,33 @@ LR = 1e-5
 def parse_flags(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--model", default="small", choices=MODELS)
-    add("--data", help="preferences: a file or a hub name, instead of made-up ones")
+    add("--model", default="small", choices=MODELS, help="which model to measure (default: small)")
+    add("--data", help="preferences to train on: a file or a name on the hub (default: made-up "
+        "ones)")
     parser.add_shared("skip_bad_rows")
-    add("--tokenizer", help='of --data: a name, or the folder of a model that has its own, with a '
-        '"/" at its end (default: gpt2)')
-    add("--shape", choices=SHAPES, help="of made-up data (default: tldr)")
-    add("--prompt", type=positive_int, help="tokens in a made-up prompt (default: of --shape)")
+    add("--tokenizer", help="the tokenizer for --data: a name, or the folder of a model that has "
+        'its own, with a "/" at its end (default: gpt2)')
+    add("--shape", choices=SHAPES, help="lengths of made-up prompts and responses (default: tldr)")
+    add("--prompt", type=positive_int, help="tokens in a made-up prompt (default: as --shape says)")
     add("--response", type=comma_separated(positive_int, "token counts FROM,TO"),
-        help="tokens in a made-up response (default: of --shape)")
+        help="tokens in a made-up response, from FROM to TO (default: as --shape says)")
     add("--n_responses", type=number_type(int, "number from 2 up", lambda n: n >= 2),
-        help="per made-up prompt, without the KL term's (default: 2)")
-    add("--only", help=f"comma-separated, of: {', '.join(TASKS)}")
-    add("--batch_size", type=positive_int, default=8, help="rows (pairs) per step")
-    add("--steps", type=positive_int, default=10, help="turns to measure, after three to warm up")
-    add("--seed", type=seed, default=0)
+        help="responses to each made-up prompt, the KL term's sample not counted (default: 2)")
+    add("--only", help=f"which tasks to measure, out of {', '.join(TASKS)}, separated by commas "
+        "(default: all)")
+    add("--batch_size", type=positive_int, default=8, help="rows (pairs) in a step (default: 8)")
+    add("--steps", type=positive_int, default=10, help="turns to measure, after three to warm up "
+        "(default: 10)")
+    add("--seed", type=seed, default=0, help="seed of weights and data (default: 0)")
     parser.add_shared("device", "dtype")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="use torch.compile")
-    add("--gradient_checkpointing", action="store_true", help="as in train_policy.py")
+    add("--gradient_checkpointing", action="store_true", help="the same as in train_policy.py")
     add("--lora", type=positive_int, help="train adapters of this rank, as in train_policy.py")
     output = parser.add_mutually_exclusive_group()
-    output.add_argument("--profile", action="store_true", help="where the first task's time goes")
-    output.add_argument("--scaling", action="store_true", help="time and memory against four sizes")
+    output.add_argument("--profile", action="store_true", help="show where the time of the first "
+                        "task goes")
+    output.add_argument("--scaling", action="store_true", help="show how time and memory grow with "
+                        "four sizes")
     output.add_argument("--json", action="store_true", help="print the results as JSON")
     args = parser.parse_args(argv)
     args.only = args.only.split(",") if args.only else list(TASKS)

@@ -319,18 +319,22 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--steps", type=positive_int, default=5, help="turns to measure")
-    add("--models", default="tiny,small", help=f"comma-separated, of: {', '.join(bench.MODELS)}")
-    add("--batch_size", type=positive_int, default=8, help="pairs per step")
-    add("--data", help="preferences, or prompts for --generate: a file or a hub name, instead of "
-        "made-up ones")
-    add("--tokenizer", default="gpt2", help="of --data, as in dev/bench.py")
-    add("--device", default="cpu", choices=["cpu", "cuda"])
-    add("--only", action="append", default=[], help="only lines with all of these comma-separated "
-        "words, such as tiny,hh,head; may be given several times, for more lines")
-    add("--line", help="model,shape,trainer,settings: run this one here and print JSON")
-    add("--generate", action="store_true", help="race generation")
-    add("--policy", default="out/sft", help="for --generate: a policy's folder")
+    add("--steps", type=positive_int, default=5, help="turns to measure (default: 5)")
+    add("--models", default="tiny,small", help="which models to race with, out of "
+        f"{', '.join(bench.MODELS)}, separated by commas (default: tiny,small)")
+    add("--batch_size", type=positive_int, default=8, help="pairs in a step (default: 8)")
+    add("--data", help="preferences, or prompts for --generate: a file or a name on the hub "
+        "(default: made-up ones)")
+    add("--tokenizer", default="gpt2", help="the tokenizer for --data, as in dev/bench.py "
+        "(default: gpt2)")
+    add("--device", default="cpu", choices=["cpu", "cuda"], help="where to race (default: cpu)")
+    add("--only", action="append", default=[], help="race only in the lines that have all of these "
+        "words, separated by commas, such as tiny,hh,head; may be given several times, for more "
+        "lines")
+    add("--line", help="run one line in this process and print JSON: model,shape,trainer,settings")
+    add("--generate", action="store_true", help="race generation instead of training")
+    add("--policy", default="out/sft", help="the folder of the policy for --generate (default: "
+        "out/sft)")
     args = parser.parse_args(argv)
     if args.generate:
         race_generation(args)

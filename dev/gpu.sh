@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What a GPU does with it, in parts that can each be run alone, within a time limit:
+# Checks and measures this repository on a GPU, in parts that can each be run alone, within a time
+# limit:
 #
 #     bash dev/gpu.sh checks [SECONDS] [ARGUMENTS]        # does it compute what a CPU computes?
 #     bash dev/gpu.sh bench [SECONDS]                     # steps of four models, --compile or not
@@ -8,10 +9,10 @@
 #     bash dev/gpu.sh speedrun [SECONDS]                  # the built-in task, from start to end
 #
 # What is printed also goes to results/gpu.md, or to the file that RESULTS names: a section for each
-# part, with its date, card and commands. A command that fails or runs out of time is said, and the
-# next one runs; the exit code is 1 then. NANOPREF_SMOLLM2 (a folder with real weights) and
-# NANOPREF_DATA (a folder with tldr_preference.jsonl.gz) are used where they are given. The part
-# takes "cpu" from DEVICE to try the script itself.
+# part, with its date, card and commands. If a command fails or runs out of time, that is printed,
+# the next one runs, and the exit code is 1. NANOPREF_SMOLLM2 (a folder with real weights) and
+# NANOPREF_DATA (a folder with tldr_preference.jsonl.gz) are used if they are set. DEVICE=cpu tries
+# the script itself, without a GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 part=${1:-}

@@ -1,17 +1,17 @@
-"""Does --device=cuda compute what --device=cpu does? A line for each answer.
+"""Checks that --device=cuda computes what --device=cpu does, and prints a line for each check.
 
     python dev/gpu_checks.py                    # tiny random models, on a GPU
     python dev/gpu_checks.py --device=cpu       # the CPU against itself, which tries the script
     python dev/gpu_checks.py --models=real      # the model of the folder in NANOPREF_SMOLLM2
 
 Every line says what was compared, the difference, the tolerance, and "ok" or FAILED. A check that
-breaks is a FAILED line too, its traceback goes to stderr, and the others go on. The exit code is 1
-if anything failed.
+breaks prints a FAILED line too, with its traceback on stderr, and the other checks still run. The
+exit code is 1 if anything failed.
 
 Differences are relative: of numbers, the largest difference over the largest number (or 1); of
 gradients, the norm of the difference over the norm. Everything is in float32, without TF32, unless
-the line says bfloat16. Of generated tokens none may differ: those drawn at random take their random
-numbers from a generator on the CPU.
+the line says bfloat16. Generated tokens have to be the same; those that are drawn at random take
+their random numbers from a generator on the CPU.
 """
 import copy
 import os
@@ -52,11 +52,13 @@ def parse_flags(argv):
     parser = Parser(__doc__)
     names = ", ".join([*MODELS, "real"])
     parser.add_argument("--models", type=comma_separated(str, "names"), default=list(MODELS),
-                        help=f"comma-separated, of: {names} (default: all but real)")
+                        help=f"which models, out of {names} (default: all but real)")
     parser.add_argument("--only", type=comma_separated(str, "names"), default=list(CHECKS),
-                        help=f"comma-separated, of: {', '.join(CHECKS)} (default: all)")
-    parser.add_argument("--seed", type=seed, default=0)
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+                        help=f"which checks, out of {', '.join(CHECKS)} (default: all)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of weights and data (default: "
+                        "0)")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="what to compare "
+                        "with the CPU (default: cuda)")
     args = parser.parse_args(argv)
     args.dtype = "float32"
     for flag, choices in (("models", [*MODELS, "real"]), ("only", CHECKS)):

@@ -1,5 +1,5 @@
 """Writes docs/losses.md and its figure, for experiments/zoo.py --draw: what each loss is, what it
-does, where it was published, how TRL calls it, and what it reached on TinyTLDR."""
+does, where it was published, what TRL calls it, and what it reached on TinyTLDR."""
 import inspect
 import os
 from statistics import mean
@@ -17,7 +17,7 @@ from support.report import markdown_table, pyplot, save
 PAGE = os.path.join(ROOT, "docs", "losses.md")
 FIGURE = os.path.join(ROOT, "results", "zoo")
 YES = {True: "yes", False: "no"}
-# How the columns of a loss are called on the page.
+# What the columns of a loss are called on the page.
 NEEDS = {"ref_logps": "reference", "rewards": "rewards", "lengths": "lengths", "kl": "samples",
          "batch": "batch"}
 
@@ -25,12 +25,14 @@ INTRODUCTION = """# Thirty-six losses
 
 <!-- Written by python experiments/zoo.py --draw; its text is in experiments/loss_page.py. -->
 
-Every loss below trains by its name, such as `python train_policy.py --loss=simpo`. The first seven
-are the paper's and its baselines, in [losses.py](../losses.py). The others are in
-[zoo.py](../zoo.py), each a function of a few lines with its formula.
+Each loss on this page trains by its name: `python train_policy.py --loss=simpo`, for example. Seven
+are in [losses.py](../losses.py): the paper's six, which the README
+[lists](../README.md#the-method), and IPO per token. The other 29 are in [zoo.py](../zoo.py), each a
+function of a few lines. The first table lists those.
 
-h is the log-ratio margin, u and v are the log-ratios of the chosen and of the rejected response, so
-h = u - v. sigma is the logistic function, |y| a number of tokens, r a reward.
+Some letters: u is the log-ratio of the chosen response, logp under the policy minus logp under the
+reference, and v that of the rejected one. Their difference h = u - v is the margin. sigma is the
+logistic function, |y| the number of tokens in a response, r a reward.
 
 ## What each one is
 """
@@ -38,60 +40,64 @@ h = u - v. sigma is the logistic function, |y| a number of tokens, r a reward.
 PROPERTIES = """
 ## What each one does
 
-Everything in this table was found by calling the functions, without knowing what they are
-([properties.py](../experiments/properties.py)). [test_zoo.py](../tests/test_zoo.py) has what was
-expected, from the papers. The table is about one pair: two responses of 20 tokens at -60 nats each
-under the reference, reward margins of 1, 1.5, 2, 2.5 and 3, and flags at their defaults. The KL is
-left out.
+Everything in this table was found by calling the functions, without looking at their formulas
+([properties.py](../experiments/properties.py)). [test_zoo.py](../tests/test_zoo.py) compares it
+with what the papers lead one to expect. The table is about one pair: two responses of 20 tokens,
+each with a log-prob of -60 nats under the reference. Five reward models give it margins of 1, 1.5,
+2, 2.5 and 3. Flags are at their defaults, and the KL is left out.
 
-* **needs**: what a loss has to know besides the policy's log-probs. *batch*: the loss of a pair
-  depends on the other pairs of its batch.
-* **value**: of the loss at the reference, where training starts. **gradient**: its derivatives
-  there, with respect to the log-probs of the chosen and of the rejected response. A negative number
-  pushes up.
+* **needs**: what a loss has to know besides the policy's log-probs. *batch* means that the loss of
+  a pair depends on the other pairs of its batch.
+* **value**: the loss at the reference, where training starts. **gradient**: its derivatives there,
+  with respect to the log-probs of the chosen and of the rejected response. Training pushes a
+  log-prob up where its number is negative.
 * **h alone**: whether the loss stays the same when both log-probs of a pair change together.
-* **lowest at**: the h that it asks for, where u = h / 2 and v = -h / 2. ∞: there is always more to
-  gain. **bounded**: below, wherever the policy may go. **convex**: in the two log-probs.
-* **both fall**: what it does when the log-probs of all pairs fall together and h stays 1. *Flat* is
-  the degeneracy: nothing keeps the chosen responses where they are.
-* **slopes**: the derivative along h at -50, 0 and 50. Near zero at -50, a pair that is far on the
-  wrong side is given up. Not near zero at 50, a pair is pulled back, or pushed on for good.
+* **lowest at**: the h at which the loss is lowest, if u = h / 2 and v = -h / 2. ∞ means that more
+  is always better. **bounded**: whether the loss has a lower bound, wherever the policy may go.
+  **convex**: whether it is convex in the two log-probs.
+* **both fall**: what the loss does when the log-probs of all pairs fall together and h stays 1.
+  *Flat* is the [degeneracy](degeneracy.md): nothing keeps the chosen responses where they are.
+* **slopes**: the derivative along h, at -50, 0 and 50. If it is near zero at -50, the loss gives up
+  on a pair that is far on the wrong side. If it is above zero at 50, the loss pulls a pair back
+  that has gone too far; if it is below, it pushes such a pair on for good.
 * **label**: *unused* means that swapping the two responses changes nothing, because rewards say
   which one is better.
 
 """
 
 READING = """
-What to see in it:
+What to look at:
 
-* Every loss of h alone is flat where both fall. So are the length-normalised ones (on responses of
-  equal length), and BCO and unpaired AOT, which compare a response with its batch. What holds the
-  chosen response up is a term of its own: in NCA, SPPO, DPOP, RPO, ORPO, CPO, SLiC and RRHF.
+* Every loss that depends on h alone is flat where both fall. So are the length-normalised ones (on
+  responses of equal length), and BCO and unpaired AOT, which compare a response with its batch.
+  NCA, SPPO, DPOP, RPO, ORPO, CPO, SLiC and RRHF have a term of their own that holds the chosen
+  response up.
 * KTO, APO-zero and chi-PO notice the fall, but level off: far down, nothing pulls back. alpha-DPO,
   JS-DPO and APO-down even gain by it.
 * cDPO, EXO and NCA ask for a finite margin because they do not quite trust the label. IPO, SPPO and
-  distillation have a target. The hinges stop, and so does chi-PO, by its clip. APO-down, which
-  lowers both responses, has its place on this line only. All others ask for an infinite margin.
+  distillation have a target. The hinges stop, and so does chi-PO, by its clip. APO-down is lowest
+  at a finite h only along this line: in general it lowers both responses. All others ask for an
+  infinite margin.
 * Robust DPO is the only one without a lower bound. Its slope at h = 50 is -0.125, and stays there.
-* DiscoPOP starts in the wrong direction: at the reference its slope is positive. It blends there
-  from DPO's ln 2 up to the exponential's 1, so there is a valley at h = -0.12 / beta and a hump at
-  0.07 / beta, over which a pair has to be carried by the others.
+* DiscoPOP starts in the wrong direction: at the reference its slope is positive. There it blends
+  from DPO's ln 2 up to the exponential's 1, which makes a valley at h = -0.12 / beta and a hump at
+  0.07 / beta. A pair doesn't get over the hump by itself; the others have to carry it.
 * APO-down leaves the chosen response alone at the reference, where its two pulls cancel.
 * Distillation, REBEL included, is the only kind that does not use the label.
-* EXO, KTO, chi-PO and both APOs do not see a pair that is far on the wrong side. The squared losses
-  and the exponential see it before all others.
+* EXO, KTO, chi-PO and both APOs ignore a pair that is far on the wrong side. To the squared losses
+  and the exponential it matters more than all others.
 
 ![Each loss, and its slope, over h](../results/zoo/losses.png)
 
-Each loss less its lowest value in the panel (blue), and its slope along h (orange), for h from -6
-to 6 on the same pair. The dotted line is the reference.
+Each panel shows a loss minus its lowest value there (blue), and its slope along h (orange), for h
+from -6 to 6 on the same pair. The dotted line is the reference.
 """
 
 TRL = """
 ## What TRL calls them
 
-TRL 1.16. `bash dev/parity.sh` compares values and gradients of every row with TRL's own code, to
-1e-5, in the form that the last column says.
+These are the names in TRL 1.16. `bash dev/parity.sh` compares values and gradients of every row
+with TRL's own code, to 1e-5, once the differences in the last column are allowed for.
 
 """
 
@@ -161,7 +167,7 @@ def measured(methods, knob_of, rows, chosen):
     lines = ["", "## What they reach on TinyTLDR", ""]
     test = [row for row in rows if row["split"] == "test" and row["advantage"]]
     if not test:
-        return "\n".join([*lines, "`python experiments/zoo.py` measures it.", ""])
+        return "\n".join([*lines, "`python experiments/zoo.py` measures this.", ""])
     numbers = {}
     for row in test:
         for column in ("advantage", "chosen_change", "length"):
@@ -185,13 +191,14 @@ def measured(methods, knob_of, rows, chosen):
     lines += [
         f"`python experiments/zoo.py` trained {len(rows)} policies from the reference {reference}, "
         f"in {seconds / 60:.0f} minutes of one core. Each went over 1,000 pairs twice (124 steps "
-        "of 16, where the speedrun has 320). Of three values of one knob, each method took the one "
-        "with the largest advantage on validation prompts, on pairs of another seed. The advantage "
-        "is the oracle's reward of samples for 1,000 test prompts, less the reference's, and ± is "
-        "a 95% interval over three seeds. The chosen change is in nats, on training pairs. At rho "
-        "0.2 the shorter response is preferred in 80% of the pairs, although the oracle likes "
-        "longer ones. [dev/LOG.md](../dev/LOG.md) has the questions that were written down before, "
-        "and the answers; [runs.csv](../results/zoo/runs.csv) has every run.", "",
+        "of 16; the speedrun's policies have 320). Of three values of one knob, each method got "
+        "the one with the largest advantage on validation prompts, with pairs of another seed. The "
+        "advantage is the oracle's reward of samples for 1,000 test prompts, minus the "
+        "reference's, and ± is a 95% interval over three seeds. *Chosen change* is how far the "
+        "log-prob of chosen responses has moved from the reference's, in nats, on training pairs. "
+        "At rho 0.2 the shorter response is preferred in 80% of the pairs, although the oracle "
+        "likes longer ones. [dev/LOG.md](../dev/LOG.md) has the questions that were written down "
+        "before, and the answers; [runs.csv](../results/zoo/runs.csv) has every run.", "",
         markdown_table(header, table), ""]
     return "\n".join(lines)
 

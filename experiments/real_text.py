@@ -3,17 +3,19 @@
     python experiments/real_text.py                 # minutes on one GPU, a night on 2 CPU cores
     python experiments/real_text.py --jobs=6 --minutes=7 --rhos=0.2,all --seeds=0,1,2
     python experiments/real_text.py --lora=16 --max_prompt=160 --jobs=2         # without a GPU
-    python experiments/real_text.py --draw --results=results/real_text          # tables, figure
+    python experiments/real_text.py --draw          # tables and figure of the runs so far
     python experiments/real_text.py --smoke         # all of it on made-up posts, a minute on CPU
 
-A model learns to write summaries from the authors' own (SFT: the reference). The oracle is a reward
-model trained on people's comparisons. Summaries of other posts are sampled from the reference and
-labelled by the oracle. A cell is a rho and a seed: pairs drawn from these, one reward model and the
-family on them, and a policy for each method, at the beta or tau that a small grid found best, which
-is the same for all. Policies are judged on held-out posts by the oracle, by a second oracle and by
-ROUGE-L with the author's summary. dev/LOG.md, "Real text: the plan", has the questions.
+A model learns to write summaries from those of the posts' authors (SFT). It is the reference. The
+oracle is a reward model trained on people's comparisons. The reference writes summaries of other
+posts, and the oracle labels pairs of them. A *cell* is a rho and a seed, which draw training pairs
+from these. In each cell there is one reward model, a family of them, and a policy for each method,
+at the beta or tau that a small grid has found best (the same in all cells). Policies are judged on
+held-out posts by the oracle, by a second oracle, and by ROUGE-L with the author's summary.
+docs/real_text.md explains it, and dev/LOG.md, "Real text: the plan", has the questions.
 
-Every run is a row in runs.csv as soon as it is finished; called again, what is there is skipped.
+Every run becomes a row of runs.csv as soon as it is finished. If you call the script again, it
+skips the runs that are there.
 """
 import argparse
 import csv
@@ -62,7 +64,7 @@ from support.run import run_flags
 from support.tokenizer import own_tokenizer, save_tokenizer, to_text
 from support.tokens import SPLITS, split_hashes, turn_hashes
 
-# ------ the numbers of the experiment: each is the default of the flag with the same name
+# ------ the numbers of the experiment: each name is a flag, and the number its default
 
 NUMBERS = dict(
     max_prompt=256,         # longest post, in tokens, that is sampled from or judged on
@@ -103,36 +105,45 @@ def parse_flags(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--init_from", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="the pretrained model: "
-        "a folder or hub name")
-    add("--posts", default="trl-lib/tldr", help="posts with their authors' summaries, prompt and "
-        "completion: a file or hub name")
-    add("--pairs", default="trl-lib/tldr-preference", help="people's comparisons: prompt, chosen, "
-        "rejected")
-    add("--rhos", type=comma_separated(fraction_or_all, "fractions, or all"), default=[0.2, "all"])
-    add("--seeds", type=comma_separated(seed, "seeds"), default=[0, 1, 2])
-    add("--methods", type=comma_separated(str, "methods"), default=list(METHODS))
-    for name, number in NUMBERS.items():
-        add(f"--{name}", type=positive_int, default=number)
-    for name, rate in RATES.items():
-        add(f"--{name}", type=positive_float, default=rate)
-    add("--lrs", type=comma_separated(positive_float, "rates"), default=list(LRS),
-        help="learning rates of policies to choose from")
+        "a folder or a name on the hub (default: HuggingFaceTB/SmolLM2-135M-Instruct)")
+    add("--posts", default="trl-lib/tldr", help="posts with their authors' summaries: a file or a "
+        "name on the hub, with prompt and completion (default: trl-lib/tldr)")
+    add("--pairs", default="trl-lib/tldr-preference", help="people's comparisons: a file or a name "
+        "on the hub, with prompt, chosen and rejected (default: trl-lib/tldr-preference)")
+    add("--rhos", type=comma_separated(fraction_or_all, "fractions, or all"), default=[0.2, "all"],
+        help="the length biases of the cells (default: 0.2,all)")
+    add("--seeds", type=comma_separated(seed, "seeds"), default=[0, 1, 2], help="the seeds of the "
+        "cells (default: 0,1,2)")
+    add("--methods", type=comma_separated(str, "methods"), default=list(METHODS),
+        help=f"the methods to compare (default: all, which are {','.join(METHODS)})")
+    for name, number in (NUMBERS | RATES).items():
+        kind = positive_int if name in NUMBERS else positive_float
+        add(f"--{name}", type=kind, default=number, help=f"(default: {number:g}; the comments at "
+            "the top of this script explain it)")
+    add("--lrs", type=comma_separated(positive_float, "rates"), default=list(LRS), help="the "
+        f"learning rates to choose from, for policies (default: {','.join(map(str, LRS))})")
     add("--values", type=comma_separated(positive_float, "numbers"), default=list(VALUES),
-        help="betas and taus to choose from")
-    add("--missing_eos_penalty", type=not_negative_float, default=1.0, help="what a sample that "
-        "did not end loses of its reward, everywhere")
-    add("--lora", type=positive_int, help="reward models and policies are adapters of "
-        "this rank, next to the reference (default: whole models)")
+        help=f"the betas and taus to choose from (default: {','.join(map(str, VALUES))})")
+    add("--missing_eos_penalty", type=not_negative_float, default=1.0, help="how much reward a "
+        "sample loses, wherever it is judged, if it was cut off before its end-of-text token "
+        "(default: 1)")
+    add("--lora", type=positive_int, help="train reward models and policies as adapters of this "
+        "rank, next to the reference (default: whole models)")
     add("--flags", default="", help="more flags for all training runs")
-    add("--jobs", type=positive_int, default=2, help="runs at a time, on a GPU too")
-    add("--minutes", type=positive_float, help="no run begins later than this")
-    add("--out_dir", default="out/real_text", help="for the runs")
-    add("--results", default="out/real_text/results", help="for the tables and the figure")
+    add("--jobs", type=positive_int, default=2, help="how many runs to do at a time, on a GPU too "
+        "(default: 2)")
+    add("--minutes", type=positive_float, help="begin no run later than this many minutes after "
+        "the start")
+    add("--out_dir", default="out/real_text", help="the folder for the runs (default: "
+        "out/real_text)")
+    add("--results", default="out/real_text/results", help="the folder for tables and figure "
+        "(default: out/real_text/results)")
     add("--keep_models", action="store_true", help="keep all policies (default: those of the first "
-        "cell, for --samples)")
-    add("--draw", action="store_true", help="tables and figure of what is there")
-    add("--smoke", action="store_true", help="a random model and made-up posts: does all of it run "
-        "on this machine?")
+        "cell)")
+    add("--draw", action="store_true", help="make tables and figure of the runs that are there, "
+        "and train nothing")
+    add("--smoke", action="store_true", help="run all of it with a random model and made-up posts, "
+        "to see whether it works on this machine")
     parser.add_shared("device", "dtype")
     args = parser.parse_args(argv)
     for name in args.methods:

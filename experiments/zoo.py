@@ -1,15 +1,16 @@
-"""Measures every loss of zoo.py, and the paper's own, on the built-in task; and writes
-docs/losses.md, which also has what each of them does, found from its function alone.
+"""Measures every loss of zoo.py, and the paper's own, on the built-in task. Writes docs/losses.md,
+which also says what each of them does, as found from its function alone.
 
     python experiments/zoo.py --draw                  # docs/losses.md again: seconds, no training
     python experiments/zoo.py --prepare               # pairs and reward models: 20 minutes, a core
     python experiments/zoo.py --jobs=2                # all runs, one thread each; resumable
     python experiments/zoo.py --losses=hinge,simpo    # some of them
 
-All runs start from the speedrun's reference and go over 1,000 pairs twice. First each method
-chooses one knob, out of three values, by its advantage on validation prompts, on pairs of a seed of
-their own. Then it is trained on the pairs of three other seeds and scored on test prompts. The last
-checkpoint counts. A row of runs.csv is one run; split is "validation" for those of the choice.
+All runs start from the speedrun's reference and go over 1,000 pairs twice. First, one knob of each
+method is chosen out of three values, by the advantage on validation prompts, with pairs of a seed
+that serves for nothing else. Then the method is trained on the pairs of three other seeds, and its
+last checkpoint is scored on test prompts. A row of runs.csv is one run; its split is "validation"
+if it served for the choice.
 """
 import json
 import os
@@ -168,14 +169,19 @@ def run_all(args, pool, path, jobs):
 def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--sft", default="out/sft", help="the reference: the speedrun's")
-    add("--losses", type=comma_separated(str, "names"), default=list(METHODS), help="some methods")
-    add("--rhos", type=comma_separated(str, "0.2 or all"), default=list(RHOS))
-    add("--jobs", type=positive_int, default=2, help="runs at a time, one thread each")
+    add("--sft", default="out/sft", help="the folder of the reference (default: out/sft, the "
+        "speedrun's)")
+    add("--losses", type=comma_separated(str, "names"), default=list(METHODS), help="the methods "
+        "to measure (default: all)")
+    add("--rhos", type=comma_separated(str, "0.2 or all"), default=list(RHOS), help="the length "
+        "biases of the training pairs (default: 0.2,all)")
+    add("--jobs", type=positive_int, default=2, help="how many runs to do at a time, with one "
+        "thread each (default: 2)")
     add("--prepare", action="store_true", help="only sample pairs and train reward models")
     add("--draw", action="store_true", help="only write docs/losses.md and its figure")
-    add("--out_dir", default="out/zoo", help="for the runs and the reward models")
-    add("--results", default="results/zoo", help="for runs.csv")
+    add("--out_dir", default="out/zoo", help="the folder for the runs and the reward models "
+        "(default: out/zoo)")
+    add("--results", default="results/zoo", help="the folder for runs.csv (default: results/zoo)")
     args = parser.parse_args(argv)
     unknown = set(args.losses) - set(METHODS) | set(args.rhos) - set(RHOS)
     if unknown:

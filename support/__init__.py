@@ -10,7 +10,7 @@
     run.py              a run's folder: flags, metrics, state, resuming, the line on the screen
     files.py            files and folders that are written whole or not at all; JSON
     checkpoint.py       reads and writes weights in Hugging Face's layout
-    families.py         what that is for each family of models: config.json, names of weights
+    families.py         how the families differ in that: config.json, names of weights
     tokenizer.py        reads tiktoken's and models' own tokenizers, writes tokenizer.json
     sources.py          finds and reads records: in a file, a folder, a data set on the hub
     rows.py             turns records of every layout into rows: a prompt and its responses

@@ -1,6 +1,7 @@
-"""Reads and writes LoRA adapters as PEFT does: adapter_config.json, adapter_model.safetensors.
+"""Reads and writes LoRA adapters in PEFT's layout: adapter_config.json, adapter_model.safetensors.
 
-Linear layers are lora.py's: each has lora_A, (rank, in), and lora_B, (out, rank).
+The layers that have a correction are those of lora.py, with lora_A, (rank, in), and lora_B, (out,
+rank).
 """
 import hashlib
 import os
@@ -20,7 +21,7 @@ from support.files import read_json, replacing, write_json
 from support.flags import InputError
 from support.run import run_flags
 
-PREFIX = "base_model.model."        # before the names of all tensors
+PREFIX = "base_model.model."        # which PEFT puts before the name of each tensor
 HEAD = "score.weight"
 
 
@@ -30,22 +31,24 @@ def reward_head(folder):
 
 
 def about_run(folder):
-    """Returns the content of the run.json next to an adapter of ours; {} if there is none."""
+    """Returns the content of the run.json that a run with --lora leaves next to its adapter; {} if
+    there is none."""
     path = os.path.join(folder, "run.json")
     return read_json(path) if os.path.exists(path) else {}
 
 
 def read_adapter(folder, model, layers):
-    """Reads the adapter in a folder, for a model with its base's weights and a list of its linear
-    layers, [(name, layer)].
+    """Reads the adapter in a folder.
 
-    Returns ({layer: (A, B)}, weight of the reward head or None). A layer computes x W' + (x A') B';
-    alpha / r is in B. InputError says what is wrong with it.
+    model: with the weights that the adapter belongs to. layers: its linear layers, [(name, layer)].
+    Returns ({layer: (A, B)}, the weight of the reward head or None). A layer computes
+    x W' + (x A') B': the factor alpha / r is already in B. InputError says what is wrong with the
+    adapter.
     """
     config = adapter_config(folder)
     if about_run(folder).get("base_fingerprint", fingerprint(model)) != fingerprint(model):
         raise InputError(f"{folder}: an adapter of other weights than {base_of(folder)!r} has now; "
-                         "train it again, or bring the old ones back")
+                         "train it again, or put the old weights back")
     tensors = read_tensors(folder)
     head = tensors.pop(HEAD, None)
     kinds = ["a language model", "a reward model"]
@@ -61,23 +64,24 @@ def read_adapter(folder, model, layers):
             A = tensors.pop(f"{name}.lora_A.weight", torch.zeros(0, linear.in_features))
             B = tensors.pop(f"{name}.lora_B.weight", torch.zeros(rows, 0))
             if A.shape != (B.size(1), linear.in_features) or B.size(0) != rows:
-                raise InputError(f"{folder}: not an adapter of {base_of(folder)!r}: {name} has "
-                                 f"other sizes there")
+                raise InputError(f"{folder}: not an adapter of {base_of(folder)!r}, where {name} "
+                                 "has other sizes")
             rank = max(1, len(A)) ** (0.5 if config.get("use_rslora") else 1)
             parts.append((A, B * (config["lora_alpha"] / rank)))
         if any(len(A) for A, B in parts):
             corrections[layer] = fused(parts)
     if tensors:
-        raise InputError(f"{folder}: its {next(iter(tensors))} is nothing that can be read here, "
-                         "where LoRA is of the linear layers: merge it into its model (PEFT: "
-                         "merge_and_unload, then save_pretrained) and name that folder")
+        raise InputError(f"{folder}: its {next(iter(tensors))} can't be read, because LoRA here is "
+                         "of the transformer's linear layers alone; merge the adapter into its "
+                         "model (PEFT: merge_and_unload, then save_pretrained) and name that "
+                         "folder")
     return corrections, head
 
 
 def fused(parts):
-    """Returns A and B of several layers that read the same x, as those of one layer that has their
-    outputs one after another. parts: [(A, B)]. They may share their A. If not, the rank of the one
-    is the sum of theirs."""
+    """Joins the corrections of several layers that read the same x, such as queries, keys and
+    values, into one: the outputs stand one after another. parts: [(A, B)]. Returns (A, B). If the
+    parts do not share their A, the rank of the result is the sum of their ranks."""
     As, Bs = zip(*parts)
     if all(torch.equal(A, As[0]) for A in As):
         return As[0], torch.cat(Bs)                                     # (rank, in), (out, rank)
@@ -85,8 +89,8 @@ def fused(parts):
 
 
 def base_of(folder):
-    """Returns the folder or hub name of the model that an adapter belongs to; None if the folder
-    does not hold an adapter."""
+    """Returns the folder or hub name of the model that an adapter belongs to, or None if the folder
+    holds no adapter."""
     config = adapter_config(folder)
     return None if config is None else config["base_model_name_or_path"]
 
@@ -105,7 +109,8 @@ def read_tensors(folder):
             for name, tensor in tensors.items():
                 is_lora = name.endswith((".lora_A.weight", ".lora_B.weight", HEAD))
                 if is_lora and tensor.dim() != 2 or not torch.isfinite(tensor).all():
-                    raise InputError(f"{folder}: the weights {name} are no finite matrix")
+                    raise InputError(f"{folder}: the weights {name} are not a matrix of finite "
+                                     "numbers")
                 tensors[name] = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
             return tensors
     raise InputError(f"{folder}: no adapter_model.safetensors in this folder (has it been copied "
@@ -113,8 +118,8 @@ def read_tensors(folder):
 
 
 def write_adapter(directory, model):
-    """Writes the adapter of a model (lora.py), for PEFT to load, and run.json, where the flags of
-    a run stay: next to a config.json, transformers would look for a whole model."""
+    """Writes the adapter of a model (lora.py) for PEFT to load, and run.json with the flags of the
+    run. (A config.json would make transformers look for a whole model in the folder.)"""
     score = getattr(model, "score", None)
     layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
     (rank, scale), = {(len(layer.lora_A), layer.scale) for layer in layers.values()}
@@ -143,13 +148,13 @@ def write_adapter(directory, model):
         "base_model_name_or_path": model.lora_base, "r": rank, "lora_alpha": scale * rank,
         "lora_dropout": 0.0, "bias": "none", "target_modules": sorted(targets),
         "modules_to_save": None if score is None else ["score"],
-        "fan_in_fan_out": "c_attn" in targets,          # GPT-2's Conv1D has its weight turned round
+        "fan_in_fan_out": "c_attn" in targets,          # GPT-2's Conv1D has its weight transposed
         "inference_mode": True}, indent=2)
 
 
 def fingerprint(model):
-    """Returns a hash of a thousand numbers of each frozen weight of a transformer: enough to tell
-    whether they have changed, and fast."""
+    """Returns a hash of the first thousand numbers of each frozen weight of a transformer. That is
+    fast, and enough to notice that the weights have changed."""
     digest = hashlib.sha256()
     for name, weight in model.transformer.named_parameters():
         if not name.endswith((".lora_A", ".lora_B")):

@@ -1,8 +1,8 @@
-"""Turns chat messages into segments of text, each with its say whether it is learnt from.
+"""Turns chat messages into text, cut into segments that are learnt or only read.
 
 A model's own chat template renders messages, as it does in `transformers`. Models without one get
 the layout of Anthropic's HH dialogues: "Human: ..." and "Assistant: ...", each after an empty line.
-A *segment* is (text, learnt): what the assistant says in a response is learnt; what a person or a
+A *segment* is (text, learnt). What the assistant says in a response is learnt. What a person or a
 tool says between two of its turns is context, which the model reads but does not learn to write.
 """
 import datetime
@@ -17,16 +17,17 @@ HH_SOURCE = ("{% for message in messages %}{{ '\n\n' + names[message['role']] + 
              "message['content'] }}{% endfor %}"
              "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}")
 PERSON = r"\n\n(?:Human|System):.*?(?:\n\nAssistant:|\Z)"      # in a dialogue in text
-MARK = "\ufdd0"         # no character of any text; see ChatTemplate.guard
-A_DAY = datetime.date(2024, 7, 26)      # Llama 3's own default; with the real date, runs on two
-                                        # days would read different tokens
+MARK = "\ufdd0"         # a character that no text has; see ChatTemplate.guard
+# The date that templates are given: the default of Llama 3's. With the real one, two runs on
+# different days would read different tokens.
+A_DAY = datetime.date(2024, 7, 26)
 
 # ------------------------------------------------------------------ templates
 
 
 class ChatTemplate:
-    """Renders messages, [{"role": "user", "content": "Hi"}, ...], as a template in jinja2's
-    language says.
+    """Renders messages, [{"role": "user", "content": "Hi"}, ...], by a template in the language of
+    jinja2.
 
     source: the template. variables: what it may read besides the messages, such as bos_token.
     specials: the texts of the tokenizer's special tokens.
@@ -38,19 +39,19 @@ class ChatTemplate:
         self.special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     def render(self, messages, generate=False, thinking=False):
-        """Returns the text of messages; with `generate` it ends where the assistant's next turn
-        begins. thinking: whether templates of models that can think ask for thoughts. ValueError if
-        the template does not take the messages."""
+        """Returns the text of messages. generate: whether to end it where the assistant's next turn
+        begins. thinking: whether to ask a model that can think for its thoughts. ValueError if the
+        template does not take the messages."""
         try:
             return compile_template(self.source).render(
                 messages=messages, add_generation_prompt=generate, tools=None, documents=None,
                 enable_thinking=thinking, **self.variables)
-        except Exception as error:      # jinja2's own, and whatever the template's code raises
+        except Exception as error:      # jinja2 has its own errors, and templates may raise any
             raise ValueError(f"the chat template does not take these messages: {error}") from error
 
     def guard(self, message):
-        """Returns a message in which special tokens are written with a MARK, so that they can be
-        told from those of the template: in what people wrote, they are text."""
+        """Returns a message with a MARK inside each special token that is written in it. There it
+        is ordinary text, and not one of the special tokens that the template writes."""
         def marked(match):
             return match[0][0] + MARK + match[0][1:]
         return {name: self.special.sub(marked, value) if isinstance(value, str) else value
@@ -61,7 +62,7 @@ class ChatTemplate:
         asked = [{"role": "user", "content": "a"}]
         try:
             head = self.render(asked, generate=True)
-        except ValueError:      # some want to be told who they are
+        except ValueError:      # some templates want a system message
             asked = [{"role": "system", "content": "c"}, *asked]
             head = self.render(asked, generate=True)
         whole = self.render([*asked, {"role": "assistant", "content": "b"}])
@@ -72,11 +73,11 @@ class ChatTemplate:
 
 @functools.lru_cache
 def compile_template(source):
-    """Compiles a chat template, with what `transformers` gives it and no more."""
-    from jinja2 import ext, nodes, sandbox  # comes with torch
+    """Compiles a chat template. It may use what `transformers` offers to templates, and no more."""
+    from jinja2 import ext, nodes, sandbox  # a package that torch brings
 
     class Generation(ext.Extension):
-        """Reads {% generation %}, with which some templates mark the assistant's turns."""
+        """Understands {% generation %}, with which some templates mark the assistant's turns."""
         tags = {"generation"}
 
         def parse(self, parser):
@@ -109,8 +110,8 @@ def template_of(tokenizer):
 
 
 def segments_of(row, tokenizer):
-    """Turns a row into segments. Returns (the prompt's text, for each response a list of (text,
-    learnt)). ValueError if the chat template does not take it."""
+    """Turns a row into segments. Returns (the prompt's text, [segments of each response]), where
+    segments are lists of (text, learnt). ValueError if the chat template does not take the row."""
     prompt, responses = row["prompt"], row["responses"]
     if isinstance(prompt, str):
         return prompt, [text_segments(prompt, response) for response in responses]
@@ -124,29 +125,32 @@ def segments_of(row, tokenizer):
 
 
 def text_segments(prompt, response, context=PERSON):
-    """Divides a response in text. If the prompt waits for the assistant of an HH dialogue, what a
-    person says further on is context. context: a regular expression without groups."""
+    """Cuts a response that is text into segments. If its prompt ends in "Assistant:", as an HH
+    dialogue does, then what a person says later in the response is context. context: a regular
+    expression for that, without groups."""
     if not prompt.endswith("\n\nAssistant:"):
         return [(response, True)]
     pieces = re.split(f"({context})", response, flags=re.S)
     parts = [(text, i % 2 == 0) for i, text in enumerate(pieces)]
-    if len(parts) > 1 and not parts[-1][0]:     # the person has the last word
+    if len(parts) > 1 and not parts[-1][0]:     # a person has the last word: no reply follows
         parts = parts[:-2]
     return [(text, learnt) for text, learnt in parts if text]
 
 
 def chat_segments(template, prompt, response, thinking=False):
-    """Renders a prompt and a response that begins with the assistant, lists of messages. thinking:
-    whether thoughts are asked for.
+    """Renders a prompt and a response, lists of messages, by a chat template.
 
-    Returns (the prompt's text, [(text, learnt), ...]). White space around a reply is taken off: its
-    first token would otherwise be one with the template's new line, and so another one. The
-    response ends with the last turn's own end; the new line that templates write after it is
-    nobody's. If the prompt ends with the assistant, the response goes on with that turn.
+    The response begins with a turn of the assistant. If the prompt ends with the assistant, the
+    response continues that turn. thinking: see ChatTemplate.render. Returns (the prompt's text,
+    [(text, learnt), ...]).
+
+    White space around a reply is taken off. Otherwise the reply's first token could merge with the
+    new line before it into another token. The response ends where the template ends its last turn;
+    the new line that templates write after that is dropped.
     """
     prompt = [template.guard(message) for message in prompt]
     response = [template.guard(message) for message in response]
-    begun = ""
+    begun = ""                              # the part of the first turn that the prompt holds
     if prompt[-1]["role"] == "assistant":
         *prompt, last = prompt
         begun = last["content"].strip()

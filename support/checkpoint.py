@@ -1,8 +1,8 @@
 """Reads and writes checkpoints in Hugging Face's layout: config.json and the weights.
 
 Reads model.safetensors or pytorch_model.bin, whole or in several files with an index, and a ckpt.pt
-of nanoGPT; names other kinds as what they are. Writes model.safetensors. What these files say and
-how they name things is in families.py.
+of nanoGPT. Refuses other kinds of files, and says what they are. Writes model.safetensors. How each
+family of models names things in these files is in families.py.
 """
 import contextlib
 import fnmatch
@@ -78,8 +78,8 @@ def naming_damage(find):
 
 
 def read_sizes(dir_or_hub_name, find=None, say=lambda line: None):
-    """Returns what a checkpoint's config.json says, by the names of GPTConfig. say: called with
-    lines on what is otherwise here."""
+    """Returns what a checkpoint's config.json says, with the names of GPTConfig. say: see
+    our_sizes."""
     find = find or Finder(dir_or_hub_name)
     config = nanogpt_config(find) if find.nanogpt else read_config(find)
     return our_sizes(config, dir_or_hub_name, say)
@@ -103,8 +103,8 @@ unreachable = set()     # names for which the hub gave no answer; its local cach
 
 
 def hub_file(name, filename):
-    """Downloads a file of a model on the hub. Returns (its path, None), or (None, why not). A name
-    for which there was no answer is asked for once: each time takes the hub's client half a minute.
+    """Downloads a file of a model on the hub. Returns (its path, None) or (None, why not). If there
+    was no answer, that name is not asked for again: each try takes the hub's client half a minute.
     """
     try:
         import huggingface_hub  # comes with datasets
@@ -119,8 +119,8 @@ def hub_file(name, filename):
 
 
 def adapter_config(folder):
-    """Returns the content of a folder's adapter_config.json, of a LoRA adapter in PEFT's layout;
-    None if there is none. InputError if it is of another kind."""
+    """Returns the content of the adapter_config.json in a folder, which PEFT writes for a LoRA
+    adapter, or None if there is none. InputError if it is an adapter of another kind."""
     path = os.path.join(folder, ADAPTER)
     if not os.path.isfile(path):
         return None
@@ -140,10 +140,10 @@ def adapter_config(folder):
 
 
 class Finder:
-    """Finds the files of a checkpoint: in a folder, or copies of them from the hub. In the place of
-    an adapter's folder: those of the model that it belongs to.
+    """Finds the files of a checkpoint, in a folder or on the hub. For an adapter's folder it finds
+    those of the model that the adapter belongs to.
 
-    nanogpt: the path of nanoGPT's ckpt.pt, where the checkpoint is one; last: the name of the file
+    nanogpt: the path of nanoGPT's ckpt.pt, if the checkpoint is one. last: the name of the file
     that was found last, for messages.
     """
 
@@ -180,7 +180,8 @@ class Finder:
         return self.is_folder and os.path.isfile(os.path.join(self.name, filename))
 
     def damage(self):
-        """Says what a file is that git has left in the place of `last`; None if it is another."""
+        """Says that the file `last` is only a pointer of git-lfs, if it is one; otherwise returns
+        None."""
         path = self.nanogpt or os.path.join(self.name, self.last)
         with contextlib.suppress(OSError), open(path, "rb") as file:
             if file.read(len(GIT_LFS)) == GIT_LFS:
@@ -250,7 +251,7 @@ def our_tensors(tensors, family, of_nanogpt=False):
     """Returns the tensors of a file, {name: tensor}, as this repository's modules have them:
     without what torch.compile and wrappers put into their names, and without buffers.
 
-    of_nanogpt: it has nn.Linear's matrices, which are not turned round.
+    of_nanogpt: whether nanoGPT wrote the file; its matrices are nn.Linear's, not transposed ones.
     """
     ours = {}
     for name, tensor in tensors.items():

@@ -1,6 +1,6 @@
-"""Computes columns of a data set, what a model says of each row: scores, and sampled responses.
-Keeps what is constant on disk, in files named by what it depends on. Checks a column before the
-first step: cheap, and it catches most mistakes."""
+"""Computes columns of a data set: what a model says of each row, which is scores or sampled
+responses. Keeps them on disk, in files named by a hash of what they depend on. Checks them before
+the first step, which costs little and catches most mistakes."""
 import hashlib
 import json
 import os
@@ -92,9 +92,10 @@ def sample(model, prompts, max_new_tokens, stop, seed, temperature=1.0, desc="sa
 
 def with_end(prompt, sample, ends, block_size):
     """Returns a prompt and a sample (token ids) as a reward model was trained to read them: the
-    sample ends in the first of `ends`, tokens that end a text. One that was cut off gets it, and of
-    one that ended in another it takes the place. Where block_size has no room for it, the prompt
-    loses its start; if the prompt is down to one token, the sample loses its last ones."""
+    sample ends in the first of `ends`, the tokens that end a text. A sample that was cut off gets
+    that token appended; in one that ended in another of `ends`, it replaces the last token. If
+    block_size has no room for it, the prompt loses its start, and when the prompt is down to one
+    token, the sample loses its last ones."""
     if not was_cut_off(sample, ends):
         sample = sample[:-1]
     sample = [*sample[:block_size - 2], ends[0]]
@@ -102,14 +103,15 @@ def with_end(prompt, sample, ends, block_size):
 
 
 def was_cut_off(sample, ends):
-    """Returns whether a sample stopped at max_new_tokens or at block_size, in none of `ends`, the
-    tokens that end a text."""
+    """Returns whether a sample stopped at max_new_tokens or at block_size, without one of `ends`,
+    the tokens that end a text."""
     return len(sample) == 0 or sample[-1] not in ends
 
 
 def count_cut_off(name, samples, ends, max_new_tokens, then):
     """Prints how many samples were cut off, as a warning if they are more than 5%. name: whose
-    samples; ends: the tokens that end a text; then: what becomes of them. Returns (N,) bool."""
+    samples they are. ends: the tokens that end a text. then: what becomes of those that were cut
+    off, as text. Returns which were, (N,) bool."""
     cut = np.array([was_cut_off(sample, ends) for sample in samples])
     at_limit = cut & np.array([len(sample) >= max_new_tokens for sample in samples])
     say_cut_off(name, len(cut), max_new_tokens, int(at_limit.sum()), int((cut & ~at_limit).sum()),
@@ -137,8 +139,8 @@ def say_cut_off(name, n, max_new_tokens, n_at_limit, n_at_block_size, then):
 
 
 def cached(folder, name, entry, function, *args, **options):
-    """Returns function(*args, **options), an array or a value that JSON can hold. Computes it once;
-    later it comes from folder/name-entry.npz. InputError if a number in it is not finite.
+    """Returns function(*args, **options), an array or a value that JSON can hold. It is computed
+    once, and later read from folder/name-entry.npz. InputError if a number in it is not finite.
 
     If the file can't be written (the disk is full, or the folder belongs to somebody else), the
     value will be computed again next time, which is no reason to stop.
@@ -186,9 +188,9 @@ def read_value(path):
 
 
 def cache_folder(init_from, out_dir):
-    """Returns the folder for a reference's scores and samples: in its own folder, so that all
-    policies trained from it share them. For a hub name, or where nothing can be written next to the
-    reference, in the run's folder."""
+    """Returns the folder for a reference's scores and samples. It is in the reference's own folder,
+    so that all policies trained from it share them. If the reference is a name on the hub, or
+    nothing can be written next to it, the folder is in that of the run."""
     cache = os.path.join(init_from, "cache")
     folder = cache if os.path.lexists(cache) else init_from
     if os.path.isdir(folder) and os.access(folder, os.W_OK):
@@ -214,8 +216,8 @@ def hash_model(model):
 
 
 def hash_weights(model):
-    """Returns a hash of all tensors of a model and of their names. Of a frozen weight, which may be
-    large and which several adapters may share, the hash is computed once."""
+    """Returns a hash of all tensors of a model and of their names. A frozen weight, which may be
+    large and shared by several adapters, is hashed once."""
     digest = hashlib.sha256()
     frozen = {name: weight for name, weight in model.named_parameters(remove_duplicate=False)
               if not weight.requires_grad}
@@ -230,7 +232,7 @@ def content_of(tensor):
 
 
 def hash_frozen(weight):
-    """Returns a hash of a weight, which is kept in an attribute of it until the weight changes."""
+    """Returns a hash of a weight. It is kept in an attribute of the weight until that changes."""
     version, kept = getattr(weight, "kept_hash", (None, None))
     if version != weight._version:
         kept = hashlib.sha256(content_of(weight)).digest()
@@ -252,9 +254,9 @@ def hash_examples(examples):
 
 
 def check_rounding(policy, dataset, split):
-    """Compares the reference's log-probs in bfloat16, of some rows of a data set, with those of a
-    float32 forward pass, and prints by how much they differ. AssertionError if a response's differs
-    by more than 0.5 nats and 0.02 for each of its tokens, which is more than rounding does.
+    """Compares the reference's log-probs in bfloat16, for some rows of a data set, with those of a
+    float32 forward pass, and prints how far apart they are. AssertionError if for some response
+    that is more than 0.5 nats plus 0.02 for each of its tokens, which rounding can't explain.
 
     policy: still the reference. dataset: with its column ref_logps, (N, K). split: its name.
     """
@@ -273,10 +275,10 @@ def check_rounding(policy, dataset, split):
 
 def check_step_0(losses, expected, logps, ref_logps, args):
     """Checks that before step 0 the policy is the reference: its log-probs are the cached ones, and
-    the loss is that of the reference itself. What rounding explains is let through.
+    the loss is that of the reference itself. Differences that rounding can explain are accepted.
 
-    losses: (P,) of the first micro-batch, as it is trained on, before the first update; expected:
-    (P,) the same with the reference in the policy's place; logps, ref_logps: (b, K).
+    losses: (P,) of the first micro-batch, before the first update. expected: (P,), the same with
+    the reference in the policy's place. logps, ref_logps: (b, K).
     """
     change = (logps - ref_logps).abs().max().item()
     least, relative = (1e-3, 1e-5) if args.dtype == "float32" else (0.5, 1e-3)
@@ -295,9 +297,9 @@ def check_step_0(losses, expected, logps, ref_logps, args):
 
 
 def say_spread(rewards, names):
-    """Prints how much each member of a family varies in its margins. A member that hardly does is
-    the nearest wherever the policy is near the reference, whatever it has learnt, and so e-DPO's
-    minimum picks it nearly everywhere: a warning.
+    """Prints how much the margins of each member of a family vary. If those of a member hardly do,
+    it is the nearest one as long as the policy is near the reference, whatever it has learnt. Then
+    e-DPO's minimum picks it for nearly all pairs, and a warning says so.
 
     rewards: (N, K, M) of the training rows, the best response first. names: of M reward models, or
     none where the rewards came with the data.

@@ -1,13 +1,14 @@
 """Decides where to compute, in what precision, and with how many processes.
 
-Several processes, one for each accelerator: torchrun --nproc_per_node=N train_policy.py ... All of
-them go through the same script and draw the same batches. Each computes its share of the rows, and
-gradients and logged sums are added up, so that a run does not depend on how many there are. The
-first one writes. Without torchrun there is one process, and nothing of this does anything. Each
-process has the whole model, or with --fsdp a part of each weight, of its gradient and of the
-optimizer's state. Files always hold whole tensors, so a run goes on with any number of processes.
+With torchrun --nproc_per_node=N train_policy.py ... there are N processes, one for each
+accelerator. All of them run the same script and draw the same batches. Each computes its share of
+the rows; then gradients and logged sums are added up, so that a run does not depend on how many
+processes there are. The first one writes the files. Each process has the whole model, or with
+--fsdp a part of each weight, of its gradient and of the optimizer's state. Files always hold whole
+tensors, so a run can be resumed with any number of processes. Without torchrun there is one
+process, and the functions for several do nothing.
 
-A process that ends takes the others with it: they say so (flags.lost_processes) and end as well.
+If a process ends, the others say so (flags.lost_processes) and end too.
 """
 import atexit
 import contextlib
@@ -30,10 +31,10 @@ from tqdm import tqdm
 
 from support.flags import OTHERS_ENDED, InputError
 
-# What setup chose: the device and the precision of this process, and what the shapes of batches are
-# rounded up to
+# What `setup` has chosen for this process: the device, the precision, and the number to a multiple
+# of which the shapes of batches are rounded up
 computing = SimpleNamespace(device="cpu", dtype="float32", multiple=1)
-FEW_SHAPES = 128        # a multiple from which on shapes are powers of two
+FEW_SHAPES = 128        # from this multiple on, shapes are powers of two times it: see round_up
 
 BY_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
 RANK = int(os.environ["RANK"]) if BY_TORCHRUN else 0                # of this process, from 0
@@ -44,9 +45,9 @@ progress_bar = functools.partial(tqdm, leave=False, disable=None if RANK == 0 el
 
 
 def setup(args):
-    """Decides where this process computes, and in what precision: see `compute`. Resolves --device
-    and --dtype ("auto" in `args` is replaced), seeds torch with --seed, and joins the processes of
-    torchrun. Returns the torch.device. InputError if the flags ask for what there is not."""
+    """Decides where this process computes, and in what precision (see `compute`). Replaces "auto"
+    in --device and --dtype, seeds torch with --seed, and joins the processes of torchrun. Returns
+    the torch.device. InputError if the flags ask for something that this machine has not got."""
     name = device_name(args.device)
     device = join(name)
     if name == "xla":
@@ -57,7 +58,7 @@ def setup(args):
         if flags.get(flag, PROCESSES) < PROCESSES:
             raise InputError(f"--{flag}: {flags[flag]} rows are too few for {PROCESSES} processes")
     if flags.get("fsdp") and PROCESSES == 1:
-        raise InputError("--fsdp: it would be ignored: there is one process; start several by "
+        raise InputError("--fsdp: it would be ignored: there is one process; start several with "
                          "torchrun --nproc_per_node=N")
     if flags.get("fsdp") and flags["compile"]:
         raise InputError("--compile: not with --fsdp, whose weights come and go")
@@ -67,7 +68,7 @@ def setup(args):
     args.device = name
     computing.device, computing.dtype = device.type, args.dtype
     # torch_xla compiles a program for every shape, and so does the CPU's library for bfloat16
-    # products: a third of a step if all batches differ.
+    # products. If the shapes of all batches differ, that takes a third of a step.
     computing.multiple = 32 if args.dtype == "bfloat16" else 1
     if name == "xla":
         computing.multiple = FEW_SHAPES
@@ -79,10 +80,10 @@ def setup(args):
 
 
 def device_name(name):
-    """Returns the name of the device that --device means, "auto" too. InputError if this machine
-    has none."""
+    """Returns the name of the device that --device stands for; "auto" is cuda if there is one, else
+    cpu. InputError if this machine does not have the device."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"       # mps: untried, if asked for
+        name = "cuda" if torch.cuda.is_available() else "cpu"       # mps is untried: on request
     missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
     if name == "xla":
         try:
@@ -124,24 +125,24 @@ def place(model, device, args):
 
 
 def recompute_layers(model):
-    """Makes the backward pass compute each layer's attention and MLP once more instead of keeping
-    what they had in between, most of a step's memory, for a third more time
-    (--gradient_checkpointing).
+    """Makes the backward pass compute each layer's attention and MLP again, instead of keeping what
+    they computed on the way. That is most of a step's memory, and computing it again takes a third
+    more time (--gradient_checkpointing).
 
     model: with its layers in transformer.h, each with the parts attn and mlp.
     """
     for layer in model.transformer.h:
         for part in (layer.attn, layer.mlp):
-            if "forward" not in vars(part):     # else it is a copy of one that does so already
+            if "forward" not in vars(part):     # a copy of such a model does so already
                 part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False,
                                                  preserve_rng_state=False)  # there is no dropout
 
 
 def keep_memory():
     """Tells glibc to keep freed memory for the next step. Otherwise every large array is given back
-    to the system when it is freed, and comes back one page at a time, each zeroed first: a fifth of
-    a step on a CPU (dev/LOG.md)."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):   # other C libraries have no such
+    to the system when it is freed, and comes back one page at a time, each zeroed first. That takes
+    a fifth of a step on a CPU (dev/LOG.md)."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):   # other C libraries lack mallopt
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2 ** 30)      # M_MMAP_THRESHOLD: take what is below 1 GiB from the heap
         libc.mallopt(-1, -1)           # M_TRIM_THRESHOLD: never give the heap back
@@ -154,7 +155,8 @@ def compiles_every_shape(device):
 
 
 def round_up(n, multiple):
-    """Rounds n up to a multiple; to a power of two times that where shapes should be few."""
+    """Rounds n up to a multiple of a number. If the number is FEW_SHAPES or more, shapes should be
+    few, and n is rounded up to a power of two times the number."""
     if multiple < FEW_SHAPES:
         return -(-n // multiple) * multiple
     while multiple < n:
@@ -163,13 +165,13 @@ def round_up(n, multiple):
 
 
 def new_generator(device, seed):
-    """Returns a torch.Generator on the device (torch_xla has none: on the CPU)."""
+    """Returns a torch.Generator on the device, or on the CPU for torch_xla, which has none."""
     return torch.Generator("cpu" if device.type == "xla" else device).manual_seed(seed)
 
 
 def random_numbers(rows, n, generator, device):
-    """Draws a random number in [0, 1) for each of these rows of n; the others get 0. Returns
-    (n, 1), float64, or float32 on mps, which has none."""
+    """Draws a random number in [0, 1) for some of n rows; the others get 0. rows: the numbers of
+    these rows. Returns (n, 1), float64, or float32 on mps, which has no float64."""
     where = new_generator(device, 0).device if generator is None else generator.device
     dtype = torch.float32 if device.type == "mps" else torch.float64
     numbers = torch.zeros(n, 1, device=where, dtype=dtype)
@@ -188,9 +190,9 @@ def sync(device):
 
 
 def join(name):
-    """Joins the processes that torchrun has started, if it has. name: the device's, "cpu" or
-    "cuda". Returns the device of this process. InputError if another program than torchrun has set
-    a process's number: it may have started several, which would not know of each other."""
+    """Joins the processes that torchrun has started, if it has started any. name: that of the
+    device. Returns the device of this process. InputError if a program other than torchrun has
+    numbered this process: it may have started several, which would not know of each other."""
     if not BY_TORCHRUN:
         for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
             if variable in os.environ:
@@ -214,15 +216,15 @@ def join(name):
 
 
 def leave():
-    """Ends the threads that talk to other processes, before Python ends: one that is left would
-    sometimes abort the process after its work is done."""
+    """Ends the threads that talk to other processes, before Python ends. A thread that is left over
+    sometimes aborts the process after its work is done."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def exit_with_the_others(number, frame):
-    """Handles torchrun's SIGTERM while there is nothing to save: it is told to stop, or another
-    process has ended."""
+    """Handles the SIGTERM that torchrun sends when it is told to stop or another process has ended,
+    while there is nothing to save."""
     print(f"{os.path.basename(sys.argv[0])}: error: {OTHERS_ENDED}", file=sys.stderr)
     sys.exit(128 + number)
 
@@ -233,16 +235,16 @@ def is_first():
 
 
 def wait():
-    """Waits until all processes are here: after the first one has written what all will read."""
+    """Waits until all processes are here. Called after the first one has written what all read."""
     if PROCESSES > 1:
         dist.barrier()
 
 
 def micro_batches(rows, size):
-    """Splits this process's share of some rows, every n-th of them, into parts of at most `size`.
-    Every process has as many parts, and none is empty: a model sharded by --fsdp computes in all
-    processes at once. (Where size is 1 and one process has a row more than another, that row is in
-    a part of two.)"""
+    """Takes this process's share of some rows, every n-th of n processes, and splits it into parts
+    of at most `size`. Every process has the same number of parts, and none is empty, because a
+    model sharded by --fsdp computes in all processes at once. (If size is 1 and one process has a
+    row more than another, that row is in a part of two.)"""
     if PROCESSES == 1:
         return np.split(rows, range(size, len(rows), size))
     fewest, most = len(rows) // PROCESSES, -(-len(rows) // PROCESSES)
@@ -254,9 +256,10 @@ def micro_batches(rows, size):
 
 
 def in_shares(compute_part, parts):
-    """Computes compute_part(part) of all parts, each in one process, and returns the results in
-    order. Every process computes as often, since a model sharded by --fsdp computes in all of them
-    at once: one that has nothing left to do computes the last part again."""
+    """Computes compute_part(part) for all parts, each in one process, and returns the results in
+    order. Every process computes the same number of parts, because a model sharded by --fsdp
+    computes in all of them at once. One that has nothing left to do computes the last part again.
+    """
     if PROCESSES == 1:
         return [compute_part(part) for part in parts]
     mine = {}
@@ -284,7 +287,7 @@ def add_up_gradients(model):
     if PROCESSES == 1:
         return
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if isinstance(parameters[0], DTensor):      # fully_shard has taken the mean
+    if isinstance(parameters[0], DTensor):      # fully_shard has averaged; we want the sum
         for p in parameters:
             p.grad.mul_(PROCESSES)
         return
@@ -298,22 +301,22 @@ def add_up_gradients(model):
 
 
 def shard(model, device, dtype):
-    """Splits a model's weights over the processes, by PyTorch's fully_shard: a layer's weights are
-    put together before it computes and dropped after it, so that a model may be too large for one
+    """Splits a model's weights over the processes with PyTorch's fully_shard. A layer's weights are
+    put together before it computes and dropped afterwards, so the model may be too large for one
     device. Returns the model.
 
-    model: still on the CPU, with its layers in transformer.h, each with the parts attn and mlp.
-    What else it has, such as the embeddings and the head, is put together for as long as the model
-    computes; between passes its parameters are all parts, as the optimizer needs them. All
-    processes have to compute at the same moment: each runs as many forward and backward passes
-    (`micro_batches`, `in_shares`). dtype: of the matrix products.
+    model: still on the CPU, with its layers in transformer.h, each with the parts attn and mlp. Its
+    other weights, such as the embeddings and the head, are put together for as long as the model
+    computes. Between passes every process has only its parts, which are what the optimizer needs.
+    All processes have to compute at the same moment, so each runs the same number of forward and
+    backward passes (`micro_batches`, `in_shares`). dtype: of the matrix products.
     """
     # fully_shard warns of modules that return views: nothing here changes one in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(device.type, (PROCESSES,))
     kind = MixedPrecisionPolicy()
-    if dtype == "bfloat16":             # what autocast computes, but it would keep whole copies,
-        kind = MixedPrecisionPolicy(torch.bfloat16, torch.float32)      # and twice as much travels
+    if dtype == "bfloat16":             # computes what autocast does, which would keep whole copies
+        kind = MixedPrecisionPolicy(torch.bfloat16, torch.float32)      # and send twice as much
     for layer in model.transformer.h:
         fully_shard(layer.attn, mesh=mesh, mp_policy=kind)
         fully_shard(layer.mlp, mesh=mesh, mp_policy=kind)
@@ -321,8 +324,8 @@ def shard(model, device, dtype):
 
 
 def whole(state, keep=True):
-    """Returns nested dictionaries and lists with every tensor as a whole, on the CPU. All processes
-    have to call this; those with keep=False, which write nothing, get None for tensors."""
+    """Returns nested dictionaries and lists with every tensor made whole, on the CPU. All processes
+    have to call this. Those that write nothing say keep=False, and get None for each tensor."""
     if isinstance(state, dict):
         return {name: whole(value, keep) for name, value in state.items()}
     if isinstance(state, list):
@@ -334,14 +337,14 @@ def whole(state, keep=True):
 
 
 def trained_state(model):
-    """Returns a model's state dictionary without what stays as it is: its frozen weights."""
+    """Returns a model's state dictionary without its frozen weights, which don't change."""
     frozen = {name for name, weight in model.named_parameters(remove_duplicate=False)
               if not weight.requires_grad}
     return {name: value for name, value in model.state_dict().items() if name not in frozen}
 
 
 def load_whole(model, tensors, optimizer=None, optimizer_state=None):
-    """Loads a model, and its optimizer, from state dictionaries of whole tensors."""
+    """Loads a model, and its optimizer if it is given, from state dictionaries of whole tensors."""
     own = trained_state(model)
     if own.keys() != tensors.keys():
         raise ValueError("weights of other layers")
@@ -364,9 +367,9 @@ def part(tensor, like):
 
 
 def gathered(model):
-    """Returns the model itself or, if it is sharded, a copy with whole weights, for sampling: each
-    token is a forward pass, and processes have different numbers of them. The copy takes 4 bytes
-    for each parameter, on every device."""
+    """Returns the model itself, or if it is sharded a copy with whole weights, for sampling. There
+    each token is a forward pass, and processes need different numbers of them. The copy takes 4
+    bytes for each parameter, on every device."""
     if not isinstance(model, FSDPModule):
         return model
     with torch.device("meta"):

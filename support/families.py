@@ -1,8 +1,10 @@
-"""What Hugging Face's files of each family of models look like: config.json and names of weights.
+"""Translates between our models and Hugging Face's files of each family: config.json, and the names
+and shapes of weights.
 
-Models here have their parameters named as Hugging Face's GPT-2. Of its files only Conv1D, which
-stores (in, out) where nn.Linear has (out, in), is turned round. In files of the Llama family the
-names are others, and queries, keys and values, gate and up, are matrices of their own.
+In memory, parameters have the names that they have in Hugging Face's GPT-2. Files of GPT-2 differ
+only in some matrices, which are stored transposed: (in, out) where nn.Linear has (out, in). Files
+of the Llama family have other names. And they store queries, keys and values as three matrices,
+gate and up as two, where we have one each.
 """
 from dataclasses import dataclass, field
 
@@ -10,7 +12,7 @@ import torch
 
 from support.flags import InputError
 
-# Name of a field in config.json: those of GPTConfig
+# {name of a field in config.json: the fields of GPTConfig that it fills in}
 GPT2_FIELDS = {"n_positions": ["block_size"], "vocab_size": ["vocab_size"], "n_layer": ["n_layer"],
                "n_head": ["n_head"], "n_embd": ["n_embd"],
                "tie_word_embeddings": ["tie_word_embeddings"]}
@@ -25,15 +27,15 @@ NUMBERS = ("rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq
            "original_max_position_embeddings")
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")       # all else is a size
 
-# What holds where a file does not say; other fields have to be there
+# Values of fields that a file may leave out; all other fields have to be there
 LLAMA_DEFAULTS = {"num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6,
                   "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
                   "rope_theta": 10_000.0}
-# What only one value is supported of
+# Fields for which only this value is supported
 GPT2_FIXED = {"layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
               "scale_attn_by_inverse_layer_idx": False}
 
-LLAMA_MODULES = {       # our modules: those in the files, which are one matrix here
+LLAMA_MODULES = {       # {our module: the modules in files that it joins}
     "ln_1": ["input_layernorm"], "ln_2": ["post_attention_layernorm"],
     "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
     "attn.q_norm": ["self_attn.q_norm"], "attn.k_norm": ["self_attn.k_norm"],
@@ -48,16 +50,17 @@ HEAD = "lm_head.weight"
 
 @dataclass
 class Family:
-    """A kind of model: how its files spell things, and what else differs from Llama's."""
-    title: str                                          # how its classes in transformers begin
-    defaults: dict = field(default_factory=dict)        # besides LLAMA_DEFAULTS
-    switches: dict = field(default_factory=dict)        # of GPTConfig
-    modules: dict = field(default_factory=dict)         # besides LLAMA_MODULES
+    """A family of models: what its files look like, and in what it differs from Llama."""
+    title: str                                          # what its class names in transformers begin
+                                                        # with
+    defaults: dict = field(default_factory=dict)        # its own, on top of LLAMA_DEFAULTS
+    switches: dict = field(default_factory=dict)        # fields of GPTConfig that are always so
+    modules: dict = field(default_factory=dict)         # its own, on top of LLAMA_MODULES
     fields: dict = field(default_factory=lambda: LLAMA_FIELDS)
     fixed: dict = field(default_factory=lambda: {"hidden_act": "silu"})
 
 
-FAMILIES = {            # by model_type in config.json
+FAMILIES = {            # {model_type in config.json: its family}
     "gpt2": Family("GPT2", {"tie_word_embeddings": True}, fields=GPT2_FIELDS, fixed=GPT2_FIXED),
     "llama": Family("Llama"),
     "mistral": Family("Mistral", {"num_key_value_heads": 8, "sliding_window": 4096}),
@@ -72,7 +75,8 @@ FAMILIES = {            # by model_type in config.json
 # ------------------------------------------------------------------ config.json
 
 def check_value(config, name, where):
-    """Raises InputError if a size in config.json is not a positive whole number, or so on."""
+    """Raises InputError if a field of config.json has not the type that it should: a flag has to be
+    true or false, a size a positive whole number. where: the folder, for the message."""
     value, is_bool = config.get(name), isinstance(config.get(name), bool)
     if name in FLAGS:
         right, wanted = is_bool, "is neither true nor false"
@@ -85,8 +89,9 @@ def check_value(config, name, where):
 
 
 def our_sizes(config, where, say=print):
-    """Returns the fields of GPTConfig that a config.json (a dict) means. say: called with a line on
-    what is otherwise here than there. InputError if it is not of a model as it is written here."""
+    """Translates a config.json (a dict) into fields of GPTConfig. where: the folder, for messages.
+    say: called with a line if the model works differently here than in transformers. InputError if
+    model.py can't compute such a model."""
     def refuse(name, supported):
         raise InputError(f"{where}: config.json says {name} {config.get(name)!r}, and only "
                          f"{supported} supported")
@@ -126,20 +131,21 @@ def our_sizes(config, where, say=print):
 
 
 def field_of(ours, family):
-    """Returns the name in config.json of a field of GPTConfig."""
+    """Returns the name that a field of GPTConfig has in config.json."""
     return next(theirs for theirs, names in FAMILIES[family].fields.items() if ours in names)
 
 
 def llama_sizes(config, sizes, where, say):
-    """Returns the fields of GPTConfig that only the Llama family has; see our_sizes."""
+    """Returns the fields of GPTConfig that the Llama family has on top of GPT-2's; see our_sizes.
+    """
     def refuse(name, wanted):
         raise InputError(f"{where}: config.json says {name} {config.get(name)!r}, {wanted}")
 
     if (sizes["head_size"] or sizes["n_embd"] // sizes["n_head"]) % 2:
         refuse("hidden_size", "whose heads have an odd size, which RoPE can't turn in pairs")
     own = {"norm": "rms", "mlp": "swiglu"}
-    # transformers 5 writes rope_parameters; before it was rope_theta and rope_scaling, which it
-    # takes where a file has both
+    # transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling. If a file
+    # has both, transformers takes rope_scaling.
     spelt = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(spelt) or {}
     if not isinstance(rope, dict):
@@ -185,9 +191,9 @@ def llama_sizes(config, sizes, where, say):
 
 
 def config_fields(config, weights, eos_token_id):
-    """Returns what config.json says of a model. config: its GPTConfig. weights: {name: tensor}, of
-    a reward model if they have no head for tokens. eos_token_id: the token that ends a text
-    (default: what was read, or the last one)."""
+    """Returns the content of a model's config.json. config: its GPTConfig. weights: {name: tensor};
+    without a head for tokens they are a reward model's. eos_token_id: the token that ends a text
+    (default: the one that was read, or else the vocabulary's last)."""
     about, last = FAMILIES[config.family], config.vocab_size - 1
     written = {theirs: getattr(config, ours[0]) for theirs, ours in about.fields.items()}
     written |= {"model_type": config.family, **about.fixed}
@@ -211,7 +217,7 @@ def config_fields(config, weights, eos_token_id):
         classes = "LMHeadModel" if config.family == "gpt2" else "ForCausalLM"
         return written | {"architectures": [about.title + classes]}
     if config.reward_head != "last":
-        return written | {"reward_head": config.reward_head}    # which transformers does not know
+        return written | {"reward_head": config.reward_head}    # transformers has no such class
     ends = ends if isinstance(ends, list) else [ends]
     return written | {"architectures": [about.title + "ForSequenceClassification"],
                       "id2label": {"0": "reward"}, "label2id": {"reward": 0},
@@ -221,7 +227,7 @@ def config_fields(config, weights, eos_token_id):
 # ------------------------------------------------------------------ names of weights
 
 def names_in_files(family, n_layer):
-    """Yields (our name, [names in files of the Llama family]) of tensors whose name differs."""
+    """Yields (our name, [names in files]) of the tensors of the Llama family."""
     modules = LLAMA_MODULES | FAMILIES[family].modules
     for kind in ("weight", "bias"):
         yield f"transformer.wte.{kind}", [f"model.embed_tokens.{kind}"]
@@ -233,8 +239,8 @@ def names_in_files(family, n_layer):
 
 
 def join_tensors(tensors, family):
-    """Gives tensors of a file, {name: tensor}, our names, in place; what does not belong together
-    keeps its name."""
+    """Gives the tensors of a file, {name: tensor}, our names, and joins those that are one matrix
+    here. Changes the dictionary in place; tensors that can't be joined keep their names."""
     n_layer = len({name.split(".")[2] for name in tensors if name.startswith("model.layers.")})
     for name, theirs in names_in_files(family, n_layer):
         if all(part in tensors for part in theirs):
@@ -242,8 +248,8 @@ def join_tensors(tensors, family):
 
 
 def rows_of_parts(config, n_parts, rows):
-    """Returns how many of a matrix's rows belong to each of its parts in files: queries, keys and
-    values, or gate and up."""
+    """Returns how many rows of one of our matrices belong to each part that it has in files:
+    queries, keys and values, or gate and up. n_parts: how many parts. rows: how many in all."""
     size = config.head_size or config.n_embd // config.n_head
     kv_width = (config.n_kv_head or config.n_head) * size
     widths = {3: [config.n_head * size, kv_width, kv_width], 2: [rows // 2] * 2}
@@ -251,8 +257,8 @@ def rows_of_parts(config, n_parts, rows):
 
 
 def parts_in_files(model, layer):
-    """Returns the linear layers that files have in the place of one of ours, [(name, rows)]: their
-    outputs, one after another, are its own. layer: its name."""
+    """Returns the linear layers that files have in the place of one of ours, [(name, rows)]. Their
+    outputs, one after another, are the outputs of ours. layer: its name."""
     config, rows = model.config, model.get_submodule(layer).out_features
     if config.family == "gpt2":
         return [(layer, rows)]
@@ -262,7 +268,8 @@ def parts_in_files(model, layer):
 
 
 def file_tensors(weights, config):
-    """Returns a model's tensors, {name: tensor}, as its family's files have them."""
+    """Returns a model's tensors, {name: tensor}, with the names and shapes of its family's files.
+    """
     tensors = dict(weights)
     if config.tie_word_embeddings:
         tensors.pop(HEAD, None)

@@ -60,9 +60,9 @@ WORDS_BESIDE = frozenset(
 
 
 def parse_rows(record, demonstrations, notes=None):
-    """Returns the rows in one record of a file: a preference; or demonstrations, one for each turn
-    of the assistant, none if the label is false. ValueError says what is wrong. notes: a Counter of
-    what was done to rows, each "{} rows ..." for a number."""
+    """Returns the rows in one record of a file. A preference is one row. A demonstration has a row
+    for each turn of the assistant, and none if its label is false. ValueError says what is wrong.
+    notes: a Counter of what was done to rows, as texts "{} rows ..." with room for the number."""
     if isinstance(record, ValueError):      # in place of a record that could not be read
         raise record
     if not isinstance(record, dict):
@@ -100,8 +100,8 @@ def parse_rows(record, demonstrations, notes=None):
 
 
 def turns_of(prompt, response):
-    """Makes a demonstration of each turn of the assistant in a response that goes on with the
-    dialogue of its prompt, each prompt being all that was said before."""
+    """Makes a demonstration of each turn of the assistant in a response that continues the dialogue
+    of its prompt. The prompt of each is everything that was said before."""
     rows = []
     if isinstance(prompt, str):
         for text, learnt in text_segments(prompt, response, rf"{PERSON}|\n\nAssistant:"):
@@ -122,8 +122,8 @@ def turns_of(prompt, response):
 
 
 def part_of(value, column):
-    """Returns what is in a column: text unchanged, numbers and dates as they are written, a list of
-    chat messages. ValueError if it is none of these."""
+    """Returns the value of a column as text or as a list of chat messages. Text is unchanged;
+    numbers and dates become text. ValueError if the value is anything else."""
     if value is None or is_gap(value):
         raise ValueError(f"column {column!r} is missing")
     if isinstance(value, list):
@@ -141,8 +141,8 @@ def part_of(value, column):
 
 
 def chat_message(message, column):
-    """Checks a chat message, and makes one text of content in parts. What else is in it, such as
-    `tool_calls`, is left for the chat template."""
+    """Checks a chat message, and joins content that comes in parts into one text. Other fields,
+    such as `tool_calls`, are left for the chat template."""
     wrong = ValueError(f"column {column!r} is not a list of chat messages with a role "
                        f"({', '.join(ROLES)}) and a text as content")
     if not isinstance(message, dict):
@@ -171,8 +171,8 @@ def checked_text(text, column):
 
 
 def divide(prompt, responses, columns, notes):
-    """Divides what the responses answer from what they are. Values of the columns come in, None for
-    no prompt. Returns (prompt, responses), all text or all messages. ValueError for what is
+    """Separates the prompt from the responses. prompt, responses: values of the columns; None for
+    no prompt. Returns (prompt, responses), all text or all messages. ValueError if something is
     missing, empty, or does not belong together."""
     if any(response is None or is_gap(response) for response in responses) and (
             columns[0] == "responses"):
@@ -194,7 +194,7 @@ def divide(prompt, responses, columns, notes):
 
 
 def divide_messages(prompt, responses, columns, notes):
-    """Does what `divide` does, where some part is a list of messages."""
+    """Does what `divide` does if some part is a list of messages."""
     replies = [[{"role": "assistant", "content": part}] if isinstance(part, str) else part
                for part in responses]
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
@@ -245,7 +245,7 @@ def is_assistant(message=None):
 
 
 def divide_text(prompt, responses, columns, notes):
-    """Does what `divide` does, where all is text."""
+    """Does what `divide` does if all parts are text."""
     if prompt is None:
         if len(responses) == 1:
             raise ValueError("column 'prompt' is missing")
@@ -267,17 +267,19 @@ def divide_text(prompt, responses, columns, notes):
 
 def implicit_prompt(*texts):
     """Returns the prompt that whole texts share: their common prefix up to its last "Assistant:",
-    or "TL;DR:" at the start of a line; "" if there is none. Other texts have no implicit prompt:
-    the common prefix can have the responses' first words in it, and then two pairs on the same post
-    have different prompts, and one of them may train while the other is held out."""
+    or "TL;DR:" at the start of a line. Returns "" if there is none. In other texts the prompt can't
+    be told, because the common prefix may contain the responses' first words. Then two pairs on the
+    same post would have different prompts, and one of them might train while the other is held out.
+    """
     common = os.path.commonprefix(texts)
     ends = [match.end() for match in re.finditer(r"\n\nAssistant:|\nTL;DR:", common)]
     return common[:ends[-1]] if ends else ""
 
 
 def after_prompt(prompt, response):
-    """Returns what comes after the prompt in a response that begins with it, in the middle of no
-    word; else None. The prompt may stand there without the white space around it."""
+    """Returns what comes after the prompt in a response that begins with it, or None if the
+    response does not, or only in the middle of a word. White space around the prompt may be missing
+    there."""
     for beginning in (prompt, prompt.rstrip(), prompt.strip()):
         if response.startswith(beginning):
             rest = response[len(beginning):]
@@ -299,9 +301,9 @@ def pair(record, notes):
 
 
 def ranking(record, notes):
-    """Orders a list of responses, which come the best first, or with `ranks` (1 is best) or else
-    `scores` that say which is best. Returns the responses, the best first, their columns and their
-    scores, or None."""
+    """Orders a list of responses. `ranks` (1 is best) say which is best, or else `scores`; without
+    either, the best one comes first in the list. Returns the responses, the best first, their
+    columns, and their scores or None."""
     responses, ranks, scores = (record.get(name) for name in ("responses", "ranks", "scores"))
     if not isinstance(responses, list) or len(responses) < 2:
         raise ValueError("column 'responses' is not a list of two responses or more")
@@ -382,15 +384,15 @@ def is_false(label):
 
 @functools.lru_cache(maxsize=1000)
 def looks_like_label(column):
-    """Returns whether the name of a column says that it tells which response is better."""
+    """Returns whether a column, by its name, says which response is better."""
     name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", column).lower()
     words = set(re.findall(r"[a-z]+", name))
     return bool(words & LABEL_WORDS) and words <= LABEL_WORDS | WORDS_BESIDE
 
 
 def check_labels(record, column):
-    """Raises ValueError if a record has a column with a label that would be ignored. column: in
-    which its response is, "completion", "messages", "chosen" or "responses"."""
+    """Raises ValueError if a record has a column with a label that would be ignored. column: the
+    one that its response is in: "completion", "messages", "chosen" or "responses"."""
     read = {"chosen": {"chosen", "rejected"}, "responses": {"ranks"}}.get(column, {"label"})
     for name, value in record.items():
         of_a_side = column == "chosen" and re.match("chosen|rejected", name)    # chosen_model
@@ -418,12 +420,15 @@ def check_labels(record, column):
 
 
 def load_rows(data, demonstrations=False, skip_bad_rows=False, hub=None, say=print, prepare=None):
-    """Yields the rows of a file, folder or hub data set, "name" or "name:split"; for
-    demonstrations, preferences serve too (their chosen responses). InputError names the file and
-    its bad rows; with skip_bad_rows these are left out. hub: what `open_hub` gave, if it has been
-    called. say: is called with what is read, what was left out or changed, and what looks like a
-    mistake. prepare: is called with each row and a Counter of notes (see parse_rows) and may change
-    the row; a ValueError from it makes the row a bad one."""
+    """Yields the rows of a file, a folder or a data set on the hub, "name" or "name:split".
+
+    demonstrations: whether to read demonstrations; preferences serve too, by their chosen
+    responses. skip_bad_rows: leave bad rows out; otherwise InputError names the file and its bad
+    rows. hub: what `open_hub` returned, if it has been called. say: called with lines on what is
+    read, what was left out or changed, and what looks like a mistake. prepare: called with each row
+    and a Counter of notes (see parse_rows); it may change the row, and a ValueError from it makes
+    the row a bad one.
+    """
     bad, n_rows, unwanted, notes = [], 0, 0, Counter()
     oddities = Oddities(demonstrations)
     records = iter(read_records(data, hub, say))

@@ -1,5 +1,5 @@
-"""Keeps the folder of a training run: its flags, metrics and state, resuming, and the line on the
-screen. Looks up for other scripts what is in such folders."""
+"""Keeps the folder of a training run: its flags, its metrics, and the state from which it can be
+resumed. Prints the run's table on the screen. Tells other scripts what is in such folders."""
 import contextlib
 import json
 import math
@@ -40,7 +40,7 @@ try:
 except ImportError:     # Windows has no such locks
     fcntl = None
 
-# Flags that may differ on --resume
+# Flags that may be changed with --resume
 MAY_CHANGE = ("out_dir", "resume", "device", "compile", "fsdp", "gradient_checkpointing",
               "merge_lora")
 LOG_EVERY = 10                                              # steps
@@ -60,11 +60,11 @@ MODELS = {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bi
 
 
 class Run:
-    """Keeps a training run in its folder: config.json (with --lora run.json) has its flags (under
-    "nanopref"), metrics.jsonl its numbers, state.pt all that resuming needs.
+    """Keeps a training run in its folder. config.json (with --lora run.json) has its flags, under
+    "nanopref"; metrics.jsonl has its numbers, and state.pt all that resuming needs.
 
-    constants: a hash of what training takes as given (reference, data, rewards), which has to be
-    the same on --resume. `first_step` is 0, or where a resumed run goes on.
+    constants: a hash of what training takes as given (reference, data, rewards). It has to be the
+    same on --resume. `first_step` is 0, or the step from which a resumed run continues.
     """
 
     def __init__(self, args, model, optimizer, constants):
@@ -88,7 +88,7 @@ class Run:
             self._resume(flags)
         elif is_first():
             for name in ("best.pt", "metrics.jsonl", "config.json", "run.json"):
-                with contextlib.suppress(FileNotFoundError):    # of one that had no state yet
+                with contextlib.suppress(FileNotFoundError):    # left by a run without a state yet
                     os.remove(os.path.join(self.dir, name))
             name = "run.json" if flags.get("lora") else "config.json"
             write_json(os.path.join(self.dir, name), {"nanopref": flags}, indent=2)
@@ -103,21 +103,22 @@ class Run:
     # ---- in the loop
 
     def due(self, step):
-        """Says whether to evaluate before this step; also before the first and after the last."""
+        """Says whether to evaluate before this step: every eval_every steps, before the first one
+        and after the last."""
         return step != self.reported and (step % self.eval_every == 0 or step == self.max_steps)
 
     def watch(self, total, **values):
-        """Adds values of a micro-batch, {name: one for each row or pair}, to the means of this
-        step. total: what the whole batch's sum is divided by."""
+        """Adds values of a micro-batch to the means of this step. values: {name: a tensor with a
+        number for each row or pair}. total: what the sum over the whole batch is divided by."""
         for name, value in values.items():
             mean = (value.detach() / total).sum()
             self.sums[name] = self.sums.get(name, 0) + mean
 
     def end_step(self, step, rows, **values):
-        """Ends an optimizer step on these rows of the training set. values: {name: number}, to log
-        as well. Every ten steps, and before an evaluation, a line of metrics.jsonl gets the means
-        since the last line, and all numbers are checked: in between nothing waits for the device.
-        """
+        """Ends an optimizer step. rows: those of the training set that it used. values: {name:
+        number}, more to log. Every ten steps, and before an evaluation, the means since the last
+        line go into a new line of metrics.jsonl, and all numbers are checked. In between, nothing
+        waits for the device."""
         self.window.append({"step": step, "rows": rows, "sums": self.sums, "same": values})
         self.sums = {}
         sync(self.device)
@@ -133,15 +134,14 @@ class Run:
             if self.bar.disable and time.time() > self.printed + 30:       # there is no terminal
                 self._print(step + 1, {})
         told = self.stop_signal is not None
-        if PROCESSES > 1:       # they have to talk about it, which takes time
+        if PROCESSES > 1:       # asking the other processes takes time: only when a line is logged
             told = logs and add_up({"told": told})["told"] > 0
         if told:
             self._stop(step + 1)
 
     def _numbers_of_window(self):
-        """Returns what was watched in each step since the last line of metrics.jsonl, [{name:
-        number}], this process's part of it. InputError for the first step in which a number is not
-        finite."""
+        """Returns what this process has watched in each step since the last line of metrics.jsonl,
+        [{name: number}]. InputError for the first step in which a number is not finite."""
         steps = []
         for watched in self.window:
             numbers = {name: float(value) for name, value in watched["sums"].items()}
@@ -177,7 +177,8 @@ class Run:
         self._print(step, results)
 
     def log(self, step, values):
-        """Adds a line to metrics.jsonl. It has no times: the same seed gives the same bytes."""
+        """Adds a line to metrics.jsonl. No times are in it, so that the same seed gives the same
+        bytes."""
         self._check_finite(step, values)
         line = json.dumps({"step": step, **values}) + "\n"
         if is_first():
@@ -187,8 +188,8 @@ class Run:
         self.metrics += line
 
     def _print(self, step, results):
-        """Prints a row of the table: the training loss of late, what an evaluation measured, and
-        the time left."""
+        """Prints a row of the table: the recent training loss, what an evaluation measured, and the
+        time left."""
         values = {**self.means, **results}
         columns = [heading for heading, (name, _) in SHOWN.items()
                    if name in results or heading == "loss"]
@@ -228,7 +229,7 @@ class Run:
             print(f"--select={self.select}: the model of step {best['step']}")
 
     def finish(self):
-        """Ends the run, after its model was written; others may use the folder from now on."""
+        """Ends the run, after its model was written. From now on others may write to the folder."""
         wait()
         self.bar.close()
         self._restore_handlers()
@@ -266,8 +267,9 @@ class Run:
             "constants": self.constants, "rng": torch.get_rng_state()})
 
     def _resume(self, flags):
-        """Goes on from state.pt: metrics.jsonl is what it was then, and what came later will be
-        logged again. InputError if this is another run, or if the state can't be used."""
+        """Continues from state.pt. metrics.jsonl is put back to what it was then, and what came
+        later will be logged again. InputError if this is another run, or if the state can't be
+        used."""
         before = run_flags(self.dir)
         for name, value in flags.items():
             if name not in MAY_CHANGE and before.get(name) != json.loads(json.dumps(value)):
@@ -310,8 +312,8 @@ def save(path, state):
 
 
 def load(path, names):
-    """Reads a file of `save`'s onto the CPU, a dictionary with these names. InputError if it is
-    damaged or something else."""
+    """Reads a file that `save` has written onto the CPU: a dictionary with these names. InputError
+    if the file is damaged or something else."""
     if os.path.exists(path) and not os.path.isfile(path):      # a FIFO would be waited for
         raise InputError(f"--resume: {path} is not a file")
     try:
@@ -328,7 +330,7 @@ def load(path, names):
 
 
 def another_version(path):
-    """Returns the InputError for a file that `save` has not written as it does today."""
+    """Returns the InputError for a file that another version of `save` may have written."""
     return InputError(f"--resume: {path} is not what this version of nanoPref writes there; resume "
                       "with the version that wrote it, or remove the folder and start again")
 
@@ -337,14 +339,15 @@ def another_version(path):
 
 
 def count_parameters(model):
-    """Writes how many parameters a model has, and how many of them are trained if not all are."""
+    """Returns a text that says how many parameters a model has, and, if not all of them are
+    trained, how many are."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return f"{total:,} parameters" + (f" ({trained:,} trained)" if trained < total else "")
 
 
 def print_prompt(number, text):
-    """Prints a prompt under its number; of a long one the last four lines."""
+    """Prints a prompt after its number. Of a long one, prints the last four lines."""
     width = shutil.get_terminal_size((100, 24)).columns         # 100 where there is no terminal
     lines = textwrap.wrap(in_words(text), max(20, width - 16))
     if len(lines) > 4:
@@ -363,8 +366,8 @@ def print_reply(number, reward, text):
 
 
 def in_words(text):
-    """Returns a text's words with one space between them. What could steer the terminal, as
-    newlines do, is a space too."""
+    """Returns a text's words with one space between them. Characters that could steer the terminal,
+    such as newlines, become spaces too."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
@@ -379,8 +382,8 @@ def duration(seconds):
 
 
 def check_free(folder, resume=False):
-    """Raises InputError if a new run in this folder would overwrite something, or if there is none
-    to resume. A run that never came to its first evaluation may be overwritten."""
+    """Raises InputError if a new run in this folder would overwrite something, or with `resume` if
+    there is no run to resume. A run that never came to its first evaluation may be overwritten."""
     there = set(os.listdir(folder)) if os.path.isdir(folder) else set()
     if resume:
         if "state.pt" not in there:
@@ -396,9 +399,9 @@ def check_free(folder, resume=False):
 
 
 def claim(folder):
-    """Makes a folder, for this process alone to write to, and removes what a killed one has left
-    unfinished there. Returns a file; when it is closed, or the process ends, others may write.
-    InputError if another process is at work there."""
+    """Makes a folder that only this process may write to, and removes unfinished files that a
+    killed process has left there. Returns a file: when it is closed, or the process ends, others
+    may write. InputError if another process is at work in the folder."""
     with naming_file(folder):
         os.makedirs(folder, exist_ok=True)
         file = open(os.path.join(folder, LOCK), "ab")
@@ -418,8 +421,8 @@ def claim(folder):
 
 
 def run_flags(folder):
-    """Returns the flags that a run was started with, from its config.json, or run.json with --lora;
-    {} if it is no run of ours."""
+    """Returns the flags that a run was started with, from its config.json, or with --lora from its
+    run.json. Returns {} if the folder is not a run of ours."""
     paths = [os.path.join(folder, name) for name in ("run.json", "config.json")]
     path = next(filter(os.path.exists, paths), None)
     flags = read_json(path).get("nanopref") or {} if path is not None else {}
@@ -429,8 +432,8 @@ def run_flags(folder):
 
 
 def family_folders(folders, flag="--rewards"):
-    """Returns the folders of the reward models that `--rewards=A,B` means: each of these is one, or
-    has one in each of its subfolders, which are sorted by name."""
+    """Returns the folders of the reward models that `--rewards=A,B` stands for. Each of A and B is
+    a reward model, or a family with one in each of its subfolders, which are sorted by name."""
     models = []
     for folder in folders.split(","):
         inside = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
@@ -452,7 +455,8 @@ def holds_model(folder):
 
 
 def models_named(folders, flag):
-    """Returns `family_folders`; [] for None, and for a word that the flag takes instead."""
+    """Returns `family_folders` of a flag's value; [] for None, and for words that the flag takes
+    instead of folders."""
     words = {"--rewards": ["scores"], "--select": ["last", "loss", "oracle"]}
     return [] if folders in (None, *words.get(flag, [])) else family_folders(folders, flag)
 
@@ -477,7 +481,8 @@ def family_to_train(args):
 
 
 def run_names(folders):
-    """Returns {name: folder}: a run is called as its folder; if that name is taken, by its path."""
+    """Names runs: each has the name of its folder, or its whole path if that name is taken. Returns
+    {name: folder}."""
     names = {}
     for folder in folders:
         name = os.path.basename(os.path.normpath(folder))

@@ -1,7 +1,8 @@
 """Reads tiktoken's encodings and models' own tokenizers; writes Hugging Face's tokenizer.json.
 
-A tokenizer has a name, by which runs remember it: a word for an encoding ("tinytldr", "gpt2"), a
-path that ends in "/" for a model's own, which is in this folder (or on the hub) next to the model.
+A tokenizer has a name, by which runs remember it. An encoding's is a word ("tinytldr", "gpt2"). A
+model's own tokenizer is next to the model, in a folder or on the hub, and its name is that of the
+folder, with a "/" at the end.
 """
 import os
 import re
@@ -29,8 +30,8 @@ def read_tokenizer(name):
 
 
 def tokenizer_name(name):
-    """Returns the name of the tokenizer that --tokenizer means: a word, or a folder, or a file in
-    it."""
+    """Returns the name of the tokenizer that --tokenizer stands for: a word, a folder, or a file in
+    that folder."""
     if name in ("tinytldr", *tiktoken.list_encoding_names()) or name.endswith("/"):
         return name
     if os.path.basename(name) in MAIN_FILES:
@@ -85,14 +86,14 @@ def own_tokenizer(model, data=None):
 
 
 class FolderTokenizer:
-    """Reads a model's own tokenizer.json, or the vocab.json and merges.txt of older ones, by
-    Hugging Face's `tokenizers`, and has what is used here of a tiktoken.Encoding. Special tokens
-    that are written in a text are read as text.
+    """Reads a model's own tokenizer with Hugging Face's `tokenizers`: tokenizer.json, or the
+    vocab.json and merges.txt of older models. It has those methods of a tiktoken.Encoding that are
+    used here. Special tokens that are written in a text are read as text.
 
-    name: a folder or hub name and "/". files: {file name: bytes}, for a copy next to what is
+    name: a folder or hub name and "/". files: {file name: bytes}, to be copied next to what is
     trained. start: the tokens with which a text begins, such as Llama 3's BOS. template: the
-    model's ChatTemplate, or HH's layout. eot_token: the token that ends a response. ends: it, and
-    the others in which the model may end one.
+    model's ChatTemplate, or HH's layout. eot_token: the token that ends a response. ends: that
+    token, and the others in which the model may end a response.
     """
 
     def __init__(self, name):
@@ -265,8 +266,9 @@ def encode_text(text, tokenizer):
 
 
 def prompt_ids(prompt, tokenizer):
-    """Returns the token ids of a prompt, text or chat messages: with the BOS that some models begin
-    with; of an empty one the end-of-text token alone. ValueError if it can't be read."""
+    """Returns the token ids of a prompt, text or chat messages. It begins with a BOS token if the
+    model wants one; an empty prompt is the end-of-text token alone. ValueError if it can't be read.
+    """
     template = template_of(tokenizer)
     if not isinstance(prompt, str):
         prompt = template.render([template.guard(each) for each in prompt], generate=True)
@@ -282,7 +284,7 @@ def text_start(tokenizer):
 
 def ends_of(tokenizer):
     """Returns the tokens that end a sample, as a list: first the one in which responses are trained
-    to end, then others of the model's own."""
+    to end, then any others that the model ends in."""
     return getattr(tokenizer, "ends", [tokenizer.eot_token])
 
 
