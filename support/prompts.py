@@ -150,7 +150,7 @@ def stream(policy, name, tokenizer, ids, args):
     the last."""
     generator = new_generator(next(policy.parameters()).device, args.seed)
     for _ in range(args.n):
-        print(f"[{name}]", end="", flush=True)
+        print(f"[{name}] ", end="", flush=True)
         reply = stream_reply(policy, tokenizer, ids, args, generator)
     return to_text(reply, tokenizer)
 
@@ -162,7 +162,7 @@ def stream_reply(policy, tokenizer, ids, args, generator):
     def on_token(tokens):
         nonlocal printed
         drawn.append(tokens[0])
-        text = to_text(drawn, tokenizer)
+        text = to_text(drawn, tokenizer).lstrip()       # a space stands before it already
         if not text.endswith("\ufffd"):     # a letter may be several tokens: wait for all of it
             print(text[len(printed):], end="", flush=True)
             printed = text
@@ -170,5 +170,5 @@ def stream_reply(policy, tokenizer, ids, args, generator):
     reply, = policy.generate([ids], args.max_new_tokens, args.temperature, ends_of(tokenizer),
                              generator, on_token=on_token, top_k=args.top_k, top_p=args.top_p)
     ending = " ..." if was_cut_off(reply, ends_of(tokenizer)) else ""
-    print(to_text(reply, tokenizer)[len(printed):] + ending + "\n")
+    print(to_text(reply, tokenizer).lstrip()[len(printed):] + ending + "\n")
     return reply
