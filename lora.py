@@ -58,12 +58,8 @@ def add_lora(model, rank, base, seed=0):
     nn.Linear draws its weight. If the model has an adapter already, that one is trained on.
     InputError if it has another rank, or not all layers.
     """
+    check_rank(model, rank)
     if model.lora_base is not None:
-        ranks = {len(getattr(layer, "lora_A", ())) for _, layer in linear_layers(model)}
-        if ranks != {rank}:
-            raise InputError(f"--lora={rank}: the adapter of --init_from has not this rank in all "
-                             f"layers (but {', '.join(map(str, sorted(ranks)))}); without --lora "
-                             "it is merged, and the whole model is trained")
         return
     generator = torch.Generator().manual_seed(seed)
     corrections = {}
@@ -72,6 +68,15 @@ def add_lora(model, rank, base, seed=0):
         nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
         corrections[name] = A, torch.zeros(layer.out_features, rank)
     put_lora(model, corrections, base)
+
+
+def check_rank(model, rank):
+    """Raises InputError if a model has an adapter already, of another rank or not of all layers."""
+    ranks = {len(getattr(layer, "lora_A", ())) for _, layer in linear_layers(model)}
+    if model.lora_base is not None and ranks != {rank}:
+        raise InputError(f"--lora={rank}: the adapter of --init_from has not this rank in all "
+                         f"layers (but {', '.join(map(str, sorted(ranks)))}); without --lora it is "
+                         "merged, and the whole model is trained")
 
 
 def put_lora(model, corrections, base):
