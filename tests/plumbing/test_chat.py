@@ -12,6 +12,7 @@ from data import collate, get_tokenizer
 from model import GPT, GPTConfig
 from runs.score import record, scorable
 from support.chat import HH, MARK, ChatTemplate, chat_segments, segments_of, text_segments
+from support.flags import InputError
 from support.prompts import prompt_tokens
 from support.tokenizer import ends_of, save_tokenizer, to_text
 from support.tokens import encode, fit, prompts_of, tokenised_file
@@ -419,6 +420,13 @@ def test_sample_talks_in_the_template(tmp_path, monkeypatch, capsys):
     second = first + f"Yes{END}\n{START}user\nGo{END}\n{START}assistant\n"
     assert echo.asked == [(ids_of(first), [258]), (ids_of(second), [258])]
     assert f"[{folder}]Yes\n" in capsys.readouterr().out
+
+
+def test_a_prompt_of_bytes_that_are_no_text(tokenizer):
+    """Python reads them from a terminal as halves of letters."""
+    for chat in (True, False):
+        with pytest.raises(InputError, match="^the prompt: not UTF-8 text$"):
+            prompt_tokens(["a \udcff"], tokenizer, 20, chat)
 
 
 # ------------------------------------------------------------------ transformers, real weights
