@@ -3,9 +3,12 @@
 A row is {"prompt": ..., "responses": [..., ...]}, in text or chat messages. The responses are the
 chosen and the rejected one, or K of them, the best first, or a demonstration. As token ids, a row
 is an *example*: (prompt ids, [response ids, ...]), where each response ends in the end-of-text
-token. A token of a response that is only read, not learnt (what a person says between two turns of
-the assistant), is written there as its complement, ~token. Everything about an example that stays
-fixed during training (the reference's log-probs, rewards) is a column of the `Dataset`.
+token. Everything about an example that stays fixed during training (the reference's log-probs,
+rewards) is a column of the `Dataset`.
+
+Not every token of a response has to be learnt. Where a person speaks between two turns of the
+assistant, the model should read what they say, but not learn to say it. Such a token is stored as
+~token, which is -1 - token: the minus sign is the mark, and ~ once more gives the token back.
 
     python runs/show.py --data=prefs.jsonl      # one batch in colour, and what became of every row
 """
@@ -26,17 +29,19 @@ from support.tokens import encode, example_lengths, reorder, select, select_file
 
 @dataclass
 class TreeBatch:
-    """Holds B rows, each of them a prompt followed by its K responses; R tokens of responses that
-    are learnt in all.
+    """Holds B rows, each of them a prompt followed by its K responses. T is the number of columns.
+    R counts the tokens that are learnt: those of all responses in the batch, without the ones that
+    are only read. A place in the batch is one number, row * T + column.
 
     tokens     (B, T) int64   prompt, response 1, ..., response K, padding
     branch     (B, T) int64   0 in the prompt, k in response k, -1 in padding
     position   (B, T) int64   counts up; every response starts again at the prompt's length
-    own        (R,)   int64   where each learnt token is: row * T + column
-    predictor  (R,)   int64   where it is predicted: row * T + column
+    own        (R,)   int64   the place of each learnt token
+    predictor  (R,)   int64   the place that predicts it: the token before it; for the first token
+                              of a response, the last one of the prompt
     target     (R,)   int64   the token itself
-    slot       (R,)   int64   row * K + response: the log-prob it is part of (B * K: padding)
-    last       (B, K) int64   where each response's last token is: row * T + column
+    slot       (R,)   int64   row * K + response: whose log-prob it is part of (B * K: padding)
+    last       (B, K) int64   the place of each response's last token
     lengths    (B, K) int64   learnt tokens of each response, 0 where a row has fewer responses
 
     Dataset.batch adds these:
@@ -90,9 +95,10 @@ class TreeBatch:
 def collate(examples, multiple=1):
     """Lays out B examples, (prompt ids, [response ids, ...]) each, as a TreeBatch.
 
-    K is the largest number of responses. A token that is written as ~token is in the tree, where
-    the others see it, but its log-prob counts nowhere. ValueError if a prompt or a response has no
-    token. `multiple` rounds T and R up, so that shapes are few.
+    K is the largest number of responses. A token that is stored as ~token is put into the tree like
+    any other, and later tokens of its response see it, but no log-prob counts it. ValueError if a
+    prompt or a response has no token. multiple: T and R are rounded up to a multiple of this, so
+    that batches come in few shapes.
     """
     B, K = len(examples), max(len(responses) for _, responses in examples)
     for prompt, responses in examples:
@@ -114,7 +120,7 @@ def collate(examples, multiple=1):
         start = 0                                           # the column where the next part begins
         for role, ids in enumerate([prompt, *responses]):   # 0: the prompt; k: response k
             ids = np.asarray(ids, np.int64)
-            learnt = ids >= 0                               # the others are written as ~token
+            learnt = ids >= 0                               # the others are stored as ~token
             ids = np.where(learnt, ids, ~ids)
             end = start + len(ids)
             first_position = 0 if role == 0 else len(prompt)
@@ -124,7 +130,7 @@ def collate(examples, multiple=1):
             if role > 0:
                 k = role - 1
                 before = b * T + np.arange(start - 1, end - 1)      # the token before each;
-                before[0] = b * T + len(prompt) - 1         # for the first one, the prompt's last
+                before[0] = b * T + len(prompt) - 1         # for the first, the prompt's last
                 part = slice(r, r + learnt.sum())
                 own[part] = b * T + np.arange(start, end)[learnt]
                 predictor[part] = before[learnt]
@@ -146,9 +152,9 @@ class Dataset:
     """Holds N examples, and a column for everything about them that training takes as given.
 
     examples    N (prompt ids, [response ids, ...]): the best response first, and after the last one
-                S samples from the reference. A token of a response that is read but not learnt is
-                written as its complement, ~token, which is negative. Rows may have different
-                numbers of responses. K is the largest, and the columns below are padded to it.
+                S samples from the reference. Tokens that are only read are stored as ~token. Rows
+                may have different numbers of responses. K is the largest, and the columns below are
+                padded to it.
     rewards     (N, K - S, M) float32: rewards of the responses by M reward models, or from the file
     ref_logps   (N, K) float32: the reference's log-probs of the responses, in nats
     n_samples   S, which is 0 where the loss has no KL term
@@ -162,14 +168,14 @@ class Dataset:
         return len(self.examples)
 
     def take(self, rows):
-        """Returns the data set of some rows. rows: their indices."""
+        """Returns a data set of some of the rows. rows: their indices."""
         rewards = None if self.rewards is None else self.rewards[rows]
         ref_logps = None if self.ref_logps is None else self.ref_logps[rows]
         return Dataset(take_rows(self.examples, rows), rewards, ref_logps, self.n_samples)
 
     def first(self, n):
-        """Returns the data set of the first n rows (None: all), which are a random part of it:
-        TinyTLDR's posts are drawn at random, and the rows of a file are put in random order."""
+        """Returns a data set of the first n rows (None: all). They are a random part of it, because
+        TinyTLDR's posts are drawn at random, and the rows of a file are shuffled when read."""
         return self.take(np.arange(len(self))[:n])
 
     def batch(self, rows):
@@ -188,18 +194,19 @@ class Dataset:
 
     def with_samples(self, samples):
         """Returns a data set of the same rows, each with a sample from the reference as its last
-        response. samples: N lists of token ids. ref_logps are gone, since they lack the samples."""
+        response. samples: N lists of token ids. ref_logps is None there: it would lack the samples.
+        """
         examples = [(prompt, [*responses, np.array(sample, np.int32)])
                     for (prompt, responses), sample in zip(self.examples, samples)]
         return Dataset(examples, self.rewards, None, self.n_samples + 1)
 
     def response_lengths(self):
-        """Counts the tokens in each response, its end-of-text token included, (N, K); samples from
-        the reference are responses too. 0 where a row has fewer responses."""
+        """Counts the tokens in each response, its end-of-text token included. Samples from the
+        reference are responses too. Returns (N, K), 0 where a row has fewer responses."""
         return example_lengths(self.examples)[:, 1:]
 
     def row_lengths(self):
-        """Counts the tokens in each row, prompt and all responses, (N,)."""
+        """Counts the tokens in each row, prompt and all responses. Returns (N,)."""
         return example_lengths(self.examples).sum(axis=1)
 
 
@@ -251,9 +258,9 @@ def batches(lengths, batch_size, seed, epoch, window=32):
 
 
 class BatchOrder:
-    """Tells which rows each step trains on: epoch after epoch of `batches`. This depends on nothing
-    but the step (the plan is only a cache), so a resumed run sees the same rows as one that was
-    never interrupted. lengths: (N,) tokens in each row."""
+    """Says which rows each step trains on: epoch after epoch of `batches`. The answer depends on
+    nothing but the step, so a resumed run sees the same rows as one that was never interrupted.
+    (The plan that is kept here is only a cache.) lengths: (N,) tokens in each row."""
 
     def __init__(self, lengths, batch_size, seed):
         self.arguments = (lengths, batch_size, seed)
@@ -271,7 +278,7 @@ class BatchOrder:
 
 
 def longer(lengths):
-    """Tells which response of each pair is longer, by at least 10% more tokens.
+    """Says which response of each pair is longer, by at least 10% more tokens.
 
     lengths: (N, 2) tokens in the chosen and the rejected response. Returns (N,): +1 if the chosen
     one is longer, -1 if the rejected one is, 0 if neither is.
@@ -352,16 +359,16 @@ def relabel(dataset, rewards):
 # ------ text to tokens to data sets
 
 def get_tokenizer(name):
-    """Returns the tokenizer of this name: "tinytldr" for the built-in one, another word for one of
-    tiktoken's ("gpt2"), or a name that ends in "/" for a model's folder that has its own.
-    InputError if there is none."""
+    """Returns the tokenizer of this name. "tinytldr" is the built-in one. A name that ends in "/"
+    is a model's folder, or its name on the hub, for a model that brings its own. Any other name,
+    such as "gpt2", is one of tiktoken's. InputError if there is none."""
     return tinytldr.tokenizer() if name == "tinytldr" else read_tokenizer(name)
 
 
 def demonstrations(data, split, tokenizer, block_size, seed=0, skip_bad_rows=False):
-    """Reads demonstrations for supervised fine-tuning: a Dataset of prompts with responses to
-    imitate. There is one in each row of a file, and there are four for each of TinyTLDR's posts
-    (when responses share a prompt, it is computed only once).
+    """Reads demonstrations for supervised fine-tuning: prompts with responses to imitate. Each row
+    of a file has one response, each of TinyTLDR's posts has four, so that the prompt is computed
+    only once for all of them. Returns a Dataset.
 
     data: "tinytldr", or a file, folder or hub name. split: "train", "validation" or "test". seed:
     of TinyTLDR's posts. skip_bad_rows: leaves out rows in which something is wrong. InputError if
@@ -376,8 +383,8 @@ def demonstrations(data, split, tokenizer, block_size, seed=0, skip_bad_rows=Fal
 
 def preferences(data, split, tokenizer, policy, cache, pool=None, label_temperature=0, seed=0,
                 skip_bad_rows=False):
-    """Reads preferences as they come, with their natural mix of lengths: a Dataset of those in a
-    file, or for TinyTLDR of pairs sampled from `policy`.
+    """Reads preferences, with their natural mix of lengths: those of a file, or for TinyTLDR pairs
+    of responses sampled from `policy`. Returns a Dataset.
 
     data: "tinytldr", or a file, folder or hub name. split: "train", "validation" or "test". policy:
     a GPT; prompts are cut to its block_size. cache: the folder in which TinyTLDR's pairs are kept.

@@ -12,14 +12,15 @@ Distillation", TMLR 2025, arXiv 2405.19316):
 
 Column 0 is the chosen response, column 1 the rejected one. Log-probs are in nats. A loss takes B
 pairs and returns one number for each, (B,). The parameters without a default are what it needs to
-know about a pair. Those with a default are its flags on the command line.
+know about a pair. Those with a default are its flags on the command line. zoo.py has more losses in
+the same form, by other authors.
 """
 import inspect
 
 import torch.nn.functional as F
 
-# The weight of the KL grows over training from the first number to the last. A loss is called with
-# the number of the step, gamma=0.003 for example.
+# The weight of the KL grows over training, from the first number to the last. Each step calls its
+# loss with one number in between, such as gamma=0.003.
 GAMMA = (1e-4, 1e-2)
 
 
@@ -133,9 +134,10 @@ def e_dpo(logps, ref_logps, rewards, kl, beta=1.0, gamma=GAMMA):
     It distils a family of reward models. The minimum asks the policy to agree with at least one of
     them. Many policies do. Among those, the KL term picks the one closest to the reference; this
     caution is what the paper calls pessimism.
-    In the objective as the paper states it, one member serves all pairs: the minimum is outside the
-    expectation. In what the paper runs, and here, each pair has its own minimum. That is a larger
-    family, whose members take turns. A pair's gradient comes from the member that fits best alone.
+    The paper states its objective with the minimum outside the expectation: one member serves all
+    pairs. What it runs, and what this function computes, is a minimum for each pair, as if the
+    family were larger and its members took turns. Only the member that fits a pair best has a say
+    in the pair's gradient.
     logps, ref_logps: (B, 2) summed log-probs, in nats; rewards: (B, 2, M) by M members; kl: (B,),
     from forward_kl. Returns (B,).
     """
@@ -213,14 +215,14 @@ LOSSES = {
     "e-dpo": e_dpo,
 }
 PREFERENCE_LOSSES = [name for name in LOSSES if name != "sft"]
-MORE = {}       # losses of other files that --loss knows, by name: zoo.py puts its own here
+MORE = {}       # losses of other files that --loss also knows, by name: zoo.py fills in its own
 
 # The paper's six methods, and what each distils: one reward model ("rm") or the family ("rms").
 PAPER = {"dpo": None, "ipo": None, "d-dpo": "rm", "p-dpo": None, "dp-dpo": "rm", "e-dpo": "rms"}
 
 
 def loss_function(name):
-    """Returns the function of a loss. name: a row of LOSSES, or of MORE."""
+    """Returns the function of a loss. name: a key of LOSSES or of MORE."""
     return LOSSES[name] if name in LOSSES else MORE[name]
 
 
@@ -241,13 +243,18 @@ def knobs(name):
 
 
 def batch_loss(name, logps, batch, **knobs):
-    """Computes a loss for every pair of a batch, times the pair's weight in its row.
+    """Computes a loss for every pair of a batch: it picks what the loss needs out of the batch.
 
-    A batch has B rows, each a prompt with its K responses, and P pairs of them, which are the B of
-    the functions above.
+    Come back here once you have met the TreeBatch, in data.py. It holds B rows, each a prompt with
+    its K responses, such as the chosen one, the rejected one and a sample from the reference. Its
+    tensor `pairs` says which two responses of a row make a pair, and batch.pair_up turns a column
+    with a number for each response, (B, K), into one with two for each pair, (P, 2). So the P pairs
+    here are the B pairs of the functions above. A row may hold several pairs (ranked responses
+    do); each pair's loss is multiplied by its weight, and the weights of a row add up to 1.
+
     name: see loss_function. logps: (B, K) summed log-probs of all responses. batch: a TreeBatch
-    (data.py), which says which responses are pairs and has the columns that the loss needs. knobs:
-    the flags of the loss; gamma is the number for this step. Returns (P,); for sft (B,).
+    with the columns that the loss needs. knobs: the flags of the loss; gamma is the number for this
+    step. Returns (P,); for sft (B,).
     """
     if name == "sft":
         return sft(logps)
@@ -258,6 +265,6 @@ def batch_loss(name, logps, batch, **knobs):
         kl = forward_kl(logps.gather(1, batch.samples), batch.ref_logps.gather(1, batch.samples))
         arguments["kl"] = kl[batch.pair_row]                                    # (P,)
     losses = loss_function(name)(**arguments, **knobs)
-    assert losses.shape == batch.pair_weight.shape, (     # others would be broadcast
+    assert losses.shape == batch.pair_weight.shape, (     # a wrong shape would be broadcast
         f"{name} gives {list(losses.shape)} numbers, not one for each of {len(batch.pairs)} pairs")
     return batch.pair_weight * losses

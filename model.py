@@ -1,4 +1,4 @@
-"""The language model: GPT-2, or one of the Llama family, by hand, run over a tree of responses.
+"""The language model, written by hand: GPT-2 or one of the Llama family, run over a tree batch.
 
 A batch is a `TreeBatch` (data.py): each row holds one prompt followed by its K responses, and the
 prompt is computed once. Three things make that equal to K separate sequences: the attention mask (a
@@ -6,9 +6,11 @@ response sees the prompt and itself, not its siblings), the positions (every res
 at the prompt's length), and where predictions are read (each response's first token from the *last
 prompt position*, whatever lies in between).
 
-Newer models differ from GPT-2 in a few parts, which `GPTConfig` switches: RoPE, RMSNorm, SwiGLU and
-grouped-query attention. docs/models.md says which model has which. The weights are named as in
-Hugging Face's GPT-2 whatever the family, and saved as Hugging Face's model of that family.
+On a first read, follow GPT-2: the defaults of `GPTConfig`. Newer models do a few parts differently,
+and each of those has a switch there: RoPE, RMSNorm, SwiGLU and grouped-query attention.
+docs/models.md explains them and says which model has which. In memory, weights have the names that
+they have in Hugging Face's GPT-2. On disk, each model is laid out as Hugging Face lays out its
+family.
 """
 import math
 from dataclasses import dataclass
@@ -36,27 +38,27 @@ class GPTConfig:
     tie_word_embeddings: bool = True    # the output head shares the token embedding's weights
     reward_head: str = "last"           # of a reward model: at the last token, or "sum"
     gelu: str = "tanh"                  # GPT-2's approximation, or "none": exact, as in nanoGPT
-    # What later families do otherwise (docs/models.md)
+    # What later families do differently (docs/models.md)
     family: str = "gpt2"                # model_type in config.json: how the weights are saved
-    n_kv_head: int = None               # heads of keys and values, shared by n_head queries' heads
+    n_kv_head: int = None               # heads of keys and values (None: as many as of queries)
     head_size: int = None               # numbers in a head (None: n_embd / n_head)
     n_inner: int = None                 # width inside an MLP (None: 4 n_embd)
     mlp: str = "gelu"                   # or "swiglu": SiLU(gate) * up
-    norm: str = "layer"                 # or "rms": no mean is taken off, no bias added
-    norm_eps: float = 1e-5
-    norm_after: bool = False            # attention and MLP have their outputs normed, not inputs
-    qk_norm: str = None                 # queries and keys are normed: each "head", or all at once
+    norm: str = "layer"                 # LayerNorm, or "rms": RMSNorm
+    norm_eps: float = 1e-5              # added under the root, so that nothing is divided by 0
+    norm_after: bool = False            # norm what attention and MLP put out, not what they read
+    qk_norm: str = None                 # norm queries and keys: each "head", or "all" at once
     qkv_bias: bool = True               # biases: of queries, keys and values,
     proj_bias: bool = True              # of attention's output,
     mlp_bias: bool = True               # of both layers of the MLP
-    rope_theta: float = None            # positions turn queries and keys (None: are embedded)
-    rope_scaling: dict = None           # Llama 3's slower turning, for longer texts
-    rope_layers: list = None            # for each layer, whether positions turn it (None: all)
+    rope_theta: float = None            # base of RoPE's angles (None: positions are embedded)
+    rope_scaling: dict = None           # Llama 3: some angles grow slower, for longer texts
+    rope_layers: list = None            # which layers have RoPE, a 0 or 1 for each (None: all)
     token_ids: dict = None              # bos_token_id and the like, as they were in config.json
 
 
 class RMSNorm(nn.Module):
-    """A LayerNorm that takes no mean off and adds no bias: x / sqrt(mean(x^2) + eps) * weight."""
+    """A LayerNorm without a mean and a bias: x / sqrt(mean(x^2) + eps) * weight."""
 
     def __init__(self, size, eps):
         super().__init__()
@@ -79,7 +81,8 @@ class Attention(nn.Module):
         self.n_kv_head = config.n_kv_head or config.n_head
         self.head_size = config.head_size or config.n_embd // config.n_head
         width, kv_width = self.n_head * self.head_size, self.n_kv_head * self.head_size
-        self.widths = [width, kv_width, kv_width]           # queries, keys, values: one product
+        # One matrix gives queries, keys and values: one large product is faster than three.
+        self.widths = [width, kv_width, kv_width]
         self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.qkv_bias)
         self.c_proj = nn.Linear(width, config.n_embd, bias=config.proj_bias)
         self.qk_norm = config.qk_norm
@@ -107,8 +110,8 @@ class Attention(nn.Module):
             keys[:, :, columns] = k
             values[:, :, columns] = v
             k, v = keys, values
-        shared = self.n_head // self.n_kv_head      # heads that share keys and values
-        if shared > 1 and q.is_cuda:    # whose fast kernels with a mask want a copy for each
+        shared = self.n_head // self.n_kv_head      # heads of queries that share keys and values
+        if shared > 1 and q.is_cuda:    # CUDA's fast kernels with a mask want a copy for each head
             k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            enable_gqa=shared > 1)
@@ -117,10 +120,11 @@ class Attention(nn.Module):
 
 
 def rope(position, config, like):
-    """Computes the turns of rotary position embedding (Su et al., 2021). A query or key of position
-    p is cut into pairs of numbers, points in a plane; pair i is turned by p * theta^(-2i / size)
-    radians. The score of a query and a key then depends on how far apart they are.
+    """Computes the angles of rotary position embedding, RoPE (Su et al., 2021).
 
+    A query or key at position p is cut into pairs of numbers. Each pair is a point in a plane, and
+    `turn` rotates pair i by p * theta^(-2i / size) radians. The product of a query and a key that
+    are turned like that depends on their positions only through the distance between them.
     position: (B, T). Angles are float32 at least, whatever the weights are. Returns (cos, sin) of
     them, each (B, 1, T, size/2), in the type of matrix products with the tensor `like`.
     """
@@ -128,8 +132,8 @@ def rope(position, config, like):
     size = config.head_size or config.n_embd // config.n_head
     pair = torch.arange(0, size, 2, device=position.device).to(dtype)       # 2i
     speed = 1 / config.rope_theta ** (pair / size)                          # radians per token
-    if config.rope_scaling is not None:     # Llama 3: pairs that turn slowly turn slower still
-        scaling = config.rope_scaling
+    if config.rope_scaling is not None:     # Llama 3: pairs that turn slowly turn slower still,
+        scaling = config.rope_scaling       # judged by their rounds in the text it was trained on
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         rounds = scaling["original_max_position_embeddings"] * speed / (2 * math.pi)
         kept = ((rounds - low) / (high - low)).clamp(0, 1)
@@ -139,8 +143,8 @@ def rope(position, config, like):
 
 
 def turn(x, cos, sin):
-    """Turns queries or keys, (B, heads, T, size): a pair is the numbers i and i + size/2 of a head.
-    Returns the same shape."""
+    """Turns queries or keys, x: (B, heads, T, size), by the angles of `rope`. Pair i of a head is
+    its numbers i and i + size/2. Returns the same shape."""
     first, second = x.chunk(2, dim=3)                                   # (B, heads, T, size/2)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=3)
 
@@ -150,7 +154,7 @@ class MLP(nn.Module):
         super().__init__()
         inner = config.n_inner or 4 * config.n_embd
         self.gated = config.mlp == "swiglu"
-        fused = 2 * inner if self.gated else inner                      # gate and up: one product
+        fused = 2 * inner if self.gated else inner      # gate and up come from one matrix
         self.c_fc = nn.Linear(config.n_embd, fused, bias=config.mlp_bias)
         self.c_proj = nn.Linear(inner, config.n_embd, bias=config.mlp_bias)
         self.gelu = config.gelu
@@ -174,13 +178,16 @@ class Block(nn.Module):
 
     def forward(self, x, mask=None, cache=None, turns=None, read=None):
         """Computes one layer. x: (B, T, C). mask, read: see Transformer.forward. cache: this
-        layer's part of it. turns: from `rope`, if this layer has it. Returns (B, T, C), or (R, C)
-        with `read`."""
+        layer's entry of the cache there. turns: (cos, sin) from `rope`, or None for a layer without
+        RoPE. Returns (B, T, C), or (R, C) with `read`."""
         if self.norm_after:
             x = x + self.ln_1(self.attn(x, mask, cache, turns))
         else:
             x = x + self.attn(self.ln_1(x), mask, cache, turns)
-        if read is not None:        # x[read], with its gradient added up in a fixed order
+        if read is not None:
+            # Picks places from all rows: x.flatten(0, 1)[read]. Some places are picked more than
+            # once (the end of the prompt, for each response), so their gradients are added up;
+            # F.embedding, a table look-up, adds them in a fixed order, the same in each run.
             x = F.embedding(read, x.flatten(0, 1))                      # (R, C)
         if self.norm_after:
             return x + self.ln_2(self.mlp(x))
@@ -188,7 +195,7 @@ class Block(nn.Module):
 
 
 def tree_mask(branch, dtype):
-    """Builds the mask of a tree batch: token q sees token k if k is not after q in the row, and
+    """Builds the mask of a tree batch: token q sees token k if k is not after q in the row, and k
     belongs to the prompt or to q's own response.
 
     branch: (B, T), 0 for the prompt, k for response k, -1 for padding (which sees the prompt, so
@@ -204,7 +211,7 @@ def tree_mask(branch, dtype):
 
 
 class Transformer(nn.Module):
-    """Everything below a head: token and position embeddings, the layers, the final norm."""
+    """Everything below the output head: token and position embeddings, layers, the final norm."""
 
     def __init__(self, config):
         super().__init__()
@@ -221,10 +228,11 @@ class Transformer(nn.Module):
         tokens, position: (B, T).
         mask: (B, 1, T, keys), added to the attention scores, or true where a token sees a key.
             Without a mask attention is causal.
-        cache: for each layer (keys, values, columns), two (B, kv heads, keys, size) tensors to
-            attend to, and the columns in which this call stores its own, a slice or indices.
+        cache: used for generation. For each layer (keys, values, columns): two
+            (B, kv heads, keys, size) tensors to attend to, and the columns of them in which this
+            call stores its own keys and values, a slice or indices.
         read: (R,) int64, row * T + column of the tokens that the head reads. The last layer's MLP
-            leaves the others out: most of a batch is prompt, which nobody reads.
+            leaves the others out: most of a batch is prompt, where no prediction is read.
         """
         config = self.config
         x = self.wte(tokens)                                            # (B, T, C)
@@ -256,7 +264,8 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.lora_base = config, None      # of lora.py: the model that it adapts
+        self.config = config
+        self.lora_base = None       # with a LoRA adapter (lora.py): the name of the model below it
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -264,14 +273,15 @@ class GPT(nn.Module):
         init_weights(self, config)
 
     def _apply(self, fn, recurse=True):
-        """Keeps tied weights tied in .to() and .double(), which call this: a TPU replaces both."""
+        """Keeps tied weights tied. .to() and .double() call this, and on a TPU .to() would make two
+        tensors of them."""
         super()._apply(fn, recurse)
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
         return self
 
     def logits(self, tokens):
-        """Computes plain causal logits for every position. tokens: (B, T) int64. Returns
+        """Computes logits of plain sequences, at every position. tokens: (B, T) int64. Returns
         (B, T, vocab), in the type of the weights."""
         position = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)     # (B, T)
         hidden = self.transformer(tokens, position)                     # (B, T, C)
@@ -281,8 +291,9 @@ class GPT(nn.Module):
     def response_logps(self, batch, fast=True):
         """Computes the summed log-prob of every response given its prompt, in nats.
 
-        batch: a TreeBatch. fast=False: the same numbers by the plain formula. Returns (B, K)
-        float32, float64 for a float64 model.
+        batch: a TreeBatch. fast: use support/logprobs.py, which needs less time and memory than
+        log_softmax; fast=False gives the same numbers by the plain formula. Returns (B, K) float32,
+        float64 for a float64 model.
         """
         mask = tree_mask(batch.branch, self.lm_head.weight.dtype)           # (B, 1, T, T)
         hidden = self.transformer(batch.tokens, batch.position, mask,
@@ -298,14 +309,17 @@ class GPT(nn.Module):
             logps = logps.gather(1, batch.target[:, None]).squeeze(1)       # (R,)
         return batch.sum_tokens(logps)                                      # (B, K)
 
-    forward = response_logps      # policy(batch), which torch.compile wraps
+    # The same method under the name that policy(batch) calls, and that torch.compile compiles.
+    forward = response_logps
 
     @classmethod
     def from_pretrained(cls, dir_or_hub_name, merge=True):
-        """Reads a checkpoint in Hugging Face's layout from a folder or else from the hub, or a LoRA
-        adapter and its model; families: docs/models.md. InputError says what is wrong with it.
+        """Reads a checkpoint in Hugging Face's layout, or a LoRA adapter together with its model,
+        from a folder or else from the hub. docs/models.md lists the families. InputError says what
+        is wrong with it.
 
-        merge: add the adapter to the model's weights. If not, it goes on as an adapter.
+        merge: whether to add an adapter to the model's weights. If not, it stays an adapter, which
+        can be trained on.
         """
         config, tensors = read_checkpoint(dir_or_hub_name, head="lm_head")
         model = load_model(lambda: cls(GPTConfig(**config)), tensors, dir_or_hub_name)
@@ -315,9 +329,10 @@ class GPT(nn.Module):
         return model
 
     def save_pretrained(self, directory, eos_token_id=None):
-        """Writes config.json and model.safetensors, for `transformers` a model of its family; of a
-        model with a LoRA adapter the adapter alone, for PEFT. eos_token_id: the token that ends a
-        text (default: what was read, or the last one)."""
+        """Writes config.json and model.safetensors, which `transformers` loads as a model of its
+        family. If the model has a LoRA adapter, writes only that, in PEFT's layout. eos_token_id:
+        the token that ends a text (default: the one of the checkpoint that was read, or else the
+        vocabulary's last)."""
         if self.lora_base is not None:
             return write_adapter(directory, self)
         write_checkpoint(directory, self, eos_token_id)
@@ -329,10 +344,10 @@ class GPT(nn.Module):
 
         prompts: none empty, none longer than block_size. temperature: 0 takes the most likely
         token. stop: the token that ends a response, and is part of it, or a list of such tokens; a
-        response also ends after max_new_tokens, or where it fills block_size. generator: a
-        torch.Generator of its own, so that the global random stream is left alone. batch_size:
-        prompts at a time (default: as the cache's memory allows). on_token: called after every
-        step with the list of new tokens. top_k, top_p: draw likely tokens alone, see `likely`.
+        response also ends after max_new_tokens, or when it fills block_size. generator: a
+        torch.Generator, so that sampling leaves the global random stream alone. batch_size: prompts
+        at a time (default: as many as the cache's memory allows). on_token: called after every step
+        with the list of new tokens. top_k, top_p: draw only from the likely tokens, see `likely`.
         """
         if not all(0 < len(prompt) <= self.config.block_size for prompt in prompts):
             raise ValueError(f"prompts must have 1 to {self.config.block_size} tokens")
@@ -358,8 +373,8 @@ class GPT(nn.Module):
         A layer's cache holds keys and values. Columns 0 to T - 1 are the prompts without their last
         tokens, padded on the right. Column T + t is the token that step t reads: first the prompt's
         last one, then the new ones. Equal prompts run through the model once. When half of the rows
-        have ended, the others go on alone. On a device that compiles every shape no shape depends
-        on that, nor on how far the responses have come.
+        have ended, the others go on alone in a smaller batch. The exception is a device that
+        compiles a program for every shape (a TPU): there all shapes stay the same to the end.
         """
         config, device = self.config, self.lm_head.weight.device
         few_shapes = compiles_every_shape(device)
@@ -419,7 +434,7 @@ class GPT(nn.Module):
             ended |= torch.isin(drawn, stops)
             if ended.all():
                 break
-            if ended.sum() >= len(ended) / 2:       # let go of them
+            if ended.sum() >= len(ended) / 2:       # drop the rows that have ended
                 going, prompt_number, ended = going[~ended], prompt_number[~ended], ended[~ended]
                 if not few_shapes:                  # in a smaller batch
                     token, position, in_prompt = token[going], position[going], in_prompt[going]
@@ -436,11 +451,11 @@ class GPT(nn.Module):
 
 
 def draw(logits, temperature, random, top_k=None, top_p=None):
-    """Draws one token for each row from softmax(logits / temperature), or from its `likely` part;
-    at temperature 0 it takes the most likely one.
+    """Draws one token for each row from softmax(logits / temperature), or from its `likely` part.
+    At temperature 0 it takes the most likely token.
 
-    Inverts the distribution function: that takes one random number for each row, where
-    torch.multinomial takes one for each token of the vocabulary.
+    It takes one random number for each row, and the first token at which the cumulative probability
+    exceeds it. (torch.multinomial takes a random number for each token of the vocabulary.)
     logits: (B, vocab) float32; random: (B, 1) float64 (mps: float32) in [0, 1). Returns (B,) int64.
     """
     if temperature == 0:
@@ -452,9 +467,9 @@ def draw(logits, temperature, random, top_k=None, top_p=None):
 
 
 def likely(probs, top_k=None, top_p=None):
-    """Sets the probabilities of unlikely tokens to 0. Likely are the top_k most likely tokens, and
-    of these the most likely ones, no more than it takes to hold a fraction top_p of what is left.
-    Among equals the lower token comes first.
+    """Sets the probabilities of unlikely tokens to 0. First, the top_k most likely tokens are kept.
+    Of these, top_p keeps the most likely ones: as few as hold this fraction of the probability that
+    is left. Of two equally likely tokens, the one with the lower number comes first.
 
     probs: (B, vocab), not changed. Returns (B, vocab), not normalised: rows may sum to less than 1.
     """

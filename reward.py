@@ -1,10 +1,10 @@
 """Explicit reward models: the transformer with a one-number head, families of them, and scores.
 
-A reward model is a transformer with one number for each token, read in the policy's tree batch: at
-the last token of a response (the standard head), or summed over its tokens, as the policy's
-implicit reward is a sum over tokens. On the built-in task the sum judges better (dev/LOG.md). A
-reward is known only up to a constant per prompt: Bradley-Terry, and all that follows, sees
-differences.
+A reward model reads the same tree batch as a policy, and its head makes one number of each token's
+hidden state. The reward of a response is the number at its last token (the standard head), or the
+sum over its tokens, as the policy's implicit reward is a sum over tokens. On the built-in task the
+sum judges better (dev/LOG.md). A reward means something only in comparison with another response to
+the same prompt: Bradley-Terry, and everything after it, uses differences alone.
 """
 from dataclasses import replace
 
@@ -35,12 +35,14 @@ from support.tokenizer import check_same_tokens, ends_of, to_text
 
 
 class RewardModel(nn.Module):
-    """r(x, y). Laid out as Hugging Face's sequence classifier of the family with one label, and the
-    same thing where config.reward_head is "last"; "sum" adds up the numbers of all its tokens."""
+    """The reward r(x, y). Its files have the layout of Hugging Face's sequence classifier with one
+    label. With config.reward_head "last" it is such a classifier; "sum" adds up the numbers of all
+    tokens of a response instead."""
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.lora_base = config, None      # of lora.py: the model that it adapts
+        self.config = config
+        self.lora_base = None       # with a LoRA adapter (lora.py): the name of the model below it
         self.transformer = Transformer(config)
         self.score = nn.Linear(config.n_embd, 1, bias=False)
         init_weights(self, config)
@@ -58,8 +60,8 @@ class RewardModel(nn.Module):
 
     @classmethod
     def from_policy(cls, gpt, head="last"):
-        """A reward model whose transformer starts from a language model's; its head is zero. If the
-        language model is frozen, but for an adapter, they share the frozen weights."""
+        """Makes a reward model whose transformer starts as a copy of a language model's. Its head
+        is zero. If the language model has an adapter, frozen weights are shared, not copied."""
         model = undrawn(lambda: cls(replace(gpt.config, reward_head=head)))
         nn.init.zeros_(model.score.weight)
         if gpt.lora_base is None:
@@ -71,8 +73,9 @@ class RewardModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, dir_or_hub_name, bases=None):
-        """Reads a checkpoint as GPT.from_pretrained does. bases: {name: GPT} of the frozen language
-        models that earlier adapters belong to, which this one shares or adds to."""
+        """Reads a checkpoint as GPT.from_pretrained does. bases: {name: GPT}, the frozen language
+        models of the adapters that were read before. An adapter uses its model from there, or puts
+        it there."""
         base, bases = base_of(dir_or_hub_name), {} if bases is None else bases
         if base is None:
             config, tensors = read_checkpoint(dir_or_hub_name, head="score")
@@ -85,24 +88,27 @@ class RewardModel(nn.Module):
         return model
 
     def save_pretrained(self, directory, eos_token_id=None):
-        """Writes config.json and model.safetensors; of a model with a LoRA adapter the adapter
-        alone, with its head, for PEFT. (transformers reads the reward at the last token that is not
-        pad_token_id; a response ends in end-of-text, so that is another one.)"""
+        """Writes config.json and model.safetensors. If the model has a LoRA adapter, writes only
+        that and the head, in PEFT's layout. (transformers reads the reward at the last token that
+        is not pad_token_id. A response ends in end-of-text, so pad_token_id is another token.)"""
         if self.lora_base is not None:
             return write_adapter(directory, self)
         write_checkpoint(directory, self, eos_token_id)
 
 
 def read_reward_models(folders, device):
-    """{folder: RewardModel} of some folders. Those that are adapters of the same language model
-    share its weights, which are loaded once."""
+    """Reads the reward models in some folders. Adapters of the same language model share its
+    weights, which are loaded once. Returns {folder: RewardModel}."""
     bases = {}
     return {folder: RewardModel.from_pretrained(folder, bases).to(device) for folder in folders}
 
 
 def load_reward_models(folders, flag, policy, tokenizer, device):
-    """{folder: RewardModel} of comma-separated folders, each a run or a family; {} for None.
-    tokenizer: the policy's. InputError, naming the flag, if one can't read what that writes."""
+    """Reads the reward models that a flag names, and checks that they read the policy's tokens.
+
+    folders: comma-separated, each a run or a family, or None. flag: its name, for messages.
+    tokenizer: the policy's. Returns {folder: RewardModel}, {} for None. InputError names the flag.
+    """
     folders = models_named(folders, flag)
     with naming(flag):
         models = read_reward_models(folders, device)
@@ -112,9 +118,12 @@ def load_reward_models(folders, flag, policy, tokenizer, device):
 
 
 def family_scores(models, dataset, out_dir, name):
-    """Every reward model's rewards for a data set, cached next to the model. models: {folder:
-    RewardModel}; out_dir: the run's folder, for the cache of a model where it can't be. name: of
-    the data set. Returns (N, K, M) float32: a data set's column `rewards`."""
+    """Scores a data set by each reward model, and caches the scores next to the model.
+
+    models: {folder: RewardModel}. out_dir: the run's folder, for the cache if the model's folder
+    can't have it. name: of the data set. Returns (N, K, M) float32: the column `rewards` of a
+    Dataset.
+    """
     columns = []
     for folder, model in models.items():
         entry = key(hash_model(model), hash_examples(dataset.examples), computing.dtype)
@@ -125,15 +134,18 @@ def family_scores(models, dataset, out_dir, name):
 
 
 def mean_reward(models, dataset):
-    """The mean reward of some reward models {folder: model} for each response. Returns (N, K)."""
+    """Scores a data set by some reward models, {folder: model}. Returns their mean, (N, K)."""
     return np.mean([score(model, dataset, folder) for folder, model in models.items()], axis=0)
 
 
 def reward_samples(judges, texts, prompts, samples, tokenizer):
-    """Rewards samples, one for each prompt: by the mean of the reward models {folder: model} in
-    `judges`, or with none by TinyTLDR's oracle, which reads their text. Reward models were trained
-    to be read at the end-of-text token: a sample without it gets one. texts: the N prompts as
-    the oracle reads them; prompts, samples: N lists of token ids. Returns (N,)."""
+    """Rewards samples, one for each prompt.
+
+    judges: {folder: RewardModel}, whose mean is the reward. If it is empty, TinyTLDR's oracle reads
+    the text. Reward models were trained to be read at the end-of-text token, so a sample without it
+    gets one appended. texts: the N prompts as the oracle reads them. prompts, samples: N lists of
+    token ids. Returns (N,).
+    """
     if not judges:
         replies = [to_text(sample, tokenizer) for sample in samples]
         return np.array(list(map(tinytldr.oracle_reward, texts, replies)))
@@ -144,8 +156,8 @@ def reward_samples(judges, texts, prompts, samples, tokenizer):
 
 
 def judge_samples(name, judges, texts, prompts, samples, tokenizer, args):
-    """Computes `reward_samples`, prints how many samples were cut off, and takes
-    --missing_eos_penalty off the reward of each of these. name: whose samples they are. Returns
+    """Rewards samples by `reward_samples`, prints how many of them were cut off, and subtracts
+    --missing_eos_penalty from the reward of each of those. name: whose samples they are. Returns
     (rewards (N,), which samples were cut off (N,) bool)."""
     penalty = args.missing_eos_penalty or 0
     then = "judged with one appended" if judges else "the oracle judges the text that there is"
@@ -158,9 +170,13 @@ def judge_samples(name, judges, texts, prompts, samples, tokenizer, args):
 
 
 def training_pairs(args, tokenizer, policy, device):
-    """What a reward model or a policy learns from: (D_rho of the training pairs, validation pairs
-    as they come), relabelled by the reward model of --relabel, if there is one. policy: the
-    reference, from which TinyTLDR's pairs are sampled."""
+    """Loads the preference pairs that a reward model or a policy learns from. With --relabel, that
+    reward model labels them again first. The training pairs are then subsampled to the length bias
+    --rho (D_rho); the validation pairs keep their natural mix of lengths.
+
+    policy: the reference, from which TinyTLDR's pairs are sampled. Returns (train, validation), a
+    Dataset each.
+    """
     cache = cache_folder(args.init_from, args.out_dir)
     labellers = load_reward_models(args.relabel, "--relabel", policy, tokenizer, device)
     pairs = []

@@ -8,7 +8,9 @@ Without --out_dir, a run goes to out/ under the name of its loss, where the spee
 too. The reference is the model of --init_from, as it was before step 0. Everything that stays fixed
 during training (the reference's log-probs, its samples for the KL term, the reward models' scores)
 is computed once before training and stored as columns of the data set. A training step is then one
-forward and one backward pass of the policy. Default numbers stand at the top of train_policy.py.
+forward and one backward pass of the policy. The default numbers are at the top of train_policy.py.
+With --lora=16 only a small adapter is trained; docs/data.md shows how to use your own data and
+models.
 """
 import math
 
@@ -57,13 +59,13 @@ from support.tokens import default_block_size, example_lengths, longest_sample
 from support.training_flags import policy_flags
 from zoo import all_losses
 
-# ------ the numbers of a run: those in lower case are defaults of the flags of the same names
+# ------ the numbers of a run: each name in lower case is a flag, and the number its default
 
 SFT = dict(                     # --loss=sft, which makes the reference policy
     max_steps=1500,             # optimizer steps
     batch_size=32,              # prompts in a step, each with its demonstrations
     lr=4e-3,                    # peak learning rate; a hundredth of it for models as wide as GPT-2
-    lora_lr=10,                 # --lora multiplies lr by this, which has no flag of its own
+    lora_lr=10,                 # with --lora, lr is multiplied by this (not a flag)
     n_layer=2,                  # layers of the model from scratch,
     n_head=4,                   # its attention heads,
     n_embd=128,                 # its width,
@@ -135,8 +137,8 @@ def statistics(logps, batch):
     """Computes the numbers to watch, which docs/glossary.md explains.
 
     logps: (B, K) summed log-probs of the policy, in nats. batch: a TreeBatch. Returns {name: (P,)},
-    one number for each pair, times the pair's weight in its row. The KL has one for each row, (B,).
-    SFT has no reference, and so nothing to watch: {}.
+    one number for each pair, times the pair's weight in its row. The KL has one number for each
+    row, (B,). SFT has no reference to compare with, so it returns {}.
     """
     if batch.ref_logps is None:
         return {}
@@ -153,7 +155,7 @@ def statistics(logps, batch):
 
 
 def picked_members(logps, batch, beta):
-    """Tells which reward models e-DPO's minimum picks.
+    """Says which reward models e-DPO's minimum picks.
 
     logps: (B, K) summed log-probs. batch: a TreeBatch with rewards by M models. Returns
     {"picked_0": (P,), ..., "picked_<M - 1>": (P,)}: a pair's weight in its row if its minimum is at
@@ -165,8 +167,8 @@ def picked_members(logps, batch, beta):
 
 
 def row_terms(dataset, loss):
-    """Counts the terms that each row adds to the mean loss, (N,): for SFT its response tokens, else
-    1.
+    """Counts the terms that each row adds to the mean loss: for SFT its response tokens, for other
+    losses 1. Returns (N,).
 
     A step divides by the number of terms that a batch has on average. It does not divide by the
     tokens of its own batch: all rows of a batch have similar lengths, so short responses would
@@ -179,9 +181,10 @@ def row_terms(dataset, loss):
 
 @torch.no_grad()
 def evaluate(policy, dataset, args, flags, device):
-    """Computes means of the loss and of the numbers to watch over a whole data set: {name: number}.
+    """Computes means of the loss and of the numbers to watch over a whole data set.
 
     flags: those of the loss, with the gamma of the last step, so that you can compare evaluations.
+    Returns {name: number}.
     """
     total = int(row_terms(dataset, args.loss).sum())
     size = 4 * args.micro_batch_size    # without a gradient, a row takes less memory
@@ -200,7 +203,7 @@ def evaluate(policy, dataset, args, flags, device):
 
 
 def reward_of_samples(policy, prompts, judges, tokenizer, args):
-    """Measures what --select goes by: the mean reward of one sample for each prompt.
+    """Measures what --select chooses by: the mean reward of one sample for each prompt.
 
     prompts: lists of token ids. judges: {folder: RewardModel}, which reward the samples; with none,
     TinyTLDR's oracle does. Returns {"reward": the mean, "unended": the fraction of samples that
@@ -214,8 +217,8 @@ def reward_of_samples(policy, prompts, judges, tokenizer, args):
 
 def show_samples(policy, prompts, judges, tokenizer, args):
     """Prints the policy's reply to each of a few prompts (lists of token ids), and its reward: the
-    oracle's on TinyTLDR, elsewhere the mean of the reward models {folder: model} in `judges`. The
-    random numbers are the same each time, from a generator of their own."""
+    oracle's on TinyTLDR, on other data the mean of the reward models {folder: model} in `judges`.
+    Each call draws with the same random numbers, from a generator of their own."""
     replies = sample(policy, prompts, SAMPLE_TOKENS, ends_of(tokenizer), [args.seed, 6],
                      desc="samples to show")
     judges = {} if args.data == "tinytldr" else judges
@@ -296,7 +299,7 @@ def main(argv=None):
 
     # ---- model
     constants = key(hash_model(policy), hash_examples(train.examples), train.rewards)
-    if args.lora:                       # the policy was the reference so far, and stays inside
+    if args.lora:       # from here on an adapter is trained; the reference's weights stay frozen
         add_lora(policy, args.lora, args.init_from, args.seed)
     optimizer = adamw(policy, args.lr)
     run = Run(args, policy, optimizer, constants)

@@ -40,13 +40,13 @@ from support.tokenizer import check_vocabulary, save_tokenizer
 from support.training_flags import reward_flags
 from train_policy import GRAD_CLIP, adamw, learning_rate
 
-# ------ the numbers of a run: each is the default of the flag with the same name
+# ------ the numbers of a run: each name is a flag, and the number its default
 
 NUMBERS = dict(
     max_steps=200,              # optimizer steps
     batch_size=32,              # prompts in a step, each with its pair
     lr=5e-4,                    # peak learning rate; a hundredth of it for models as wide as GPT-2
-    lora_lr=10,                 # --lora multiplies lr by this, which has no flag of its own
+    lora_lr=10,                 # with --lora, lr is multiplied by this (not a flag)
     rho=0.2,                    # TinyTLDR: in this fraction of the pairs the longer response wins
     n_pairs=1000,               # TinyTLDR: training pairs,
     pool=5000,                  # chosen from this many
@@ -73,8 +73,8 @@ def statistics(rewards, batch):
 
 @torch.no_grad()
 def evaluate(reward_model, dataset, args, device):
-    """Computes means of the loss and of the numbers to watch over a whole data set:
-    {name: number}."""
+    """Computes means of the loss and of the numbers to watch over a whole data set. Returns {name:
+    number}."""
     size = 4 * args.micro_batch_size    # without a gradient, a row takes less memory
     sums = {}
     for part in micro_batches(np.arange(len(dataset)), size):
@@ -100,7 +100,7 @@ def main(argv=None):
     # ---- data: one training set, or one for each member of the family
     train, validation = training_pairs(args, tokenizer, policy, device)
     validation = by_length(validation.first(args.n_eval))
-    if args.lora:                       # all members share the policy's weights, and adapt them
+    if args.lora:       # members share the policy's frozen weights; each trains an adapter
         add_lora(policy, args.lora, args.init_from, args.seed)
     if not args.bias:
         return train_one(args, policy, tokenizer, train, validation, device)

@@ -54,47 +54,63 @@ def parse_flags(argv):
     add("--data", required=True, help="preference pairs: a file or a hub name")
     add("--sft_data", required=True, help="demonstrations: a file or a hub name (preference pairs "
         "serve too)")
-    add("--out", required=True, help="folder for all runs and the report")
+    add("--out", required=True, help="the folder for all runs and the report")
     parser.add_shared("skip_bad_rows")
-    add("--init_from", default="gpt2", help="what SFT starts from: a hub name, a folder in GPT-2's "
-        "layout, or scratch")
-    add("--labels", default="oracle", choices=["oracle", "human"], help="of the pairs that all but "
-        "the oracle learn from")
-    add("--rho", type=fraction_or_all, default=0.2, help="fraction of these pairs in which the "
-        "longer response is preferred, or all for the pairs as they are")
-    add("--n_pairs", type=positive_int, help="pairs to train on (default: as many as there are)")
-    add("--family", default="bias", choices=["bias", "seeds", "scores"], help="e-DPO's reward "
-        "models: differing in length bias; or in their seed, which also draws D_rho; or (for all "
-        "losses that distil) the scores in --data's own columns")
-    add("--bias", type=comma_separated(fraction, "fractions"), help="with --family=bias (default: "
-        "0.2,0.4,0.5,0.6,0.8)")
-    add("--seeds", type=comma_separated(seed, "seeds"), help="with --family=seeds (default: "
-        "0,1,2,3,4)")
-    add("--losses", default=",".join(PAPER), help="the policies to train, of "
+    add("--init_from", default="gpt2", help="the model that SFT starts from: a name on the hub, a "
+        "folder in Hugging Face's layout, or scratch (default: gpt2)")
+    add("--labels", default="oracle", choices=["oracle", "human"], help="who labels the pairs that "
+        "reward models and policies learn from: the oracle (the default), a reward model trained "
+        "on people's labels; or people themselves")
+    add("--rho", type=fraction_or_all, default=0.2, help="choose these pairs such that the longer "
+        "response is preferred in this fraction of them; the word all takes the pairs as they are "
+        "(default: 0.2)")
+    add("--n_pairs", type=positive_int, help="how many pairs to train on (default: as many as "
+        "there are)")
+    add("--family", default="bias", choices=["bias", "seeds", "scores"], help="how e-DPO's reward "
+        "models differ: bias, in the length bias of their pairs (the default); seeds, in their "
+        "seed, which also draws D_rho; with scores, all losses that distil use the scores in "
+        "--data's own columns instead of reward models")
+    add("--bias", type=comma_separated(fraction, "fractions"), help="the length biases of "
+        "--family=bias (default: 0.2,0.4,0.5,0.6,0.8)")
+    add("--seeds", type=comma_separated(seed, "seeds"), help="the seeds of --family=seeds "
+        "(default: 0,1,2,3,4)")
+    add("--losses", default=",".join(PAPER), help="the policies to train, out of "
         f"{', '.join(PREFERENCE_LOSSES)} (default: the paper's six)")
-    add("--beta", type=positive_float, help="of the losses that have it (default: the loss's, "
-        "chosen on TinyTLDR; so for --tau and --gamma)")
-    add("--tau", type=positive_float, help="of the losses that have it")
-    add("--gamma", type=first_last, help="of the losses that have it: FIRST,LAST or one number")
+    add("--beta", type=positive_float, help="one beta for all losses that have it (default: each "
+        "loss's own, chosen on TinyTLDR; the same goes for --tau and --gamma)")
+    add("--tau", type=positive_float, help="one tau for all losses that have it")
+    add("--gamma", type=first_last, help="one gamma for all losses that have it: FIRST,LAST or a "
+        "single number")
     # how much: the paper's numbers where it has some
-    add("--sft_steps", type=positive_int, default=3000, help="of SFT")
-    add("--sft_batch_size", type=positive_int, default=32, help="of SFT")
-    add("--sft_lr", type=positive_float, default=5e-5, help="of SFT")
-    add("--oracle_steps", type=positive_int, default=3000, help="of the oracle")
-    add("--rm_steps", type=positive_int, default=3000, help="of every other reward model")
-    add("--rm_batch_size", type=positive_int, default=64, help="of the oracle and reward models")
-    add("--rm_lr", type=positive_float, default=4e-6, help="of the oracle and reward models")
-    add("--steps", type=positive_int, default=10_000, help="of every policy")
-    add("--batch_size", type=positive_int, default=16, help="of every policy")
-    add("--lr", type=positive_float, default=1e-6, help="of every policy")
-    add("--micro_batch_size", type=positive_int, default=16, help="rows in one pass, everywhere")
-    add("--max_new_tokens", type=positive_int, help="longest sample, in tokens (default: what 99%% "
-        "of the responses need)")
+    add("--sft_steps", type=positive_int, default=3000, help="steps of SFT (default: 3000)")
+    add("--sft_batch_size", type=positive_int, default=32, help="rows in a step of SFT (default: "
+        "32)")
+    add("--sft_lr", type=positive_float, default=5e-5, help="peak learning rate of SFT (default: "
+        "5e-5)")
+    add("--oracle_steps", type=positive_int, default=3000, help="steps of the oracle (default: "
+        "3000)")
+    add("--rm_steps", type=positive_int, default=3000, help="steps of every other reward model "
+        "(default: 3000)")
+    add("--rm_batch_size", type=positive_int, default=64, help="pairs in a step of the oracle and "
+        "of reward models (default: 64)")
+    add("--rm_lr", type=positive_float, default=4e-6, help="peak learning rate of the oracle and "
+        "of reward models (default: 4e-6)")
+    add("--steps", type=positive_int, default=10_000, help="steps of every policy (default: 10000)")
+    add("--batch_size", type=positive_int, default=16, help="pairs in a step of every policy "
+        "(default: 16)")
+    add("--lr", type=positive_float, default=1e-6, help="peak learning rate of every policy "
+        "(default: 1e-6)")
+    add("--micro_batch_size", type=positive_int, default=16, help="rows in one forward pass, in "
+        "all of these runs (default: 16)")
+    add("--max_new_tokens", type=positive_int, help="how long a sample may be, in tokens (default: "
+        "what 99%% of the responses need)")
     parser.add_shared("missing_eos_penalty")
-    add("--n_prompts", type=positive_int, default=1000, help="test prompts")
+    add("--n_prompts", type=positive_int, default=1000, help="use at most this many test prompts "
+        "(default: 1000)")
     for size, default in SIZES.items():
-        add(f"--{size}", type=positive_int, help=f"with --init_from=scratch (default: {default})")
-    add("--seed", type=seed, default=0, help="of everything")
+        add(f"--{size}", type=positive_int, help=f"{size} of a model from scratch, with "
+            f"--init_from=scratch (default: {default})")
+    add("--seed", type=seed, default=0, help="seed of every run (default: 0)")
     parser.add_shared("device", "dtype")
     args = parser.parse_args(argv)
     args.losses = args.losses.split(",")

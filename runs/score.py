@@ -38,16 +38,16 @@ def parse_flags(argv):
     add = parser.add_argument
     add("--data", required=True, help="preferences: a file, a folder or a hub name")
     parser.add_shared("skip_bad_rows")
-    add("--rewards", default="out/rms", help="reward models, or folders of families, "
-        "comma-separated")
-    add("--out", default="out/scored.jsonl", help="the file to write")
-    add("--max_new_tokens", type=positive_int, help="where the responses are samples, their "
-        "longest: those with so many tokens (of the reward models) were cut off, and are counted")
+    add("--rewards", default="out/rms", help="the reward models that score: folders of single ones "
+        "or of families, separated by commas (default: out/rms)")
+    add("--out", default="out/scored.jsonl", help="the file to write (default: out/scored.jsonl)")
+    add("--max_new_tokens", type=positive_int, help="if the responses are samples: how many tokens "
+        "(of the reward models) they could have. Those with as many were cut off, and are counted")
     parser.add_shared("missing_eos_penalty", "device", "dtype")
     args = parser.parse_args(argv)
     args.seed = 0
     resolve(args, {"missing_eos_penalty": (args.max_new_tokens is not None, None,
-                                           "--max_new_tokens, which tells what was cut off")})
+                                           "--max_new_tokens, which says what was cut off")})
     if os.path.isdir(args.out) or not args.out.endswith(".jsonl"):
         raise InputError(f"--out: {args.out!r} is not the name of a .jsonl file")
     if os.path.realpath(args.out) == os.path.realpath(args.data):
@@ -57,7 +57,8 @@ def parse_flags(argv):
 
 
 def load(folders, device):
-    """{folder: RewardModel}, and the tokenizer that all of them read."""
+    """Reads reward models. Returns {folder: RewardModel} and the tokenizer that all of them read.
+    """
     tokenizer = get_tokenizer(own_tokenizer(folders[0]))
     for folder in folders:
         check_same_tokenizer(f"--rewards: {folder}", folder, tokenizer)

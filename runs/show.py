@@ -21,15 +21,15 @@ PLAIN, *COLOURS = [f"\033[{code}m" for code in (0, 32, 31, 34, 35)]     # green,
 def parse_flags(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--data", required=True, help="a JSONL, JSON, CSV or Parquet file, a folder of them, or a "
-        "hub name")
+    add("--data", required=True, help="a JSONL, JSON, CSV or Parquet file, a folder of such files, "
+        "or a name on the Hugging Face hub")
     add("--sft", action="store_true", help="read demonstrations (prompt, completion), as "
         "--loss=sft does")
     parser.add_shared("skip_bad_rows")
-    add("--tokenizer", default="gpt2", help="tinytldr, a name that tiktoken knows, or "
-        "the folder of a model with its own")
+    add("--tokenizer", default="gpt2", help="tinytldr, a name that tiktoken knows, or the folder "
+        "of a model that has its own, whose chat template then renders messages (default: gpt2)")
     add("--block_size", type=positive_int, default=1024, help="longest prompt + response, in "
-        "tokens")
+        "tokens (default: 1024)")
     args = parser.parse_args(argv)
     return args
 

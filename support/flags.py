@@ -77,7 +77,7 @@ def lost_processes():
 
 @contextlib.contextmanager
 def naming(flag):
-    """Puts a flag, or what else was read, before the message of an InputError."""
+    """Puts the name of a flag, or of what was read, before the message of an InputError."""
     try:
         yield
     except InputError as error:
@@ -174,18 +174,21 @@ def held_out_split(text):
 
 SHARED = {          # {flag: its options for argparse}, for Parser.add_shared
     "device": dict(default="auto", choices=["auto", "cpu", "cuda", "mps", "xla"],
-                   help="where to compute; auto: cuda if there is one, else cpu"),
+                   help="where to compute (default: auto, which takes cuda if there is one, else "
+                        "cpu)"),
     "dtype": dict(default="auto", choices=["auto", "float32", "bfloat16"],
-                  help="of matrix products; weights, losses and sums stay float32 (auto: bfloat16 "
-                       "on xla, and on cuda from an A100 on)"),
+                  help="the type of matrix products; weights, losses and sums are float32 all the "
+                       "same (default: auto, which is bfloat16 on xla and on an A100 or newer, "
+                       "else float32)"),
     "skip_bad_rows": dict(action="store_true", default=None,
                           help="leave out the rows of --data in which something is wrong, and say "
-                               "which"),
+                               "which ones"),
     "missing_eos_penalty": dict(type=not_negative_float,
-                                help="what a sample that was cut off, and so has no end-of-text "
-                                     "token, loses of its reward (default: nothing)"),
+                                help="how much reward a sample loses if it was cut off before its "
+                                     "end-of-text token (default: nothing)"),
     "temperature": dict(type=temperature, default=1.0,
-                        help="of sampling, up to 100; 0 takes the most likely token"),
+                        help="temperature of sampling, up to 100; 0 always takes the most likely "
+                             "token (default: 1)"),
 }
 
 
@@ -194,23 +197,30 @@ def comparison_flags(argv, doc, methods=()):
     names of their folders in out/. Returns an argparse.Namespace."""
     parser = Parser(doc)
     add = parser.add_argument
-    add("policies", nargs="*", help="run folders of policies (default: the six methods in out/)")
-    add("--ref", default="out/sft", help="run folder of the reference policy")
-    add("--rms", help="reward models, or folders of families, comma-separated, whose accuracy to "
-        "report (if no policies are named: out/rm,out/rms)")
-    add("--oracle", help="run folder of a reward model that scores the samples (default: "
+    add("policies", nargs="*", help="the policies to compare: the folders of their runs (default: "
+        "the six methods in out/)")
+    add("--ref", default="out/sft", help="the folder of the reference policy's run (default: "
+        "out/sft)")
+    add("--rms", help="also report the accuracy of these reward models: folders of single ones or "
+        "of families, separated by commas (default, if no policies are named: out/rm,out/rms)")
+    add("--oracle", help="the folder of a reward model that scores the samples (default: "
         "tinytldr's oracle)")
-    add("--relabel", help="run folder of a reward model that relabels the pairs for --rms")
-    add("--data", default="tinytldr", help="where the held-out prompts and pairs come from")
+    add("--relabel", help="the folder of a reward model that labels the pairs for --rms")
+    add("--data", default="tinytldr", help="where the held-out prompts and pairs come from "
+        "(default: tinytldr)")
     parser.add_shared("skip_bad_rows")
     add("--split", default="test", type=held_out_split, metavar="{validation,test}",
-        help="which of the held-out prompts (a split of the data set itself: --data=NAME:SPLIT)")
-    add("--out_dir", default="out/report", help="where report.md, results.json and figures go")
-    add("--n_prompts", type=up_to_30000, default=1000, help="held-out prompts, at most")
-    add("--show", type=not_negative_int, default=5, help="prompts whose samples are printed")
-    add("--seed", type=seed, help="of the data and of sampling (default: 0)")
-    add("--max_new_tokens", type=positive_int, help="longest sample (default: 64 on tinytldr, else "
-        "what 99%% of the held-out responses need)")
+        help="which of the held-out prompts to use (default: test); to name a split of the data "
+        "set itself, write --data=NAME:SPLIT")
+    add("--out_dir", default="out/report", help="the folder for report.md, results.json and the "
+        "figures (default: out/report)")
+    add("--n_prompts", type=up_to_30000, default=1000, help="use at most this many held-out "
+        "prompts (default: 1000)")
+    add("--show", type=not_negative_int, default=5, help="print the samples for this many prompts "
+        "(default: 5)")
+    add("--seed", type=seed, help="seed of the data and of sampling (default: 0)")
+    add("--max_new_tokens", type=positive_int, help="how long a sample may be, in tokens (default: "
+        "64 on tinytldr, else what 99%% of the held-out responses need)")
     parser.add_shared("missing_eos_penalty", "temperature", "device", "dtype")
     args = parser.parse_intermixed_args(argv)       # policies may stand between flags
     if not args.policies:
@@ -234,28 +244,33 @@ def talk_flags(argv, doc):
     """Reads and checks the flags of sample.py. Returns an argparse.Namespace."""
     parser = Parser(doc)
     add = parser.add_argument
-    add("policy", help="a run folder, or a folder or hub name in Hugging Face's GPT-2 layout")
+    add("policy", help="the folder of a run or of a Hugging Face model, or a model's name on the "
+        "hub")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", help="what to answer (default: for a model of TinyTLDR one of "
-                        "its test posts, by --seed; else what you type, line by line, or what is "
-                        "piped in, split at blank lines)")
-    source.add_argument("--prompt_file", help="a text file that is one prompt")
-    source.add_argument("--data", help="answer held-out prompts: of tinytldr, of a file of "
-                        "preferences or demonstrations, or of a hub name")
+    source.add_argument("--prompt", help="the text to answer (default: a model of TinyTLDR gets "
+                        "one of its test posts, chosen by --seed; any other model gets what you "
+                        "type, line by line, or what is piped in, split at blank lines)")
+    source.add_argument("--prompt_file", help="a text file, all of which is one prompt")
+    source.add_argument("--data", help="answer held-out prompts of tinytldr, of a file of "
+                        "preferences or demonstrations, or of a data set on the hub")
     parser.add_shared("skip_bad_rows")
     add("--split", type=held_out_split, metavar="{validation,test}", help="which of the held-out "
-        "prompts (default: test; a split of the data set itself: --data=NAME:SPLIT)")
-    add("--n_prompts", type=positive_int, help="held-out prompts, at most (default: 5)")
-    add("--chat", action="store_true", help="a prompt is what a person says in a dialogue, which "
-        "each policy remembers as far as it has room")
-    add("--compare", action="store_true", help="also ask the policy that it was trained from")
+        "prompts to answer (default: test); to name a split of the data set itself, write "
+        "--data=NAME:SPLIT")
+    add("--n_prompts", type=positive_int, help="answer at most this many held-out prompts "
+        "(default: 5)")
+    add("--chat", action="store_true", help="hold a dialogue: each prompt is your next turn, and "
+        "each policy remembers what was said before, as far as it has room")
+    add("--compare", action="store_true", help="also ask the policy that this one was trained from")
     add("--n", type=up_to_1000, help="samples for each prompt (default: 1)")
-    add("--seed", type=seed, help="of sampling, and of the post (default: 0)")
-    add("--max_new_tokens", type=positive_int, default=64, help="longest sample")
+    add("--seed", type=seed, help="seed of sampling, and of the choice of a post (default: 0)")
+    add("--max_new_tokens", type=positive_int, default=64, help="how long a sample may be, in "
+        "tokens (default: 64)")
     parser.add_shared("temperature", "device", "dtype")
-    add("--top_k", type=positive_int, help="sample from the most likely tokens, so many of them")
-    add("--top_p", type=positive_fraction, help="sample from the most likely tokens, as many as "
-        "hold this fraction of the probability (after --temperature and --top_k)")
+    add("--top_k", type=positive_int, help="sample only from this many tokens, the most likely "
+        "ones")
+    add("--top_p", type=positive_fraction, help="sample only from the most likely tokens that "
+        "together hold this fraction of the probability (applied after --temperature and --top_k)")
     args = parser.parse_args(argv)
     prompts = args.prompt is not None or args.prompt_file is not None
     posts = not prompts and args.data in (None, "tinytldr")     # which depend on --seed
@@ -291,8 +306,8 @@ def resolve(args, flags):
 
 
 def check_out_dir(out_dir, inputs={}, flag="--out_dir"):
-    """Says before the work, not after it, that a folder can't be made, or that it is, holds or lies
-    in one of the inputs. inputs: {flag: comma-separated paths, or None}."""
+    """Raises InputError before the work, not after it, if a folder can't be made, or if it is one
+    of the inputs, holds one or lies in one. inputs: {flag: comma-separated paths, or None}."""
     own = os.path.realpath(out_dir)
     for name, paths in inputs.items():
         for path in (paths or "").split(","):

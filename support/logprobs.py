@@ -1,10 +1,20 @@
-"""Computes the log-probs of given tokens from hidden states: what log_softmax and gather give,
-without their arrays. Prepares the weight of the head, which turns hidden states into logits.
+"""Computes the log-probs of given tokens from hidden states, as log_softmax and gather would, but
+with one large array instead of several. Prepares the weight of the head, which turns hidden states
+into logits.
 
-Over a vocabulary of 50,000 the logits are the largest array there is, and passes over memory are
-what they cost. Autograd would keep one array for each operation; `token_logps` writes exp(logits)
-over the logits, and the gradient, one-hot(target) - softmax, over that. tests/test_tree.py shows
-that values and gradients are those of log_softmax.
+With a vocabulary of 50,000 tokens the logits are the largest array of a training step, and what
+they cost is passes over memory. Autograd would keep an array for each operation. `token_logps`
+writes exp(logits) over the logits, and their gradient over that. tests/test_tree.py shows that
+values and gradients are those of log_softmax.
+
+The gradient, by hand: let z be the logits of one token's place, and t the token. Then
+
+    logp = z[t] - log(sum over v of exp(z[v]))
+
+and its derivative with respect to z[v] is (1 if v is t, else 0) - softmax(z)[v]: in short,
+one-hot(t) - softmax(z). The backward pass multiplies this by g, the loss's derivative with respect
+to logp, and passes it on through the matrix product z = W h: to h as the gradient times W, to W as
+the gradient's transpose times h.
 """
 import torch
 import torch.nn.functional as F
@@ -23,11 +33,11 @@ def head_weight(weight, dtype):
     """Returns the weight of a head, (vocab, C), ready for products in `dtype`, and the mean row,
     (C,), that was subtracted from it: for bfloat16 the weight is centred before it is rounded.
 
-    The mean row adds the same number to all logits of a position, which no probability depends on.
-    In GPT-2 that number is near -110, where bfloat16 numbers are 0.5 apart, so it costs the others
-    their digits. Without it the logits are near 0. float32 and float64 are left as they are, with
-    None for the mean. The gradient with respect to the weight needs no change either: over the
-    vocabulary it adds up to 0.
+    The mean row adds the same number to all logits of a position, and a softmax does not notice
+    that. In GPT-2 the number is near -110, where bfloat16 numbers are 0.5 apart, so the differences
+    between logits would be rounded away. Without it the logits are near 0. float32 and float64 are
+    left as they are, with None for the mean. The gradient with respect to the weight needs no
+    change either, because over the vocabulary it adds up to 0.
     """
     wide = torch.promote_types(dtype, torch.float32)
     if dtype == wide:
@@ -36,30 +46,31 @@ def head_weight(weight, dtype):
     return torch.cat([(rows - mean).to(dtype) for rows in weight.split(ROWS)]), mean
 
 
-@torch.compiler.disable      # it would make new arrays for what is done in place
+@torch.compiler.disable      # compiled, it would make new arrays for what is done in place
 def token_logps(hidden, weight, target):
-    """Returns log softmax(hidden @ weight.T)[target] for R tokens, (R,).
+    """Returns the log-prob of one token at each of R places, (R,): log_softmax(hidden @ weight.T)
+    at its target.
 
-    hidden: (R, C); weight: (vocab, C); target: (R,) int64. Products are in autocast's type, if it
-    is on. The targets' own logits and everything that is added up are float32 (float64 for float64
-    inputs).
+    hidden: (R, C); weight: (vocab, C); target: (R,) int64. Matrix products are in autocast's type,
+    if it is on. The targets' own logits and all sums are float32 (float64 for float64 inputs).
     """
     return TokenLogps.apply(hidden, weight, target, product_type(hidden), torch.is_grad_enabled())
 
 
 class TokenLogps(torch.autograd.Function):
+    """`token_logps` with its gradient by hand, ROWS tokens at a time."""
 
     @staticmethod
     def forward(ctx, hidden, weight, target, dtype, keep):
-        """Computes `token_logps`. dtype: of the matrix products. keep: there will be a backward
-        pass."""
+        """Computes `token_logps`. dtype: of the matrix products. keep: whether there will be a
+        backward pass, which needs exp(logits)."""
         wide = torch.promote_types(dtype, torch.float32)
         ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
         ctx.kept, logps = [], []
         ctx.weight, mean = head_weight(weight, dtype)
         few = 32 if hidden.device.type == "cpu" else ROWS
         for h, t in zip(hidden.split(ROWS), target.split(ROWS)):
-            if dtype != wide:       # one product for each target: no need to round it
+            if dtype != wide:       # the target's own logit is cheap to compute without rounding
                 own = ((weight[t] - mean) * h).sum(dim=1, keepdim=True, dtype=wide)     # (rows, 1)
             h = h.to(dtype)
             logits = h @ ctx.weight.t()                                 # (rows, vocab)
@@ -71,7 +82,7 @@ class TokenLogps(torch.autograd.Function):
             total = torch.cat(sums)                                     # (rows, 1)
             if dtype == wide:
                 logps.append((wanted - top - total.log()).squeeze(1))
-            else:       # from the log-odds of the target, with its own logit
+            else:       # p = exp(own) / (exp(own) + others) = sigmoid(own - log(others))
                 others = (total - exp.gather(1, t[:, None])).clamp(min=0)           # (rows, 1)
                 logps.append(F.logsigmoid(own - top - others.log()).squeeze(1))
             if keep:
@@ -82,12 +93,12 @@ class TokenLogps(torch.autograd.Function):
     def backward(ctx, grad):
         grad_hidden, grad_weight = [], None
         for g in grad[:, None].split(ROWS):                             # (rows, 1)
-            h, t, exp, total = ctx.kept.pop(0)      # overwritten and freed: no second backward pass
-            grad_logits = exp.mul_((-g / total).to(exp.dtype))     # (rows, vocab), -g * softmax
+            h, t, exp, total = ctx.kept.pop(0)      # overwritten below: works for one backward pass
+            grad_logits = exp.mul_((-g / total).to(exp.dtype))      # (rows, vocab), -g * softmax
             rows = torch.arange(len(t), device=t.device)
             grad_logits[rows, t] += g.squeeze(1).to(exp.dtype)          # + g * one-hot
             grad_hidden.append((grad_logits @ ctx.weight).to(ctx.hidden_dtype))
-            if not ctx.needs_input_grad[1]:         # a frozen head, as with --lora
+            if not ctx.needs_input_grad[1]:         # the head is frozen, as with --lora
                 pass
             elif grad_weight is None:
                 grad_weight = (grad_logits.t() @ h).to(ctx.weight_dtype)         # (vocab, C)

@@ -1,5 +1,6 @@
-"""RMSNorm (Zhang and Sennrich, 2019) with its gradient by hand: what autograd makes of the formula
-goes over memory ten times more, which on a CPU takes a tenth of a training step, and keeps more."""
+"""RMSNorm (Zhang and Sennrich, 2019) with its gradient by hand. Left to autograd, the formula makes
+ten more passes over memory, which on a CPU take a tenth of a training step, and keeps more arrays.
+"""
 import torch
 import torch.nn.functional as F
 
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 def rms_norm(x, weight, eps):
     """Returns x / sqrt(mean(x^2) + eps) * weight, the mean over the last dimension. x: (..., C) of
     any type, weight: (C,). Computes in float32 at least; returns x's type."""
-    if x.device.type == "cuda":         # has one kernel for it, if both are of one type
+    if x.device.type == "cuda":         # torch has one kernel for it there, for a single type
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
     return RMSNorm.apply(x, weight, eps)
 

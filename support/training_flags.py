@@ -1,4 +1,4 @@
-"""Reads and checks the flags of the two training scripts. Their numbers stand at the top of
+"""Reads and checks the flags of the two training scripts. Their default numbers are at the top of
 train_policy.py and train_rm.py."""
 import argparse
 import contextlib
@@ -35,34 +35,42 @@ def policy_flags(argv, doc, of_sft, of_preferences, losses):
     """
     parser = training_parser(doc, lr=f"{of_sft['lr']:g} for sft, else {of_preferences['lr']:g}")
     add = parser.add_argument
-    add("--loss", default="e-dpo", choices=list(losses))
-    add("--rewards", help="folder of a reward model or of a family, or several, comma-separated "
-        "(default: out/rms for e-dpo, else out/rm); or scores: those that --data came with")
-    add("--beta", type=positive_float, help="scale of the implicit reward, in reward per nat "
-        "(default: the loss's, in losses.py; so for all that follow)")
-    add("--tau", type=positive_float, help="the margin to reach is 1 / (2 tau)")
-    add("--gamma", type=first_last, help="weight of the forward KL: FIRST,LAST, annealed linearly "
-        "over training, or one number for all of it")
+    add("--loss", default="e-dpo", choices=list(losses), help="what to minimise (default: e-dpo); "
+        "sft trains a reference policy, and docs/losses.md explains the others")
+    add("--rewards", help="the reward models to distil: the folder of one or of a family, or "
+        "several, separated by commas (default: out/rms for e-dpo, else out/rm). The word scores "
+        "takes the scores in the columns of --data instead")
+    add("--beta", type=positive_float, help="scale of the implicit reward, in reward per nat (each "
+        "loss has its own default, in losses.py or zoo.py; the same goes for the flags below)")
+    add("--tau", type=positive_float, help="IPO pushes the margin h to 1 / (2 tau)")
+    add("--gamma", type=first_last, help="weight of the KL term: FIRST,LAST, which grows linearly "
+        "over training, or one number for all of training")
     users = {}          # {flag of a loss: the losses that have it}
     for loss, (_, knobs, _) in losses.items():
         for knob, default in knobs.items():
             if knob not in users and knob not in ("beta", "tau", "gamma"):      # of a loss added
                 number = isinstance(default, (int, float))
+                whose = ", ".join(name for name in losses if knob in losses[name][1])
                 add(f"--{knob}", type=not_negative_float if number else str,
-                    help="see losses.py, zoo.py")
+                    help=f"the {knob} in the formula of {whose} (losses.py, zoo.py)")
             users.setdefault(knob, []).append(loss)
-    add("--max_new_tokens", type=positive_int, help="longest sample for the KL term and --select "
-        "(default: 64 on tinytldr, else what 99%% of the training responses need)")
+    add("--max_new_tokens", type=positive_int, help="how long samples for the KL term and for "
+        "--select may be, in tokens (default: 64 on tinytldr, else what 99%% of the training "
+        "responses need)")
     parser.add_shared("missing_eos_penalty")
-    add("--select", default="last", help="which evaluated checkpoint to keep: the last; that of "
-        "the lowest validation loss; or that whose samples for validation prompts earn most, "
-        "judged by the oracle (of tinytldr) or by reward models (a folder, as in --rewards)")
-    add("--n_layer", type=up_to_1000, help="of a model from scratch, as the next three "
+    add("--select", default="last", help="which checkpoint to keep: last (the default), or loss, "
+        "the one with the lowest validation loss. Or the one whose samples for validation prompts "
+        "earn most: oracle asks tinytldr's oracle, and a folder, as for --rewards, asks reward "
+        "models")
+    add("--n_layer", type=up_to_1000, help="layers of a model from scratch "
         f"(default: {of_sft['n_layer']})")
-    add("--n_head", type=positive_int, help=f"(default: {of_sft['n_head']})")
-    add("--n_embd", type=positive_int, help=f"(default: {of_sft['n_embd']})")
-    add("--block_size", type=positive_int, help="longest prompt + response, in tokens (default: "
-        "192 on tinytldr, else what 99%% of the rows need, from 192 to 1024)")
+    add("--n_head", type=positive_int, help="attention heads of a model from scratch "
+        f"(default: {of_sft['n_head']})")
+    add("--n_embd", type=positive_int, help="width of a model from scratch "
+        f"(default: {of_sft['n_embd']})")
+    add("--block_size", type=positive_int, help="longest prompt + response of a model from "
+        "scratch, in tokens (default: 192 on tinytldr, else what 99%% of the rows need, from 192 "
+        "to 1024)")
     args = parser.parse_args(argv)
 
     sft, tiny = args.loss == "sft", args.data == "tinytldr"
@@ -110,9 +118,9 @@ def reward_flags(argv, doc, numbers):
     parser.add_argument("--bias", type=comma_separated(fraction, "fractions"), help="train a "
                         "family: a reward model on each subset of D_rho in which the longer "
                         "response is preferred in this fraction of the pairs, such as 0.2,0.5,0.8")
-    parser.add_argument("--head", choices=["last", "sum"], help="the reward is read at the last "
-                        "token of a response, or summed over its tokens (default: sum on "
-                        "tinytldr, else last, the standard)")
+    parser.add_argument("--head", choices=["last", "sum"], help="where the reward is read: last, "
+                        "at the last token of a response, or sum, summed over its tokens (default: "
+                        "sum on tinytldr, else last, the standard)")
     args = parser.parse_args(argv)
     if args.init_from == "scratch":
         raise InputError("--init_from: a reward model starts from a language model, such as the "
@@ -132,43 +140,53 @@ def training_parser(doc, lr):
     lr: what --help says of its default."""
     parser = Parser(doc)
     add = parser.add_argument
-    add("--data", default="tinytldr", help="tinytldr, a JSONL/JSON/CSV/Parquet file, a folder of "
-        "them, or a hub name; NAME:SPLIT if there are several splits, such as train_prefs (or a+b)")
+    add("--data", default="tinytldr", help="what to train on: tinytldr, a JSONL, JSON, CSV or "
+        "Parquet file, a folder of such files, or a name on the Hugging Face hub. If there are "
+        "several splits, choose with NAME:SPLIT, such as NAME:train_prefs or NAME:a+b")
     parser.add_shared("skip_bad_rows")
-    add("--out_dir", help="the run folder")
-    add("--init_from", help="a run folder, a Hugging Face folder or hub name, or scratch")
-    add("--tokenizer", help="tinytldr, a name of tiktoken's, or the folder of a model "
-        "with its own (default: that of --init_from)")
-    add("--max_steps", type=positive_int, help="optimizer steps")
-    add("--batch_size", type=positive_int, help="rows (pairs) per optimizer step")
-    add("--micro_batch_size", type=positive_int, help="rows per forward pass (default: the batch)")
-    add("--lr", type=positive_float, help="peak learning rate: warm-up over 5%% of the steps, then "
-        f"a cosine down to zero (default: {lr}; a hundredth of that where n_embd is 512 or more; "
-        "ten times as much with --lora)")
+    add("--out_dir", help="the folder of the run (default: named after what it trains, in out/)")
+    add("--init_from", help="the model to start from: the folder of a run or of a Hugging Face "
+        "model, or a model's name on the hub (default: out/sft). With --loss=sft also scratch, "
+        "which is the default there")
+    add("--tokenizer", help="tinytldr, a name that tiktoken knows, such as gpt2, or the folder of "
+        "a model that has its own (default: the tokenizer of --init_from)")
+    add("--max_steps", type=positive_int, help="how many optimizer steps to train")
+    add("--batch_size", type=positive_int, help="rows (prompts with their responses) in each "
+        "optimizer step")
+    add("--micro_batch_size", type=positive_int, help="rows in one forward pass; fewer take less "
+        "memory (default: the whole batch)")
+    add("--lr", type=positive_float, help="peak learning rate, reached over the first 5%% of the "
+        f"steps and followed by a cosine down to zero (default: {lr}; a hundredth of that if "
+        "n_embd is 512 or more; ten times as much with --lora)")
     add("--lora", type=up_to_1000, metavar="RANK", help="train a LoRA adapter of this rank, such "
-        "as 16, and leave the model of --init_from as it is: less memory, and a run folder "
-        "with the adapter alone, in PEFT's layout")
-    add("--merge_lora", action="store_true", default=None, help="write the whole model, with the "
-        "adapter added to its weights, instead of the adapter")
-    add("--seed", type=seed, default=0, help="of the data, initial weights and the batch order")
-    add("--eval_every", type=positive_int, help="steps between evaluations, which save the state")
+        "as 16, and leave the model of --init_from as it is. This takes less memory, and the run "
+        "folder gets the adapter alone, in PEFT's layout")
+    add("--merge_lora", action="store_true", default=None, help="at the end, add the adapter to "
+        "the model's weights and write the whole model")
+    add("--seed", type=seed, default=0, help="seed of the data, of the initial weights and of the "
+        "order of batches (default: 0)")
+    add("--eval_every", type=positive_int, help="steps between evaluations; each also saves the "
+        "state of the run")
     add("--n_eval", type=positive_int, help="rows in each evaluation (default: 256, or fewer in a "
-                                            "short run)")
+        "short run)")
     parser.add_shared("device", "dtype")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="use torch.compile")
-    add("--fsdp", action="store_true", help="with torchrun: every process keeps a part of the "
+    add("--fsdp", action="store_true", help="with torchrun: each process keeps only a part of the "
         "weights, for models too large for one device")
-    add("--gradient_checkpointing", action="store_true", help="keep less for the backward pass and "
-        "compute it again: less memory, more time")
-    add("--resume", action="store_true", help="go on from the state in --out_dir")
+    add("--gradient_checkpointing", action="store_true", help="keep less for the backward pass, "
+        "and compute it again when it is needed: less memory, more time")
+    add("--resume", action="store_true", help="continue the run in --out_dir from its saved state")
     # the preference data
-    add("--rho", type=fraction_or_all, help="fraction of the training pairs in which the longer "
-        "response is preferred, or all for the pairs as they are (default: 0.2 on tinytldr)")
-    add("--n_pairs", type=positive_int, help="training pairs (default: 1000 on tinytldr, else all)")
-    add("--pool", type=up_to_million, help="tinytldr: pairs to choose from (default: 5000)")
-    add("--label_temperature", type=not_negative_float, help="tinytldr: noise of the oracle's "
-        "labels (default: 0, none: the higher reward is always preferred)")
-    add("--relabel", help="a reward-model run folder: relabel the pairs of --data by it")
+    add("--rho", type=fraction_or_all, help="choose training pairs such that the longer response "
+        "is the preferred one in this fraction of them; the word all takes the pairs as they are "
+        "(default: 0.2 on tinytldr, else all)")
+    add("--n_pairs", type=positive_int, help="how many training pairs to take (default: 1000 on "
+        "tinytldr, else all)")
+    add("--pool", type=up_to_million, help="with tinytldr: how many pairs to sample, from which "
+        "the training pairs are chosen (default: 5000)")
+    add("--label_temperature", type=not_negative_float, help="with tinytldr: noise in the oracle's "
+        "labels (default: 0, which always prefers the response with the higher reward)")
+    add("--relabel", help="let a reward model label the pairs of --data: the folder of its run")
     return parser
 
 
@@ -235,10 +253,10 @@ def check_folders(args, **inputs):
     check_out_dir(args.out_dir, {"init_from": start, "relabel": args.relabel, "data": folder,
                                  **inputs})
     if args.lora and start is None:
-        raise InputError("--lora: it adapts a model: name one by --init_from, which is scratch")
+        raise InputError("--lora: it adapts a model: name one by --init_from (now it is scratch)")
     if args.lora and args.fsdp:
-        raise InputError("--lora: not with --fsdp: most of the memory that it splits over the "
-                         "processes is not needed with --lora")
+        raise InputError("--lora: it doesn't work with --fsdp, which splits memory that --lora "
+                         "mostly does not need; leave one of them out")
     if vars(args).get("bias"):
         for _, folder, resume in family_to_train(args):
             check_free(folder, resume)

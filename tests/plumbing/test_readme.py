@@ -53,11 +53,15 @@ def test_nothing_is_left_to_fill_in(page):
 
 @each_page
 def test_files_and_images_that_it_links_to_exist(page):
-    """Links are relative to the page; a part of another page is named by one of its headings."""
+    """Links are relative to the page; a part of another page is named by one of its headings, a
+    line of code by its number."""
     for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text_of(page)):
         name, _, heading = link.partition("#")
         target = page.parent / name if name else page
         assert target.is_file(), link
+        if target.suffix == ".py" and heading:
+            assert 0 < int(heading.removeprefix("L")) <= len(text_of(target).splitlines()), link
+            continue
         headings = re.findall(r"^#+ (.*)$", text_of(target), flags=re.M) if heading else []
         anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in headings}
         assert not heading or heading in anchors, link
