@@ -61,13 +61,8 @@ def add_lora(model, rank, base, seed=0):
     numbers in A, which are drawn as nn.Linear draws its weight. A model that already has an adapter
     keeps it, to train it further. InputError if that has another rank, or lacks some layers.
     """
+    check_rank(model, rank)
     if model.lora_base is not None:
-        ranks = {len(getattr(layer, "lora_A", ())) for _, layer in linear_layers(model)}
-        if ranks != {rank}:
-            raise InputError(f"--lora={rank}: the adapter of --init_from does not have this rank "
-                             f"in all its layers, but {', '.join(map(str, sorted(ranks)))}; name "
-                             "its own rank, or leave --lora out to merge it and train the whole "
-                             "model")
         return
     generator = torch.Generator().manual_seed(seed)
     corrections = {}
@@ -76,6 +71,15 @@ def add_lora(model, rank, base, seed=0):
         nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
         corrections[name] = A, torch.zeros(layer.out_features, rank)
     put_lora(model, corrections, base)
+
+
+def check_rank(model, rank):
+    """Raises InputError if a model has an adapter already, of another rank or not of all layers."""
+    ranks = {len(getattr(layer, "lora_A", ())) for _, layer in linear_layers(model)}
+    if model.lora_base is not None and ranks != {rank}:
+        raise InputError(f"--lora={rank}: the adapter of --init_from does not have this rank in "
+                         f"all its layers, but {', '.join(map(str, sorted(ranks)))}; name its own "
+                         "rank, or leave --lora out to merge it and train the whole model")
 
 
 def put_lora(model, corrections, base):

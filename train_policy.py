@@ -19,7 +19,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from data import BatchOrder, by_length, demonstrations, get_tokenizer
-from lora import add_lora, merge_lora
+from lora import add_lora, check_rank, merge_lora
 from losses import PAPER, batch_loss, best_member, knobs, needs
 from model import GPT, GPTConfig
 from reward import (
@@ -270,6 +270,7 @@ def main(argv=None):
         policy = GPT(config)
     else:
         policy = GPT.from_pretrained(args.init_from, merge=not args.lora)
+        check_rank(policy, args.lora)
     check_vocabulary(policy, tokenizer, "--tokenizer")
     place(policy, device, args)         # with --fsdp, this process holds only a part of it
     reward_models = load_reward_models(args.rewards, "--rewards", policy, tokenizer, device)

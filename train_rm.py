@@ -20,7 +20,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from data import BatchOrder, biased_subset, by_length, get_tokenizer
-from lora import add_lora, merge_lora
+from lora import add_lora, check_rank, merge_lora
 from losses import bradley_terry, reward_margin
 from model import GPT
 from reward import RewardModel, training_pairs
@@ -93,6 +93,7 @@ def main(argv=None):
     args = parse_flags(argv)
     device = setup(args)
     policy = place(GPT.from_pretrained(args.init_from, merge=not args.lora), device, args)
+    check_rank(policy, args.lora)
     tokenizer = get_tokenizer(args.tokenizer)
     check_vocabulary(policy, tokenizer, "--tokenizer")
 

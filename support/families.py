@@ -142,7 +142,8 @@ def llama_sizes(config, sizes, where, say):
         raise InputError(f"{where}: config.json says {name} {config.get(name)!r}, {wanted}")
 
     if (sizes["head_size"] or sizes["n_embd"] // sizes["n_head"]) % 2:
-        refuse("hidden_size", "whose heads have an odd size, which RoPE can't turn in pairs")
+        name = "head_dim" if sizes["head_size"] else "hidden_size"
+        refuse(name, "which makes heads of an odd size: RoPE can't turn them in pairs")
     own = {"norm": "rms", "mlp": "swiglu"}
     # transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling. If a file
     # has both, transformers takes rope_scaling.
@@ -169,8 +170,11 @@ def llama_sizes(config, sizes, where, say):
         if not isinstance(layers, list) or len(layers) < n_layer or set(layers) - {0, 1}:
             refuse("no_rope_layers", "which is not a 0 or 1 for each layer")
         own["rope_layers"] = layers
-    slides = config["model_type"] == "mistral" or config.get("use_sliding_window") or (
-        "sliding_attention" in config.get("layer_types", []))
+    layer_types = config.get("layer_types", [])
+    if not isinstance(layer_types, list):
+        refuse("layer_types", "which is not a list")
+    slides = (config["model_type"] == "mistral" or config.get("use_sliding_window")
+              or "sliding_attention" in layer_types)
     if slides and config.get("sliding_window") is not None:
         check_value(config, "sliding_window", where)
         if config["sliding_window"] < sizes["block_size"]:      # up to there it sees everything

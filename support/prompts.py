@@ -96,6 +96,10 @@ def prompt_tokens(turns, tokenizer, room, chat):
     the last; or with `chat` all of them, as a dialogue that waits for the assistant's next reply:
     where they do not fit, the oldest are taken out of the list.
     """
+    try:
+        "".join(turns).encode()
+    except UnicodeEncodeError as error:     # a terminal's bytes, which may be anything
+        raise InputError("the prompt: not UTF-8 text") from error
     if not chat:
         return end_of(read_prompt(turns[-1], tokenizer), room)
     while True:

@@ -185,8 +185,8 @@ def divide(prompt, responses, columns, notes):
     given, (prompt, responses) = prompt, split(prompt, responses, columns, notes)
     for column, response in zip(columns, responses):
         text = response if isinstance(response, str) else "".join(
-            message["content"] or "(calls a tool)" for message in response
-            if message["role"] == "assistant")
+            message["content"] or "(calls a tool)" * bool(message.get("tool_calls"))
+            for message in response if message["role"] == "assistant")
         # In a whole dialogue a blank turn is what the assistant said; a blank column is a mistake.
         if BLANK.fullmatch(text) if given is not None or in_messages else not text:
             raise ValueError(f"the response {column!r} is empty")

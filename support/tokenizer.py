@@ -138,6 +138,9 @@ class FolderTokenizer:
         self.start = [token for token, _ in takewhile(lambda pair: pair[1], is_special)]
         self._read_settings(find)
         self.special[self.eot_token] = self.decode([self.eot_token])
+        self.before = MARK      # what stands before a text that goes on with another one
+        if self.encode_inside(["a"]) == [self.encode_ordinary("a")]:    # which nothing is put into
+            self.before = ""
 
     def _read_settings(self, find):
         """Finds the chat template, and the token that ends a response: the template's end of a
@@ -213,15 +216,30 @@ class FolderTokenizer:
         threads."""
         return [encoding.ids for encoding in self._encode(texts, self.tokenizer.encode_batch_fast)]
 
-    def encode_rendered(self, texts):
-        """Encodes what a chat template wrote, in which its special tokens are tokens. Returns for
-        each text (token ids, where each of them ends in the text)."""
+    def encode_inside(self, texts):
+        """Encodes texts that go on with another text. Some tokenizers, such as Llama 2's, put a
+        space where a text begins, which is not wanted here. Returns lists of token ids."""
+        encodings = self._encode([self.before + text for text in texts])
+        return [self._after(each, self.before)[0] for each in encodings]
+
+    def _after(self, encoding, before):
+        """Returns (token ids, where each ends) of an encoded text, without those of the text
+        `before` with which it begins."""
+        pairs = [(token, end - len(before)) for token, (_, end) in
+                 zip(encoding.ids, encoding.offsets) if not before or end > len(before)]
+        return [token for token, _ in pairs], [end for _, end in pairs]
+
+    def encode_rendered(self, texts, inside=False):
+        """Encodes what a chat template wrote, in which its special tokens are tokens. inside: the
+        texts go on with others. Returns for each text (token ids, where each of them ends in the
+        text)."""
+        before = self.before if inside else ""
         self.tokenizer.encode_special_tokens = False
         try:
-            encodings = self._encode([text for text in texts if MARK not in text])
+            encodings = self._encode([before + text for text in texts if MARK not in text])
         finally:
             self.tokenizer.encode_special_tokens = True
-        plain = ((each.ids, [end for _, end in each.offsets]) for each in encodings)
+        plain = (self._after(each, before) for each in encodings)
         return [self._encode_marked(text) if MARK in text else next(plain) for text in texts]
 
     def _encode_marked(self, text):
@@ -275,6 +293,13 @@ def prompt_ids(prompt, tokenizer):
         if template is not HH:
             return tokenizer.encode_rendered([prompt])[0][0]
     return text_start(tokenizer) + encode_text(prompt, tokenizer) or [tokenizer.eot_token]
+
+
+def encode_inside(texts, tokenizer):
+    """Encodes texts that go on with another text. Returns lists of token ids."""
+    if getattr(tokenizer, "before", ""):
+        return tokenizer.encode_inside(texts)
+    return tokenizer.encode_ordinary_batch(texts, num_threads=os.cpu_count())
 
 
 def text_start(tokenizer):

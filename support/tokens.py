@@ -20,10 +20,16 @@ from support.files import remove, remove_leftovers, replacing
 from support.flags import InputError, in_a_line
 from support.rows import load_rows, row_texts
 from support.sources import check_is_file, name_and_split, open_hub
-from support.tokenizer import encode_text, fingerprint, special_tokens, text_start
+from support.tokenizer import (
+    encode_inside,
+    encode_text,
+    fingerprint,
+    special_tokens,
+    text_start,
+)
 
 SAID = set()    # lines that are not to be printed again
-LAYOUT = 11     # raise it when the arrays below, or what is read into them, change
+LAYOUT = 12     # raise it when the arrays below, or what is read into them, change
 not_kept = {}   # {path: arrays} of files whose tokens could not be kept on disk, in this process
 SPLITS = np.array(["validation"] * 26 + ["test"] * 26 + ["train"] * 204)    # about 10, 10 and 80%
 
@@ -211,13 +217,16 @@ def encode_part(rows, tokenizer):
     segments = [row.get("segments") or segments_of(row, tokenizer) for row in rows]
     by_template = [template_of(tokenizer) is not HH and not isinstance(row["prompt"], str)
                    for row in rows]
-    texts, rendered = [], []        # what is text all through; what has a template's special tokens
+    texts, further = [], []         # what is text all through: prompts, and what goes on with them
+    rendered = []                   # what has a template's special tokens
     for is_rendered, (prompt, responses) in zip(by_template, segments):
         if is_rendered:
             rendered += [prompt, *(prompt + joined(response) for response in responses)]
         else:
-            texts += [prompt, *(text for response in responses for text, _ in response)]
+            texts.append(prompt)
+            further += [text for response in responses for text, _ in response]
     texts = iter(tokenizer.encode_ordinary_batch(texts, num_threads=os.cpu_count()))
+    further = iter(encode_inside(further, tokenizer))
     rendered = iter(tokenizer.encode_rendered(rendered) if rendered else ())
     end = tokenizer.eot_token
     for is_rendered, (prompt, responses) in zip(by_template, segments):
@@ -230,7 +239,7 @@ def encode_part(rows, tokenizer):
             if is_rendered:
                 ids = cut_out(prompt, prompt_ids, response, *next(rendered), tokenizer)
             else:
-                ids = [next(texts) for _ in response]
+                ids = [next(further) for _ in response]
             ids = [part if learnt else [~token for token in part]
                    for part, (_, learnt) in zip(ids, response)]
             ids = ids[0] if len(ids) == 1 else list(chain.from_iterable(ids))
@@ -244,7 +253,8 @@ def cut_out(prompt, prompt_ids, response, ids, ends, tokenizer):
     """Cuts the tokens of a rendered prompt and response, which end at `ends`, where the segments
     of the response do. Returns lists of ids, one for each segment."""
     if ids[:len(prompt_ids)] != prompt_ids:     # a token across the border between the two
-        return [part for part, _ in tokenizer.encode_rendered([text for text, _ in response])]
+        texts = [text for text, _ in response]
+        return [part for part, _ in tokenizer.encode_rendered(texts, inside=True)]
     place, parts, first = len(prompt), [], len(prompt_ids)
     for text, _ in response:
         place += len(text)

@@ -284,6 +284,10 @@ def test_another_rank(adapter):
     assert policy.lora_base == "base"
     with pytest.raises(InputError, match=r"--lora=4: the adapter of --init_from does not have"):
         add_lora(policy, 4, "adapter")
+    for script, loss in ((train_policy, ["--loss=dpo"]), (train_rm, [])):    # before data is read
+        flags = [*loss, "--init_from=adapter", "--tokenizer=tinytldr", "--data=tinytldr"]
+        with pytest.raises(InputError, match="--lora=4: the adapter of --init_from does not"):
+            script.main([*flags, "--lora=4", "--out_dir=new"])
 
 
 @pytest.mark.parametrize("script, flags, message", [

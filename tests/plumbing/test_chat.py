@@ -11,7 +11,8 @@ import sample
 from data import collate, get_tokenizer
 from model import GPT, GPTConfig
 from runs.score import record, scorable
-from support.chat import HH, ChatTemplate, chat_segments, segments_of, text_segments
+from support.chat import HH, MARK, ChatTemplate, chat_segments, segments_of, text_segments
+from support.flags import InputError
 from support.prompts import prompt_tokens
 from support.tokenizer import ends_of, save_tokenizer, to_text
 from support.tokens import encode, fit, prompts_of, tokenised_file
@@ -140,6 +141,37 @@ def test_names_inside_a_message_do_not_split_it(tokenizer, tmp_path):
     for own in (tokenizer, write_tokenizer(tmp_path / "bare", template=None)):
         _, (response,) = example(row, own)
         assert min(response) >= 0 and own.decode(response[:-1]).strip() == text
+
+
+@pytest.mark.parametrize("metaspace", [True, False])
+def test_a_space_that_the_tokenizer_puts_before_a_text(tmp_path, metaspace):
+    """As in Llama 2's: before a prompt, and not before a response that goes on with it."""
+    tokenizers = pytest.importorskip("tokenizers")
+    names = ["<unk>", "</s>", "▁", "a", "b", "▁a", "▁b", *(f"<0x{b:02X}>" for b in range(256))]
+    number = {name: i for i, name in enumerate(names)}
+    bare = tokenizers.Tokenizer(tokenizers.models.BPE(
+        number, [("▁", "a"), ("▁", "b")], unk_token="<unk>", byte_fallback=True))
+    if metaspace:
+        bare.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+    else:
+        bare.normalizer = tokenizers.normalizers.Sequence(
+            [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")])
+    bare.add_special_tokens(["</s>"])
+    bare.save(str(tmp_path / "tokenizer.json"))
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+        {"eos_token": "</s>", "chat_template": template}))
+    own = get_tokenizer(f"{tmp_path}/")
+
+    def ids(*tokens):
+        return [number[token] for token in tokens]
+    assert example({"prompt": "a b\n", "responses": ["a b", " b"]}, own) == (
+        ids("▁a", "▁b", "<0x0A>"), [ids("a", "▁b", "</s>"), ids("▁b", "</s>")])
+    assert own.encode_rendered(["b a</s>", f"a<{MARK}/s>"], inside=True)[0][0] == (
+        ids("b", "▁a", "</s>"))
+    row = {"prompt": [says("user", "a ")], "responses": [[says("assistant", "b")]]}
+    prompt, (response,) = example(row, own)         # "▁b" would be a token across the border
+    assert (prompt, response) == (ids("▁a", "▁"), ids("b", "</s>"))
 
 
 @pytest.mark.parametrize("response, wanted", [
@@ -388,6 +420,13 @@ def test_sample_talks_in_the_template(tmp_path, monkeypatch, capsys):
     second = first + f"Yes{END}\n{START}user\nGo{END}\n{START}assistant\n"
     assert echo.asked == [(ids_of(first), [258]), (ids_of(second), [258])]
     assert f"[{folder}]Yes\n" in capsys.readouterr().out
+
+
+def test_a_prompt_of_bytes_that_are_no_text(tokenizer):
+    """Python reads them from a terminal as halves of letters."""
+    for chat in (True, False):
+        with pytest.raises(InputError, match="^the prompt: not UTF-8 text$"):
+            prompt_tokens(["a \udcff"], tokenizer, 20, chat)
 
 
 # ------------------------------------------------------------------ transformers, real weights

@@ -129,6 +129,16 @@ def test_dialogues_with_another_prompt(tmp_path, hub_cache):
         "warning: in 1 row the dialogues have another prompt than 'prompt'; theirs is taken"]
 
 
+def test_a_demonstration_that_says_nothing():
+    """Refused, other than a call of a tool."""
+    asked, silent = {"role": "user", "content": "a"}, {"role": "assistant", "content": ""}
+    for demonstration in ({"messages": [asked, silent]}, {"prompt": [asked], "completion": ""}):
+        with pytest.raises(ValueError, match="^the response '(messages|completion)' is empty$"):
+            parse_rows(demonstration, True)
+    calls = [{**silent, "tool_calls": ["f"]}]
+    assert len(parse_rows({"messages": [asked, *calls]}, True)) == 1
+
+
 @pytest.mark.parametrize("response", ["\u200b", " \ufeff", "\u200e\n"])
 def test_a_response_that_nobody_sees_is_empty(response):
     with pytest.raises(ValueError, match="^the response 'rejected' is empty$"):
