@@ -419,7 +419,7 @@ def test_sample_talks_in_the_template(tmp_path, monkeypatch, capsys):
     first = f"{START}user\nHi{END}\n{START}assistant\n"
     second = first + f"Yes{END}\n{START}user\nGo{END}\n{START}assistant\n"
     assert echo.asked == [(ids_of(first), [258]), (ids_of(second), [258])]
-    assert f"[{folder}]Yes\n" in capsys.readouterr().out
+    assert f"[{folder}] Yes\n" in capsys.readouterr().out
 
 
 def test_a_prompt_of_bytes_that_are_no_text(tokenizer):

@@ -765,7 +765,7 @@ def test_a_token_beyond_the_tokenizer_is_not_printed(capsys):
 
     args = SimpleNamespace(max_new_tokens=9, temperature=1.0, top_k=None, top_p=None)
     assert stream_reply(SimpleNamespace(generate=generate), tokenizer, [1], args, None) == said
-    assert capsys.readouterr().out == " a b\n\n"
+    assert capsys.readouterr().out == "a b\n\n"
 
 
 def test_sample_beside_the_reference(world, tmp_path, capsys):
