@@ -184,17 +184,21 @@ def measured(methods, knob_of, rows, chosen):
             cells += [with_interval(values), f"{mean(change):+.1f}"] if values else ["", ""]
         cells.append(f"{mean(numbers[method, '0.2', 'length']):.1f}")
         table.append(cells)
-    seconds = sum(float(row["seconds"]) for row in rows if row["seconds"])
+    planned = 9 * len(methods)      # of each three trials, and three seeds at two rhos
+    unfinished = "" if len(rows) == planned else (
+        f" **This is not finished**: {planned - len(rows)} of {planned} runs are still to be made. "
+        "An advantage without ± is of one seed, and other seeds move it by as much as most methods "
+        "here differ.")
     reference, = {row["reference"] for row in rows}
     header = ["method", "knob", "advantage, rho 0.2", "chosen change", "advantage, natural pairs",
               "chosen change", "length, rho 0.2"]
     lines += [
-        f"`python experiments/zoo.py` trained {len(rows)} policies from the reference {reference}, "
-        f"in {seconds / 60:.0f} minutes of one core. Each went over 1,000 pairs twice (124 steps "
-        "of 16; the speedrun's policies have 320). Of three values of one knob, each method got "
-        "the one with the largest advantage on validation prompts, with pairs of another seed. The "
-        "advantage is the oracle's reward of samples for 1,000 test prompts, minus the "
-        "reference's, and ± is a 95% interval over three seeds. *Chosen change* is how far the "
+        f"`python experiments/zoo.py` trained {len(rows)} policies from the reference "
+        f"{reference}.{unfinished} Each went over 1,000 pairs twice (124 steps of 16; the "
+        "speedrun's policies have 320). Of three values of one knob, each method got the one with "
+        "the largest advantage on validation prompts, with pairs of another seed. The advantage is "
+        "the oracle's reward of samples for 1,000 test prompts, minus the reference's, and "
+        "± is a 95% interval over three seeds. *Chosen change* is how far the "
         "log-prob of chosen responses has moved from the reference's, in nats, on training pairs. "
         "At rho 0.2 the shorter response is preferred in 80% of the pairs, although the oracle "
         "likes longer ones. [dev/LOG.md](../dev/LOG.md) has the questions that were written down "
