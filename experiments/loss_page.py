@@ -185,7 +185,8 @@ def measured(methods, knob_of, rows, chosen):
         cells.append(f"{mean(numbers[method, '0.2', 'length']):.1f}")
         table.append(cells)
     planned = 9 * len(methods)      # of each three trials, and three seeds at two rhos
-    unfinished = "" if len(rows) == planned else (
+    finished = len(rows) == planned
+    unfinished = "" if finished else (
         f" **This is not finished**: {planned - len(rows)} of {planned} runs are still to be made. "
         "An advantage without ± is of one seed, and other seeds move it by as much as most methods "
         "here differ.")
@@ -198,11 +199,12 @@ def measured(methods, knob_of, rows, chosen):
         "speedrun's policies have 320). Of three values of one knob, each method got the one with "
         "the largest advantage on validation prompts, with pairs of another seed. The advantage is "
         "the oracle's reward of samples for 1,000 test prompts, minus the reference's, and "
-        "± is a 95% interval over three seeds. *Chosen change* is how far the "
+        "± is a 95% interval over the seeds that were run. *Chosen change* is how far the "
         "log-prob of chosen responses has moved from the reference's, in nats, on training pairs. "
         "At rho 0.2 the shorter response is preferred in 80% of the pairs, although the oracle "
         "likes longer ones. [dev/LOG.md](../dev/LOG.md) has the questions that were written down "
-        "before, and the answers; [runs.csv](../results/zoo/runs.csv) has every run.", "",
+        f"before{', and the answers' if finished else ''}; "
+        "[runs.csv](../results/zoo/runs.csv) has every run.", "",
         markdown_table(header, table), ""]
     return "\n".join(lines)
 

@@ -411,7 +411,7 @@ def claim(folder):
     except (BlockingIOError, PermissionError):
         raise InputError(f"--out_dir: another process is at work in {folder!r}; wait for it, or "
                          "name another folder") from None
-    except OSError:     # the file system has no locks
+    except OSError:     # the file system has no locks, which is no reason not to train there
         pass
     remove_leftovers(folder, age=0)
     return file
