@@ -33,14 +33,14 @@ class Browser:
         """Starts Chromium, which reads commands from its file 3 and answers in its file 4, and
         opens an empty page."""
         self.folder = tempfile.mkdtemp(prefix="chromium-")
-        reads, self.commands = os.pipe()
-        self.answers, writes = os.pipe()
+        (reads, self.commands), (self.answers, writes) = os.pipe(), os.pipe()
         flags = ["--headless", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu",
                  "--disable-dev-shm-usage", "--no-first-run", "--hide-scrollbars",
                  f"--user-data-dir={self.folder}"]
+        move = f'exec 103<&{reads} 104>&{writes}; exec "$@" 3<&103 4>&104'
         self.process = subprocess.Popen(
-            ["sh", "-c", f'exec "$@" 3<&{reads} 4>&{writes}', "sh", CHROMIUM, *flags],
-            pass_fds=(reads, writes), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            ["bash", "-c", move, "bash", CHROMIUM, *flags], pass_fds=(reads, writes),
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.close(reads)
         os.close(writes)
         self.number, self.unread, self.session, self.events = 0, b"", None, []
@@ -95,8 +95,10 @@ class Browser:
             self.events.append(self.read())
 
     def run(self, script):
-        """Returns the value of an expression in JavaScript. RuntimeError if it throws."""
-        result = self.call("Runtime.evaluate", expression=script, returnByValue=True)
+        """Returns the value of an expression in JavaScript, or of the promise that it gives.
+        RuntimeError if it throws."""
+        result = self.call("Runtime.evaluate", expression=script, returnByValue=True,
+                           awaitPromise=True)
         if "exceptionDetails" in result:
             raise RuntimeError(result["exceptionDetails"]["exception"]["description"])
         return result["result"].get("value")
@@ -109,9 +111,10 @@ class Browser:
 
     def click(self, selector):
         """Clicks with the mouse on the middle of the first element that matches."""
-        x, y = self.run(f"""(() => {{
+        x, y = self.run(f"""(async () => {{
             const node = document.querySelector({json.dumps(selector)});
             node.scrollIntoView({{block: "center", inline: "center"}});
+            for (const frame of [1, 2]) await new Promise(requestAnimationFrame);
             const box = node.getBoundingClientRect();
             return [box.x + box.width / 2, box.y + box.height / 2];
         }})()""")

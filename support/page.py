@@ -200,7 +200,7 @@ def tables(args, results, accuracy):
     """Returns report.md's tables, the same cells: [{title, note, header, rows}]."""
     parts = [("Policies", "The numbers of report.md; docs/glossary.md explains them. "
               "Click a heading to sort, a row to choose its policy.", policy_rows(results)),
-             ("How they were trained", "The flags of each run; empty where a loss has no such flag.",
+             ("How they were trained", "The flags of each run. Empty: not used.",
               training_rows(args.policies))]
     if accuracy is not None:
         parts.append(("Reward models", "The fraction of held-out pairs that each one ranks right.",
