@@ -7,6 +7,8 @@ It needs chromium (Debian: apt install chromium). Nothing else: no driver, no pa
 import base64
 import json
 import os
+import re
+import select
 import shutil
 import struct
 import subprocess
@@ -22,7 +24,6 @@ sys.path.insert(0, str(ROOT))
 from support.flags import InputError, Parser, positive_int, run_script
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
-TEMPLATE = ROOT / "support" / "report.html"
 
 
 class Browser:
@@ -59,11 +60,13 @@ class Browser:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def read(self):
-        """Returns the next message, an answer or an event, as a dict."""
+        """Returns the next message, an answer or an event, as a dict. RuntimeError if there is none
+        for a minute."""
         while b"\0" not in self.unread:
-            more = os.read(self.answers, 1 << 20)
+            ready, _, _ = select.select([self.answers], [], [], 60)
+            more = os.read(self.answers, 1 << 20) if ready else b""
             if not more:
-                raise RuntimeError("chromium has ended")
+                raise RuntimeError("chromium says nothing more")
             self.unread += more
         message, self.unread = self.unread.split(b"\0", 1)
         return json.loads(message)
@@ -136,9 +139,12 @@ class Browser:
         return wrong + requests[1:]
 
 
-def hash_template():
-    """Returns a hash of support/report.html, by which a picture of an older one is told."""
-    return sha256(TEMPLATE.read_bytes()).hexdigest()
+def hash_template(path):
+    """Returns a hash of a page without its numbers, by which a picture of an older page is told.
+    path: support/report.html, or a page that was made from it."""
+    text = re.sub(r'(?s)(<script type="application/json" id="data">).*?(?=</script>)',
+                  r"\1{{data}}", Path(path).read_text(encoding="utf-8"))
+    return sha256(text.encode()).hexdigest()
 
 
 def with_note(png, note):
@@ -153,8 +159,8 @@ def parse_flags(argv):
     parser = Parser(__doc__)
     parser.add_argument("page", help="an HTML file, such as out/report/report.html")
     parser.add_argument("picture", help="the PNG to write")
-    parser.add_argument("--width", type=positive_int, default=1160, help="of the window (1160)")
-    parser.add_argument("--height", type=positive_int, default=900, help="of the window (900)")
+    parser.add_argument("--width", type=positive_int, default=980, help="of the window (980)")
+    parser.add_argument("--height", type=positive_int, default=1000, help="of the window (1000)")
     parser.add_argument("--whole", action="store_true", help="all of the page, not one window")
     parser.add_argument("--dark", action="store_true", help="the dark colours")
     return parser.parse_args(argv)
@@ -167,7 +173,7 @@ def main(argv=None):
     with Browser() as browser:
         browser.open(args.page, args.width, args.height, "dark" if args.dark else "light")
         picture = browser.screenshot(args.whole)
-    Path(args.picture).write_bytes(with_note(picture, hash_template()))
+    Path(args.picture).write_bytes(with_note(picture, hash_template(args.page)))
     print(f"{args.picture}: {len(picture) / 1000:.0f} kB")
 
 

@@ -243,6 +243,7 @@ def test_it_stands_alone_and_text_stays_text(folder, kind):
     """A browser sees the tags of the template, whatever was written into the data. Nothing is
     loaded from elsewhere, and nothing from the data becomes HTML."""
     text, _ = page_of(folder / kind)
+    assert browser.hash_template(folder / kind / "report.html") == browser.hash_template(TEMPLATE)
     assert Tags(text).seen == Tags(TEMPLATE.read_text(encoding="utf-8")).seen
     assert "default-src 'none'" in text
     assert not re.search(r"https?:|url\(|@import|\bsrc=|\bhref=", text.replace("img src=x", ""))
@@ -347,9 +348,33 @@ def test_a_phone_needs_no_sideways_scroll(folder, kind, chromium):
     assert chromium.complaints() == []
 
 
+def test_numbers_that_are_not_there(folder, tmp_path, chromium):
+    """Without KLs (at another temperature) and without curves, their panels are not shown. A number
+    that is not finite is called so."""
+    _, data = page_of(folder / "scores")
+    data["curves"] = []
+    for policy in data["policies"]:
+        policy |= {"kl_pi_ref": None, "kl_pi_ref_95": None, "advantage": math.nan}
+    for post in data["posts"]:
+        for reply in post["replies"]:
+            reply |= {"reward": math.inf, "tokens": [[text, math.nan, -math.inf]
+                                                     for text, _, _ in reply["tokens"]]}
+    path = tmp_path / "report.html"
+    template = TEMPLATE.read_text(encoding="utf-8")
+    path.write_text(template.replace("{{data}}", json_in_html(data)), encoding="utf-8")
+    chromium.open(path)
+    for panel in ("frontier", "training"):
+        assert chromium.run(f"document.getElementById('{panel}').hidden")
+    chromium.press("2")
+    assert "earns not finite" in chromium.run("document.getElementById('seen').textContent")
+    chromium.click("#shown .token")
+    assert "log pi not finite" in chromium.run("document.getElementById('tip').textContent")
+    assert chromium.complaints() == []
+
+
 def test_the_picture_shows_this_page():
     """docs/img/report.png was made from the template as it is, and is small."""
     picture = (ROOT / "docs/img/report.png").read_bytes()
-    assert browser.hash_template().encode() in picture, (
-        "stale: make it anew with python evaluate.py, and the python dev/browser.py of the README")
+    assert browser.hash_template(TEMPLATE).encode() in picture, (
+        "stale: run python evaluate.py, then the command that stands in the README below it")
     assert len(picture) < 200_000
