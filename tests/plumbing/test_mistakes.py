@@ -37,3 +37,14 @@ def test_mistakes_can_be_made(function):
 
 def test_mistakes_are_in_functions_of_the_course():
     assert {mistake.function for mistake in MISTAKES} == set(FUNCTIONS)
+
+
+ORDER = {   # the test files of a set, in the order in which one learns
+    "pairs": ["tests/test_losses.py"],
+    "distillation": ["tests/test_losses.py"],
+    "bias": ["tests/test_data.py"],
+    "reward": ["tests/test_losses.py", "tests/test_data.py", "tests/test_tree.py"],
+    "tree": ["tests/test_tree.py", "tests/test_model.py"],
+    "generation": ["tests/test_model.py", "tests/test_estimators.py"],
+    "training": ["tests/test_scripts.py", "tests/plumbing/test_run_folder.py"],
+}
