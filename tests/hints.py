@@ -34,7 +34,7 @@ def same(got, wanted):
 def usual_mistakes(got, wanted):
     """What may be wrong with any number for each pair: {mistake: what it would give}."""
     wanted = wanted.detach()
-    if not wanted.is_floating_point() or wanted.dim() == 0:
+    if not wanted.is_floating_point() or got.shape not in (wanted.shape, ()):
         return {}
     return {"the mean over the pairs, where each has a number of its own": wanted.mean(),
             "the sum over the pairs, where each has a number of its own": wanted.sum(),

@@ -45,6 +45,9 @@ CUT_UP_WITH_THE_REST = """\
         part = part[np.argsort(lengths[part], kind="stable")]
         plan += [part[i:i + batch_size] for i in range(0, len(part), batch_size)]
 """
+WINDOWS = """\
+for start in range(0, len(order), window * batch_size):
+        part = order[start:start + window * batch_size]"""
 READ_REWARDS = "read = batch.last.flatten() if last else batch.own"
 RETURN_REWARDS = "return rewards.view_as(batch.last) if last else batch.sum_tokens(rewards)"
 SDPA = """\
@@ -228,12 +231,8 @@ MISTAKES = [
          "np.random.default_rng(seed + epoch)", "default_rng([seed, epoch])"),
         ("not sorted", 'part = part[np.argsort(lengths[part], kind="stable")]', "part = part",
          "similar length"),
-        ("all sorted, no windows", 'part = order[start:start + window * batch_size]',
-         'part = order = order[np.argsort(lengths[order], kind="stable")]', "window"),
-        ("windows of so many rows", "range(0, len(order), window * batch_size):\n"
-         "        part = order[start:start + window * batch_size]",
-         "range(0, len(order), batch_size):\n        part = order[start:start + batch_size]",
-         "similar length", "window"),
+        ("one window", WINDOWS, "for start in [0]:\n        part = order", "window"),
+        ("windows of one batch", WINDOWS, WINDOWS.replace("window * ", ""), "window"),
         ("a last batch that is smaller", CUT_UP, CUT_UP_WITH_THE_REST, "too few", "left out",
          "fills no batch"),
         ("always the same rows left out", "rng.permutation(len(lengths))",
