@@ -13,10 +13,10 @@ def assert_gives(got, wanted, mistakes=None, what=""):
         wanted = torch.as_tensor(wanted, dtype=got.dtype)
     if same(got, wanted):
         return
-    guesses = dict(mistakes or {})
+    guesses = list((mistakes or {}).items())
     if torch.is_tensor(got):
-        guesses |= usual_mistakes(got, wanted)
-    fitting = [guess for guess, value in guesses.items() if same(got, value)]
+        guesses += usual_mistakes(got, wanted).items()
+    fitting = [guess for guess, value in guesses if same(got, value)]
     first = ": ".join(filter(None, [what, fitting[0] if fitting else difference(got, wanted)]))
     raise AssertionError(f"{first}\n     got {plain(got)}\n  wanted {plain(wanted)}")
 

@@ -241,22 +241,23 @@ def test_distillation_without_a_kl():
 
 
 def test_best_member_is_the_one_that_the_minimum_picks():
-    """The pairs here do not all have the same one."""
-    columns = [COLUMNS[column] for column in ("logps", "ref_logps", "rewards")]
-    squares = by_hand(members_by_hand, {"beta": 0.3})                           # (B, M)
-    wanted = squares.argmin(dim=1)
-    assert len(wanted.unique()) > 1
-    gaps = by_hand(gaps_by_hand, {"beta": 0.3})
-    got = losses.best_member(*columns, 0.3)
+    """The forty pairs do not all have the same one."""
+    columns = {"logps": numbers(40, 2, seed=1), "ref_logps": numbers(40, 2, seed=2),
+               "rewards": numbers(40, 2, M, seed=3)}
+    gaps = by_hand(gaps_by_hand, {"beta": 0.3}, columns)                        # (40, M)
+    without_beta = by_hand(gaps_by_hand, {"beta": 1}, columns)
+    wanted = gaps.square().argmin(dim=1)
+    assert set(wanted.tolist()) == {0, 1, 2}
+    got = losses.best_member(**columns, beta=0.3)
     assert not got.is_floating_point(), "the least square, not the index of its reward model"
     assert_gives(got, wanted, what="the best member", mistakes={
-        "the worst one": squares.argmax(dim=1),
+        "the worst one": gaps.square().argmax(dim=1),
         "the square is missing": gaps.argmin(dim=1),
-        "beta is missing (this is right for beta = 1 only)":
-            by_hand(members_by_hand, {"beta": 1}).argmin(dim=1),
-        "the best pair of each member, not the best member of each pair": squares.argmin(dim=0),
+        "beta is missing (this is right for beta = 1 only)": without_beta.square().argmin(dim=1),
+        "the best pair of each member, not the best member of each pair":
+            gaps.square().argmin(dim=0),
         "the largest margin, not the one that is nearest to beta * h":
-            losses.reward_margin(COLUMNS["rewards"]).argmax(dim=1)})
+            losses.reward_margin(columns["rewards"]).argmax(dim=1)})
 
 
 # ---------------------------------------------------------------- the table

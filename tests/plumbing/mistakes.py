@@ -170,7 +170,7 @@ MISTAKES = [
         ("the worst", "argmin(dim=1)", "argmax(dim=1)", "worst"),
         ("no square", ".square().argmin", ".argmin", "square is missing"),
         ("no beta", "beta * h[:, None]", "h[:, None]", "beta is missing"),
-        ("over the pairs", "argmin(dim=1)", "argmin(dim=0)", "shape"),
+        ("over the pairs", "argmin(dim=1)", "argmin(dim=0)", "best pair of each member"),
         ("the value, not the index", "argmin(dim=1)", "min(dim=1).values", "index"),
         ("the largest margin", BEST, "return reward_margin(rewards).argmax(dim=1)",
          "largest margin")),
