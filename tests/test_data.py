@@ -2,7 +2,6 @@
 test_tokens.py, the tree batch in test_tree.py.)"""
 import numpy as np
 import pytest
-import torch
 from hints import assert_gives
 
 from data import (
@@ -13,7 +12,6 @@ from data import (
     by_length,
     d_rho,
     longer,
-    ranked_pairs,
     relabel,
 )
 from support import device
@@ -144,11 +142,12 @@ def test_relabel_a_ranking(capsys):
 # ------------------------------------------------------------------ batch order
 
 def plan_by_hand(lengths, batch_size, seeds, window=32, shuffle_rows=True, shuffle_batches=True,
-                 sort="stable"):
+                 sort="stable", keep_rest=False):
     """The docstring of `batches`, step by step. seeds: of the random numbers."""
     rng = np.random.default_rng(seeds)
     rows = rng.permutation(len(lengths)).tolist() if shuffle_rows else list(range(len(lengths)))
-    rows = rows[:len(rows) - len(rows) % batch_size]
+    if not keep_rest:
+        rows = rows[:len(rows) - len(rows) % batch_size]
     plan = []
     for start in range(0, len(rows), window * batch_size):
         part = rows[start:start + window * batch_size]
@@ -173,7 +172,10 @@ def test_batches_step_by_step():
         "they are not of similar length: the sort is missing": plan(0 * lengths),
         "they are not of similar length: a window is one batch": plan(window=1),
         "one window, where there is one for each 32 batches": plan(window=1000),
-        "ties lose their order, as the sort is not stable": plan(sort="quicksort")})
+        "ties lose their order, as the sort is not stable": plan(sort="quicksort"),
+        "the last rows are too few for a batch, and are not left out": plan(keep_rest=True),
+        "the same rows are left out in every epoch: leave out after shuffling":
+            plan(lengths[:400])})
 
 
 def test_batches_are_a_pure_function_and_cover_an_epoch():
@@ -229,26 +231,6 @@ def test_batch_order_depends_on_the_step_alone():
 
 
 # ------------------------------------------------------------------ the pairs of a batch
-
-def test_ranked_pairs_of_each_row():
-    """All of them, the better response first, row after row; in each row the weights add up to 1.
-    One response is no pair."""
-    pairs, pair_row, pair_weight = ranked_pairs([2, 3, 1, 4])
-    wanted = [[0, 1], [0, 1], [0, 2], [1, 2], [0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]]
-    assert_gives(pairs.tolist(), wanted, what="pairs", mistakes={
-        "the better response is the first of a pair": [pair[::-1] for pair in wanted],
-        "not all pairs: the best response and another one": [p for p in wanted if p[0] == 0],
-        "not all pairs: neighbours only": [p for p in wanted if p[0] + 1 == p[1]]})
-    assert pair_row.tolist() == [0, 1, 1, 1, 3, 3, 3, 3, 3, 3], "pair_row: the row of each pair"
-    assert_gives(pair_weight, [1] + [1 / 3] * 3 + [1 / 6] * 6, what="pair_weight", mistakes={
-        "all pairs have the same weight: a row of four would count like six": torch.ones(10),
-        "the weight is 1 over the number of responses, not of pairs":
-            [1 / 2] + [1 / 3] * 3 + [1 / 4] * 6})
-    assert (pairs.dtype, pair_row.dtype) == (torch.int64, torch.int64), "pairs are int64"
-    assert pair_weight.dtype == torch.float32, "pair_weight is float32"
-    assert [tuple(array.shape) for array in ranked_pairs([1, 1])] == [(0, 2), (0,), (0,)], (
-        "rows of one response have no pair, which is the shape (0, 2)")
-
 
 def test_rows_with_different_numbers_of_responses():
     """One of three responses, one of two, and a sample after each. A batch is as wide as its own

@@ -181,42 +181,6 @@ def test_collate_refuses(bad):
         collate(bad)
 
 
-def with_columns(examples, K):
-    """A batch of a data set whose rows have K responses, and samples after them."""
-    N, S = len(examples), len(examples[0][1]) - K
-    dataset = Dataset(examples, np.ones((N, K, 2), np.float32), np.zeros((N, K + S), np.float32), S)
-    return dataset.batch(np.arange(N))
-
-
-def test_a_batch_moves_to_a_device_whole():
-    """Every tensor of it, the columns too."""
-    batch = with_columns([([5, 6, 7], [[8, 9], [10], [11]])], K=2)
-    assert batch.to("meta") is batch
-    tensors = [value for value in vars(batch).values() if torch.is_tensor(value)]
-    assert len(tensors) == len(vars(batch))
-    assert {tensor.device.type for tensor in tensors} == {"meta"}
-
-
-@pytest.mark.parametrize("config", [CONFIG, FAMILIES[2]])
-def test_everything_is_computed_where_the_model_is(monkeypatch, config):
-    """On torch's "meta" device, which has shapes and no numbers (nor autocast): a tensor made on
-    the CPU by mistake does not mix with its tensors, as it would not with a GPU's."""
-    monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
-    examples = [([1, 2, 3], [[4, 5], [6], [7, 8]]), ([1, 2], [[3], [4, 5, 6], [7]])]
-    batch = with_columns(examples, K=2).to("meta")
-    policy, reward_model = GPT(config).to("meta"), RewardModel(config).to("meta")
-    logps = policy.response_logps(batch)                            # (2, 3)
-    assert logps.device.type == "meta" and logps.shape == (2, 3)
-    assert policy.response_logps(batch, fast=False).device.type == "meta"
-    assert policy.logits(batch.tokens).device.type == "meta"
-    for name in PREFERENCE_LOSSES:
-        flags = knobs(name) | ({"gamma": 0.1} if "gamma" in knobs(name) else {})
-        assert batch_loss(name, logps, batch, **flags).device.type == "meta"
-    bradley_terry(batch.pair_up(reward_model(batch))).sum().backward()
-    assert reward_model.score.weight.grad.device.type == "meta"
-
-
 # ---------------------------------------------------------------- equal to separate sequences
 
 def make(kind, seed=0, config=CONFIG):
@@ -472,6 +436,42 @@ def test_siblings_do_not_matter(kind):
     assert relative_error(other_sibling[:, 0], values[:, 0]) < 1e-9
     turned = model(collate([(prompt, [second, first])]))
     assert relative_error(turned, values.flip(1)) < 1e-9
+
+
+def with_columns(examples, K):
+    """A batch of a data set whose rows have K responses, and samples after them."""
+    N, S = len(examples), len(examples[0][1]) - K
+    dataset = Dataset(examples, np.ones((N, K, 2), np.float32), np.zeros((N, K + S), np.float32), S)
+    return dataset.batch(np.arange(N))
+
+
+def test_a_batch_moves_to_a_device_whole():
+    """Every tensor of it, the columns too."""
+    batch = with_columns([([5, 6, 7], [[8, 9], [10], [11]])], K=2)
+    assert batch.to("meta") is batch
+    tensors = [value for value in vars(batch).values() if torch.is_tensor(value)]
+    assert len(tensors) == len(vars(batch))
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+@pytest.mark.parametrize("config", [CONFIG, FAMILIES[2]])
+def test_everything_is_computed_where_the_model_is(monkeypatch, config):
+    """On torch's "meta" device, which has shapes and no numbers (nor autocast): a tensor made on
+    the CPU by mistake does not mix with its tensors, as it would not with a GPU's."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    examples = [([1, 2, 3], [[4, 5], [6], [7, 8]]), ([1, 2], [[3], [4, 5, 6], [7]])]
+    batch = with_columns(examples, K=2).to("meta")
+    policy, reward_model = GPT(config).to("meta"), RewardModel(config).to("meta")
+    logps = policy.response_logps(batch)                            # (2, 3)
+    assert logps.device.type == "meta" and logps.shape == (2, 3)
+    assert policy.response_logps(batch, fast=False).device.type == "meta"
+    assert policy.logits(batch.tokens).device.type == "meta"
+    for name in PREFERENCE_LOSSES:
+        flags = knobs(name) | ({"gamma": 0.1} if "gamma" in knobs(name) else {})
+        assert batch_loss(name, logps, batch, **flags).device.type == "meta"
+    bradley_terry(batch.pair_up(reward_model(batch))).sum().backward()
+    assert reward_model.score.weight.grad.device.type == "meta"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
