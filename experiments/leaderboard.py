@@ -84,12 +84,13 @@ def compare(ref, out_dir, entry, number, split):
 
 
 def results(advantages):
-    """Gives the points. advantages: a pair (e-DPO, the entry) for each seed. Returns what Gradescope
-    reads: {"tests": [...], "leaderboard": [...]}."""
+    """Gives the points. advantages: a pair (e-DPO, the entry) for each seed. Returns what
+    Gradescope reads: {"tests": [...], "leaderboard": [...]}."""
     ours = mean(own for _, own in advantages)
     leads = [own - e_dpo for e_dpo, own in advantages]
     passed = dict(zip(POINTS, (ours > 0, mean(leads) > 0, min(leads) > 0)))
-    output = f"advantage {ours:+.3f}, lead over e-DPO {mean(leads):+.3f}, {len(leads)} seeds"
+    output = (f"advantage {ours:+.3f}, lead over e-DPO {mean(leads):+.3f} "
+              f"(seeds: {len(leads)})")
     tests = [{"name": name, "score": points * passed[name], "max_score": points, "output": output,
               "visibility": "visible"} for name, points in POINTS.items()]
     return {"tests": tests, "leaderboard": [
@@ -116,7 +117,7 @@ def main(argv=None):
     args = parse_flags(argv)
     entry = read_entry(args.entry)
     trials.check_models(ref=args.ref)
-    print(f"{args.entry}: budget {' '.join(BUDGET)}; minutes for each seed")
+    print(f"{args.entry}, trained with {' '.join(BUDGET)}; a new seed takes minutes", flush=True)
     advantages = []
     for number in args.seeds:
         advantages.append(compare(args.ref, args.out_dir, entry, number, args.split))

@@ -33,8 +33,8 @@ OF_A_PROJECT = {"leaderboard": ["experiments/leaderboard.py", "experiments/entry
                                 "experiments/trials.py"]}
 STAYS_BEHIND = {"tests/test_zoo.py"}
 # A file that would repeat answers, and what the copy has in its place.
-REPLACED = {"zoo.py": '''"""Is the place for losses by other authors. This copy has none of them. A loss that you add to the
-table gets its own --loss."""
+REPLACED = {"zoo.py": '''"""Is the place for losses by other authors. This copy has none of them.
+A loss that you add to the table gets its own --loss."""
 from losses import LOSSES, MORE
 
 ZOO = {}
@@ -143,8 +143,8 @@ def write_copy(folder, sources, projects=()):
 def parse_flags(argv):
     parser = Parser(__doc__)
     parser.add_argument("functions", nargs="+", metavar="SET or FUNCTION",
-                        help=f"a set, such as pairs ({', '.join([*SETS, *PROJECTS])}), or functions "
-                        "such as losses.dpo")
+                        help=f"a set ({', '.join([*SETS, *PROJECTS])}), or functions such as "
+                        "losses.dpo")
     parser.add_argument("--out_dir", help="for the copy: a new folder (default: out/SET, or "
                         "out/homework)")
     parser.add_argument("--handout", action="store_true", help="add the page of the set: to the "
