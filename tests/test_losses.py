@@ -1,6 +1,7 @@
 """Each loss against its formula in plain numbers, and what every row of the table of losses must
 hold: a loss that you add to losses.LOSSES is tested here without a change to this file."""
 import inspect
+import itertools
 import math
 from contextlib import nullcontext
 
