@@ -69,11 +69,12 @@ def read_hints(text):
     return hints
 
 
-def definition(function):
+def definition(function, root):
     """Finds a function in the code. function: such as losses.dpo, or for a method
-    model.GPT.response_logps. Returns (its syntax tree, its lines, unindented)."""
+    model.GPT.response_logps. root: the repository's, or that of a copy. Returns (its syntax tree,
+    its lines, unindented)."""
     module, *names = function.split(".")
-    with open(os.path.join(ROOT, f"{module}.py"), encoding="utf-8") as file:
+    with open(os.path.join(root, f"{module}.py"), encoding="utf-8") as file:
         source = file.read()
     node = ast.parse(source)
     for name in names:
@@ -82,15 +83,15 @@ def definition(function):
     return node, [line[node.col_offset:] for line in lines]
 
 
-def signature(function):
+def signature(function, root=ROOT):
     """Returns the lines of a function down to the end of its docstring, as one text."""
-    node, lines = definition(function)
+    node, lines = definition(function, root)
     return "\n".join(lines[:node.body[0].end_lineno - node.lineno + 1])
 
 
 def solution(function):
     """Returns the lines of a function after its docstring, as one text."""
-    node, lines = definition(function)
+    node, lines = definition(function, ROOT)
     return "\n".join(lines[node.body[0].end_lineno - node.lineno + 1:])
 
 
@@ -101,9 +102,9 @@ def folded(hints, name):
             "</details>" for number, (level, hint) in enumerate(zip(levels, hints), 1)]
 
 
-def page(name, teacher=False):
+def page(name, teacher=False, root=ROOT):
     """Puts the page of a set together, in Markdown. name: of the set. teacher: with the answers and
-    the solutions."""
+    the solutions. root: of the copy, whose docstrings are other ones in a student's variant."""
     title, sections = read_text(name)
     head, effort = title.split("\n", 1)
     points, hints = SETS.get(name, {}), read_hints(sections.pop("Hints", ""))
@@ -115,13 +116,17 @@ def page(name, teacher=False):
         summary += (f" {sum(points.values())} points for the functions, which tests give, and "
                     f"{3 * QUESTION_POINTS} for the questions, which your teacher gives.")
     parts = [head + (", with answers" if teacher else ""), summary]
+    if os.path.exists(os.path.join(root, "VARIANT.md")):
+        parts.append("**Your copy is a variant.** Where `VARIANT.md` or a docstring says something "
+                     "else than this page, they are right.")
     for heading, text in sections.items():
         if heading == "Commands" and points:
             parts += ["## What you write", HOW_TO_USE_HINTS]
             for function, worth in points.items():
                 needed, levels = hints[function]
                 parts += [f"### `{function}`: {worth} points, about {needed} minutes",
-                          f"```python\n{signature(function)}\n```", *folded(levels, function)]
+                          f"```python\n{signature(function, root)}\n```",
+                          *folded(levels, function)]
         parts += [f"## {heading}", text]
     if teacher:
         parts += ["## For the teacher", answers]
@@ -145,7 +150,7 @@ def duration(minutes):
 def write_student(folder, name):
     """Writes README.md and handout.html into a student's copy, and the picture, which README.md
     shows, into its folder img."""
-    text = page(name)
+    text = page(name, root=folder)
     for _, path in IMAGE.findall(text):
         os.makedirs(os.path.join(folder, "img"), exist_ok=True)
         shutil.copy(os.path.join(TEXTS, path), os.path.join(folder, "img"))
