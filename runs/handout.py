@@ -109,9 +109,10 @@ def page(name, teacher=False, root=ROOT):
     head, effort = title.split("\n", 1)
     points, hints = SETS.get(name, {}), read_hints(sections.pop("Hints", ""))
     answers = sections.pop("For the teacher")
-    minutes = [int(number) for number in re.findall(r"(\d+) minutes", effort)]
+    minutes = [int(number) * (60 if unit == "hours" else 1)
+               for number, unit in re.findall(r"(\d+) (minutes|hours)", effort)]
     minutes += [needed for needed, _ in hints.values()]
-    summary = f"**{duration(sum(minutes))} in all.** {effort.strip()}"
+    summary = f"**About {duration(sum(minutes))} in all.** {effort.strip()}"
     if points:
         summary += (f" {sum(points.values())} points for the functions, which tests give, and "
                     f"{3 * QUESTION_POINTS} for the questions, which your teacher gives.")
@@ -138,10 +139,9 @@ def page(name, teacher=False, root=ROOT):
 
 
 def duration(minutes):
-    """Says how long a set takes: in minutes, or if there are many in hours, to the half."""
-    if minutes < 90:
-        return f"About {minutes} minutes"
-    return f"About {round(minutes / 30) / 2:g} hours"
+    """Says how long a set takes: to the half hour."""
+    hours = max(0.5, round(minutes / 30) / 2)
+    return f"{hours:g} hour" if hours == 1 else f"{hours:g} hours"
 
 
 # ------ files
