@@ -1,0 +1,138 @@
+"""Writes tests/executes.json, the tests by which runs/grade.py judges each function of the course.
+
+    python dev/executes.py              # some minutes; again after you add or rename tests
+
+It runs the tests of the method once and notes which functions of the course each of them executes.
+Then it empties each function, and keeps the tests that fail without it. Tests that take seconds,
+and those that need the runs of the fixture `world`, are left out. Tests that execute few functions
+come first: their messages are the clearest.
+"""
+import ast
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+from runs.course import SETS
+from runs.grade import EXECUTES, Reference, find, make_copy, run_tests
+from runs.variants import ZOO
+from support.flags import run_script
+
+TESTS = [f"tests/test_{name}.py" for name in (       # in the order in which one learns
+    "losses", "data", "tree", "model", "estimators", "theory", "training", "zoo")]
+SLOW = 2.0                      # seconds
+
+# What is added to tests/conftest.py.
+RECORDER = '''
+
+import recorder
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item):
+    recorder.seen.clear()
+    yield
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = (yield).get_result()
+    if report.when == "call":
+        recorder.write(item.nodeid, report, "world" in item.fixturenames)
+'''
+RECORDER_MODULE = '''
+import json
+
+seen = set()
+
+
+def write(test, report, world):
+    row = [test.split("[")[0], sorted(seen), report.duration, report.passed and not world]
+    with open("out/recorded.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\\n")
+'''
+
+
+def recording(source, functions):
+    """Returns the source of a file whose functions note that they were called."""
+    tree = ast.parse(source)
+    for function in functions:
+        _, node = find(tree, function.split(".")[1:])
+        note = ast.parse(f"__import__('recorder').seen.add({function!r})").body
+        place = 0 if ast.get_docstring(node) is None else 1
+        node.body[place:place] = note
+    return ast.unparse(tree)
+
+
+def blank(source, function):
+    """Returns the source of a file with one function empty."""
+    tree = ast.parse(source)
+    _, node = find(tree, function.split(".")[1:])
+    node.body = ast.parse("raise NotImplementedError").body
+    return ast.unparse(tree)
+
+
+def by_file(functions):
+    """Groups functions by their files. Returns {path: functions}."""
+    files = {}
+    for function in functions:
+        files.setdefault(f"{function.split('.')[0]}.py", []).append(function)
+    return files
+
+
+def record(functions, folder):
+    """Runs the tests in a copy. Returns {test: the functions that it executes}, without those that
+    are slow, in the order in which they stand."""
+    reference = Reference({}, {})
+    edited = {path: recording(reference.source(path), names)
+              for path, names in by_file(functions).items()}
+    edited["tests/conftest.py"] = reference.source("tests/conftest.py") + RECORDER
+    edited["recorder.py"] = RECORDER_MODULE
+    make_copy(folder, edited)
+    os.makedirs(os.path.join(folder, "out"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    subprocess.run([sys.executable, "-m", "pytest", "-q", *TESTS], cwd=folder, env=environment,
+                   check=True)
+    executes, left_out = {}, set()
+    seconds = {}
+    with open(os.path.join(folder, "out", "recorded.jsonl"), encoding="utf-8") as file:
+        for line in file:
+            test, seen, duration, usable = json.loads(line)
+            executes.setdefault(test, set()).update(seen)
+            seconds[test] = seconds.get(test, 0) + duration
+            if not usable:
+                left_out.add(test)
+    return {test: seen for test, seen in executes.items()
+            if test not in left_out and seconds[test] < SLOW}
+
+
+def main():
+    functions = [function for points in SETS.values() for function in points]
+    functions += [function for names in ZOO.values() for function in names]
+    reference = Reference({}, {})
+    with tempfile.TemporaryDirectory() as folder:
+        executes = record(functions, os.path.join(folder, "copy"))
+
+    def judges(function):
+        tests = [test for test in executes if function in executes[test]]
+        tests.sort(key=lambda test: len(executes[test]))        # stable
+        path = f"{function.split('.')[0]}.py"
+        outcomes = run_tests({path: blank(reference.source(path), function)}, tests, 1200)
+        tests = [test for test in tests if not outcomes[test].passed]
+        print(f"{function}: {len(tests)} tests", flush=True)
+        return tests
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        table = dict(zip(functions, pool.map(judges, functions)))
+    with open(EXECUTES, "w", encoding="utf-8") as file:
+        json.dump(table, file, indent=1)
+        file.write("\n")
+
+
+if __name__ == "__main__":
+    run_script(main)
