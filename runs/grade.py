@@ -30,6 +30,7 @@ from typing import NamedTuple
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+from runs import variants
 from runs.course import SETS
 from support.flags import InputError, Parser, positive_int, run_script
 
@@ -283,6 +284,17 @@ def read_tests():
         return json.load(file)
 
 
+def for_student(name, student=None):
+    """Returns ({function: points} of a set, the Reference): those of a student's variant, or of the
+    set as it stands here."""
+    if student is None:
+        return SETS[name], Reference({}, read_tests())
+    variant = variants.draw(student, name, SETS[name])
+    tests = {function: [test for test in tests if test not in variant.without]
+             for function, tests in read_tests().items()}
+    return variant.points, Reference(variant.edited, tests)
+
+
 def grade_function(function, out_of, folder, reference, seconds):
     """Grades one function of a student's folder. out_of: its points. Returns a Row."""
     path = f"{function.split('.')[0]}.py"
@@ -383,7 +395,7 @@ def main(argv=None):
     args = parse_flags(argv)
     if not os.path.isdir(args.folder):
         raise InputError(f"folder: {args.folder!r} is not a folder; name the student's copy")
-    points, reference = SETS[args.set], Reference({}, read_tests())
+    points, reference = for_student(args.set, args.student)
     rows = grade(args.folder, points, reference, args.seconds)
     lines = ignored(args.folder, points, reference)
     print("\n".join([*table(rows), *lines]))

@@ -1,4 +1,182 @@
-ZOO = {
+"""Variants of the course's sets, against copied solutions: each student's ID draws one.
+
+    python runs/assignment.py pairs --student=s1234         # a copy with this student's variant
+    python runs/grade.py out/pairs pairs --student=s1234    # judged by the same variant
+
+A variant changes some numbers: in the functions, their docstrings and the tests. It adds a loss of
+zoo.py, and it gives the student a world of TinyTLDR, by a seed. All of it is drawn from the ID
+alone, so nothing has to be stored.
+"""
+import ast
+import os
+import random
+from typing import NamedTuple
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+ZOO_POINTS = 4
+ZOO = {     # the losses of zoo.py that a set may add
     "pairs": ("zoo.hinge", "zoo.squared_hinge", "zoo.cdpo", "zoo.sppo", "zoo.dpop", "zoo.r_dpo"),
     "distillation": ("zoo.odpo", "zoo.rebel"),
 }
+
+
+class Change(NamedTuple):
+    """One thing that is different. note: in a sentence. edits: {file: [(old text, new text)]}, each
+    old text is there once. without: tests that hold no longer."""
+    note: str
+    edits: dict
+    without: tuple = ()
+
+
+def longer(percent, factor, divisor, lengths, in_16_bits):
+    """A response is longer if it has at least `percent` more tokens: if `divisor` times its length
+    is at least `factor` times the other's. lengths, in_16_bits: examples for the test."""
+    old = "np.where(10 * chosen >= 11 * rejected, 1, np.where(10 * rejected >= 11 * chosen, -1, 0))"
+    new = old.replace("10 *", f"{divisor} *").replace("11 *", f"{factor} *")
+    return Change(
+        f"data.longer: a response is longer if it has at least {percent}% more tokens, not 10%.",
+        {"data.py": [("longer, by at least 10% more tokens", f"longer, by at least {percent}% more "
+                      "tokens"), (old, new)],
+         "tests/test_data.py": [
+             ("[[11, 10], [10, 11], [10, 10], [109, 100], [110, 100], [100, 110], [3, 4]]", lengths),
+             ("[[3277, 3000]]", in_16_bits)]})
+
+
+def ipo(note, formula, old, new, step_0, hint=()):
+    """IPO with `new` where the formula has `old`. step_0: its value there. hint: an edit more."""
+    def edit(text):
+        return text, text.replace(old, new)
+
+    def edit_capital(text):
+        return text, text.replace(old.replace("tau", "TAU"), new.replace("tau", "TAU"))
+
+    old_step_0 = "1 / (4 * 0.2 ** 2)"
+    return Change(f"losses.ipo: {note}", {
+        "losses.py": [("optimisation: (h - 1 / (2 tau))^2", f"optimisation: {formula}"),
+                      edit("(h - 1 / (2 * tau)) ** 2")],
+        "tests/test_losses.py": [
+            edit("(h_by_hand(logps, ref_logps) - 1 / (2 * tau)) ** 2"),
+            edit("(chosen - rejected - 1 / (2 * tau)) ** 2"),
+            (f'"ipo": {old_step_0}', f'"ipo": {step_0}'),
+            (f'"ipo-per-token": {old_step_0}', f'"ipo-per-token": {step_0}'), *hint],
+        "tests/test_training.py": [
+            edit_capital("(pair.h - 1 / (2 * TAU)) ** 2"),
+            edit_capital("(pair.h_per_token - 1 / (2 * TAU)) ** 2")]})
+
+
+def member(name, formula, value, index, by_hand):
+    """e-DPO with another member of the family than the best one. value, index: the methods that
+    take its loss, and its number, out of (B, M). by_hand: takes its loss out of a list."""
+    def edit(before, numbers, after=""):
+        return f"{before}min({numbers}){after}", before + by_hand.format(numbers) + after
+
+    return Change(f"losses.e_dpo, losses.best_member: they take {name}.", {
+        "losses.py": [
+            ("the paper's e-DPO: min_m (r_m(y1)", f"a variant of e-DPO: {formula} (r_m(y1)"),
+            (".square().min(dim=1).values + gamma", f".square(){value} + gamma"),
+            ("Returns the index of the reward model that fits each pair best, which e-DPO's minimum "
+             "picks.", f"Returns the index of {name}, for each pair."),
+            (".square().argmin(dim=1)", f".square(){index}")],
+        "tests/test_losses.py": [
+            edit("return ", "members_by_hand(logps, ref_logps, rewards, beta)", " + gamma * kl"),
+            edit("return ", "(chosen - rejected) ** 2 for chosen, rejected in zip(*rewards)"),
+            ("members.min(dim=1).values", f"members{value}"),
+            ("squares.argmin(dim=1)", f"squares{index}")],
+        "tests/test_training.py": [
+            edit("return ", "(margin - BETA * pair.h) ** 2 for margin in pair.margins"),
+            edit("misfits.index(", "misfits", ")")]},
+        without=tuple(f"tests/test_theory.py::{test}" for test in (
+            "test_e_dpo_is_the_minimum_over_members_of_d_dpo_for_each_pair",
+            "test_e_dpo_has_the_gradient_of_the_best_fitting_member_alone",
+            "test_adding_a_member_never_raises_the_loss",
+            "test_one_member_for_each_pair_is_the_weaker_demand")))
+
+
+def warm_up(percent, divisor):
+    return Change(
+        f"train_policy.learning_rate: the warm-up takes {percent}% of the steps, not 5%.",
+        {"train_policy.py": [("over the first 5% of the steps", f"over the first {percent}% of the "
+                              "steps"), ("max_steps // 20", f"max_steps // {divisor}")],
+         "tests/test_training.py": [("Up to LR over 5% of", f"Up to LR over {percent}% of"),
+                                    ("max(1, int(0.05 * max_steps))",
+                                     f"max(1, max_steps // {divisor})")]})
+
+
+# {a function: the changes of which a variant of its set has one}
+CHANGES = {
+    "losses.ipo": (
+        ipo("the fourth power, not the square.", "(h - 1 / (2 tau))^4", "** 2", "** 4",
+            "1 / (2 * 0.2) ** 4"),
+        ipo("the margin to reach is 1 / tau, not 1 / (2 tau).", "(h - 1 / tau)^2",
+            "1 / (2 * tau)", "1 / tau", "1 / 0.2 ** 2",
+            [('"1 / tau, not 1 / (2 tau)"] = formula(tau=tau / 2)',
+              '"1 / (2 tau), not 1 / tau"] = formula(tau=2 * tau)')])),
+    "losses.e_dpo": (
+        member("the second-best member (or the only one)", "the second-smallest over m of",
+               ".sort(dim=1).values[:, :2][:, -1]", ".argsort(dim=1)[:, :2][:, -1]",
+               "sorted({})[:2][-1]"),
+        member("the worst member", "max_m", ".max(dim=1).values", ".argmax(dim=1)", "max({})")),
+    "data.longer": (
+        longer(15, 23, 20, "[[23, 20], [20, 23], [10, 10], [114, 100], [115, 100], [100, 115], "
+               "[3, 4]]", "[[1639, 1500]]"),
+        longer(25, 5, 4, "[[5, 4], [4, 5], [10, 10], [124, 100], [125, 100], [100, 125], [3, 4]]",
+               "[[7000, 6800]]")),
+    "train_policy.learning_rate": (warm_up(10, 10), warm_up(25, 4)),
+}
+
+
+class Variant(NamedTuple):
+    """What a student has. seed: of the world. points: {function: points}, those of the set and of
+    the loss that is added. notes: what is different, in sentences. edited: {file: its source, with
+    the solutions}. without: tests that do not hold."""
+    seed: int
+    points: dict
+    notes: list
+    edited: dict
+    without: tuple
+
+
+def read(path):
+    with open(os.path.join(ROOT, path), encoding="utf-8") as file:
+        return file.read()
+
+
+def apply(changes):
+    """Returns {file: its source} with some changes."""
+    edited = {}
+    for change in changes:
+        for path, edits in change.edits.items():
+            source = edited.get(path) or read(path)
+            for old, new in edits:
+                assert source.count(old) == 1, f"{path}: {source.count(old)} times: {old}"
+                source = source.replace(old, new)
+            edited[path] = source
+        for test in change.without:
+            path, name = test.split("::")
+            edited[path] = without_function(edited.get(path) or read(path), name)
+    return edited
+
+
+def without_function(source, name):
+    """Returns the source of a file without a function."""
+    node = next(node for node in ast.parse(source).body if getattr(node, "name", None) == name)
+    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    lines = source.splitlines(keepends=True)
+    return "".join(lines[:first - 1] + lines[node.end_lineno:]).rstrip() + "\n"
+
+
+def draw(student, name, points):
+    """Draws a student's variant of a set. student: an ID. name: of the set. points: {function:
+    points}. Returns a Variant."""
+    rng = random.Random(f"{student} {name}")            # the same in every version of Python
+    seed = rng.randrange(1, 10_000)
+    changes = [rng.choice(CHANGES[function]) for function in CHANGES if function in points]
+    notes = [change.note for change in changes]
+    if name in ZOO:
+        loss = rng.choice(ZOO[name])
+        points = {**points, loss: ZOO_POINTS}
+        notes.append(f"{loss}: one loss more to write.")
+    notes.append(f"Your world: run the experiments with --seed={seed}.")
+    without = tuple(test for change in changes for test in change.without)
+    return Variant(seed, points, notes, apply(changes), without)
