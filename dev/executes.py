@@ -1,11 +1,10 @@
 """Writes tests/executes.json, the tests by which runs/grade.py judges each function of the course.
 
-    python dev/executes.py              # some minutes; again after you add or rename tests
+    python dev/executes.py              # two minutes; again after you add or rename tests
 
 It runs the tests of the method once and notes which functions of the course each of them executes.
-Then it empties each function, and keeps the tests that fail without it. Tests that take seconds,
-and those that need the runs of the fixture `world`, are left out. Tests that execute few functions
-come first: their messages are the clearest.
+Tests that take seconds, and those that need the runs of the fixture `world`, are left out. Tests
+that execute few functions come first: their messages are the clearest.
 """
 import ast
 import json
@@ -13,13 +12,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from runs.course import SETS
-from runs.grade import EXECUTES, Reference, find, make_copy, run_tests
+from runs.grade import EXECUTES, Reference, find, make_copy
 from runs.variants import ZOO
 from support.flags import run_script
 
@@ -35,7 +33,7 @@ import recorder
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_protocol(item):
-    recorder.seen.clear()
+    recorder.start()
     yield
 
 
@@ -47,12 +45,19 @@ def pytest_runtest_makereport(item, call):
 '''
 RECORDER_MODULE = '''
 import json
+import time
 
-seen = set()
+seen, began = set(), [0]
+
+
+def start():
+    seen.clear()
+    began[0] = time.process_time()      # which does not depend on what else runs
 
 
 def write(test, report, world):
-    row = [test.split("[")[0], sorted(seen), report.duration, report.passed and not world]
+    usable = report.passed and not world
+    row = [test.split("[")[0], sorted(seen), time.process_time() - began[0], usable]
     with open("out/recorded.jsonl", "a") as file:
         file.write(json.dumps(row) + "\\n")
 '''
@@ -66,14 +71,6 @@ def recording(source, functions):
         note = ast.parse(f"__import__('recorder').seen.add({function!r})").body
         place = 0 if ast.get_docstring(node) is None else 1
         node.body[place:place] = note
-    return ast.unparse(tree)
-
-
-def blank(source, function):
-    """Returns the source of a file with one function empty."""
-    tree = ast.parse(source)
-    _, node = find(tree, function.split(".")[1:])
-    node.body = ast.parse("raise NotImplementedError").body
     return ast.unparse(tree)
 
 
@@ -98,13 +95,12 @@ def record(functions, folder):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     subprocess.run([sys.executable, "-m", "pytest", "-q", *TESTS], cwd=folder, env=environment,
                    check=True)
-    executes, left_out = {}, set()
-    seconds = {}
+    executes, seconds, left_out = {}, {}, set()
     with open(os.path.join(folder, "out", "recorded.jsonl"), encoding="utf-8") as file:
         for line in file:
-            test, seen, duration, usable = json.loads(line)
+            test, seen, took, usable = json.loads(line)
             executes.setdefault(test, set()).update(seen)
-            seconds[test] = seconds.get(test, 0) + duration
+            seconds[test] = seconds.get(test, 0) + took
             if not usable:
                 left_out.add(test)
     return {test: seen for test, seen in executes.items()
@@ -114,21 +110,13 @@ def record(functions, folder):
 def main():
     functions = [function for points in SETS.values() for function in points]
     functions += [function for names in ZOO.values() for function in names]
-    reference = Reference({}, {})
     with tempfile.TemporaryDirectory() as folder:
         executes = record(functions, os.path.join(folder, "copy"))
-
-    def judges(function):
+    table = {}
+    for function in functions:
         tests = [test for test in executes if function in executes[test]]
-        tests.sort(key=lambda test: len(executes[test]))        # stable
-        path = f"{function.split('.')[0]}.py"
-        outcomes = run_tests({path: blank(reference.source(path), function)}, tests, 1200)
-        tests = [test for test in tests if not outcomes[test].passed]
-        print(f"{function}: {len(tests)} tests", flush=True)
-        return tests
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        table = dict(zip(functions, pool.map(judges, functions)))
+        table[function] = sorted(tests, key=lambda test: len(executes[test]))       # stable
+        print(f"{function}: {len(tests)} tests")
     with open(EXECUTES, "w", encoding="utf-8") as file:
         json.dump(table, file, indent=1)
         file.write("\n")

@@ -36,8 +36,8 @@ def longer(percent, factor, divisor, lengths, in_16_bits):
     new = old.replace("10 *", f"{divisor} *").replace("11 *", f"{factor} *")
     return Change(
         f"data.longer: a response is longer if it has at least {percent}% more tokens, not 10%.",
-        {"data.py": [("longer, by at least 10% more tokens", f"longer, by at least {percent}% more "
-                      "tokens"), (old, new)],
+        {"data.py": [("by at least 10% more tokens", f"by at least {percent}% more tokens"),
+                     (old, new)],
          "tests/test_data.py": [
              ("[[11, 10], [10, 11], [10, 10], [109, 100], [110, 100], [100, 110], [3, 4]]", lengths),
              ("[[3277, 3000]]", in_16_bits)]})
@@ -75,8 +75,8 @@ def member(name, formula, value, index, by_hand):
         "losses.py": [
             ("the paper's e-DPO: min_m (r_m(y1)", f"a variant of e-DPO: {formula} (r_m(y1)"),
             (".square().min(dim=1).values + gamma", f".square(){value} + gamma"),
-            ("Returns the index of the reward model that fits each pair best, which e-DPO's minimum "
-             "picks.", f"Returns the index of {name}, for each pair."),
+            ("Returns the index of the reward model that fits each pair best, which e-DPO's "
+             "minimum picks.", f"Returns the index of {name}, for each pair."),
             (".square().argmin(dim=1)", f".square(){index}")],
         "tests/test_losses.py": [
             edit("return ", "members_by_hand(logps, ref_logps, rewards, beta)", " + gamma * kl"),

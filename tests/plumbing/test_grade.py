@@ -1,0 +1,322 @@
+"""Grading by transplant: what goes into the reference, what it earns, and what a student's code may
+try. The slow tests grade the reference, all variants and typical mistakes: pytest -m slow."""
+import ast
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from mistakes import MISTAKES
+
+from runs import grade, variants
+from runs.course import SETS
+from runs.grade import NoPoints, Reference, Row
+from support.flags import InputError
+
+ROOT = Path(__file__).parents[2]
+REFERENCE = '''
+import math
+
+SCALE = 2
+
+
+def helper(x):
+    return x
+
+
+class Model:
+    def forward(self, x):
+        return helper(x) * SCALE
+
+    def other(self, x):
+        return x
+
+
+def double(x):
+    """Doubles x."""
+    return 2 * x
+'''
+
+
+def transplanted(student, function="file.double"):
+    return grade.transplant(REFERENCE, grade.parse(student, "file.py"), function)
+
+
+def value(source, expression):
+    names = {}
+    exec(source, names)
+    return eval(expression, names)
+
+
+# ---------------------------------------------------------------- the transplant
+
+def test_a_function_alone():
+    """Its helpers, imports and constants come along. What is changed elsewhere stays behind."""
+    source = transplanted("""
+from functools import reduce
+import nowhere
+SCALE = 1000
+TWO = 2
+def add(x, y): return x + y
+def unused(): return nowhere.x
+def helper(x): return 1 / 0
+def decorated(function): return function
+@decorated
+def double(x): return reduce(add, [x] * TWO)
+""")
+    assert "nowhere" not in source and "unused" not in source
+    assert value(source, "double(4)") == 8 and value(source, "Model().forward(3)") == 6
+
+
+def test_a_method_alone():
+    """With the methods that the student added to its class, and no other."""
+    source = transplanted("""
+def thrice(x): return 3 * x
+class Model:
+    def twice(self, x): return 2 * x
+    def unused(self): pass
+    def other(self, x): return 1000
+    def forward(self, x): return thrice(self.twice(x)) * SCALE
+""", "file.Model.forward")
+    assert "unused" not in source
+    assert value(source, "Model().forward(1)") == 12 and value(source, "Model().other(1)") == 1
+
+
+def test_the_second_of_two_definitions_counts():
+    source = transplanted("def double(x): return 0\ndef double(x): return x + x")
+    assert value(source, "double(4)") == 8
+
+
+@pytest.mark.parametrize("student, reason", [
+    ("def double(x)\n    return x", "file.py, line 1: expected ':'"),
+    ("x = '\0'", "file.py"),
+    ("def dubble(x): return x", "file.py has no function double"),
+    ("double = lambda x: x", "file.py has no function double"),
+    ("class double: pass", "file.py has no function double"),
+    ("def double(x):\n    raise NotImplementedError('double: yours to write')", "not written yet"),
+    ("import sys\ndef double(x): sys.stdout", "it uses sys, which no function of the course needs"),
+    ("def double(x): return open('file.py').read()", "it uses open, "),
+    ("def double(x): return helper_(x)\ndef helper_(x): return eval(x)", "it uses eval, "),
+    ("from os import _exit as f\ndef double(x): f(0)", "it uses os, "),
+    ("def double(x):\n    import inspect as i", "it uses inspect, "),
+    ("def double(x): return x.__globals__['open']", "it uses __globals__, ")])
+def test_what_gets_no_points(student, reason):
+    with pytest.raises(NoPoints) as error:
+        transplanted(student)
+    assert reason in str(error.value) and "\n" not in str(error.value)
+
+
+def test_changes_that_are_ignored():
+    """What differs and is not graded. A blank function is not a change."""
+    student = REFERENCE.replace("return x\n", "return x + 1\n").replace("SCALE = 2", "SCALE = 3")
+    student = student.replace("return 2 * x", "raise NotImplementedError()")
+    trees = ast.parse(REFERENCE), ast.parse(student)
+    assert grade.changes(*trees, {"helper"}) == ["SCALE", "Model.other"]
+    assert grade.changes(trees[0], trees[0], set()) == []
+
+
+# ---------------------------------------------------------------- the grade
+
+def copy(folder, *edits):
+    """A student's folder: the root's files with some edits, (file, old, new) each."""
+    folder.mkdir()
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    for name, old, new in edits:
+        source = (folder / name).read_text(encoding="utf-8")
+        assert source.count(old) == 1, old
+        (folder / name).write_text(source.replace(old, new), encoding="utf-8")
+    return folder
+
+
+FORMULA = "tests/test_losses.py::test_a_loss_is_its_formula"
+FEW_TESTS = Reference({}, {
+    "losses.d_dpo": [FORMULA, "tests/test_losses.py::test_a_row_of_the_table"],
+    "losses.dpo": [FORMULA, "tests/test_losses.py::test_a_row_of_the_table"],
+    "losses.ipo": [FORMULA],
+    "losses.bradley_terry": ["tests/test_losses.py::test_bradley_terry"],
+    "losses.forward_kl": [FORMULA], "losses.sft": [FORMULA]})
+
+
+def test_a_grade(tmp_path, capsys):
+    """A right function has all points, whatever stands around it. A wrong one has half of them,
+    times the share of its tests that pass. Nothing that a student writes ends the grader."""
+    folder = copy(tmp_path / "s1", (
+        "losses.py", "    return -F.logsigmoid(beta * h)\n\n\ndef ipo(",
+        "    print('a line', '!' * 10 ** 6)\n    return -F.logsigmoid(h)\n\n\ndef ipo("), (
+        "losses.py", "return -F.logsigmoid(reward_margin(rewards))", "raise SystemExit(0)"), (
+        "losses.py", "return (ref_logps_of_ref_samples - logps_of_ref_samples).mean(dim=1)",
+        "raise NotImplementedError"), (
+        "losses.py", "return rewards[:, 0] - rewards[:, 1]", "return 0"), (
+        "losses.py", "    return -logps.sum(dim=1)", "    while True:\n        pass"))
+    points = {"losses.d_dpo": 3, "losses.dpo": 4, "losses.bradley_terry": 3,
+              "losses.forward_kl": 3}
+    rows = grade.grade(folder, points, FEW_TESTS)
+    assert [row.points for row in rows] == [3, 1, 0, 0]
+    assert rows[0].note == ""
+    assert rows[1].note.startswith("1 of 2 tests fail. test_a_loss_is_its_formula: ")
+    assert "SystemExit" in rows[2].note and rows[3].note == "not written yet"
+    [endless] = grade.grade(folder, {"losses.sft": 1}, FEW_TESTS, seconds=2)
+    assert endless.points == 0 and endless.note.startswith("stopped after 2 seconds")
+    lines = grade.ignored(folder, points, FEW_TESTS)
+    assert lines == ["losses.py: changes to reward_margin, sft are ignored; the reference's are "
+                     "used"]
+
+
+def test_missing_files_and_folders(tmp_path):
+    """A blank set has no points, a folder without the file neither; one that is not there at all
+    is the teacher's mistake."""
+    rows = grade.grade(tmp_path, {"losses.dpo": 3, "losses.ipo": 3}, FEW_TESTS)
+    assert [row.points for row in rows] == [0, 0]
+    assert {row.note for row in rows} == {"losses.py: No such file or directory"}
+    (tmp_path / "losses.py").mkdir()
+    [row] = grade.grade(tmp_path, {"losses.dpo": 1}, FEW_TESTS)
+    assert row.note == "losses.py: Is a directory"
+    with pytest.raises(InputError, match="folder: .* is not a folder"):
+        grade.main([f"{tmp_path}/nowhere", "pairs"])
+
+
+def test_the_report(tmp_path, capsys, monkeypatch):
+    """The table on the screen, a line for each function, and Gradescope's results.json."""
+    rows = [Row("losses.dpo", 3, 3, ""), Row("losses.ipo", 0.75, 3, "1 of 2\ntests " + 300 * "x")]
+    monkeypatch.setattr(grade, "grade", lambda *_: rows)
+    grade.main([str(copy(tmp_path / "s1")), "pairs", f"--out={tmp_path}/r.json", "--leaderboard"])
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in printed[1:]] == [
+        ["losses.dpo", "3", "3"], ["losses.ipo", "0.75", "3"], ["total", "3.75", "6"]]
+    assert max(map(len, printed)) < 200
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert results["score"] == 3.75 and results["visibility"] == "visible"
+    assert results["leaderboard"] == [{"name": "points", "value": 3.75}]
+    first, second = results["tests"]
+    assert first == {"name": "losses.dpo", "score": 3, "max_score": 3, "status": "passed",
+                     "output": "All tests pass.", "visibility": "visible"}
+    assert second["status"] == "failed" and second["output"] == rows[1].note
+
+
+# ---------------------------------------------------------------- the tests that judge
+
+TESTS = grade.read_tests()
+FUNCTIONS = [function for points in SETS.values() for function in points]
+FUNCTIONS += [function for names in variants.ZOO.values() for function in names]
+
+
+def test_every_function_has_tests():
+    """tests/executes.json knows all functions, and all the tests that it names are there; else run
+    dev/executes.py."""
+    assert list(TESTS) == FUNCTIONS
+    defined = {}
+    for function, tests in TESTS.items():
+        assert len(tests) >= 2, function
+        for path, name in [test.split("::") for test in tests]:
+            if path not in defined:
+                defined[path] = grade.defined(ast.parse((ROOT / path).read_text("utf-8")).body)
+            assert name in defined[path], f"{path} has no {name}: run dev/executes.py"
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_the_reference_in_itself(function):
+    """Transplanting a function of the reference gives the reference, so that a set's other
+    functions do not matter; a blank one has no points, and what it is judged by may be run."""
+    source = FEW_TESTS.source(f"{function.split('.')[0]}.py")
+    tree = ast.parse(source)
+    assert grade.transplant(source, tree, function) == ast.unparse(tree)
+    _, node = grade.find(tree, function.split(".")[1:])
+    node.body = ast.parse("raise NotImplementedError").body
+    with pytest.raises(NoPoints, match="not written yet"):
+        grade.transplant(source, tree, function)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETS)
+def test_the_reference_has_full_marks(name):
+    for row in grade.grade(ROOT, *grade.for_student(name), seconds=600):
+        assert row.points == row.out_of, row
+
+
+# ---------------------------------------------------------------- mistakes
+
+def with_mistake(folder, mistake):
+    module, *names = mistake.function.split(".")
+    source = (ROOT / f"{module}.py").read_text(encoding="utf-8")
+    _, node = grade.find(ast.parse(source), names)
+    lines = source.splitlines(keepends=True)
+    before, after = "".join(lines[:node.lineno - 1]), "".join(lines[node.end_lineno:])
+    own = "".join(lines[node.lineno - 1:node.end_lineno])
+    assert own.count(mistake.old) == 1
+    copy(folder)
+    wrong = before + own.replace(mistake.old, mistake.new) + after
+    (folder / f"{module}.py").write_text(wrong, encoding="utf-8")
+
+
+def some_mistakes():
+    """60 of them, of all functions: the first of each, then the second, and so on."""
+    by_function = [[mistake for mistake in MISTAKES if mistake.function == function]
+                   for function in FUNCTIONS]
+    in_turn = [mistakes[turn] for turn in range(10) for mistakes in by_function
+               if turn < len(mistakes)]
+    return in_turn[:60]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", some_mistakes(), ids=lambda m: f"{m.function}: {m.name}")
+def test_a_mistake_costs_points_in_its_own_function(mistake, tmp_path):
+    """And nowhere else: with every other function of its file, what is judged is the reference."""
+    with_mistake(tmp_path / "s1", mistake)
+    reference = Reference({}, TESTS)
+    row = grade.grade_function(mistake.function, 100, tmp_path / "s1", reference, 600)
+    print(f"{row.points:6.2f}  {mistake.function}: {mistake.name}. {grade.in_a_line(row.note)}")
+    assert row.points <= 50 and row.note
+    path = f"{mistake.function.split('.')[0]}.py"
+    source, student = reference.source(path), grade.read_student(tmp_path / "s1", path)
+    for function in FUNCTIONS:
+        if function.startswith(path[:-2]) and function != mistake.function:
+            assert grade.transplant(source, student, function) == ast.unparse(ast.parse(source))
+
+
+# ---------------------------------------------------------------- variants
+
+def test_a_variant_is_drawn_from_the_id():
+    """The same each time, and another one for somebody else."""
+    drawn = [variants.draw(f"s{i}", "pairs", SETS["pairs"]) for i in range(20)]
+    assert drawn[3] == variants.draw("s3", "pairs", SETS["pairs"])
+    assert len({variant.seed for variant in drawn}) > 15
+    assert len({tuple(variant.points) for variant in drawn}) > 3
+    assert len({variant.notes[0] for variant in drawn}) == len(variants.CHANGES["losses.ipo"])
+    assert list(drawn[0].points)[:3] == list(SETS["pairs"])
+
+
+ALL_CHANGES = [change for changes in variants.CHANGES.values() for change in changes]
+
+
+@pytest.mark.parametrize("change", ALL_CHANGES, ids=lambda change: change.note)
+def test_a_change_can_be_made(change):
+    """Its old texts are there once, docstrings and tests among them, and its functions differ."""
+    edited = variants.apply([change])
+    assert any(path.startswith("tests/") for path in edited)
+    for function in change.note.split(": ")[0].split(", "):
+        path, *names = function.split(".")
+        old, new = [grade.find(ast.parse(source), names)[1] for source in (
+            FEW_TESTS.source(f"{path}.py"), edited[f"{path}.py"])]
+        assert ast.get_docstring(old) != ast.get_docstring(new)
+        assert ast.unparse(old.body[1:]) != ast.unparse(new.body[1:])
+    for test in change.without:
+        path, name = test.split("::")
+        assert f"def {name}(" not in edited[path]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", ALL_CHANGES, ids=lambda change: change.note)
+def test_a_variant_has_full_marks_and_the_copied_solution_has_not(change, tmp_path):
+    functions = change.note.split(": ")[0].split(", ")
+    edited = variants.apply([change])
+    tests = {function: [test for test in TESTS[function] if test not in change.without]
+             for function in functions}
+    reference, points = Reference(edited, tests), dict.fromkeys(functions, 10)
+    copied = grade.grade(copy(tmp_path / "copied"), points, reference, 600)
+    for path in ROOT.glob("*.py"):
+        if path.name in edited:
+            (tmp_path / "copied" / path.name).write_text(edited[path.name], encoding="utf-8")
+    own = grade.grade(tmp_path / "copied", points, reference, 600)
+    assert [row.points for row in own] == [10] * len(own), own
+    assert all(row.points <= 5 for row in copied), copied
