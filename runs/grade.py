@@ -10,12 +10,14 @@ around it, and a student's own tests and support files are never used. tests/exe
 the tests of each function; dev/executes.py writes it.
 
 A function that passes all of its tests has all of its points. Otherwise it has half of them, times
-the fraction of its tests that pass. results.json is in Gradescope's format.
+the fraction of its tests that pass. results.json is in Gradescope's format;
+runs/classroom.yml runs the same command on GitHub.
 
 Python code can't be locked in. The grader refuses functions that name files, processes or Python's
 own machinery. Beyond that, grade in a container, as Gradescope and GitHub do.
 """
 import ast
+import base64
 import json
 import os
 import shutil
@@ -379,6 +381,16 @@ def gradescope(rows, lines, leaderboard):
     return results
 
 
+def classroom(rows):
+    """Returns the grade in the form that GitHub Classroom's reporter reads, for $GITHUB_OUTPUT."""
+    results = {"version": 1, "max_score": sum(row.out_of for row in rows),
+               "status": "pass" if all(row.points == row.out_of for row in rows) else "fail",
+               "tests": [{"name": row.function, "score": row.points, "message": row.note[:2000],
+                          "status": "pass" if row.points == row.out_of else "fail"}
+                         for row in rows]}
+    return f"result={base64.b64encode(json.dumps(results).encode()).decode()}\n"
+
+
 def parse_flags(argv):
     parser = Parser(__doc__)
     parser.add_argument("folder", help="the student's copy")
@@ -406,6 +418,9 @@ def main(argv=None):
             json.dump(gradescope(rows, lines, args.leaderboard), file, indent=1)
     except OSError as error:
         raise InputError(f"--out: {args.out!r}: {error.strerror}")
+    if "GITHUB_OUTPUT" in os.environ:           # in runs/classroom.yml
+        with open(os.environ["GITHUB_OUTPUT"], "a", encoding="utf-8") as file:
+            file.write(classroom(rows))
 
 
 if __name__ == "__main__":

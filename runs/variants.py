@@ -4,8 +4,8 @@
     python runs/grade.py out/pairs pairs --student=s1234    # judged by the same variant
 
 A variant changes some numbers: in the functions, their docstrings and the tests. It adds a loss of
-zoo.py, and it gives the student a world of TinyTLDR, by a seed. All of it is drawn from the ID
-alone, so nothing has to be stored.
+zoo.py, and a world of TinyTLDR, which is a seed. All of it follows from the ID, so nothing has to
+be stored.
 """
 import ast
 import os
@@ -21,6 +21,22 @@ ZOO = {     # the losses of zoo.py that a set may add
 }
 
 
+ZOO_FILE = '''"""Has a loss by other authors, which is yours to write. In its docstring, u and v are
+the log-ratios logp_pi - logp_ref of the chosen and of the rejected response, h = u - v, |y| is the
+length of a response in tokens, and sigma is the logistic function.
+"""
+{margins}
+
+{stub}    raise NotImplementedError("{name}: yours to write")
+
+
+ZOO = {{"{key}": {name}}}
+MORE.update(ZOO)                        # now losses.py finds it by name
+
+
+{all_losses}'''
+
+
 class Change(NamedTuple):
     """One thing that is different. note: in a sentence. edits: {file: [(old text, new text)]}, each
     old text is there once. without: tests that hold no longer."""
@@ -32,15 +48,16 @@ class Change(NamedTuple):
 def longer(percent, factor, divisor, lengths, in_16_bits):
     """A response is longer if it has at least `percent` more tokens: if `divisor` times its length
     is at least `factor` times the other's. lengths, in_16_bits: examples for the test."""
-    old = "np.where(10 * chosen >= 11 * rejected, 1, np.where(10 * rejected >= 11 * chosen, -1, 0))"
+    old = ("np.where(10 * chosen >= 11 * rejected, 1, "
+           "np.where(10 * rejected >= 11 * chosen, -1, 0))")
     new = old.replace("10 *", f"{divisor} *").replace("11 *", f"{factor} *")
     return Change(
         f"data.longer: a response is longer if it has at least {percent}% more tokens, not 10%.",
         {"data.py": [("by at least 10% more tokens", f"by at least {percent}% more tokens"),
                      (old, new)],
          "tests/test_data.py": [
-             ("[[11, 10], [10, 11], [10, 10], [109, 100], [110, 100], [100, 110], [3, 4]]", lengths),
-             ("[[3277, 3000]]", in_16_bits)]})
+             ("[[11, 10], [10, 11], [10, 10], [109, 100], [110, 100], [100, 110], [3, 4]]",
+              lengths), ("[[3277, 3000]]", in_16_bits)]})
 
 
 def ipo(note, formula, old, new, step_0, hint=()):
@@ -166,6 +183,23 @@ def without_function(source, name):
     return "".join(lines[:first - 1] + lines[node.end_lineno:]).rstrip() + "\n"
 
 
+def zoo_file(loss):
+    """Returns the source of zoo.py in a student's copy: one loss alone, and that is left to write.
+    loss: such as "zoo.r_dpo"."""
+    source, name = read("zoo.py"), loss.split(".")[1]
+    lines, tree = source.splitlines(keepends=True), ast.parse(source)
+    nodes = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+    def text(first, last):
+        return "".join(lines[first.lineno - 1:last.end_lineno])
+
+    imports = next(node for node in tree.body if isinstance(node, ast.Import))
+    return ZOO_FILE.format(
+        margins=text(imports, nodes["mean_logps"]), name=name, key=name.replace("_", "-"),
+        stub=text(nodes[name], nodes[name].body[0]),            # up to the end of its docstring
+        all_losses=text(nodes["all_losses"], nodes["all_losses"]))
+
+
 def draw(student, name, points):
     """Draws a student's variant of a set. student: an ID. name: of the set. points: {function:
     points}. Returns a Variant."""
@@ -176,7 +210,8 @@ def draw(student, name, points):
     if name in ZOO:
         loss = rng.choice(ZOO[name])
         points = {**points, loss: ZOO_POINTS}
-        notes.append(f"{loss}: one loss more to write.")
+        notes.append(f"{loss}: one loss more to write, after the formula in its docstring. Its "
+                     "tests are not in this copy.")
     notes.append(f"Your world: run the experiments with --seed={seed}.")
     without = tuple(test for change in changes for test in change.without)
     return Variant(seed, points, notes, apply(changes), without)

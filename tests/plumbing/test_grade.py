@@ -1,13 +1,18 @@
 """Grading by transplant: what goes into the reference, what it earns, and what a student's code may
 try. The slow tests grade the reference, all variants and typical mistakes: pytest -m slow."""
 import ast
+import base64
+import inspect
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 from mistakes import MISTAKES
 
+import losses
+import zoo
 from runs import grade, variants
 from runs.course import SETS
 from runs.grade import NoPoints, Reference, Row
@@ -180,6 +185,7 @@ def test_the_report(tmp_path, capsys, monkeypatch):
     """The table on the screen, a line for each function, and Gradescope's results.json."""
     rows = [Row("losses.dpo", 3, 3, ""), Row("losses.ipo", 0.75, 3, "1 of 2\ntests " + 300 * "x")]
     monkeypatch.setattr(grade, "grade", lambda *_: rows)
+    monkeypatch.setenv("GITHUB_OUTPUT", f"{tmp_path}/output")
     grade.main([str(copy(tmp_path / "s1")), "pairs", f"--out={tmp_path}/r.json", "--leaderboard"])
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[:3] for line in printed[1:]] == [
@@ -192,6 +198,20 @@ def test_the_report(tmp_path, capsys, monkeypatch):
     assert first == {"name": "losses.dpo", "score": 3, "max_score": 3, "status": "passed",
                      "output": "All tests pass.", "visibility": "visible"}
     assert second["status"] == "failed" and second["output"] == rows[1].note
+    name, _, encoded = (tmp_path / "output").read_text().partition("=")
+    results = json.loads(base64.b64decode(encoded))
+    assert (name, results["status"], results["max_score"]) == ("result", "fail", 6)
+    assert [(test["status"], test["score"]) for test in results["tests"]] == [("pass", 3),
+                                                                              ("fail", 0.75)]
+
+
+def test_the_workflow_calls_the_same_command():
+    workflow = (ROOT / "runs/classroom.yml").read_text(encoding="utf-8")
+    [command] = re.findall(r"run: .venv/bin/python runs/grade.py (.*)", workflow)
+    args = grade.parse_flags(command.replace('"$SET"', "pairs").split())
+    assert (args.folder, args.set, args.out) == ("../student", "pairs", "results.json")
+    for name in ("runs/venv.sh", "requirements-dev.txt"):
+        assert name in workflow and (ROOT / name).is_file()
 
 
 # ---------------------------------------------------------------- the tests that judge
@@ -305,18 +325,50 @@ def test_a_change_can_be_made(change):
         assert f"def {name}(" not in edited[path]
 
 
+def first_students():
+    """(set, student) for every change: the first student who has it."""
+    first = {}
+    for name in SETS:
+        for i in range(20):
+            note = variants.draw(f"s{i}", name, SETS[name]).notes[0]
+            if note.split(": ")[0].split(", ")[0] in variants.CHANGES:
+                first.setdefault(note, (name, f"s{i}"))
+    return list(first.values())
+
+
+def test_every_change_is_drawn():
+    assert len(first_students()) == len(ALL_CHANGES)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("change", ALL_CHANGES, ids=lambda change: change.note)
-def test_a_variant_has_full_marks_and_the_copied_solution_has_not(change, tmp_path):
-    functions = change.note.split(": ")[0].split(", ")
-    edited = variants.apply([change])
-    tests = {function: [test for test in TESTS[function] if test not in change.without]
-             for function in functions}
-    reference, points = Reference(edited, tests), dict.fromkeys(functions, 10)
-    copied = grade.grade(copy(tmp_path / "copied"), points, reference, 600)
+@pytest.mark.parametrize("name, student", first_students())
+def test_a_variant(name, student, tmp_path):
+    """Its own solution has full marks. The copied solution of the set as it stands here loses them
+    where the variant differs, and only there."""
+    points, reference = grade.for_student(name, student)
+    variant = variants.draw(student, name, SETS[name])
+    folder = copy(tmp_path / "s1")
+    different = variant.notes[0].split(": ")[0].split(", ")
+    for row in grade.grade(folder, points, reference, 600):
+        wanted = row.points <= row.out_of / 2 if row.function in different else not row.note
+        assert wanted, row
     for path in ROOT.glob("*.py"):
-        if path.name in edited:
-            (tmp_path / "copied" / path.name).write_text(edited[path.name], encoding="utf-8")
-    own = grade.grade(tmp_path / "copied", points, reference, 600)
-    assert [row.points for row in own] == [10] * len(own), own
-    assert all(row.points <= 5 for row in copied), copied
+        if path.name in variant.edited:
+            (folder / path.name).write_text(variant.edited[path.name], encoding="utf-8")
+    for row in grade.grade(folder, points, reference, 600):
+        assert row.points == row.out_of, row
+
+
+@pytest.mark.parametrize("loss", sum(variants.ZOO.values(), ()))
+def test_the_zoo_of_a_copy(loss, monkeypatch):
+    """It has one loss, which is left to write, under its name in the table."""
+    monkeypatch.setattr(losses, "MORE", {})         # to which the file adds its loss
+    source = variants.zoo_file(loss)
+    names = {}
+    exec(source, names)
+    [(name, function)] = names["ZOO"].items()
+    assert loss == f"zoo.{function.__name__}" and names["all_losses"]()[-1] == name
+    assert function.__doc__ == getattr(zoo, function.__name__).__doc__
+    with pytest.raises(NotImplementedError, match="yours to write"):
+        function(*inspect.signature(function).parameters)
+    assert max(map(len, source.splitlines())) <= 100
