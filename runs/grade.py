@@ -18,6 +18,7 @@ own machinery. Beyond that, grade in a container, as Gradescope and GitHub do.
 """
 import ast
 import base64
+import contextlib
 import json
 import os
 import shutil
@@ -120,8 +121,10 @@ def with_helpers(node, added):
 
 
 def is_blank(function):
-    """Says whether a function is still to write: its last statement is that error."""
-    return "NotImplementedError" in ast.unparse(function.body[-1])
+    """Says whether a function is still to write: it ends in that error, or does nothing."""
+    nothing = all(isinstance(statement, ast.Pass) or isinstance(statement, ast.Expr)
+                  and isinstance(statement.value, ast.Constant) for statement in function.body)
+    return nothing or "NotImplementedError" in ast.unparse(function.body[-1])
 
 
 def transplant(reference, student, function):
@@ -217,17 +220,20 @@ def run_pytest(folder, tests, seconds):
                                    stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             process.wait(seconds)
+            finished = True
         except subprocess.TimeoutExpired:
-            pass
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)      # with what it started
-            process.wait()
-            file.seek(0)
-            started = [line.split()[0] for line in file if line.startswith("tests/")]
-            where = f" (in {started[-1].split('::')[1]})" if started else ""
-            raise NoPoints(f"stopped after {seconds} seconds{where}: an endless loop?")
+            finished = False
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)      # and what it started
+        process.wait()
         file.seek(0)
-        return file.read()
+        printed = file.read()
+    if not finished:
+        started = [line.split()[0] for line in printed.splitlines() if line.startswith("tests/")]
+        where = f" in {started[-1].split('::')[1]}" if started else ""
+        raise NoPoints(f"stopped after {seconds} seconds{where}: an endless loop?")
+    return printed
 
 
 def run_tests(edited, tests, seconds):

@@ -99,6 +99,7 @@ def test_the_second_of_two_definitions_counts():
     ("double = lambda x: x", "file.py has no function double"),
     ("class double: pass", "file.py has no function double"),
     ("def double(x):\n    raise NotImplementedError('double: yours to write')", "not written yet"),
+    ("def double(x):\n    'Doubles x.'\n    ...", "not written yet"),
     ("import sys\ndef double(x): sys.stdout", "it uses sys, which no function of the course needs"),
     ("def double(x): return open('file.py').read()", "it uses open, "),
     ("def double(x): return helper_(x)\ndef helper_(x): return eval(x)", "it uses eval, "),
