@@ -40,7 +40,7 @@ from support.flags import InputError, Parser, positive_int, run_script
 EXECUTES = os.path.join(ROOT, "tests", "executes.json")
 NOT_COPIED = shutil.ignore_patterns(".git", ".venv*", ".*_cache", ".hypothesis", "out",
                                     "__pycache__")
-MEMORY = 16 * 2**20             # KiB that a student's process may take
+LIMITS = f"ulimit -d {16 * 2**20}; ulimit -f {2**20}"       # KiB of memory, and of a file
 LONGEST_LINE = 160              # characters of a message in the table
 
 # A function of the course computes. It needs none of these, and with them it could read the
@@ -212,8 +212,7 @@ def run_pytest(folder, tests, seconds):
     environment = {"PATH": os.environ.get("PATH", ""), "HOME": home, "TMPDIR": home,
                    "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0",
                    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    limited = 'ulimit -d "$0" 2> /dev/null; exec "$@"'
-    command = ["bash", "-c", limited, str(MEMORY), sys.executable, "-m", "pytest", "-v",
+    command = ["bash", "-c", f'{LIMITS}; exec "$@"', "bash", sys.executable, "-m", "pytest", "-v",
                "-p", "no:cacheprovider", "--tb=line", "--junitxml=out/results.xml", *tests]
     with open(os.path.join(home, "printed"), "w+", encoding="utf-8", errors="replace") as file:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL,

@@ -139,9 +139,10 @@ FORMULA = "tests/test_losses.py::test_a_loss_is_its_formula"
 FEW_TESTS = Reference({}, {
     "losses.d_dpo": [FORMULA, "tests/test_losses.py::test_a_row_of_the_table"],
     "losses.dpo": [FORMULA, "tests/test_losses.py::test_a_row_of_the_table"],
-    "losses.ipo": [FORMULA],
-    "losses.bradley_terry": ["tests/test_losses.py::test_bradley_terry"],
-    "losses.forward_kl": [FORMULA], "losses.sft": [FORMULA]})
+    "losses.ipo": [FORMULA], "losses.forward_kl": [FORMULA], "losses.sft": [FORMULA]})
+
+
+FEW_TESTS_OF_DPO = Reference({}, {"losses.dpo": [FORMULA], "losses.ipo": [FORMULA]})
 
 
 def test_a_grade(tmp_path, capsys):
@@ -150,23 +151,39 @@ def test_a_grade(tmp_path, capsys):
     folder = copy(tmp_path / "s1", (
         "losses.py", "    return -F.logsigmoid(beta * h)\n\n\ndef ipo(",
         "    print('a line', '!' * 10 ** 6)\n    return -F.logsigmoid(h)\n\n\ndef ipo("), (
-        "losses.py", "return -F.logsigmoid(reward_margin(rewards))", "raise SystemExit(0)"), (
         "losses.py", "return (ref_logps_of_ref_samples - logps_of_ref_samples).mean(dim=1)",
         "raise NotImplementedError"), (
         "losses.py", "return rewards[:, 0] - rewards[:, 1]", "return 0"), (
         "losses.py", "    return -logps.sum(dim=1)", "    while True:\n        pass"))
-    points = {"losses.d_dpo": 3, "losses.dpo": 4, "losses.bradley_terry": 3,
-              "losses.forward_kl": 3}
+    points = {"losses.d_dpo": 3, "losses.dpo": 4, "losses.forward_kl": 3}
     rows = grade.grade(folder, points, FEW_TESTS)
-    assert [row.points for row in rows] == [3, 1, 0, 0]
+    assert [row.points for row in rows] == [3, 1, 0]
     assert rows[0].note == ""
     assert rows[1].note.startswith("1 of 2 tests fail. test_a_loss_is_its_formula: ")
-    assert "SystemExit" in rows[2].note and rows[3].note == "not written yet"
-    [endless] = grade.grade(folder, {"losses.sft": 1}, FEW_TESTS, seconds=2)
-    assert endless.points == 0 and endless.note.startswith("stopped after 2 seconds")
+    assert rows[2].note == "not written yet"
+    [endless] = grade.grade(folder, {"losses.sft": 1}, FEW_TESTS, seconds=1)
+    assert endless.points == 0 and endless.note.startswith("stopped after 1 seconds")
     lines = grade.ignored(folder, points, FEW_TESTS)
     assert lines == ["losses.py: changes to reward_margin, sft are ignored; the reference's are "
                      "used"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("body, reason", [
+    ("raise SystemExit(0)", "SystemExit"), ("raise KeyboardInterrupt", ""),
+    ("import nowhere", "No module named 'nowhere'"), ("return dpo(logps, ref_logps)", "recursion"),
+    ("while True: print('!' * 1000)", "stopped after 60 seconds"),
+    ("x = [0]\n    while True: x = x + x", ""),
+    ("raise __builtins__['KeyError']", "it uses __builtins__"), ("return 3", ""),
+    ("return undefined", "name 'undefined' is not defined")])
+def test_whatever_a_student_writes(body, reason, tmp_path):
+    """No points, and a line that says why; the other function has all of its points."""
+    end = "\n\n\ndef ipo("
+    folder = copy(tmp_path / "s1", (
+        "losses.py", f"    return -F.logsigmoid(beta * h){end}", f"    {body}{end}"))
+    wrong, right = grade.grade(folder, {"losses.dpo": 3, "losses.ipo": 3}, FEW_TESTS_OF_DPO, 60)
+    assert wrong.points == 0 and wrong.note and reason in wrong.note
+    assert right.points == 3
 
 
 def test_missing_files_and_folders(tmp_path):
