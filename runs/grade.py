@@ -251,6 +251,8 @@ def run_tests(edited, tests, seconds):
             raise NoPoints("the process of the tests ended before they did")
     outcomes = {}
     for case in report.iter("testcase"):
+        if not case.get("name"):            # the session was interrupted
+            continue
         name = case.get("name").split("[")[0]
         test = f"{case.get('classname').replace('.', '/')}.py::{name}"
         message = next((part.get("message") or part.tag for part in case
