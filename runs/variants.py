@@ -144,10 +144,11 @@ CHANGES = {
 
 
 class Variant(NamedTuple):
-    """What a student has. seed: of the world. points: {function: points}, those of the set and of
-    the loss that is added. notes: what is different, in sentences. edited: {file: its source, with
-    the solutions}. without: tests that do not hold."""
+    """What a student has. seed: of the world. loss: the one of zoo.py that is added, or None.
+    points: {function: points}, those of the set and of that loss. notes: what is different, in
+    sentences. edited: {file: its source, with the solutions}. without: tests that do not hold."""
     seed: int
+    loss: str
     points: dict
     notes: list
     edited: dict
@@ -207,6 +208,7 @@ def draw(student, name, points):
     seed = rng.randrange(1, 10_000)
     changes = [rng.choice(CHANGES[function]) for function in CHANGES if function in points]
     notes = [change.note for change in changes]
+    loss = None
     if name in ZOO:
         loss = rng.choice(ZOO[name])
         points = {**points, loss: ZOO_POINTS}
@@ -214,4 +216,11 @@ def draw(student, name, points):
                      "tests are not in this copy.")
     notes.append(f"Your world: run the experiments with --seed={seed}.")
     without = tuple(test for change in changes for test in change.without)
-    return Variant(seed, points, notes, apply(changes), without)
+    return Variant(seed, loss, points, notes, apply(changes), without)
+
+
+def page(variant):
+    """Returns the text of VARIANT.md, which a student's copy has."""
+    lines = "".join(f"* {note}\n" for note in variant.notes)
+    return ("# Your variant\n\nThis copy is yours alone. Where a page of the course says something "
+            f"else, this and the\ndocstrings hold.\n\n{lines}")
