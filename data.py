@@ -252,7 +252,8 @@ def batches(lengths, batch_size, seed, epoch, window=32):
     First the rows are shuffled. If the last ones are too few for a batch, they are left out of this
     epoch (if there are too few rows for any batch, all of them are one batch). Then the rows are
     cut into windows of `window` batches. Each window is sorted by length (ties keep their order)
-    and cut into batches. At the end the order of all batches is shuffled.
+    and cut into batches. At the end the order of all batches is shuffled. Both times a permutation
+    is drawn from np.random.default_rng([seed, epoch]): of all rows, then of the batches.
     lengths: (N,) tokens in each row. Returns a list of arrays of row indices, (batch_size,) each.
     """
     rng = np.random.default_rng([seed, epoch])

@@ -13,10 +13,10 @@ def assert_gives(got, wanted, mistakes=None, what=""):
         wanted = torch.as_tensor(wanted, dtype=got.dtype)
     if same(got, wanted):
         return
-    guesses = dict(mistakes or {})
+    guesses = list((mistakes or {}).items())
     if torch.is_tensor(got):
-        guesses |= usual_mistakes(got, wanted)
-    fitting = [guess for guess, value in guesses.items() if same(got, value)]
+        guesses += usual_mistakes(got, wanted).items()
+    fitting = [guess for guess, value in guesses if same(got, value)]
     first = ": ".join(filter(None, [what, fitting[0] if fitting else difference(got, wanted)]))
     raise AssertionError(f"{first}\n     got {plain(got)}\n  wanted {plain(wanted)}")
 
@@ -34,7 +34,7 @@ def same(got, wanted):
 def usual_mistakes(got, wanted):
     """What may be wrong with any number for each pair: {mistake: what it would give}."""
     wanted = wanted.detach()
-    if not wanted.is_floating_point() or wanted.dim() == 0:
+    if not wanted.is_floating_point() or got.shape not in (wanted.shape, ()):
         return {}
     return {"the mean over the pairs, where each has a number of its own": wanted.mean(),
             "the sum over the pairs, where each has a number of its own": wanted.sum(),

@@ -1,6 +1,7 @@
 """Each loss against its formula in plain numbers, and what every row of the table of losses must
 hold: a loss that you add to losses.LOSSES is tested here without a change to this file."""
 import inspect
+import itertools
 import math
 from contextlib import nullcontext
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from hints import assert_gives
 
 import losses
-from data import Dataset
+from data import Dataset, ranked_pairs
 from losses import LOSSES, PREFERENCE_LOSSES, batch_loss, knobs, needs
 from model import GPT, GPTConfig
 
@@ -240,22 +241,23 @@ def test_distillation_without_a_kl():
 
 
 def test_best_member_is_the_one_that_the_minimum_picks():
-    """The pairs here do not all have the same one."""
-    columns = [COLUMNS[column] for column in ("logps", "ref_logps", "rewards")]
-    squares = by_hand(members_by_hand, {"beta": 0.3})                           # (B, M)
-    wanted = squares.argmin(dim=1)
-    assert len(wanted.unique()) > 1
-    gaps = by_hand(gaps_by_hand, {"beta": 0.3})
-    got = losses.best_member(*columns, 0.3)
+    """The forty pairs do not all have the same one."""
+    columns = {"logps": numbers(40, 2, seed=1), "ref_logps": numbers(40, 2, seed=2),
+               "rewards": numbers(40, 2, M, seed=3)}
+    gaps = by_hand(gaps_by_hand, {"beta": 0.3}, columns)                        # (40, M)
+    without_beta = by_hand(gaps_by_hand, {"beta": 1}, columns)
+    wanted = gaps.square().argmin(dim=1)
+    assert set(wanted.tolist()) == {0, 1, 2}
+    got = losses.best_member(**columns, beta=0.3)
     assert not got.is_floating_point(), "the least square, not the index of its reward model"
     assert_gives(got, wanted, what="the best member", mistakes={
-        "the worst one": squares.argmax(dim=1),
+        "the worst one": gaps.square().argmax(dim=1),
         "the square is missing": gaps.argmin(dim=1),
-        "beta is missing (this is right for beta = 1 only)":
-            by_hand(members_by_hand, {"beta": 1}).argmin(dim=1),
-        "the best pair of each member, not the best member of each pair": squares.argmin(dim=0),
+        "beta is missing (this is right for beta = 1 only)": without_beta.square().argmin(dim=1),
+        "the best pair of each member, not the best member of each pair":
+            gaps.square().argmin(dim=0),
         "the largest margin, not the one that is nearest to beta * h":
-            losses.reward_margin(COLUMNS["rewards"]).argmax(dim=1)})
+            losses.reward_margin(columns["rewards"]).argmax(dim=1)})
 
 
 # ---------------------------------------------------------------- the table
@@ -291,6 +293,26 @@ def test_a_kl_term_has_its_weight(name):
 
 
 # ---------------------------------------------------------------- the pairs of a batch
+
+def test_ranked_pairs_of_each_row():
+    """All of them, the better response first, row after row; in each row the weights add up to 1.
+    One response is no pair."""
+    pairs, pair_row, pair_weight = ranked_pairs([2, 3, 1, 4])
+    wanted = [[0, 1], [0, 1], [0, 2], [1, 2], [0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]]
+    assert_gives(pairs.tolist(), wanted, what="pairs", mistakes={
+        "the better response is the first of a pair": [pair[::-1] for pair in wanted],
+        "not all pairs: the best response and another one": [p for p in wanted if p[0] == 0],
+        "not all pairs: neighbours only": [p for p in wanted if p[0] + 1 == p[1]]})
+    assert pair_row.tolist() == [0, 1, 1, 1, 3, 3, 3, 3, 3, 3], "pair_row: the row of each pair"
+    assert_gives(pair_weight, [1] + [1 / 3] * 3 + [1 / 6] * 6, what="pair_weight", mistakes={
+        "all pairs have the same weight: a row of four would count like six": torch.ones(10),
+        "the weight is 1 over the number of responses, not of pairs":
+            [1 / 2] + [1 / 3] * 3 + [1 / 4] * 6})
+    assert (pairs.dtype, pair_row.dtype) == (torch.int64, torch.int64), "pairs are int64"
+    assert pair_weight.dtype == torch.float32, "pair_weight is float32"
+    assert [tuple(array.shape) for array in ranked_pairs([1, 1])] == [(0, 2), (0,), (0,)], (
+        "rows of one response have no pair, which is the shape (0, 2)")
+
 
 def make_batch(n_responses, n_samples, seed=20):
     """A batch of rows with these numbers of responses, the best first, and samples from the

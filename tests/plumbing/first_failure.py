@@ -1,72 +1,152 @@
-"""Which test fails first, and what it says, in a copy of the repository with a mistake in it.
+"""Makes each typical mistake of mistakes.py, runs the tests in the order in which one learns, and
+prints which of them fails first, what it says, and whether that names the idea.
 
-It imports nothing of the repository, so that its processes start without it.
+    python tests/plumbing/first_failure.py                      # all of them: some minutes
+    python tests/plumbing/first_failure.py losses.dpo tree      # those of a function, of a set
+
+The tests are collected once. Each mistake then gets a process of its own, a fork, in which its
+function runs the wrong code.
 """
-import contextlib
-import multiprocessing
+import importlib
+import inspect
+import json
 import os
-import shutil
 import signal
 import sys
-import tempfile
+import textwrap
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COPIED = ["README.md", "pyproject.toml", "docs", "runs", "support", "tests",
-          *sorted(path.name for path in ROOT.glob("*.py"))]
-SECONDS = 240               # a mistake may well make a loop endless
-PRELOADED = ["torch", "numpy", "pytest", "hypothesis", "tiktoken", "safetensors.torch", "sympy"]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+from mistakes import MISTAKES  # noqa: E402
+
+from runs.course import SETS  # noqa: E402
+
+# The test files of each set, in the order in which one learns.
+FILES = {
+    "pairs": ["test_losses"],
+    "distillation": ["test_losses"],
+    "bias": ["test_data"],
+    "reward": ["test_losses", "test_data", "test_tree"],
+    "tree": ["test_attention", "test_tree"],
+    "generation": ["test_generation", "test_estimators"],
+    "training": ["test_step"],
+}
+SET_OF = {function: name for name, functions in SETS.items() for function in functions}
+SECONDS = 240               # a mistake may make a loop endless
 
 
-class Recorder:
-    """A pytest plugin that keeps the first failure: (test, its message)."""
-    failure = None
+def find(function):
+    """Returns a function by its name, such as "losses.dpo"."""
+    module, *names = function.split(".")
+    value = importlib.import_module(module)
+    for name in names:
+        value = getattr(value, name)
+    return value
 
-    def pytest_runtest_logreport(self, report):
-        if report.failed and self.failure is None:
-            crash = getattr(report.longrepr, "reprcrash", None)
-            message = crash.message if crash else str(report.longrepr)
-            self.failure = report.nodeid.split("::")[-1], message
 
-    pytest_collectreport = pytest_runtest_logreport
+def wrong_source(mistake):
+    """Returns the source of a function with a mistake in it."""
+    source = inspect.getsource(find(mistake.function))
+    assert source.count(mistake.old) == 1, f"{mistake.function} has not once: {mistake.old}"
+    return textwrap.dedent(source.replace(mistake.old, mistake.new))
+
+
+def make(mistake):
+    """Makes a mistake in this process: whoever has imported the function runs the wrong code."""
+    function, namespace = find(mistake.function), {}
+    exec(wrong_source(mistake), function.__globals__, namespace)
+    function.__code__ = namespace[function.__name__].__code__
+
+
+def names_the_idea(mistake, failure):
+    """Says whether the name of a test, or the first line of its message, has one of the phrases."""
+    test, message = failure
+    said = f"{test.replace('_', ' ')} {message}".lower()
+    return any(idea.lower() in said for idea in mistake.idea)
 
 
 def time_is_up(*_):
     raise TimeoutError(f"not finished after {SECONDS} seconds")
 
 
-def first_failure(file, source, tests):
-    """Runs test files in this order until one test fails, in a copy in which a file has another
-    source. Returns (name of the test, its message), or None if all pass."""
-    recorder = Recorder()
-    with tempfile.TemporaryDirectory() as copy:
-        for name in COPIED:
-            make = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
-            make(ROOT / name, Path(copy) / name)
-        (Path(copy) / file).write_text(source, encoding="utf-8")
-        os.chdir(copy)
-        sys.path[:] = [entry for entry in sys.path if not Path(entry).is_relative_to(ROOT)
-                       or "site-packages" in entry or ".venv" in entry]
-        signal.signal(signal.SIGALRM, time_is_up)
-        signal.alarm(SECONDS)
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests],
-                        plugins=[recorder])
-        signal.alarm(0)
-        os.chdir(ROOT)
-    return recorder.failure
+class FirstFailures:
+    """A pytest plugin that replaces the loop over the tests by one over mistakes. failures: for
+    each mistake (test, first line of its message), or None where no test fails."""
+
+    def __init__(self, mistakes):
+        self.mistakes, self.failures, self.failure = mistakes, [], None
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed and self.failure is None:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            message = crash.message if crash else str(report.longrepr)
+            self.failure = report.nodeid.split("::")[-1], (message.splitlines() or [""])[0]
+
+    def pytest_runtestloop(self, session):
+        for mistake in self.mistakes:
+            files = FILES[SET_OF[mistake.function]]
+            tests = [item for file in files for item in session.items if item.path.stem == file]
+            reader, writer = os.pipe()
+            process = os.fork()
+            if process == 0:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                signal.signal(signal.SIGALRM, time_is_up)
+                signal.alarm(SECONDS)
+                try:
+                    self.run(mistake, tests)
+                    os.write(writer, json.dumps(self.failure).encode())
+                finally:
+                    os._exit(0)
+            os.close(writer)
+            with open(reader, "rb") as pipe:
+                answer = pipe.read()
+            os.waitpid(process, 0)
+            self.failures.append(json.loads(answer or '["the process", "died"]'))
+            show(mistake, self.failures[-1])
+        return True
+
+    def run(self, mistake, tests):
+        """Runs the tests until the first one fails."""
+        make(mistake)
+        for item, following in zip(tests, [*tests[1:], None]):
+            item.ihook.pytest_runtest_protocol(item=item, nextitem=following)
+            if self.failure is not None:
+                return
 
 
-def first_failures(tasks, processes):
-    """Yields first_failure of each of some tasks, its three arguments each, in their order. Each
-    runs in a process of its own."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    with context.Pool(processes, maxtasksperchild=1) as pool:
-        yield from pool.imap(call, tasks)
+def show(mistake, failure):
+    """Prints a line of the table."""
+    if failure is None:
+        line = "NO TEST FAILS"
+    else:
+        verdict = "yes" if names_the_idea(mistake, failure) else "no "
+        line = f"{verdict} | {failure[0]} | {failure[1]}"
+    print(f"{mistake.function} | {mistake.name} | {line}", file=sys.stderr, flush=True)
 
 
-def call(task):
-    return first_failure(*task)
+def first_failures(mistakes):
+    """Returns the first failure of each mistake, see FirstFailures."""
+    files = {file for mistake in mistakes for file in FILES[SET_OF[mistake.function]]}
+    paths = [str(ROOT / "tests" / f"{file}.py") for file in sorted(files)]
+    plugin = FirstFailures(mistakes)
+    pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", *paths], plugins=[plugin])
+    return plugin.failures
+
+
+def main(*chosen):
+    mistakes = [mistake for mistake in MISTAKES
+                if not chosen or {mistake.function, SET_OF[mistake.function]} & set(chosen)]
+    failures = first_failures(mistakes)
+    caught = [pair for pair in zip(mistakes, failures) if pair[1] is not None]
+    named = sum(names_the_idea(*pair) for pair in caught)
+    print(f"{len(mistakes)} mistakes: {len(caught)} caught, {named} named "
+          f"({named / len(mistakes):.0%})")
+    return len(mistakes), len(caught), named
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
