@@ -22,7 +22,8 @@ from runs.variants import ZOO
 from support.flags import run_script
 
 TESTS = [f"tests/test_{name}.py" for name in (       # in the order in which one learns
-    "losses", "data", "tree", "model", "estimators", "theory", "training", "zoo")]
+    "losses", "data", "attention", "tree", "generation", "model", "step", "estimators", "theory",
+    "training", "zoo")]
 SLOW = 2.0                      # seconds
 OF_A_PAGE = "test_the_page_is_up_to_date"       # it is no judge of a function
 
