@@ -38,16 +38,16 @@ MORE.update(ZOO)                        # now losses.py finds it by name
 
 
 class Change(NamedTuple):
-    """One thing that is different. note: in a sentence. edits: {file: [(old text, new text)]}, each
-    old text is there once. without: tests that hold no longer."""
+    """One thing that is different. note: in a sentence. edits: {file: [(old text, new text)]}, one
+    after the other. without: tests that hold no longer."""
     note: str
     edits: dict
     without: tuple = ()
 
 
-def longer(percent, factor, divisor, lengths, in_16_bits):
+def longer(percent, factor, divisor, in_16_bits):
     """A response is longer if it has at least `percent` more tokens: if `divisor` times its length
-    is at least `factor` times the other's. lengths, in_16_bits: examples for the test."""
+    is at least `factor` times the other's. in_16_bits: lengths of which these numbers overflow."""
     old = ("np.where(10 * chosen >= 11 * rejected, 1, "
            "np.where(10 * rejected >= 11 * chosen, -1, 0))")
     new = old.replace("10 *", f"{divisor} *").replace("11 *", f"{factor} *")
@@ -56,8 +56,15 @@ def longer(percent, factor, divisor, lengths, in_16_bits):
         {"data.py": [("by at least 10% more tokens", f"by at least {percent}% more tokens"),
                      (old, new)],
          "tests/test_data.py": [
-             ("[[11, 10], [10, 11], [10, 10], [109, 100], [110, 100], [100, 110], [3, 4]]",
-              lengths), ("[[3277, 3000]]", in_16_bits)]})
+             ('sides(109, 100) == [0, 0], "less than 10%',
+              f'sides({99 + percent}, 100) == [0, 0], "less than {percent}%'),
+             ('sides(1105, 1000) == [1, -1], "10%',
+              f'sides({1005 + 10 * percent}, 1000) == [1, -1], "{percent}%'),
+             ("sides(110, 100)", f"sides({100 + percent}, 100)"),
+             ("exactly 10% more is enough; compare whole numbers, as 1.1 * 100 is above 110 in "
+              "floats", f"exactly {percent}% more is enough; compare whole numbers"),
+             ("[[3277, 3000]]", in_16_bits),
+             ("ten times the length is", f"{divisor} times the length is")]})
 
 
 def ipo(note, formula, old, new, step_0, hint=()):
@@ -91,6 +98,9 @@ def member(name, formula, value, index, by_hand):
     return Change(f"losses.e_dpo, losses.best_member: they take {name}.", {
         "losses.py": [
             ("the paper's e-DPO: min_m (r_m(y1)", f"a variant of e-DPO: {formula} (r_m(y1)"),
+            ("It distils a family of reward models. The minimum",
+             f"Here {name} counts for each pair. About the paper's loss:\n"
+             "    It distils a family of reward models. The minimum"),
             (".square().min(dim=1).values + gamma", f".square(){value} + gamma"),
             ("Returns the index of the reward model that fits each pair best, which e-DPO's "
              "minimum picks.", f"Returns the index of {name}, for each pair."),
@@ -99,7 +109,7 @@ def member(name, formula, value, index, by_hand):
             edit("return ", "members_by_hand(logps, ref_logps, rewards, beta)", " + gamma * kl"),
             edit("return ", "(chosen - rejected) ** 2 for chosen, rejected in zip(*rewards)"),
             ("members.min(dim=1).values", f"members{value}"),
-            ("squares.argmin(dim=1)", f"squares{index}")],
+            ("wanted = gaps.square().argmin(dim=1)", f"wanted = gaps.square(){index}")],
         "tests/test_training.py": [
             edit("return ", "(margin - BETA * pair.h) ** 2 for margin in pair.margins"),
             edit("misfits.index(", "misfits", ")")]},
@@ -110,14 +120,23 @@ def member(name, formula, value, index, by_hand):
             "test_one_member_for_each_pair_is_the_weaker_demand")))
 
 
-def warm_up(percent, divisor):
+def warm_up(percent):
+    hint = "the warm-up takes {}% of the steps, not {}%\": curve({})"
     return Change(
         f"train_policy.learning_rate: the warm-up takes {percent}% of the steps, not 5%.",
-        {"train_policy.py": [("over the first 5% of the steps", f"over the first {percent}% of the "
-                              "steps"), ("max_steps // 20", f"max_steps // {divisor}")],
-         "tests/test_training.py": [("Up to LR over 5% of", f"Up to LR over {percent}% of"),
-                                    ("max(1, int(0.05 * max_steps))",
-                                     f"max(1, max_steps // {divisor})")]})
+        {"train_policy.py": [
+            ("over the first 5% of the steps", f"over the first {percent}% of the steps"),
+            ("max_steps // 20", f"max_steps // {100 // percent}")],
+         "tests/test_step.py": [
+             ("Of 100 steps, 5 are", f"Of 100 steps, {percent} are"),
+             ("curve(5", f"curve({percent}"),
+             (f"[1.0] * 5 + curve({percent})[5:]",
+              f"[1.0] * {percent} + curve({percent})[{percent}:]"),
+             (hint.format(10, 5, 10), hint.format(5, percent, 5))],
+         "tests/test_training.py": [
+             ("Up to LR over 5% of", f"Up to LR over {percent}% of"),
+             ("max(1, int(0.05 * max_steps))", f"max(1, max_steps // {100 // percent})")]},
+        without=("tests/test_step.py::test_learning_rate_of_short_runs",))
 
 
 # {a function: the changes of which a variant of its set has one}
@@ -135,11 +154,8 @@ CHANGES = {
                "sorted({})[:2][-1]"),
         member("the worst member", "max_m", ".max(dim=1).values", ".argmax(dim=1)", "max({})")),
     "data.longer": (
-        longer(15, 23, 20, "[[23, 20], [20, 23], [10, 10], [114, 100], [115, 100], [100, 115], "
-               "[3, 4]]", "[[1639, 1500]]"),
-        longer(25, 5, 4, "[[5, 4], [4, 5], [10, 10], [124, 100], [125, 100], [100, 125], [3, 4]]",
-               "[[7000, 6800]]")),
-    "train_policy.learning_rate": (warm_up(10, 10), warm_up(25, 4)),
+        longer(15, 23, 20, "[[1639, 1500]]"), longer(25, 5, 4, "[[7000, 6800]]")),
+    "train_policy.learning_rate": (warm_up(10), warm_up(20)),
 }
 
 
@@ -167,7 +183,7 @@ def apply(changes):
         for path, edits in change.edits.items():
             source = edited.get(path) or read(path)
             for old, new in edits:
-                assert source.count(old) == 1, f"{path}: {source.count(old)} times: {old}"
+                assert old in source, f"{path} has no {old}"
                 source = source.replace(old, new)
             edited[path] = source
         for test in change.without:

@@ -329,7 +329,7 @@ ALL_CHANGES = [change for changes in variants.CHANGES.values() for change in cha
 
 @pytest.mark.parametrize("change", ALL_CHANGES, ids=lambda change: change.note)
 def test_a_change_can_be_made(change):
-    """Its old texts are there once, docstrings and tests among them, and its functions differ."""
+    """Its old texts are there, docstrings and tests among them, and its functions differ."""
     edited = variants.apply([change])
     assert any(path.startswith("tests/") for path in edited)
     for function in change.note.split(": ")[0].split(", "):
@@ -361,19 +361,19 @@ def test_every_change_is_drawn():
 @pytest.mark.slow
 @pytest.mark.parametrize("name, student", first_students())
 def test_a_variant(name, student, tmp_path):
-    """Its own solution has full marks. The copied solution of the set as it stands here loses them
-    where the variant differs, and only there."""
+    """Where it differs, its own solution has full marks, and the solution of the set as it stands
+    here loses them. The loss that is added has its points."""
     points, reference = grade.for_student(name, student)
     variant = variants.draw(student, name, SETS[name])
-    folder = copy(tmp_path / "s1")
     different = variant.notes[0].split(": ")[0].split(", ")
-    for row in grade.grade(folder, points, reference, 600):
-        wanted = row.points <= row.out_of / 2 if row.function in different else not row.note
-        assert wanted, row
+    judged = {function: points[function] for function in [*different, variant.loss] if function}
+    folder = copy(tmp_path / "s1")
+    for row in grade.grade(folder, dict.fromkeys(different, 10), reference, 600):
+        assert row.points <= 5, row
     for path in ROOT.glob("*.py"):
         if path.name in variant.edited:
             (folder / path.name).write_text(variant.edited[path.name], encoding="utf-8")
-    for row in grade.grade(folder, points, reference, 600):
+    for row in grade.grade(folder, judged, reference, 600):
         assert row.points == row.out_of, row
 
 
