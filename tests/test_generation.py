@@ -44,7 +44,8 @@ def test_likely_tokens_by_hand():
         "the least likely tokens, not the most likely ones": [[0.125, 0, 0, 0.125]],
         "sorted: tokens have to be put back in their place": [[0.5, 0.25, 0, 0]],
         "they are normalised, and should stay as they are": wanted / wanted.sum()})
-    assert probs.tolist() == [[0.125, 0.5, 0.25, 0.125]], "the probabilities of the caller are not changed"
+    assert probs.tolist() == [[0.125, 0.5, 0.25, 0.125]], (
+        "the probabilities of the caller are not changed")
     assert_gives(kept(top_p=0.6), wanted, what="top_p=0.6", mistakes={
         "top_p leaves out the token that crosses it": too_few,
         "sorted: tokens have to be put back in their place": [[0.5, 0.25, 0, 0]]})
@@ -227,8 +228,8 @@ def test_a_stop_ends_a_response(model):
 
 
 def test_rows_go_on_where_others_have_ended(model):
-    """They go on in a smaller batch once half of the rows have ended. The row that goes on is neither
-    the first one nor the last one."""
+    """They go on in a smaller batch once half of the rows have ended. The row that goes on is
+    neither the first one nor the last one."""
     free = [by_hand(model, prompt, 10) for prompt in PROMPTS]
     stops = [free[3][1], free[2][2]]
     wanted = []

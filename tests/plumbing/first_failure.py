@@ -93,7 +93,7 @@ class FirstFailures:
             reader, writer = os.pipe()
             process = os.fork()
             if process == 0:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                session.config.pluginmanager.unregister(name="terminalreporter")
                 signal.signal(signal.SIGALRM, time_is_up)
                 signal.alarm(SECONDS)
                 try:
@@ -125,7 +125,7 @@ def show(mistake, failure):
     else:
         verdict = "yes" if names_the_idea(mistake, failure) else "no "
         line = f"{verdict} | {failure[0]} | {failure[1]}"
-    print(f"{mistake.function} | {mistake.name} | {line}", file=sys.stderr, flush=True)
+    print(f"{mistake.function} | {mistake.name} | {line}", flush=True)
 
 
 def first_failures(mistakes):
@@ -138,6 +138,8 @@ def first_failures(mistakes):
 
 
 def main(*chosen):
+    """Prints the table. Exits with an error if a mistake is not caught, or if fewer than three
+    quarters of the first failures name the idea."""
     mistakes = [mistake for mistake in MISTAKES
                 if not chosen or {mistake.function, SET_OF[mistake.function]} & set(chosen)]
     failures = first_failures(mistakes)
@@ -145,7 +147,8 @@ def main(*chosen):
     named = sum(names_the_idea(*pair) for pair in caught)
     print(f"{len(mistakes)} mistakes: {len(caught)} caught, {named} named "
           f"({named / len(mistakes):.0%})")
-    return len(mistakes), len(caught), named
+    if len(caught) < len(mistakes) or named < 0.75 * len(mistakes):
+        sys.exit("the tests are not good enough")
 
 
 if __name__ == "__main__":

@@ -341,7 +341,8 @@ MISTAKES = [
         ("padding counts", "slot = np.full(R, B * K, np.int64)", "slot = np.zeros(R, np.int64)",
          "padding"),
         ("~tokens stay marked", "ids = np.where(learnt, ids, ~ids)", "pass", "~token"),
-        ("~tokens are learnt", "learnt = ids >= 0", "learnt = ids >= ids.min()", "~token"),
+        ("~tokens forgotten in predictor", "predictor[part] = before[learnt]",
+         "predictor[part] = before[:learnt.sum()]", "predictor"),
         ("empty prompts pass", "if min(len(ids) for ids in (prompt, *responses)) == 0:",
          "if False:", "at least one token", "refuses"),
         ("lists only", "T = max(len(prompt) + sum(map(len, responses)) for prompt, responses "
