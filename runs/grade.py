@@ -10,7 +10,7 @@ around it, and a student's own tests and support files are never used. tests/exe
 the tests of each function; dev/executes.py writes it.
 
 A function that passes all of its tests has all of its points. Otherwise it has half of them, times
-the fraction of its tests that pass. results.json is in Gradescope's format;
+the fraction of its tests that pass. results.json is in Gradescope's format, and
 runs/classroom.yml runs the same command on GitHub.
 
 Python code can't be locked in. The grader refuses functions that name files, processes or Python's
@@ -46,10 +46,11 @@ LONGEST_LINE = 160              # characters of a message in the table
 
 # A function of the course computes. It needs none of these, and with them it could read the
 # reference or end the grader.
+REFUSED = {"breakpoint", "builtins", "compile", "ctypes", "eval", "exec", "exit", "fromfile", "gc",
+           "globals", "importlib", "inspect", "load", "memmap", "open", "os", "pathlib", "pytest",
+           "quit", "shutil", "signal", "socket", "subprocess", "sys", "threading"}
+METHODS = {"eval", "compile"}
 SPECIAL_METHODS = {"__init__", "__call__", "__len__", "__getitem__", "__iter__", "__name__"}
-REFUSED = {"breakpoint", "builtins", "compile", "ctypes", "eval",
-           "exec", "exit", "gc", "globals", "importlib", "inspect", "open", "os", "pathlib",
-           "pytest", "quit", "shutil", "signal", "socket", "subprocess", "sys", "threading"}
 
 
 class NoPoints(Exception):
@@ -95,12 +96,13 @@ def find(tree, names):
 
 
 def mentioned(node):
-    """Lists the names that some code mentions: variables, attributes and modules."""
+    """Lists the names that some code mentions: variables, attributes and modules. (It may call
+    the `eval` of a model, not that of Python.)"""
     names = set()
     for part in ast.walk(node):
         if isinstance(part, ast.Name):
             names.add(part.id)
-        elif isinstance(part, ast.Attribute):
+        elif isinstance(part, ast.Attribute) and part.attr not in METHODS:
             names.add(part.attr)
         elif isinstance(part, ast.ImportFrom):
             names.update((part.module or "").split("."))
@@ -135,37 +137,39 @@ def transplant(reference, student, function):
     nothing to put in, or nothing that may be run.
     """
     module, *names = function.split(".")
-    found = find(student, names)
-    if found is None:
+    location = find(student, names)
+    if location is None:
         raise NoPoints(f"{module}.py has no function {'.'.join(names)}")
-    student_owner, node = found
+    student_owner, node = location
     if is_blank(node):
         raise NoPoints("not written yet")
     tree = ast.parse(reference)
     owner, old = find(tree, names)
-    theirs, ours = defined(student.body), defined(tree.body)
-    added = {name: theirs[name] for name in theirs if name not in ours}
-    if owner is not tree:
-        members = defined(student_owner.body)
-        methods = {name: members[name] for name in members if name not in defined(owner.body)}
-        added = methods | added
-    else:
-        methods = {}
+    added = {**new_in(student, tree), **new_in(student_owner, owner)}
     nodes = with_helpers(node, added)
     for part in nodes:
-        refused = sorted(name for name in mentioned(part) if name in REFUSED or
-                         name.startswith("__") and name not in SPECIAL_METHODS)
+        refused = sorted(filter(is_refused, mentioned(part)))
         if refused:
             raise NoPoints(f"it uses {refused[0]}, which no function of the course needs")
+    helpers = nodes[1:]
     place = owner.body.index(old)
-    owner.body[place:place + 1] = [
-        *(part for part in student_owner.body if part in nodes and part in methods.values()), node]
-    top = ours[names[0]]
-    helpers = [part for part in student.body
-               if part in nodes[1:] and part not in methods.values()]
-    place = tree.body.index(node if owner is tree else top)
-    tree.body[place:place] = helpers
+    owner.body[place:place + 1] = [*(part for part in student_owner.body if part in helpers), node]
+    if owner is not tree:               # a method: helpers of the module go before its class
+        place = tree.body.index(defined(tree.body)[names[0]])
+        tree.body[place:place] = [part for part in student.body if part in helpers]
     return ast.unparse(tree)
+
+
+def new_in(student, reference):
+    """Lists what a student added to a module or class: {name: its statement}. student, reference:
+    their nodes."""
+    ours = defined(reference.body)
+    return {name: part for name, part in defined(student.body).items() if name not in ours}
+
+
+def is_refused(name):
+    """Says whether a function may not mention a name."""
+    return name in REFUSED or name.startswith("__") and name not in SPECIAL_METHODS
 
 
 def changes(reference, student, graded):
@@ -336,9 +340,11 @@ def read_student(folder, path):
 
 def grade(folder, points, reference, seconds=120):
     """Grades the functions of a set. points: {function: points}. Returns a list of Rows."""
+    def row(function):
+        return grade_function(function, points[function], folder, reference, seconds)
+
     with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:
-        return list(pool.map(lambda function: grade_function(
-            function, points[function], folder, reference, seconds), points))
+        return list(pool.map(row, points))
 
 
 def ignored(folder, points, reference):
