@@ -76,13 +76,16 @@ def test_biased_subset_refuses():
     message = "^--rho, --bias, --n_pairs: no 4 pairs .* of 10, 1 have it chosen and 9 rejected$"
     with pytest.raises(InputError, match=message):
         biased_subset(lengths, 0.5, 4)
-    for rho in (1.5, -0.1):
-        with pytest.raises(ValueError, match="rho is a fraction between 0 and 1"):
-            biased_subset(lengths, rho, 4)
     with pytest.raises(ValueError, match="no such pairs in which"):
         biased_subset(np.array([[10, 10]]), 0.5)
     with pytest.raises(ValueError, match="subsets by length are of pairs"):
         biased_subset(np.array([[10, 20, 30]]), 0.5)
+
+
+@pytest.mark.parametrize("rho", [1.5, -0.1])
+def test_rho_is_a_fraction_between_0_and_1(rho):
+    with pytest.raises(ValueError, match=f"^rho is a fraction between 0 and 1, not {rho}$"):
+        biased_subset(np.array([[10, 20]] * 9 + [[20, 10]] * 9), rho, 4)
 
 
 def test_biased_subset_of_one_pair():

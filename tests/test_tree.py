@@ -176,7 +176,7 @@ def test_collate_rounds_shapes_up():
 
 @pytest.mark.parametrize("bad", [
     [([], [[1]])], [([1], [[]])], [([1], [[1], [2]]), ([1], [[1], []])]])
-def test_collate_refuses(bad):
+def test_collate_refuses_an_empty_prompt_or_response(bad):
     with pytest.raises(ValueError, match="^prompts and responses need at least one token$"):
         collate(bad)
 
