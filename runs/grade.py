@@ -325,8 +325,9 @@ def grade_function(function, out_of, folder, reference, seconds):
         return Row(function, out_of, out_of, "")
     share = (len(tests) - len(failed)) / len(tests)
     name = failed[0].split("::")[1]
+    message = outcomes[failed[0]].message.removeprefix("AssertionError: ")
     return Row(function, int(50 * out_of * share) / 100, out_of,
-               f"{len(failed)} of {len(tests)} tests fail. {name}: {outcomes[failed[0]].message}")
+               f"{len(failed)} of {len(tests)} tests fail. {name}: {message}")
 
 
 def read_student(folder, path):
@@ -368,7 +369,8 @@ def ignored(folder, points, reference):
 
 
 def in_a_line(text):
-    text = " ".join(text.split())
+    """Cuts a message: its first line, at most LONGEST_LINE characters."""
+    text = text.partition("\n")[0]
     return text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE - 3]}..."
 
 

@@ -201,7 +201,7 @@ def test_missing_files_and_folders(tmp_path):
 
 def test_the_report(tmp_path, capsys, monkeypatch):
     """The table on the screen, a line for each function, and Gradescope's results.json."""
-    rows = [Row("losses.dpo", 3, 3, ""), Row("losses.ipo", 0.75, 3, "1 of 2\ntests " + 300 * "x")]
+    rows = [Row("losses.dpo", 3, 3, ""), Row("losses.ipo", 0.75, 3, "1 of 2 " + 300 * "x" + "\ny")]
     monkeypatch.setattr(grade, "grade", lambda *_: rows)
     monkeypatch.setenv("GITHUB_OUTPUT", f"{tmp_path}/output")
     grade.main([str(copy(tmp_path / "s1")), "pairs", f"--out={tmp_path}/r.json", "--leaderboard"])
@@ -245,7 +245,7 @@ def test_every_function_has_tests():
     assert list(TESTS) == FUNCTIONS
     defined = {}
     for function, tests in TESTS.items():
-        assert len(tests) >= 2, function
+        assert tests, function
         for path, name in [test.split("::") for test in tests]:
             if path not in defined:
                 defined[path] = grade.defined(ast.parse((ROOT / path).read_text("utf-8")).body)
