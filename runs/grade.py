@@ -296,8 +296,17 @@ class Reference(NamedTuple):
 
 
 def read_tests():
+    """Reads which tests judge each function: {function: tests}. InputError if one is missing."""
     with open(EXECUTES, encoding="utf-8") as file:
-        return json.load(file)
+        judges = json.load(file)
+    there = {}
+    for path, name in {tuple(test.split("::")) for tests in judges.values() for test in tests}:
+        if path not in there:
+            there[path] = defined(ast.parse(Reference({}, {}).source(path)).body)
+        if name not in there[path]:
+            raise InputError(f"tests/executes.json: {path} has no {name} any more; run "
+                             "dev/executes.py")
+    return judges
 
 
 def for_student(name, student=None):

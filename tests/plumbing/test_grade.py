@@ -234,22 +234,23 @@ def test_the_workflow_calls_the_same_command():
 
 # ---------------------------------------------------------------- the tests that judge
 
-TESTS = grade.read_tests()
 FUNCTIONS = [function for points in SETS.values() for function in points]
 FUNCTIONS += [function for names in variants.ZOO.values() for function in names]
 
 
 def test_every_function_has_tests():
-    """tests/executes.json knows all functions, and all the tests that it names are there; else run
+    """tests/executes.json knows all functions, and the tests that it names are there; if not, run
     dev/executes.py."""
-    assert list(TESTS) == FUNCTIONS
-    defined = {}
-    for function, tests in TESTS.items():
-        assert tests, function
-        for path, name in [test.split("::") for test in tests]:
-            if path not in defined:
-                defined[path] = grade.defined(ast.parse((ROOT / path).read_text("utf-8")).body)
-            assert name in defined[path], f"{path} has no {name}: run dev/executes.py"
+    tests = grade.read_tests()
+    assert list(tests) == FUNCTIONS and all(tests.values())
+
+
+def test_a_test_that_is_gone(tmp_path, monkeypatch):
+    """Nobody loses points for it."""
+    (tmp_path / "executes.json").write_text('{"losses.dpo": ["tests/test_losses.py::test_gone"]}')
+    monkeypatch.setattr(grade, "EXECUTES", str(tmp_path / "executes.json"))
+    with pytest.raises(InputError, match="test_losses.py has no test_gone any more; run dev/exe"):
+        grade.read_tests()
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -301,7 +302,7 @@ def some_mistakes():
 def test_a_mistake_costs_points_in_its_own_function(mistake, tmp_path):
     """And nowhere else: with every other function of its file, what is judged is the reference."""
     with_mistake(tmp_path / "s1", mistake)
-    reference = Reference({}, TESTS)
+    reference = Reference({}, grade.read_tests())
     row = grade.grade_function(mistake.function, 100, tmp_path / "s1", reference, 600)
     print(f"{row.points:6.2f}  {mistake.function}: {mistake.name}. {grade.in_a_line(row.note)}")
     assert row.points <= 50 and row.note
