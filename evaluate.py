@@ -34,7 +34,7 @@ from support.tokens import longest_sample
 
 def interval(differences):
     """Returns the mean of paired differences, (N,), and the half-width of its 95% confidence
-    interval."""
+    interval: 1.96 standard errors, from the variance with N - 1."""
     error = differences.std(ddof=1) / len(differences) ** 0.5
     return float(differences.mean()), float(1.96 * error)
 

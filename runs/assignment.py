@@ -2,6 +2,7 @@
 
     python runs/assignment.py pairs --handout               # a set of the course, with its page
     python runs/assignment.py losses.dpo losses.ipo --out_dir=out/homework      # your own choice
+    python runs/assignment.py pairs --student=s1234         # this student's variant of a set
 
 The sets are in runs/course.py, and docs/assignments.md describes them. You can also name single
 functions, by their file and their own name, and for a method its class too, such as
@@ -18,7 +19,7 @@ import tempfile
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from runs import handout
+from runs import handout, variants
 from runs.course import SETS
 from support.flags import InputError, Parser, run_script
 
@@ -116,10 +117,10 @@ def bodies_in_copy(functions):
     return bodies
 
 
-def emptied(bodies):
-    """Changes the bodies of functions. bodies: see bodies_in_copy. Returns {path: the source that
-    the copy has there}."""
-    sources = {}
+def emptied(bodies, edited):
+    """Changes the bodies of functions. bodies: see bodies_in_copy. edited: {path: its source} in a
+    variant. Returns {path: the source that the copy has there}."""
+    sources = dict(edited)
     for function, body in bodies.items():
         path, source, names = read_source(function)
         sources[path] = without_body(sources.get(path, source), names, body)
@@ -150,11 +151,15 @@ def parse_flags(argv):
     parser.add_argument("--handout", action="store_true", help="add the page of the set: to the "
                         "copy README.md and handout.html, and next to it, with the answers, "
                         "OUT_DIR-teacher.md and OUT_DIR-teacher.html")
+    parser.add_argument("--student", help="draw a variant of the set from this ID: other numbers "
+                        "and a loss more, see VARIANT.md in the copy")
     args = parser.parse_args(argv)
     one_set = len(args.functions) == 1 and args.functions[0] in (*SETS, *PROJECTS)
     if args.handout and not one_set:
         raise InputError("--handout: a page is that of one set; name one of "
                          f"{', '.join([*SETS, *PROJECTS])}")
+    if args.student and not (one_set and args.functions[0] in SETS):
+        raise InputError(f"--student: a variant is that of one set; name one of {', '.join(SETS)}")
     args.out_dir = args.out_dir or f"out/{args.functions[0] if one_set else 'homework'}"
     return args
 
@@ -166,7 +171,16 @@ def main(argv=None):
         if os.path.lexists(path):
             raise InputError(f"--out_dir: {path} is there already; name a new folder")
     bodies = bodies_in_copy(functions_of(args.functions))
-    sources = emptied(bodies)
+    variant = None
+    if args.student:
+        variant = variants.draw(args.student, args.functions[0], SETS[args.functions[0]])
+    sources = emptied(bodies, variant.edited if variant else {})
+    to_write = [function for function, body in bodies.items() if body is None]
+    if variant:
+        sources["VARIANT.md"] = variants.page(variant)
+        if variant.loss:
+            sources["zoo.py"] = variants.zoo_file(variant.loss)
+            to_write.append(variant.loss)
     projects = [word for word in args.functions if word in PROJECTS]
     with tempfile.TemporaryDirectory() as folder:
         copy = os.path.join(folder, "copy")
@@ -174,7 +188,6 @@ def main(argv=None):
         if args.handout:
             handout.write_student(copy, *args.functions)
         shutil.move(copy, os.path.abspath(args.out_dir))
-    to_write = [function for function, body in bodies.items() if body is None]
     print(f"to write: {', '.join(to_write) or 'a loss of their own'} -> {args.out_dir}")
     if args.handout:
         handout.write_teacher(teachers, *args.functions)

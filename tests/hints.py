@@ -11,17 +11,17 @@ def assert_gives(got, wanted, mistakes=None, what=""):
     __tracebackhide__ = True
     if torch.is_tensor(got):
         wanted = torch.as_tensor(wanted, dtype=got.dtype)
-    if same(got, wanted):
+    if equal(got, wanted):
         return
     guesses = list((mistakes or {}).items())
     if torch.is_tensor(got):
         guesses += usual_mistakes(got, wanted).items()
-    fitting = [guess for guess, value in guesses if same(got, value)]
+    fitting = [guess for guess, value in guesses if equal(got, value)]
     first = ": ".join(filter(None, [what, fitting[0] if fitting else difference(got, wanted)]))
     raise AssertionError(f"{first}\n     got {plain(got)}\n  wanted {plain(wanted)}")
 
 
-def same(got, wanted):
+def equal(got, wanted):
     if not torch.is_tensor(got):
         return got == wanted
     try:

@@ -110,9 +110,13 @@ def test_a_cache_has_the_keys_and_values_of_all_columns(layer, x):
     keys, values = torch.zeros(2, B, HEADS, T, SIZE).double()
     first, last = [tuple(t[:, :, part] for t in turns) for part in (slice(0, 4), slice(4, 5))]
     layer(x[:, :4], cache=(keys[:, :, :4], values[:, :, :4], slice(0, 4)), turns=first)
-    got = layer(x[:, 4:], CAUSAL[4:], (keys, values, slice(4, 5)), last)
+    everything = torch.zeros(1, 1).double()
+    got = layer(x[:, 4:], everything, (keys, values, slice(4, 5)), last)
     alone = layer.c_proj(side_by_side(v[:, :, 4:]))
-    assert_gives(got, whole[:, 4:], {"the cache is not read: the token sees only itself": alone},
-                 "the token after the cache")
+    last_q = turn(q[:, :, 4:], *last)
+    unturned = layer.c_proj(side_by_side(attend(last_q, k, v, CAUSAL[4:])))
+    assert_gives(got, whole[:, 4:], what="the token after the cache", mistakes={
+        "the cache is not read: the token sees only itself": alone,
+        "keys go into the cache before RoPE turns them": unturned})
     assert_gives(keys, turn(k, *turns), {"stored before RoPE turns them": k}, "keys in the cache")
     assert_gives(values, v, what="values in the cache")

@@ -76,13 +76,16 @@ def test_biased_subset_refuses():
     message = "^--rho, --bias, --n_pairs: no 4 pairs .* of 10, 1 have it chosen and 9 rejected$"
     with pytest.raises(InputError, match=message):
         biased_subset(lengths, 0.5, 4)
-    for rho in (1.5, -0.1):
-        with pytest.raises(ValueError, match="rho is a fraction between 0 and 1"):
-            biased_subset(lengths, rho, 4)
     with pytest.raises(ValueError, match="no such pairs in which"):
         biased_subset(np.array([[10, 10]]), 0.5)
     with pytest.raises(ValueError, match="subsets by length are of pairs"):
         biased_subset(np.array([[10, 20, 30]]), 0.5)
+
+
+@pytest.mark.parametrize("rho", [1.5, -0.1])
+def test_rho_is_a_fraction_between_0_and_1(rho):
+    with pytest.raises(ValueError, match=f"^rho is a fraction between 0 and 1, not {rho}$"):
+        biased_subset(np.array([[10, 20]] * 9 + [[20, 10]] * 9), rho, 4)
 
 
 def test_biased_subset_of_one_pair():
@@ -145,9 +148,8 @@ def plan_by_hand(lengths, batch_size, seeds, window=32, shuffle_rows=True, shuff
                  sort="stable", keep_rest=False):
     """The docstring of `batches`, step by step. seeds: of the random numbers."""
     rng = np.random.default_rng(seeds)
-    rows = list(range(len(lengths)))
-    if shuffle_rows:
-        rows = rng.permutation(rows).tolist()
+    N = len(lengths)
+    rows = rng.permutation(N).tolist() if shuffle_rows else list(range(N))
     if not keep_rest:
         rows = rows[:len(rows) - len(rows) % batch_size]
     plan = []
@@ -155,8 +157,10 @@ def plan_by_hand(lengths, batch_size, seeds, window=32, shuffle_rows=True, shuff
         part = rows[start:start + window * batch_size]
         part = [part[i] for i in np.argsort([lengths[row] for row in part], kind=sort)]
         plan += [part[i:i + batch_size] for i in range(0, len(part), batch_size)]
-    numbers = range(len(plan))
-    return [plan[i] for i in (rng.permutation(numbers) if shuffle_batches else numbers)]
+    numbers = np.arange(len(plan))
+    if shuffle_batches:
+        numbers = rng.permutation(numbers)
+    return [plan[number] for number in numbers]
 
 
 def test_batches_step_by_step():

@@ -44,7 +44,8 @@ def test_likely_tokens_by_hand():
         "the least likely tokens, not the most likely ones": [[0.125, 0, 0, 0.125]],
         "sorted: tokens have to be put back in their place": [[0.5, 0.25, 0, 0]],
         "they are normalised, and should stay as they are": wanted / wanted.sum()})
-    assert probs.tolist() == [[0.125, 0.5, 0.25, 0.125]], "the probabilities of the caller are not changed"
+    assert probs.tolist() == [[0.125, 0.5, 0.25, 0.125]], (
+        "the probabilities of the caller are not changed")
     assert_gives(kept(top_p=0.6), wanted, what="top_p=0.6", mistakes={
         "top_p leaves out the token that crosses it": too_few,
         "sorted: tokens have to be put back in their place": [[0.5, 0.25, 0, 0]]})
@@ -100,8 +101,7 @@ def test_draw_never_takes_a_token_with_a_probability_of_0():
 
 def test_draw_at_temperature_0_takes_the_most_likely_token():
     logits = torch.tensor([[1.0, 3.0, 2.0], [5.0, 0.0, -1.0]]).repeat(500, 1)
-    assert draw(logits, 0, None).tolist() == [1, 0] * 500
-    assert draw(logits, 0.01, RANDOM).tolist() == [1, 0] * 500
+    assert draw(logits, 0, RANDOM).tolist() == [1, 0] * 500
 
 
 def test_draw_by_a_random_number():
@@ -113,6 +113,7 @@ def test_draw_by_a_random_number():
             first_above((2 * logits).softmax(0)),
         "the temperature is not used": first_above(logits.softmax(0)),
         "the random number is not used": torch.ones(1000)})
+    assert draw(LOGITS.expand(1000, 5), 0.01, RANDOM).tolist() == [1] * 1000
 
 
 def test_draw_from_the_likely_tokens():
@@ -199,9 +200,9 @@ def test_prompts_of_several_lengths_share_a_batch(model):
         def of_columns(place):
             return (place + (place >= start) * (T - start)).clamp(max=CONFIG.block_size - 1)
 
-        padded, one, shifted = mistakes.values()
+        padded, by_a_column, shifted = mistakes.values()
         padded[len(prompt)] = by_hand(model, prompt, 8, padding=padding)
-        one[len(prompt)] = by_hand(model, prompt, 8, padding=min(1, padding))
+        by_a_column[len(prompt)] = by_hand(model, prompt, 8, padding=min(1, padding))
         shifted[len(prompt)] = by_hand(model, prompt, 8, position=of_columns)
     answers = model.generate(PROMPTS, 8, temperature=0)
     got = {len(prompt): answer for prompt, answer in zip(PROMPTS, answers)}
@@ -223,12 +224,15 @@ def test_a_stop_ends_a_response(model):
     end = free.index(free[3])
     assert_gives(model.generate([[1, 2, 3]], 8, temperature=0, stop=free[3])[0], free[:end + 1],
                  what="a response with a stop", mistakes={
-        "the stop is not part of it": free[:end], "it goes on after the stop": free})
+        "the stop is not part of it": free[:end],
+        "it goes on after the stop": free,
+        "it goes on after the stop, with zeros":
+            free[:end + 1] + [0] * (7 - end)})
 
 
 def test_rows_go_on_where_others_have_ended(model):
-    """They go on in a smaller batch once half of the rows have ended. The row that goes on is neither
-    the first one nor the last one."""
+    """They go on in a smaller batch once half of the rows have ended. The row that goes on is
+    neither the first one nor the last one."""
     free = [by_hand(model, prompt, 10) for prompt in PROMPTS]
     stops = [free[3][1], free[2][2]]
     wanted = []

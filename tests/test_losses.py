@@ -146,8 +146,10 @@ def mistakes_in(name, flags):
         return by_hand(BY_HAND[name], {**flags, **other_flags}, columns)
 
     logps, ref_logps, rewards, kl = [COLUMNS[c] for c in ("logps", "ref_logps", "rewards", "kl")]
+    of_ipo = ", or 1 / (2 tau) is added" if name == "ipo" else ""
+    of_two = " in one of the two margins" if "rewards" in needs(name) else ""
     mistakes = {
-        "chosen and rejected are swapped":
+        f"chosen and rejected are swapped{of_two}{of_ipo}":
             formula({"logps": logps.flip(1), "ref_logps": ref_logps.flip(1)}),
         "the reference is missing": formula({"ref_logps": torch.zeros(B, 2)})}
     if "beta" in flags:
