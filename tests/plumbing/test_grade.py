@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 import shutil
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -317,9 +318,9 @@ def test_a_mistake_costs_points_in_its_own_function(mistake, tmp_path):
 
 def test_a_variant_is_drawn_from_the_id():
     """The same each time, and another one for somebody else."""
-    drawn = [variants.draw(f"s{i}", "pairs", SETS["pairs"]) for i in range(20)]
+    drawn = [variants.draw(f"s{i}", "pairs", SETS["pairs"]) for i in range(10)]
     assert drawn[3] == variants.draw("s3", "pairs", SETS["pairs"])
-    assert len({variant.seed for variant in drawn}) > 15
+    assert len({variant.seed for variant in drawn}) > 7
     assert len({tuple(variant.points) for variant in drawn}) > 3
     assert len({variant.notes[0] for variant in drawn}) == len(variants.CHANGES["losses.ipo"])
     assert list(drawn[0].points)[:3] == list(SETS["pairs"])
@@ -344,11 +345,12 @@ def test_a_change_can_be_made(change):
         assert f"def {name}(" not in edited[path]
 
 
+@lru_cache(maxsize=None)
 def first_students():
     """(set, student) for every change: the first student who has it."""
     first = {}
     for name in SETS:
-        for i in range(20):
+        for i in range(6):
             note = variants.draw(f"s{i}", name, SETS[name]).notes[0]
             if note.split(": ")[0].split(", ")[0] in variants.CHANGES:
                 first.setdefault(note, (name, f"s{i}"))
