@@ -41,6 +41,8 @@ def usual_mistakes(got, wanted):
             "the sign is turned: a minus is missing, or is one too many": -wanted,
             "the square is missing": got.sign() * wanted.clamp(min=0).sqrt(),
             "the log is missing": got.sign() * (-wanted).exp(),
+            "1 - sigmoid, where it is the log of sigmoid": 1 - (-wanted).exp(),
+            "the absolute value, which loses the sign": wanted.abs(),
             "half of it": wanted / 2, "twice as much": wanted * 2}
 
 
@@ -49,6 +51,12 @@ def difference(got, wanted):
         return f"its shape is {tuple(got.shape)}, not {tuple(wanted.shape)}"
     if torch.is_tensor(got) and not got.isfinite().all():
         return "not finite"
+    if torch.is_tensor(got) and got.is_floating_point() and got.numel() > 1:
+        ratio, offset = (got / wanted).flatten(), (got - wanted).flatten()
+        if equal(ratio, ratio[0].expand_as(ratio)):
+            return f"{ratio[0]:.3g} times what it should be"
+        if equal(offset, offset[0].expand_as(offset)):
+            return f"off by {offset[0]:+.3g}, for all the same"
     return "not what it should be"
 
 

@@ -32,6 +32,7 @@ def test_longer_means_ten_percent():
         "chosen and rejected are swapped": [-1, 1],
         "no -1, where the rejected response is longer": [1, 0]})
     assert sides(10, 10) == [0, 0], "of two equal lengths neither is longer"
+    assert sides(3, 2) == [1, -1], "10% is a fraction, not a number of tokens"
     assert sides(109, 100) == [0, 0], "less than 10% more is not longer"
     assert sides(1105, 1000) == [1, -1], "10% of the shorter response are enough"
     assert sides(110, 100) == [1, -1], (
@@ -182,7 +183,10 @@ def test_batches_step_by_step():
         "ties lose their order, as the sort is not stable": plan(sort="quicksort"),
         "the last rows are too few for a batch, and are not left out": plan(keep_rest=True),
         "the same rows are left out in every epoch: leave out after shuffling":
-            plan(lengths[:400])})
+            plan(lengths[:400]),
+        "the longest rows of a window come first, not the shortest": plan(-lengths),
+        "the batches are shuffled by other random numbers than the rows":
+            got if sorted(got) == sorted(plan()) else None})
 
 
 def test_batches_are_a_pure_function_and_cover_an_epoch():

@@ -49,6 +49,8 @@ def test_likely_tokens_by_hand():
     assert_gives(kept(top_p=0.6), wanted, what="top_p=0.6", mistakes={
         "top_p leaves out the token that crosses it": too_few,
         "sorted: tokens have to be put back in their place": [[0.5, 0.25, 0, 0]]})
+    assert_gives(kept(top_p=0.5), too_few, what="top_p=0.5", mistakes={
+        "top_p keeps one more token, where the first ones hold exactly this fraction": wanted})
     assert_gives(kept(2, 0.6), too_few, what="top_k=2, top_p=0.6", mistakes={
         "top_p is a fraction of the probability that is left by top_k": wanted})
     equal = torch.full((1, 4), 0.25)
@@ -96,7 +98,9 @@ def first_above(probs, random=RANDOM):
 
 def test_draw_never_takes_a_token_with_a_probability_of_0():
     impossible = torch.tensor([[-math.inf, 0.0, -math.inf]]).expand(1000, 3)
-    assert draw(impossible, 1.0, RANDOM).tolist() == [1] * 1000
+    assert_gives(draw(impossible, 1.0, RANDOM), torch.ones(1000), what="a draw", mistakes={
+        "a probability of 0 is not above a random number of 0": [0] + [1] * 999,
+        "the token after the first one whose cumulative probability is above": [2] * 1000})
 
 
 def test_draw_at_temperature_0_takes_the_most_likely_token():
@@ -172,9 +176,11 @@ def test_the_answers_of_this_model_vary(model):
 
 def test_the_first_token_at_temperature_0(model):
     """The most likely one after the prompt."""
-    got = model.generate([[1, 2, 3]], 1, temperature=0)
-    assert got == [by_hand(model, [1, 2, 3], 1)], (
-        "at temperature 0 the first token is the most likely one after the prompt")
+    prompt = [1, 2, 3]
+    got, wanted = model.generate([prompt], 1, temperature=0)[0], by_hand(model, prompt, 1)
+    assert_gives(got, wanted, what="the first token", mistakes={
+        "its position is one too far": by_hand(model, prompt, 1, position=lambda p: p + (p >= 2)),
+        "at temperature 0 it is the most likely one after the prompt": got})
 
 
 def test_new_tokens_after_a_prompt(model):

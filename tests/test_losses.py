@@ -87,7 +87,7 @@ BY_HAND = {"dpo": dpo_by_hand, "ipo": ipo_by_hand, "ipo-per-token": ipo_per_toke
            "d-dpo": d_dpo_by_hand, "p-dpo": p_dpo_by_hand, "dp-dpo": dp_dpo_by_hand,
            "e-dpo": e_dpo_by_hand}
 
-COLUMNS = {"logps": numbers(B, 2, seed=1), "ref_logps": numbers(B, 2, seed=2),
+COLUMNS = {"logps": numbers(B, 2, seed=8), "ref_logps": numbers(B, 2, seed=38),
            "rewards": numbers(B, 2, M, seed=3), "lengths": token_counts(B, 2, seed=4),
            "kl": numbers(B, seed=5)}
 
@@ -108,12 +108,15 @@ def test_log_ratio_margin():
     (chosen, rejected), (ref_chosen, ref_rejected) = logps.T, ref_logps.T
     change = logps - ref_logps                                                  # (B, 2)
     wanted = by_hand(h_by_hand, {})
+    assert wanted.min() < 0 < wanted.max()
     assert_gives(losses.log_ratio_margin(logps, ref_logps), wanted, what="h", mistakes={
         "chosen and rejected are swapped, or policy and reference": -wanted,
         "the reference is missing": chosen - rejected,
         "the reference of the rejected response is missing": chosen - ref_chosen - rejected,
         "the reference of the chosen response is missing": chosen - rejected + ref_rejected,
+        "the absolute value, which loses the sign": wanted.abs(),
         "the sum of the two log-ratios, not their difference": change.sum(dim=1),
+        "the mean of the two log-ratios, not their difference": change.mean(dim=1),
         "rows are taken for columns: the chosen responses are [:, 0]": change[0] - change[1],
         "of probabilities, not of log-probs": change.exp()[:, 0] - change.exp()[:, 1],
         "log-probs are divided, not subtracted": chosen / ref_chosen - rejected / ref_rejected})
@@ -132,6 +135,7 @@ def test_bradley_terry():
     assert_gives(losses.bradley_terry(rewards), wanted, what="Bradley-Terry", mistakes={
         "chosen and rejected are swapped": (chosen - rejected).exp().log1p(),
         "the chosen reward alone": (-chosen).exp().log1p(),
+        "the margin itself, without log sigmoid": rejected - chosen,
         "each reward by itself, not their difference":
             (-chosen).exp().log1p() + rejected.exp().log1p()})
 
@@ -161,6 +165,7 @@ def mistakes_in(name, flags):
         mistakes["the KL is subtracted, not added"] = formula({"kl": -kl})
     if name == "dpo":
         mistakes["beta is outside the logarithm"] = flags["beta"] * formula(beta=1)
+        mistakes["beta is in it twice"] = formula(beta=flags["beta"] ** 2)
     if name == "ipo":
         h, tau = by_hand(h_by_hand, {}), flags["tau"]
         mistakes["1 / 2 * tau, which is tau / 2: brackets are missing"] = formula(tau=1 / tau)
@@ -175,11 +180,16 @@ def mistakes_in(name, flags):
             "the mean of the squares over the reward models":
                 gaps.square().mean(dim=1) + weighted_kl}
     if "d-dpo" in name:
+        beta = flags["beta"]
         mistakes["the sum of the reward models, not their mean"] = formula({"rewards": M * rewards})
+        mistakes["beta belongs to h, not to the reward margin"] = (
+            beta ** 2 * (formula(beta=1 / beta) - weighted_kl) + weighted_kl)
     if name == "e-dpo":
         best = gaps.square().mean(dim=0).argmin()
         mistakes |= {
             "the mean reward, where every member has its own": formula(of_mean),
+            "the sum over the members, not the minimum": gaps.square().sum(dim=1) + weighted_kl,
+            "the least of the whole batch, not of each pair": gaps.square().min() + weighted_kl,
             "the worst member, not the best": gaps.square().max(dim=1).values + weighted_kl,
             "the minimum is taken before the square":
                 gaps.min(dim=1).values.square() + weighted_kl,
@@ -211,6 +221,7 @@ def test_forward_kl_is_the_mean_over_samples():
         "the first sample alone": change[:, 0],
         "negative estimates are cut off": change.clamp(min=0).mean(dim=1),
         "the absolute value, where an estimate may be negative": change.mean(dim=1).abs(),
+        "ratios of probabilities: subtract log-probs, without exp": change.exp().mean(dim=1),
         "weighted by probabilities, though samples come as often as they are likely":
             (ref_logps.exp() * change).sum(dim=1)})
 

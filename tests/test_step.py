@@ -32,6 +32,9 @@ def test_learning_rate():
     mistakes = {
         "the warm-up is missing": [1.0] * 5 + curve(5)[5:].tolist(),
         "the first step of the warm-up would have none: (step + 1) / warmup": curve(5, first=0),
+        "the warm-up goes down, not up": [*reversed(curve(5)[:5].tolist()), *curve(5)[5:].tolist()],
+        "a sine, not a cosine":
+            curve(5, shape=lambda progress: 1 - math.sin(math.pi * progress / 2)),
         "a straight line, not a cosine": curve(5, shape=lambda progress: 1 - progress),
         "a whole wave of the cosine, not half of one":
             curve(5, shape=lambda progress: (1 + math.cos(2 * math.pi * progress)) / 2),
@@ -74,6 +77,7 @@ def test_gamma_is_annealed_from_the_first_to_the_last():
         "it is annealed backwards": [4, 3.25, 2.5, 1.75, 1],
         "it grows by a factor in each step, where it should be linear":
             [4 ** (step / 4) for step in range(5)],
+        "it has its last value at max_steps, not a step before": [1.0, 2, 3, 4, 5],
         "from 0, not from its first value": [0.0, 1, 2, 3, 4],
         "one step too early: step 0 has the first value": [1.75, 2.5, 3.25, 4, 4.75]})
 
@@ -110,7 +114,8 @@ def test_statistics_of_log_probs():
         margin={"chosen and rejected are swapped": [-1.0, 0, 0.25]},
         accuracy={"a margin of zero is half right, not wrong": [1.0, 0, 0],
                   "a margin of zero is half right, not right": [1.0, 1, 0]},
-        forward_kl={"the sign is turned: it is logp_ref - logp_pi": [-0.125, 0.5, 0.5],
+        forward_kl={without: -logps.detach()[:, 2:].mean(dim=1),
+                    "the sign is turned: it is logp_ref - logp_pi": [-0.125, 0.5, 0.5],
                     "the sum over the samples, not their mean": [0.25, -1.0, -1.0],
                     "of all responses, not of the samples alone": -change.mean(dim=1)})
     assert not any(value.requires_grad for value in values.values()), (
@@ -145,5 +150,7 @@ def test_interval():
         "the variance divides by N - 1, not by N: ddof=1": [1.96 * math.sqrt(14 / 3 / 3)],
         "the spread of the differences, not divided by sqrt(N)": [1.96 * math.sqrt(7)],
         "divided by N, not by sqrt(N)": [1.96 * math.sqrt(7) / 3],
+        "the variance: a root is missing": [1.96 * 7 / math.sqrt(3)],
+        "1.96 standard errors, not 2": [2 * error],
         "1.96 is missing: one standard error": [error],
         "the whole width, not the half-width": [2 * 1.96 * error]})

@@ -54,6 +54,8 @@ def test_tree_mask():
         "0 where q sees k and -inf where not: it is added to the scores")
     assert_gives(mask.exp()[0, 0].int().tolist(), wanted, what="the mask (rows are q)", mistakes={
         "a response sees its siblings": mask_of(lambda q, k: k <= q and BRANCH[k] >= 0),
+        "a token of the prompt is seen by those before it":
+            mask_of(lambda q, k: BRANCH[k] == 0 or sees(q, k)),
         "a response does not see the prompt":
             mask_of(lambda q, k: k <= q and BRANCH[k] == BRANCH[q]),
         "a token sees what comes after it": mask_of(lambda q, k: BRANCH[k] in (0, BRANCH[q])),
