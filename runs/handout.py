@@ -69,11 +69,12 @@ def read_hints(text):
     return hints
 
 
-def definition(function):
+def definition(function, root):
     """Finds a function in the code. function: such as losses.dpo, or for a method
-    model.GPT.response_logps. Returns (its syntax tree, its lines, unindented)."""
+    model.GPT.response_logps. root: the repository's, or that of a copy. Returns (its syntax tree,
+    its lines, unindented)."""
     module, *names = function.split(".")
-    with open(os.path.join(ROOT, f"{module}.py"), encoding="utf-8") as file:
+    with open(os.path.join(root, f"{module}.py"), encoding="utf-8") as file:
         source = file.read()
     node = ast.parse(source)
     for name in names:
@@ -82,15 +83,15 @@ def definition(function):
     return node, [line[node.col_offset:] for line in lines]
 
 
-def signature(function):
+def signature(function, root=ROOT):
     """Returns the lines of a function down to the end of its docstring, as one text."""
-    node, lines = definition(function)
+    node, lines = definition(function, root)
     return "\n".join(lines[:node.body[0].end_lineno - node.lineno + 1])
 
 
 def solution(function):
     """Returns the lines of a function after its docstring, as one text."""
-    node, lines = definition(function)
+    node, lines = definition(function, ROOT)
     return "\n".join(lines[node.body[0].end_lineno - node.lineno + 1:])
 
 
@@ -101,27 +102,32 @@ def folded(hints, name):
             "</details>" for number, (level, hint) in enumerate(zip(levels, hints), 1)]
 
 
-def page(name, teacher=False):
+def page(name, teacher=False, root=ROOT):
     """Puts the page of a set together, in Markdown. name: of the set. teacher: with the answers and
-    the solutions."""
+    the solutions. root: of the copy, whose docstrings are other ones in a student's variant."""
     title, sections = read_text(name)
     head, effort = title.split("\n", 1)
     points, hints = SETS.get(name, {}), read_hints(sections.pop("Hints", ""))
     answers = sections.pop("For the teacher")
-    minutes = [int(number) for number in re.findall(r"(\d+) minutes", effort)]
+    minutes = [int(number) * (60 if unit == "hours" else 1)
+               for number, unit in re.findall(r"(\d+) (minutes|hours)", effort)]
     minutes += [needed for needed, _ in hints.values()]
-    summary = f"**{duration(sum(minutes))} in all.** {effort.strip()}"
+    summary = f"**About {duration(sum(minutes))} in all.** {effort.strip()}"
     if points:
         summary += (f" {sum(points.values())} points for the functions, which tests give, and "
                     f"{3 * QUESTION_POINTS} for the questions, which your teacher gives.")
     parts = [head + (", with answers" if teacher else ""), summary]
+    if os.path.exists(os.path.join(root, "VARIANT.md")):
+        parts.append("**Your copy is a variant.** Where `VARIANT.md` or a docstring says something "
+                     "else than this page, they are right.")
     for heading, text in sections.items():
         if heading == "Commands" and points:
             parts += ["## What you write", HOW_TO_USE_HINTS]
             for function, worth in points.items():
                 needed, levels = hints[function]
                 parts += [f"### `{function}`: {worth} points, about {needed} minutes",
-                          f"```python\n{signature(function)}\n```", *folded(levels, function)]
+                          f"```python\n{signature(function, root)}\n```",
+                          *folded(levels, function)]
         parts += [f"## {heading}", text]
     if teacher:
         parts += ["## For the teacher", answers]
@@ -133,10 +139,9 @@ def page(name, teacher=False):
 
 
 def duration(minutes):
-    """Says how long a set takes: in minutes, or if there are many in hours, to the half."""
-    if minutes < 90:
-        return f"About {minutes} minutes"
-    return f"About {round(minutes / 30) / 2:g} hours"
+    """Says how long a set takes: to the half hour."""
+    hours = max(0.5, round(minutes / 30) / 2)
+    return f"{hours:g} hour" if hours == 1 else f"{hours:g} hours"
 
 
 # ------ files
@@ -145,7 +150,7 @@ def duration(minutes):
 def write_student(folder, name):
     """Writes README.md and handout.html into a student's copy, and the picture, which README.md
     shows, into its folder img."""
-    text = page(name)
+    text = page(name, root=folder)
     for _, path in IMAGE.findall(text):
         os.makedirs(os.path.join(folder, "img"), exist_ok=True)
         shutil.copy(os.path.join(TEXTS, path), os.path.join(folder, "img"))

@@ -284,12 +284,28 @@ def test_the_page_of_a_set(name, tmp_path):
         assert ("Rubric" in text) == path.endswith("teacher.html")
 
 
+def test_the_page_of_a_variant(tmp_path):
+    """Its docstrings are those of the copy, and it says that they count."""
+    assignment.main(["pairs", f"--out_dir={tmp_path}/copy"])
+    losses_file = tmp_path / "copy/losses.py"
+    changed = losses_file.read_text(encoding="utf-8").replace("(h - 1 / (2 tau))^2", "(h - tau)^4")
+    losses_file.write_text(changed, encoding="utf-8")
+    (tmp_path / "copy/VARIANT.md").write_text("IPO has another formula.", encoding="utf-8")
+    handout.write_student(str(tmp_path / "copy"), "pairs")
+    student = (tmp_path / "copy/README.md").read_text(encoding="utf-8")
+    assert "preference optimisation: (h - tau)^4." in student and "is a variant" in student
+    assert "is a variant" not in handout.page("pairs")
+
+
 def test_how_long_a_set_takes():
-    """From one hour to a project."""
-    spent = {name: re.search(r"\*\*(About .*?) in all\.", handout.page(name)).group(1)
+    """From one hour to a project; the page of the course says the same."""
+    spent = {name: re.search(r"\*\*About (.*?) in all\.", handout.page(name)).group(1)
              for name in ALL_SETS}
-    assert spent["pairs"] == "About 60 minutes" and spent["leaderboard"] == "About 15 hours"
-    assert handout.duration(89) == "About 89 minutes" and handout.duration(95) == "About 1.5 hours"
+    assert spent["pairs"] == "1 hour" and spent["leaderboard"] == "15 hours"
+    page = (ROOT / "docs/assignments.md").read_text(encoding="utf-8")
+    for name in SETS:
+        assert f"| `{name}` | {spent[name]} |" in page
+    assert [handout.duration(n) for n in (10, 74, 76)] == ["0.5 hours", "1 hour", "1.5 hours"]
 
 
 @pytest.mark.parametrize("name", ALL_SETS)
