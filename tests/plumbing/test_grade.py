@@ -14,7 +14,7 @@ from mistakes import MISTAKES
 
 import losses
 import zoo
-from runs import grade, variants
+from runs import assignment, grade, variants
 from runs.course import SETS
 from runs.grade import NoPoints, Reference, Row
 from support.flags import InputError
@@ -359,6 +359,28 @@ def first_students():
 
 def test_every_change_is_drawn():
     assert len(first_students()) == len(ALL_CHANGES)
+
+
+def test_the_copy_of_a_student(tmp_path, capsys):
+    """It says what is different: in a file of its own, in docstrings and in tests. The tests that
+    hold no longer are left out, and those of the zoo stay behind."""
+    assignment.main(["distillation", "--student=s0", f"--out_dir={tmp_path}/s0"])
+    variant = variants.draw("s0", "distillation", SETS["distillation"])
+    page = (tmp_path / "s0/VARIANT.md").read_text(encoding="utf-8")
+    assert all(note in page for note in variant.notes) and variant.loss in capsys.readouterr().out
+    source = (tmp_path / "s0/losses.py").read_text(encoding="utf-8")
+    assert source.count("yours to write") == 4
+    _, right = grade.find(ast.parse(variant.edited["losses.py"]), ["e_dpo"])
+    _, blank = grade.find(ast.parse(source), ["e_dpo"])
+    assert ast.get_docstring(blank) == ast.get_docstring(right) != losses.e_dpo.__doc__
+    assert (tmp_path / "s0/zoo.py").read_text() == variants.zoo_file(variant.loss)
+    for test in variant.without:
+        path, name = test.split("::")
+        copied = tmp_path / "s0" / path
+        assert not copied.exists() or f"def {name}(" not in copied.read_text(encoding="utf-8")
+    for words in (["losses.dpo"], ["pairs", "bias"], ["leaderboard"]):
+        with pytest.raises(InputError, match="--student: a variant is that of one set"):
+            assignment.main([*words, "--student=s0", f"--out_dir={tmp_path}/other"])
 
 
 @pytest.mark.slow
