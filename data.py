@@ -52,6 +52,7 @@ class TreeBatch:
     samples      (B, S) int64   which responses of each row are samples from the reference
     ref_logps    (B, K) float32       the reference's log-probs of the responses, if known
     rewards      (B, K - S, M) float32    rewards by M reward models, if known
+    below        (B, T, C) float32        what frozen layers compute, if there are any
     """
     tokens: torch.Tensor
     branch: torch.Tensor
@@ -68,6 +69,7 @@ class TreeBatch:
     samples: torch.Tensor = None
     ref_logps: torch.Tensor = None
     rewards: torch.Tensor = None
+    below: torch.Tensor = None
 
     def to(self, device):
         """Moves all tensors to a device. Returns the batch itself."""
@@ -158,11 +160,13 @@ class Dataset:
     rewards     (N, K - S, M) float32: rewards of the responses by M reward models, or from the file
     ref_logps   (N, K) float32: the reference's log-probs of the responses, in nats
     n_samples   S, which is 0 where the loss has no KL term
+    below       N (T, C) float32: with --freeze, what the frozen layers make of each row's T tokens
     """
     examples: list
     rewards: np.ndarray = None
     ref_logps: np.ndarray = None
     n_samples: int = 0
+    below: list = None
 
     def __len__(self):
         return len(self.examples)
@@ -171,7 +175,8 @@ class Dataset:
         """Returns a data set of some of the rows. rows: their indices."""
         rewards = None if self.rewards is None else self.rewards[rows]
         ref_logps = None if self.ref_logps is None else self.ref_logps[rows]
-        return Dataset(take_rows(self.examples, rows), rewards, ref_logps, self.n_samples)
+        below = None if self.below is None else [self.below[row] for row in rows]
+        return Dataset(take_rows(self.examples, rows), rewards, ref_logps, self.n_samples, below)
 
     def first(self, n):
         """Returns a data set of the first n rows (None: all). They are a random part of it, because
@@ -190,6 +195,11 @@ class Dataset:
             batch.ref_logps = torch.from_numpy(self.ref_logps[rows, :K])
         if self.rewards is not None:
             batch.rewards = torch.from_numpy(self.rewards[rows, :K - S])
+        if self.below is not None:
+            B, T = batch.tokens.size()
+            batch.below = torch.zeros(B, T, self.below[0].shape[1])     # (B, T, C)
+            for b, row in enumerate(rows):
+                batch.below[b, :len(self.below[row])] = torch.from_numpy(self.below[row])
         return batch
 
     def with_samples(self, samples):

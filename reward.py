@@ -54,7 +54,8 @@ class RewardModel(nn.Module):
         mask = tree_mask(batch.branch, self.score.weight.dtype)             # (B, 1, T, T)
         last = self.config.reward_head == "last"
         read = batch.last.flatten() if last else batch.own
-        hidden = self.transformer(batch.tokens, batch.position, mask, read=read)    # (R, C)
+        hidden = self.transformer(batch.tokens, batch.position, mask, read=read,
+                                   below=batch.below)                        # (R, C)
         with torch.autocast(hidden.device.type, enabled=False):
             rewards = self.score(hidden.to(self.score.weight.dtype)).squeeze(1)     # (R,)
         return rewards.view_as(batch.last) if last else batch.sum_tokens(rewards)

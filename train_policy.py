@@ -30,6 +30,7 @@ from reward import (
     training_pairs,
 )
 from support.columns import (
+    add_frozen,
     cache_folder,
     cached,
     check_rounding,
@@ -130,6 +131,7 @@ def with_columns(dataset, split, policy, tokenizer, reward_models, args):
     dataset.ref_logps = np.array(logps, np.float32)         # (N, K), samples included
     if args.dtype == "bfloat16":
         check_rounding(policy, dataset, split)
+    add_frozen(dataset, policy, cache, split)
     return dataset
 
 
