@@ -137,6 +137,8 @@ def write_copy(folder, sources, projects=()):
                 os.makedirs(os.path.dirname(os.path.join(folder, path)), exist_ok=True)
                 shutil.copyfile(os.path.join(ROOT, path), os.path.join(folder, path))
     for path, source in {**REPLACED, **sources}.items():
+        if path in STAYS_BEHIND:
+            continue
         with open(os.path.join(folder, path), "w", encoding="utf-8") as file:
             file.write(source)
 

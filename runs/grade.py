@@ -216,7 +216,8 @@ def run_pytest(folder, tests, seconds):
     os.makedirs(home, exist_ok=True)
     environment = {"PATH": os.environ.get("PATH", ""), "HOME": home, "TMPDIR": home,
                    "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0",
-                   "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+                   "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+                   "CI": "1"}           # then pytest shortens no message
     command = ["bash", "-c", f'{LIMITS}; exec "$@"', "bash", sys.executable, "-m", "pytest", "-v",
                "-p", "no:cacheprovider", "--tb=line", "--junitxml=out/results.xml", *tests]
     with open(os.path.join(home, "printed"), "w+", encoding="utf-8", errors="replace") as file:

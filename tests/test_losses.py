@@ -176,10 +176,11 @@ def mistakes_in(name, flags):
         of_mean = {"rewards": rewards.mean(dim=2, keepdim=True).expand(B, 2, M)}
         weighted_kl = flags.get("gamma", 0) * kl
         mistakes |= {
-            "the first reward model alone": formula({"rewards": rewards[:, :, :1].expand(B, 2, M)}),
             "the mean of the squares over the reward models":
                 gaps.square().mean(dim=1) + weighted_kl}
-    if "d-dpo" in name:
+    if name in ("d-dpo", "dp-dpo"):
+        first = {"rewards": rewards[:, :, :1].expand(B, 2, M)}
+        mistakes["the first reward model alone, not the mean"] = formula(first)
         beta = flags["beta"]
         mistakes["the sum of the reward models, not their mean"] = formula({"rewards": M * rewards})
         mistakes["beta belongs to h, not to the reward margin"] = (
