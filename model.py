@@ -22,7 +22,15 @@ import torch.nn.functional as F
 from lora import load_lora, merge_lora
 from support.adapters import write_adapter
 from support.checkpoint import load_model, read_checkpoint, write_checkpoint
-from support.device import FEW_SHAPES, compiles_every_shape, random_numbers, round_up, sync
+from support.device import (
+    FEW_SHAPES,
+    compiles_every_shape,
+    fill_up,
+    fixed_size,
+    random_numbers,
+    round_up,
+    sync,
+)
 from support.logprobs import head_weight, product_type, token_logps
 from support.rms_norm import rms_norm
 
@@ -378,23 +386,22 @@ class GPT(nn.Module):
         A layer's cache holds keys and values. Columns 0 to T - 1 are the prompts without their last
         tokens, padded on the right. Column T + t is the token that step t reads: first the prompt's
         last one, then the new ones. Equal prompts run through the model once. When half of the rows
-        have ended, the others go on alone in a smaller batch. The exception is a device that
-        compiles a program for every shape (a TPU): there all shapes stay the same to the end.
+        have ended, the others go on alone in a smaller batch. (fixed_size and fill_up change
+        something on a TPU only, where all shapes have to stay the same.)
         """
         config, device = self.config, self.lm_head.weight.device
-        few_shapes = compiles_every_shape(device)
         prompts, n = [tuple(prompt) for prompt in prompts], len(prompts)
         lengths = [len(prompt) for prompt in prompts]
         T = max(1, max(lengths) - 1)
+        T = fixed_size(T, round_up(T, FEW_SHAPES // 2), device)
         steps = min(max_new_tokens, config.block_size - min(lengths))
         max_new_tokens = min(max_new_tokens, config.block_size - 1)
-        if few_shapes:          # columns of padding, and rows, which repeat a prompt
-            T = round_up(T, FEW_SHAPES // 2)
-            prompts += [prompts[0]] * ((8 if n <= 8 else batch_size) - n)
+        prompts = fill_up(prompts, 8 if n <= 8 else batch_size, device)
         distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         B = len(prompts)                                    # rows, one for each response
-        P = B if few_shapes else len(distinct)              # rows of prompts
+        P = fixed_size(len(distinct), B, device)            # rows of prompts
 
+        # Run the prompts
         tokens = torch.zeros(P, T, dtype=torch.long)
         for prompt, i in distinct.items():
             tokens[i, :len(prompt) - 1] = torch.tensor(prompt[:-1], dtype=torch.long)
@@ -406,10 +413,11 @@ class GPT(nn.Module):
         position = torch.arange(T, device=device).clamp(max=config.block_size - 1).expand(P, T)
         nothing = torch.zeros(0, dtype=torch.long, device=device)
         self.transformer(tokens.to(device), position, cache=cache, read=nothing)
-        if P < B or few_shapes:     # a row for each response
+        if len(distinct) < B:       # a row for each response
             prompt_of = torch.tensor([distinct[prompt] for prompt in prompts], device=device)
             layers = [layer[:, prompt_of] for layer in layers]
 
+        # Draw a token for each row, again and again
         token = torch.tensor([prompt[-1] for prompt in prompts], device=device)             # (B,)
         position = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)     # (B,)
         column = torch.arange(T + max_new_tokens, device=device)
@@ -417,35 +425,35 @@ class GPT(nn.Module):
         newest = torch.tensor([T], device=device)                       # the column of `token`
         head, _ = head_weight(self.lm_head.weight, dtype)               # (vocab, C)
         new = torch.zeros(n, steps, dtype=torch.long)
-        going = torch.arange(n)                     # rows of the batch that still draw tokens
-        prompt_number = torch.arange(n)             # and the prompts that they answer
-        ended = torch.zeros(n, dtype=torch.bool)    # those of them that have ended since
+        prompt_number = torch.arange(n)             # the prompts that the first rows answer
+        ended = torch.zeros(n, dtype=torch.bool)    # which of these rows have ended
         for t in range(steps):
             visible = in_prompt | (column >= T) & (column <= newest)    # (B, columns)
-            seen = len(column) if few_shapes else T + t + 1             # the others are empty
+            seen = fixed_size(T + t + 1, len(column), device)           # the others are empty
             cache = [(*layer[..., :seen, :], newest) for layer in layers]
             hidden = self.transformer(token[:, None], position[:, None],
                                       visible[:, None, None, :seen], cache)[:, 0]   # (B, C)
             logits = F.linear(hidden, head).float()                     # (B, vocab)
-            random = random_numbers(going, len(logits), generator, device)          # (B, 1)
+            random = random_numbers(n, len(logits), generator, device)  # (B, 1)
             token = draw(logits, temperature, random, top_k, top_p)     # (B,)
             position = (position + 1).clamp(max=config.block_size - 1)  # the rest is cut off
             newest = newest + 1
             sync(device)
-            drawn = token.cpu()[going]
+            drawn = token.cpu()[:n]
             new[prompt_number, t] = drawn
             if on_token is not None:
                 on_token(drawn.tolist())
             ended |= torch.isin(drawn, stops)
             if ended.all():
                 break
-            if ended.sum() >= len(ended) / 2:       # drop the rows that have ended
-                going, prompt_number, ended = going[~ended], prompt_number[~ended], ended[~ended]
-                if not few_shapes:                  # in a smaller batch
-                    token, position, in_prompt = token[going], position[going], in_prompt[going]
-                    layers = [layer[:, going] for layer in layers]
-                    going = torch.arange(len(going))
+            if ended.sum() >= n / 2:                # drop the rows that have ended
+                going, prompt_number = torch.where(~ended)[0].tolist(), prompt_number[~ended]
+                n, ended = len(going), ended[~ended]
+                going = fill_up(going, B, device)
+                token, position, in_prompt = token[going], position[going], in_prompt[going]
+                layers = [layer[:, going] for layer in layers]
 
+        # Cut the responses where they end
         responses, ends = [], torch.isin(new, stops)                    # (n, steps)
         for prompt, response, is_end in zip(prompts, new.tolist(), ends.tolist()):
             length = min(len(response), config.block_size - len(prompt))

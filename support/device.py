@@ -168,6 +168,18 @@ def compiles_every_shape(device):
     return device.type == "xla"
 
 
+def fixed_size(size, most, device):
+    """Returns the size that a tensor needs, or `most` on a device that compiles every shape: that
+    size is the same for all tensors of the kind."""
+    return most if compiles_every_shape(device) else size
+
+
+def fill_up(rows, most, device):
+    """Returns a list, on a device that compiles every shape with copies of its first element up to
+    a length of `most`."""
+    return rows + rows[:1] * (fixed_size(len(rows), most, device) - len(rows))
+
+
 def round_up(n, multiple):
     """Rounds n up to a multiple of a number. If the number is FEW_SHAPES or more, shapes should be
     few, and n is rounded up to a power of two times the number."""
@@ -183,14 +195,13 @@ def new_generator(device, seed):
     return torch.Generator("cpu" if device.type == "xla" else device).manual_seed(seed)
 
 
-def random_numbers(rows, n, generator, device):
-    """Draws a random number in [0, 1) for some of n rows; the others get 0. rows: the numbers of
-    these rows. Returns (n, 1), float64, or float32 on mps, which has no float64."""
+def random_numbers(n, rows, generator, device):
+    """Draws a random number in [0, 1) for the first n of some rows; the others get 0. Returns
+    (rows, 1), float64, or float32 on mps, which has no float64."""
     where = new_generator(device, 0).device if generator is None else generator.device
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    numbers = torch.zeros(n, 1, device=where, dtype=dtype)
-    numbers[rows] = torch.rand(len(rows), 1, generator=generator, device=where, dtype=dtype)
-    return numbers.to(device)
+    numbers = torch.rand(n, 1, generator=generator, device=where, dtype=dtype)
+    return torch.cat([numbers, numbers.new_zeros(rows - n, 1)]).to(device)
 
 
 def sync(device):
