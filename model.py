@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lora import load_lora, merge_lora
-from support.adapters import write_adapter
+from support.adapters import base_of, write_adapter
 from support.checkpoint import load_model, read_checkpoint, write_checkpoint
 from support.device import (
     FEW_SHAPES,
@@ -336,9 +336,10 @@ class GPT(nn.Module):
         """
         config, tensors = read_checkpoint(dir_or_hub_name, head="lm_head")
         model = load_model(lambda: cls(GPTConfig(**config)), tensors, dir_or_hub_name)
-        load_lora(model, dir_or_hub_name)
-        if merge:
-            merge_lora(model)
+        if base_of(dir_or_hub_name) is not None:        # it is an adapter: lora.py
+            load_lora(model, dir_or_hub_name)
+            if merge:
+                merge_lora(model)
         return model
 
     def save_pretrained(self, directory, eos_token_id=None):

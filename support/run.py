@@ -41,8 +41,7 @@ except ImportError:     # Windows has no such locks
     fcntl = None
 
 # Flags that may be changed with --resume
-MAY_CHANGE = ("out_dir", "resume", "device", "compile", "fsdp", "gradient_checkpointing",
-              "merge_lora")
+MAY_CHANGE = ("out_dir", "resume", "device", "compile", "fsdp", "gradient_checkpointing")
 LOG_EVERY = 10                                              # steps
 # The columns on the screen, docs/glossary.md: {heading: (name in metrics.jsonl, format)}
 SHOWN = {"loss": ("loss", ".4f"),
@@ -433,8 +432,11 @@ def run_flags(folder):
 
 def family_folders(folders, flag="--rewards"):
     """Returns the folders of the reward models that `--rewards=A,B` stands for. Each of A and B is
-    a reward model, or a family with one in each of its subfolders, which are sorted by name."""
-    models = []
+    a reward model, or a family with one in each of its subfolders, which are sorted by name. Words
+    that the flag takes instead of folders, and None, stand for no reward model: []."""
+    models, words = [], {"--rewards": ["scores"], "--select": ["last", "loss", "oracle"]}
+    if folders in (None, *words.get(flag, [])):
+        return []
     for folder in folders.split(","):
         inside = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
         members = [os.path.join(folder, name) for name in inside]
@@ -452,13 +454,6 @@ def holds_model(folder):
     """Returns whether a folder holds a model, or a run that may have one."""
     names = ("config.json", "adapter_config.json", "run.json")
     return any(os.path.exists(os.path.join(folder, name)) for name in names)
-
-
-def models_named(folders, flag):
-    """Returns `family_folders` of a flag's value; [] for None, and for words that the flag takes
-    instead of folders."""
-    words = {"--rewards": ["scores"], "--select": ["last", "loss", "oracle"]}
-    return [] if folders in (None, *words.get(flag, [])) else family_folders(folders, flag)
 
 
 def family_to_train(args):

@@ -365,13 +365,6 @@ def fingerprint(tokenizer):
     return [tokenizer.name, tokenizer.n_vocab, tokenizer._pat_str, words]
 
 
-def same_tokens(tokenizer, other):
-    """Returns whether each number means the same text in two tokenizers, and the same one ends a
-    text."""
-    return (vocabulary(tokenizer) == vocabulary(other)
-            and tokenizer.eot_token == other.eot_token)
-
-
 def vocabulary(tokenizer):
     """Returns {token as tokenizer.json writes it: number}."""
     if isinstance(tokenizer, FolderTokenizer):
@@ -393,7 +386,9 @@ def check_same_tokenizer(what, model, tokenizer):
     by_content = not isinstance(name, str) or name.endswith("/") or tokenizer.name.endswith("/")
     if by_content:
         name = model.rstrip("/") + "/"
-        equal = same_tokens(tokenizer, FolderTokenizer(name))
+        other = FolderTokenizer(name)       # does each number mean the same text, or the end?
+        equal = (vocabulary(tokenizer) == vocabulary(other)
+                 and tokenizer.eot_token == other.eot_token)
     else:
         equal = name == tokenizer.name
     if not equal:
