@@ -66,8 +66,8 @@ def read_checkpoint(dir_or_hub_name, head):
 
 @contextlib.contextmanager
 def naming_damage(find):
-    """Turns any error inside into an InputError that names the checkpoint and the file that was
-    read: torch and safetensors raise many kinds for a damaged file. find: a Finder."""
+    """Turns any error inside into an InputError that names the checkpoint and the file: torch and
+    safetensors raise many kinds for a damaged one. find: a Finder."""
     try:
         yield
     except InputError:
@@ -99,9 +99,8 @@ unreachable = set()     # names for which the hub gave no answer; its local cach
 
 
 def hub_file(name, filename):
-    """Downloads a file of a model on the hub. Returns (its path, None) or (None, why not). If there
-    was no answer, that name is not asked for again: each try takes the hub's client half a minute.
-    """
+    """Downloads a file of a model on the hub. Returns (its path, None) or (None, why not). A name
+    that got no answer is not asked for again: each try takes half a minute."""
     try:
         import huggingface_hub  # comes with datasets
         huggingface_hub.logging.set_verbosity(50)   # it warns of every try; we say what came of it
