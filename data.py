@@ -100,7 +100,7 @@ def collate(examples, multiple=1):
     K is the largest number of responses. A token that is stored as ~token is put into the tree like
     any other, and later tokens of its response see it, but no log-prob counts it. ValueError if a
     prompt or a response has no token. multiple: T and R are rounded up to a multiple of this, so
-    that batches come in few shapes.
+    that batches come in few shapes. Padding is 0, but -1 in branch and B * K in slot.
     """
     B, K = len(examples), max(len(responses) for _, responses in examples)
     for prompt, responses in examples:
@@ -223,8 +223,9 @@ class Dataset:
 def ranked_pairs(n_responses):
     """Lists all pairs of responses in each row, where responses are ranked, the best first.
 
-    Two responses make one pair, K make K (K - 1) / 2, and one makes none. n_responses: B numbers,
-    one for each row. Returns (pairs (P, 2), pair_row (P,), pair_weight (P,)) as in a TreeBatch.
+    Two responses make one pair, K make K (K - 1) / 2, and one makes none. They are listed row after
+    row, in the order (0, 1), (0, 2), ..., (1, 2), and so on. n_responses: B numbers, one for each
+    row. Returns (pairs (P, 2), pair_row (P,), pair_weight (P,)) as in a TreeBatch.
     """
     pairs, pair_row, pair_weight = [], [], []
     for row, K in enumerate(n_responses):
@@ -252,7 +253,8 @@ def batches(lengths, batch_size, seed, epoch, window=32):
     First the rows are shuffled. If the last ones are too few for a batch, they are left out of this
     epoch (if there are too few rows for any batch, all of them are one batch). Then the rows are
     cut into windows of `window` batches. Each window is sorted by length (ties keep their order)
-    and cut into batches. At the end the order of all batches is shuffled.
+    and cut into batches. At the end the order of all batches is shuffled. Both times a permutation
+    is drawn from np.random.default_rng([seed, epoch]): of all rows, then of the batches.
     lengths: (N,) tokens in each row. Returns a list of arrays of row indices, (batch_size,) each.
     """
     rng = np.random.default_rng([seed, epoch])

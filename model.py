@@ -387,8 +387,12 @@ class GPT(nn.Module):
         A layer's cache holds keys and values. Columns 0 to T - 1 are the prompts without their last
         tokens, padded on the right. Column T + t is the token that step t reads: first the prompt's
         last one, then the new ones. Equal prompts run through the model once. When half of the rows
-        have ended, the others go on alone in a smaller batch. (fixed_size and fill_up change
-        something on a TPU only, where all shapes have to stay the same.)
+        have ended, the others go on alone in a smaller batch. A row that has filled the block runs
+        along, and what it draws is cut off. Each step draws by `draw`, with the random numbers that
+        `random_numbers` gives the rows that go on, which are the first ones of the batch.
+        On a device that compiles a program for every shape (a TPU) all shapes stay the same to the
+        end. There fixed_size rounds T up to a multiple of FEW_SHAPES / 2, and fill_up repeats the
+        first row until there are 8 rows, or batch_size if 8 are too few.
         """
         config, device = self.config, self.lm_head.weight.device
         prompts, n = [tuple(prompt) for prompt in prompts], len(prompts)

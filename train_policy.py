@@ -140,8 +140,9 @@ def statistics(logps, batch):
     """Computes the numbers to watch, which docs/glossary.md explains.
 
     logps: (B, K) summed log-probs of the policy, in nats. batch: a TreeBatch. Returns {name: (P,)},
-    one number for each pair, times the pair's weight in its row. The KL has one number for each
-    row, (B,). SFT has no reference to compare with, so it returns {}.
+    one number for each pair, times the pair's weight in its row: chosen_change, rejected_change,
+    margin and accuracy, where a margin of 0 is half right. If rows have samples, forward_kl has one
+    number for each row, (B,). SFT has no reference to compare with, so it returns {}.
     """
     if batch.ref_logps is None:
         return {}
@@ -242,8 +243,8 @@ def adamw(model, lr):
 
 
 def learning_rate(step, max_steps, peak):
-    """Returns the learning rate of a step: a linear warm-up over the first 5% of the steps, then a
-    cosine from the peak down to zero."""
+    """Returns the learning rate of a step: a linear warm-up over the first 5% of the steps (rounded
+    down, at least one), then half a cosine from the peak down to zero."""
     warmup = max(1, max_steps // 20)
     if step < warmup:
         return peak * (step + 1) / warmup

@@ -114,9 +114,9 @@ class Run:
             self.sums[name] = self.sums.get(name, 0) + mean
 
     def end_step(self, step, rows, **values):
-        """Ends an optimizer step. rows: those of the training set that it used. values: more numbers
-        to log. Only every ten steps, and before an evaluation, does this wait for the device: then
-        the numbers are checked, and their means since the last line are logged."""
+        """Ends an optimizer step. rows: those of the training set that it used. values: more
+        numbers to log. Only every ten steps, and before an evaluation, does this wait for the
+        device: then the numbers are checked, and their means since the last line are logged."""
         self.window.append({"step": step, "rows": rows, "sums": self.sums, "same": values})
         self.sums = {}
         sync(self.device)
