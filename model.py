@@ -245,15 +245,15 @@ class Transformer(nn.Module):
         below: (B, T, C) what the frozen layers compute, if that is known.
         """
         config = self.config
-        known = self.frozen if below is not None else 0                 # layers
+        first = self.frozen if below is not None else 0     # the lowest layer that is computed here
         x = self.wte(tokens)                                            # (B, T, C)
         if config.rope_theta is None:
             x, turns = x + self.wpe(position), None
         else:
             turns = rope(position, config, x)       # once for all layers
-        if known:
+        if first > 0:
             x = below
-        for i in range(known, len(self.h)):
+        for i in range(first, len(self.h)):
             block, last = self.h[i], i == len(self.h) - 1
             turning = config.rope_layers is None or config.rope_layers[i]
             x = block(x, mask, cache[i] if cache else None, turns if turning else None,
