@@ -149,7 +149,8 @@ def plan_by_hand(lengths, batch_size, seeds, window=32, shuffle_rows=True, shuff
                  sort="stable", keep_rest=False):
     """The docstring of `batches`, step by step. seeds: of the random numbers."""
     rng = np.random.default_rng(seeds)
-    rows = rng.permutation(len(lengths)).tolist() if shuffle_rows else list(range(len(lengths)))
+    N = len(lengths)
+    rows = rng.permutation(N).tolist() if shuffle_rows else list(range(N))
     if not keep_rest:
         rows = rows[:len(rows) - len(rows) % batch_size]
     plan = []
@@ -157,7 +158,10 @@ def plan_by_hand(lengths, batch_size, seeds, window=32, shuffle_rows=True, shuff
         part = rows[start:start + window * batch_size]
         part = [part[i] for i in np.argsort([lengths[row] for row in part], kind=sort)]
         plan += [part[i:i + batch_size] for i in range(0, len(part), batch_size)]
-    return [plan[i] for i in rng.permutation(len(plan))] if shuffle_batches else plan
+    numbers = np.arange(len(plan))
+    if shuffle_batches:
+        numbers = rng.permutation(numbers)
+    return [plan[number] for number in numbers]
 
 
 def test_batches_step_by_step():

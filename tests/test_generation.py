@@ -267,7 +267,7 @@ def test_generation_stops_at_any_of_several_tokens(model):
     stops = [free[0][3], free[1][5], STOP]
     for stop in (stops, stops[:1], []):
         ends = [[token in stop for token in response] for response in free]
-        wanted = [response[:is_end.index(True) + 1 if any(is_end) else 8]
+        wanted = [response[:1 + is_end.index(True) if any(is_end) else 8]
                   for response, is_end in zip(free, ends)]
         assert model.generate(PROMPTS, 8, temperature=0, stop=stop) == wanted
     assert model.generate(PROMPTS, 8, temperature=0, stop=stops[0]) == (

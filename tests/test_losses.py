@@ -351,7 +351,7 @@ def loss_pair_by_pair(name, logps, batch, n_responses, n_samples):
     for row, K in enumerate(n_responses):
         samples = range(K, K + n_samples)
         kl = sum((batch.ref_logps[row, k] - logps[row, k]) for k in samples) / max(n_samples, 1)
-        pairs = list(itertools.combinations(range(K), 2))       # the better response first
+        pairs = [(k, j) for k in range(K) for j in range(k + 1, K)]     # the better response first
         for i, j in pairs:
             columns = {"logps": logps, "ref_logps": batch.ref_logps, "rewards": batch.rewards,
                        "lengths": batch.lengths}

@@ -108,11 +108,12 @@ def test_dpo_reaches_zero_only_as_margins_grow_without_bound():
             assert logits.grad.norm() > 0
             optimizer.step()
         log_ratio = of_pairs(logits.detach().log_softmax(0) - ref_logps, PAIRS)    # (3, 2)
-        margin = beta * (log_ratio[:, 0] - log_ratio[:, 1])                        # (3,)
+        of_chosen, of_rejected = log_ratio.unbind(dim=1)                           # (3,) each
+        margin = beta * (of_chosen - of_rejected)                                  # (3,)
         assert 0 < loss.item() <= eps
         assert (margin >= -math.log(math.expm1(len(PAIRS) * loss.item()))).all()
         # as log pi(chosen) <= 0: rejected ones vanish
-        assert (log_ratio[:, 1] <= -ref_logps[CHOSEN] - margin / beta).all()
+        assert (of_rejected <= -ref_logps[CHOSEN] - margin / beta).all()
         reached.append(margin.min().item())
     # With one pair, a margin of m makes a loss of about exp(-m): a factor of 10 in the loss costs
     # log 10 of margin, for ever.

@@ -28,7 +28,8 @@ from support.run import SHOWN
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md")),
+         *sorted((ROOT / "runs" / "handouts").glob("*.md"))]
 FOLDERS = (".", "support", "runs", "experiments", "dev")
 TESTS = ("tests", "tests/plumbing")
 CODE = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")]
