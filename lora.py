@@ -97,14 +97,12 @@ def put_lora(model, corrections, base):
 
 
 def load_lora(model, folder):
-    """Gives a model the adapter that is in a folder, if there is one. The model has to have the
-    weights that the adapter was trained on. InputError says what is wrong with the adapter."""
-    base = base_of(folder)
-    if base is None:
-        return
+    """Gives a model the adapter that is in a folder. The model has to have the weights that the
+    adapter was trained on. InputError says what is wrong with the adapter."""
     corrections, head = read_adapter(folder, model, linear_layers(model))
     scale = LoRALinear.scale
-    put_lora(model, {name: (A, B / scale) for name, (A, B) in corrections.items()}, base)
+    put_lora(model, {name: (A, B / scale) for name, (A, B) in corrections.items()},
+             base_of(folder))
     if head is not None:
         model.score.load_state_dict({"weight": head})
 

@@ -20,9 +20,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lora import load_lora, merge_lora
-from support.adapters import write_adapter
+from support.adapters import base_of, write_adapter
 from support.checkpoint import load_model, read_checkpoint, write_checkpoint
-from support.device import FEW_SHAPES, compiles_every_shape, random_numbers, round_up, sync
+from support.device import (
+    FEW_SHAPES,
+    compiles_every_shape,
+    fill_up,
+    fixed_size,
+    random_numbers,
+    round_up,
+    sync,
+)
 from support.logprobs import head_weight, product_type, token_logps
 from support.rms_norm import rms_norm
 
@@ -237,15 +245,15 @@ class Transformer(nn.Module):
         below: (B, T, C) what the frozen layers compute, if that is known.
         """
         config = self.config
-        known = self.frozen if below is not None else 0                 # layers
+        first = self.frozen if below is not None else 0     # the lowest layer that is computed here
         x = self.wte(tokens)                                            # (B, T, C)
         if config.rope_theta is None:
             x, turns = x + self.wpe(position), None
         else:
             turns = rope(position, config, x)       # once for all layers
-        if known:
+        if first > 0:
             x = below
-        for i in range(known, len(self.h)):
+        for i in range(first, len(self.h)):
             block, last = self.h[i], i == len(self.h) - 1
             turning = config.rope_layers is None or config.rope_layers[i]
             x = block(x, mask, cache[i] if cache else None, turns if turning else None,
@@ -328,9 +336,10 @@ class GPT(nn.Module):
         """
         config, tensors = read_checkpoint(dir_or_hub_name, head="lm_head")
         model = load_model(lambda: cls(GPTConfig(**config)), tensors, dir_or_hub_name)
-        load_lora(model, dir_or_hub_name)
-        if merge:
-            merge_lora(model)
+        if base_of(dir_or_hub_name) is not None:        # it is an adapter: lora.py
+            load_lora(model, dir_or_hub_name)
+            if merge:
+                merge_lora(model)
         return model
 
     def save_pretrained(self, directory, eos_token_id=None):
@@ -380,25 +389,24 @@ class GPT(nn.Module):
         last one, then the new ones. Equal prompts run through the model once. When half of the rows
         have ended, the others go on alone in a smaller batch. A row that has filled the block runs
         along, and what it draws is cut off. Each step draws by `draw`, with the random numbers that
-        `random_numbers` gives the rows that go on.
-        The exception is a device that compiles a program for every shape (a TPU). There all shapes
-        stay the same to the end: T is rounded up to a multiple of FEW_SHAPES / 2, and the first
-        prompt is repeated until there are 8 rows, or batch_size if 8 are too few.
+        `random_numbers` gives the rows that go on, which are the first ones of the batch.
+        On a device that compiles a program for every shape (a TPU) all shapes stay the same to the
+        end. There fixed_size rounds T up to a multiple of FEW_SHAPES / 2, and fill_up repeats the
+        first row until there are 8 rows, or batch_size if 8 are too few.
         """
         config, device = self.config, self.lm_head.weight.device
-        few_shapes = compiles_every_shape(device)
         prompts, n = [tuple(prompt) for prompt in prompts], len(prompts)
         lengths = [len(prompt) for prompt in prompts]
         T = max(1, max(lengths) - 1)
+        T = fixed_size(T, round_up(T, FEW_SHAPES // 2), device)
         steps = min(max_new_tokens, config.block_size - min(lengths))
         max_new_tokens = min(max_new_tokens, config.block_size - 1)
-        if few_shapes:          # columns of padding, and rows, which repeat a prompt
-            T = round_up(T, FEW_SHAPES // 2)
-            prompts += [prompts[0]] * ((8 if n <= 8 else batch_size) - n)
+        prompts = fill_up(prompts, 8 if n <= 8 else batch_size, device)
         distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         B = len(prompts)                                    # rows, one for each response
-        P = B if few_shapes else len(distinct)              # rows of prompts
+        P = fixed_size(len(distinct), B, device)            # rows of prompts
 
+        # Run the prompts
         tokens = torch.zeros(P, T, dtype=torch.long)
         for prompt, i in distinct.items():
             tokens[i, :len(prompt) - 1] = torch.tensor(prompt[:-1], dtype=torch.long)
@@ -410,10 +418,11 @@ class GPT(nn.Module):
         position = torch.arange(T, device=device).clamp(max=config.block_size - 1).expand(P, T)
         nothing = torch.zeros(0, dtype=torch.long, device=device)
         self.transformer(tokens.to(device), position, cache=cache, read=nothing)
-        if P < B or few_shapes:     # a row for each response
+        if len(distinct) < B:       # a row for each response
             prompt_of = torch.tensor([distinct[prompt] for prompt in prompts], device=device)
             layers = [layer[:, prompt_of] for layer in layers]
 
+        # Draw a token for each row, again and again
         token = torch.tensor([prompt[-1] for prompt in prompts], device=device)             # (B,)
         position = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)     # (B,)
         column = torch.arange(T + max_new_tokens, device=device)
@@ -421,35 +430,35 @@ class GPT(nn.Module):
         newest = torch.tensor([T], device=device)                       # the column of `token`
         head, _ = head_weight(self.lm_head.weight, dtype)               # (vocab, C)
         new = torch.zeros(n, steps, dtype=torch.long)
-        going = torch.arange(n)                     # rows of the batch that still draw tokens
-        prompt_number = torch.arange(n)             # and the prompts that they answer
-        ended = torch.zeros(n, dtype=torch.bool)    # those of them that have ended since
+        prompt_number = torch.arange(n)             # the prompts that the first rows answer
+        ended = torch.zeros(n, dtype=torch.bool)    # which of these rows have ended
         for t in range(steps):
             visible = in_prompt | (column >= T) & (column <= newest)    # (B, columns)
-            seen = len(column) if few_shapes else T + t + 1             # the others are empty
+            seen = fixed_size(T + t + 1, len(column), device)           # the others are empty
             cache = [(*layer[..., :seen, :], newest) for layer in layers]
             hidden = self.transformer(token[:, None], position[:, None],
                                       visible[:, None, None, :seen], cache)[:, 0]   # (B, C)
             logits = F.linear(hidden, head).float()                     # (B, vocab)
-            random = random_numbers(going, len(logits), generator, device)          # (B, 1)
+            random = random_numbers(n, len(logits), generator, device)  # (B, 1)
             token = draw(logits, temperature, random, top_k, top_p)     # (B,)
             position = (position + 1).clamp(max=config.block_size - 1)  # the rest is cut off
             newest = newest + 1
             sync(device)
-            drawn = token.cpu()[going]
+            drawn = token.cpu()[:n]
             new[prompt_number, t] = drawn
             if on_token is not None:
                 on_token(drawn.tolist())
             ended |= torch.isin(drawn, stops)
             if ended.all():
                 break
-            if ended.sum() >= len(ended) / 2:       # drop the rows that have ended
-                going, prompt_number, ended = going[~ended], prompt_number[~ended], ended[~ended]
-                if not few_shapes:                  # in a smaller batch
-                    token, position, in_prompt = token[going], position[going], in_prompt[going]
-                    layers = [layer[:, going] for layer in layers]
-                    going = torch.arange(len(going))
+            if ended.sum() >= n / 2:                # drop the rows that have ended
+                going, prompt_number = torch.where(~ended)[0].tolist(), prompt_number[~ended]
+                n, ended = len(going), ended[~ended]
+                going = fill_up(going, B, device)
+                token, position, in_prompt = token[going], position[going], in_prompt[going]
+                layers = [layer[:, going] for layer in layers]
 
+        # Cut the responses where they end
         responses, ends = [], torch.isin(new, stops)                    # (n, steps)
         for prompt, response, is_end in zip(prompts, new.tolist(), ends.tolist()):
             length = min(len(response), config.block_size - len(prompt))

@@ -30,7 +30,7 @@ from support.columns import (
 )
 from support.device import computing, whole
 from support.flags import naming
-from support.run import models_named
+from support.run import family_folders
 from support.tokenizer import check_same_tokens, ends_of, to_text
 
 
@@ -111,7 +111,7 @@ def load_reward_models(folders, flag, policy, tokenizer, device):
     folders: comma-separated, each a run or a family, or None. flag: its name, for messages.
     tokenizer: the policy's. Returns {folder: RewardModel}, {} for None. InputError names the flag.
     """
-    folders = models_named(folders, flag)
+    folders = family_folders(folders, flag)
     with naming(flag):
         models = read_reward_models(folders, device)
         for folder, model in models.items():

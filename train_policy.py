@@ -19,7 +19,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from data import BatchOrder, by_length, demonstrations, get_tokenizer
-from lora import add_lora, check_rank, merge_lora
+from lora import add_lora, check_rank
 from losses import PAPER, batch_loss, best_member, knobs, needs
 from model import GPT, GPTConfig
 from reward import (
@@ -131,7 +131,8 @@ def with_columns(dataset, split, policy, tokenizer, reward_models, args):
     dataset.ref_logps = np.array(logps, np.float32)         # (N, K), samples included
     if args.dtype == "bfloat16":
         check_rounding(policy, dataset, split)
-    add_frozen(dataset, policy, cache, split)
+    if args.freeze:
+        add_frozen(dataset, policy, cache, split)
     return dataset
 
 
@@ -273,7 +274,8 @@ def main(argv=None):
         policy = GPT(config)
     else:
         policy = GPT.from_pretrained(args.init_from, merge=not args.lora)
-        check_rank(policy, args.lora)
+        if args.lora:
+            check_rank(policy, args.lora)
     check_vocabulary(policy, tokenizer, "--tokenizer")
     place(policy, device, args)         # with --fsdp, this process holds only a part of it
     reward_models = load_reward_models(args.rewards, "--rewards", policy, tokenizer, device)
@@ -354,8 +356,6 @@ def main(argv=None):
         run.end_step(step, rows, grad_norm=grad_norm)
 
     run.restore_selected()
-    if args.merge_lora:
-        merge_lora(policy)
     save_tokenizer(args.out_dir, tokenizer, policy.config.block_size)
     policy.save_pretrained(args.out_dir, tokenizer.eot_token)
     run.finish()

@@ -20,7 +20,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from data import BatchOrder, biased_subset, by_length, get_tokenizer
-from lora import add_lora, check_rank, merge_lora
+from lora import add_lora, check_rank
 from losses import bradley_terry, reward_margin
 from model import GPT
 from reward import RewardModel, training_pairs
@@ -93,7 +93,8 @@ def main(argv=None):
     args = parse_flags(argv)
     device = setup(args)
     policy = place(GPT.from_pretrained(args.init_from, merge=not args.lora), device, args)
-    check_rank(policy, args.lora)
+    if args.lora:
+        check_rank(policy, args.lora)
     tokenizer = get_tokenizer(args.tokenizer)
     check_vocabulary(policy, tokenizer, "--tokenizer")
 
@@ -101,8 +102,9 @@ def main(argv=None):
     train, validation = training_pairs(args, tokenizer, policy, device)
     validation = by_length(validation.first(args.n_eval))
     cache = cache_folder(args.init_from, args.out_dir)
-    add_frozen(train, policy, cache, "train")
-    add_frozen(validation, policy, cache, "validation")
+    if args.freeze:
+        add_frozen(train, policy, cache, "train")
+        add_frozen(validation, policy, cache, "validation")
     if args.lora:       # members share the policy's frozen weights; each trains an adapter
         add_lora(policy, args.lora, args.init_from, args.seed)
     if not args.bias:
@@ -164,8 +166,6 @@ def train_one(args, policy, tokenizer, train, validation, device):
         optimizer.zero_grad(set_to_none=True)
         run.end_step(step, rows, grad_norm=grad_norm)
 
-    if args.merge_lora:
-        merge_lora(reward_model)
     save_tokenizer(args.out_dir, tokenizer, policy.config.block_size)
     reward_model.save_pretrained(args.out_dir, tokenizer.eot_token)
     run.finish()

@@ -66,8 +66,8 @@ def read_checkpoint(dir_or_hub_name, head):
 
 @contextlib.contextmanager
 def naming_damage(find):
-    """Turns any error inside into an InputError that names the checkpoint and the file that was
-    read: torch and safetensors raise many kinds for a damaged file. find: a Finder."""
+    """Turns any error inside into an InputError that names the checkpoint and the file: torch and
+    safetensors raise many kinds for a damaged one. find: a Finder."""
     try:
         yield
     except InputError:
@@ -81,18 +81,14 @@ def read_sizes(dir_or_hub_name, find=None, say=lambda line: None):
     """Returns what a checkpoint's config.json says, with the names of GPTConfig. say: see
     our_sizes."""
     find = find or Finder(dir_or_hub_name)
-    config = nanogpt_config(find) if find.nanogpt else read_config(find)
-    return our_sizes(config, dir_or_hub_name, say)
-
-
-def read_config(find):
-    """Returns the content of a checkpoint's config.json, a dict."""
+    if find.nanogpt is not None:
+        return our_sizes(nanogpt_config(find), dir_or_hub_name, say)
     path = find.required("config.json")
     with naming(f"{find.name}: unreadable checkpoint"):
         config = read_json(path)
     if "nanopref" in config and "model_type" not in config:
         raise InputError(f"{find.name}: this run has no model yet (is it finished?)")
-    return config
+    return our_sizes(config, dir_or_hub_name, say)
 
 
 class NoModel(InputError):
@@ -103,9 +99,8 @@ unreachable = set()     # names for which the hub gave no answer; its local cach
 
 
 def hub_file(name, filename):
-    """Downloads a file of a model on the hub. Returns (its path, None) or (None, why not). If there
-    was no answer, that name is not asked for again: each try takes the hub's client half a minute.
-    """
+    """Downloads a file of a model on the hub. Returns (its path, None) or (None, why not). A name
+    that got no answer is not asked for again: each try takes half a minute."""
     try:
         import huggingface_hub  # comes with datasets
         huggingface_hub.logging.set_verbosity(50)   # it warns of every try; we say what came of it
@@ -149,9 +144,13 @@ class Finder:
 
     def __init__(self, dir_or_hub_name):
         self.name, self.reason = str(dir_or_hub_name), None
-        self.nanogpt = nanogpt_file(self.name)
-        self.last = self.nanogpt and os.path.basename(self.nanogpt)
         self.is_folder = os.path.isdir(self.name)
+        self.nanogpt = None         # a file that ends in .pt, or else ckpt.pt in a folder
+        if os.path.isfile(self.name) and self.name.endswith(".pt"):
+            self.nanogpt = self.name
+        elif self._in_folder("ckpt.pt") and not self._in_folder("config.json"):
+            self.nanogpt = os.path.join(self.name, "ckpt.pt")
+        self.last = self.nanogpt and os.path.basename(self.nanogpt)
         like_a_path = self.name.startswith((".", "/", "~", "out/")) or self.name.count("/") > 1
         if like_a_path and not os.path.exists(self.name):   # not "name" or "owner/name"
             raise NoModel(f"{self.name}: no such folder")
@@ -419,17 +418,6 @@ def load_state_dict(path):
 
 
 # ------------------------------------------------------------------ nanoGPT
-
-def nanogpt_file(name):
-    """Returns the path of nanoGPT's checkpoint: a file that ends in .pt, or ckpt.pt in a folder
-    without a config.json. None if there is none."""
-    if os.path.isfile(name) and name.endswith(".pt"):
-        return name
-    path = os.path.join(name, "ckpt.pt")
-    if os.path.isfile(path) and not os.path.exists(os.path.join(name, "config.json")):
-        return path
-    return None
-
 
 def nanogpt_config(find):
     """Returns the config.json that nanoGPT's checkpoint would have. InputError if it is something

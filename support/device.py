@@ -117,8 +117,8 @@ def in_float32():
 
 
 def place(model, device, args):
-    """Moves a model, which is still on the CPU, to the device; with --fsdp only this process's part
-    of it. Applies --gradient_checkpointing and --freeze. Returns the model."""
+    """Applies --gradient_checkpointing and --freeze to a model, and moves it from the CPU to the
+    device, with --fsdp only this process's part. Returns the model."""
     if args.gradient_checkpointing:
         recompute_layers(model)
     if args.freeze:
@@ -139,12 +139,9 @@ def freeze(transformer, n):
 
 
 def recompute_layers(model):
-    """Makes the backward pass compute each layer's attention and MLP again, instead of keeping what
-    they computed on the way. That is most of a step's memory, and computing it again takes a third
-    more time (--gradient_checkpointing).
-
-    model: with its layers in transformer.h, each with the parts attn and mlp.
-    """
+    """Makes the backward pass compute each layer's attention and MLP again (in transformer.h),
+    instead of keeping what they computed. That is most of a step's memory; it takes a third more
+    time."""
     for layer in model.transformer.h:
         for part in (layer.attn, layer.mlp):
             if "forward" not in vars(part):     # a copy of such a model does so already
@@ -153,9 +150,8 @@ def recompute_layers(model):
 
 
 def keep_memory():
-    """Tells glibc to keep freed memory for the next step. Otherwise every large array is given back
-    to the system when it is freed, and comes back one page at a time, each zeroed first. That takes
-    a fifth of a step on a CPU (dev/LOG.md)."""
+    """Tells glibc to keep freed memory for the next step. To give it back to the system, and to
+    get it again page by page, takes a fifth of a step on a CPU (dev/LOG.md)."""
     with contextlib.suppress(AttributeError, OSError, TypeError):   # other C libraries lack mallopt
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2 ** 30)      # M_MMAP_THRESHOLD: take what is below 1 GiB from the heap
@@ -166,6 +162,18 @@ def compiles_every_shape(device):
     """Returns whether a device compiles a program for each new shape, so that shapes should be
     few."""
     return device.type == "xla"
+
+
+def fixed_size(size, most, device):
+    """Returns the size that a tensor needs, or `most` on a device that compiles every shape: that
+    size is the same for all tensors of the kind."""
+    return most if compiles_every_shape(device) else size
+
+
+def fill_up(rows, most, device):
+    """Returns a list, on a device that compiles every shape with copies of its first element up to
+    a length of `most`."""
+    return rows + rows[:1] * (fixed_size(len(rows), most, device) - len(rows))
 
 
 def round_up(n, multiple):
@@ -183,14 +191,13 @@ def new_generator(device, seed):
     return torch.Generator("cpu" if device.type == "xla" else device).manual_seed(seed)
 
 
-def random_numbers(rows, n, generator, device):
-    """Draws a random number in [0, 1) for some of n rows; the others get 0. rows: the numbers of
-    these rows. Returns (n, 1), float64, or float32 on mps, which has no float64."""
+def random_numbers(n, rows, generator, device):
+    """Draws a random number in [0, 1) for the first n of some rows; the others get 0. Returns
+    (rows, 1), float64, or float32 on mps, which has no float64."""
     where = new_generator(device, 0).device if generator is None else generator.device
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    numbers = torch.zeros(n, 1, device=where, dtype=dtype)
-    numbers[rows] = torch.rand(len(rows), 1, generator=generator, device=where, dtype=dtype)
-    return numbers.to(device)
+    numbers = torch.rand(n, 1, generator=generator, device=where, dtype=dtype)
+    return torch.cat([numbers, numbers.new_zeros(rows - n, 1)]).to(device)
 
 
 def sync(device):
@@ -255,10 +262,10 @@ def wait():
 
 
 def micro_batches(rows, size):
-    """Takes this process's share of some rows, every n-th of n processes, and splits it into parts
-    of at most `size`. Every process has the same number of parts, and none is empty, because a
-    model sharded by --fsdp computes in all processes at once. (If size is 1 and one process has a
-    row more than another, that row is in a part of two.)"""
+    """Splits this process's share of some rows, every n-th of n processes, into parts of at most
+    `size`. A model sharded by --fsdp computes in all processes at once, so every process has the
+    same number of parts, and none is empty. (With size 1 a row that is left over makes a part of
+    two.)"""
     if PROCESSES == 1:
         return np.split(rows, range(size, len(rows), size))
     fewest, most = len(rows) // PROCESSES, -(-len(rows) // PROCESSES)
@@ -271,9 +278,8 @@ def micro_batches(rows, size):
 
 def in_shares(compute_part, parts):
     """Computes compute_part(part) for all parts, each in one process, and returns the results in
-    order. Every process computes the same number of parts, because a model sharded by --fsdp
-    computes in all of them at once. One that has nothing left to do computes the last part again.
-    """
+    order. All processes compute equally often (see micro_batches): one that has nothing left to do
+    computes the last part again."""
     if PROCESSES == 1:
         return [compute_part(part) for part in parts]
     mine = {}
@@ -315,15 +321,11 @@ def add_up_gradients(model):
 
 
 def shard(model, device, dtype):
-    """Splits a model's weights over the processes with PyTorch's fully_shard. A layer's weights are
-    put together before it computes and dropped afterwards, so the model may be too large for one
-    device. Returns the model.
-
-    model: still on the CPU, with its layers in transformer.h, each with the parts attn and mlp. Its
-    other weights, such as the embeddings and the head, are put together for as long as the model
-    computes. Between passes every process has only its parts, which are what the optimizer needs.
-    All processes have to compute at the same moment, so each runs the same number of forward and
-    backward passes (`micro_batches`, `in_shares`). dtype: of the matrix products.
+    """Splits the weights of a model, which is still on the CPU, over the processes with PyTorch's
+    fully_shard, so that it may be too large for one device. Each process keeps its parts, which are
+    what the optimizer needs. A layer's weights are put together while it computes, those of the
+    embeddings and the head while the model does. So all processes compute at the same moment, and
+    equally often (`micro_batches`, `in_shares`). dtype: of the matrix products. Returns the model.
     """
     # fully_shard warns of modules that return views: nothing here changes one in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
@@ -339,7 +341,7 @@ def shard(model, device, dtype):
 
 def whole(state, keep=True):
     """Returns nested dictionaries and lists with every tensor made whole, on the CPU. All processes
-    have to call this. Those that write nothing say keep=False, and get None for each tensor."""
+    call this; those with keep=False get None for each tensor."""
     if isinstance(state, dict):
         return {name: whole(value, keep) for name, value in state.items()}
     if isinstance(state, list):
@@ -381,9 +383,8 @@ def part(tensor, like):
 
 
 def gathered(model):
-    """Returns the model itself, or if it is sharded a copy with whole weights, for sampling. There
-    each token is a forward pass, and processes need different numbers of them. The copy takes 4
-    bytes for each parameter, on every device."""
+    """Returns the model itself, or if it is sharded a copy with whole weights (4 bytes each), for
+    sampling, in which processes need different numbers of forward passes."""
     if not isinstance(model, FSDPModule):
         return model
     with torch.device("meta"):

@@ -41,8 +41,7 @@ except ImportError:     # Windows has no such locks
     fcntl = None
 
 # Flags that may be changed with --resume
-MAY_CHANGE = ("out_dir", "resume", "device", "compile", "fsdp", "gradient_checkpointing",
-              "merge_lora")
+MAY_CHANGE = ("out_dir", "resume", "device", "compile", "fsdp", "gradient_checkpointing")
 LOG_EVERY = 10                                              # steps
 # The columns on the screen, docs/glossary.md: {heading: (name in metrics.jsonl, format)}
 SHOWN = {"loss": ("loss", ".4f"),
@@ -115,10 +114,9 @@ class Run:
             self.sums[name] = self.sums.get(name, 0) + mean
 
     def end_step(self, step, rows, **values):
-        """Ends an optimizer step. rows: those of the training set that it used. values: {name:
-        number}, more to log. Every ten steps, and before an evaluation, the means since the last
-        line go into a new line of metrics.jsonl, and all numbers are checked. In between, nothing
-        waits for the device."""
+        """Ends an optimizer step. rows: those of the training set that it used. values: more
+        numbers to log. Only every ten steps, and before an evaluation, does this wait for the
+        device: then the numbers are checked, and their means since the last line are logged."""
         self.window.append({"step": step, "rows": rows, "sums": self.sums, "same": values})
         self.sums = {}
         sync(self.device)
@@ -140,8 +138,8 @@ class Run:
             self._stop(step + 1)
 
     def _numbers_of_window(self):
-        """Returns what this process has watched in each step since the last line of metrics.jsonl,
-        [{name: number}]. InputError for the first step in which a number is not finite."""
+        """Returns this process's numbers of each step since the last line of metrics.jsonl,
+        [{name: number}]. InputError for the first one that is not finite."""
         steps = []
         for watched in self.window:
             numbers = {name: float(value) for name, value in watched["sums"].items()}
@@ -188,8 +186,7 @@ class Run:
         self.metrics += line
 
     def _print(self, step, results):
-        """Prints a row of the table: the recent training loss, what an evaluation measured, and the
-        time left."""
+        """Prints a row of the table, with what an evaluation measured and the time left."""
         values = {**self.means, **results}
         columns = [heading for heading, (name, _) in SHOWN.items()
                    if name in results or heading == "loss"]
@@ -267,9 +264,8 @@ class Run:
             "constants": self.constants, "rng": torch.get_rng_state()})
 
     def _resume(self, flags):
-        """Continues from state.pt. metrics.jsonl is put back to what it was then, and what came
-        later will be logged again. InputError if this is another run, or if the state can't be
-        used."""
+        """Continues from state.pt, with metrics.jsonl as it was then. InputError if this is another
+        run, or if the state can't be used."""
         before = run_flags(self.dir)
         for name, value in flags.items():
             if name not in MAY_CHANGE and before.get(name) != json.loads(json.dumps(value)):
@@ -399,9 +395,9 @@ def check_free(folder, resume=False):
 
 
 def claim(folder):
-    """Makes a folder that only this process may write to, and removes unfinished files that a
-    killed process has left there. Returns a file: when it is closed, or the process ends, others
-    may write. InputError if another process is at work in the folder."""
+    """Makes a folder that only this process may write to, and removes what a killed one has left
+    unfinished there. Returns a file; closing it lets others write. InputError if another process
+    is at work in the folder."""
     with naming_file(folder):
         os.makedirs(folder, exist_ok=True)
         file = open(os.path.join(folder, LOCK), "ab")
@@ -433,8 +429,11 @@ def run_flags(folder):
 
 def family_folders(folders, flag="--rewards"):
     """Returns the folders of the reward models that `--rewards=A,B` stands for. Each of A and B is
-    a reward model, or a family with one in each of its subfolders, which are sorted by name."""
-    models = []
+    a reward model, or a family with one in each of its subfolders, which are sorted by name. Words
+    that the flag takes instead of folders, and None, stand for no reward model: []."""
+    models, words = [], {"--rewards": ["scores"], "--select": ["last", "loss", "oracle"]}
+    if folders in (None, *words.get(flag, [])):
+        return []
     for folder in folders.split(","):
         inside = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
         members = [os.path.join(folder, name) for name in inside]
@@ -452,13 +451,6 @@ def holds_model(folder):
     """Returns whether a folder holds a model, or a run that may have one."""
     names = ("config.json", "adapter_config.json", "run.json")
     return any(os.path.exists(os.path.join(folder, name)) for name in names)
-
-
-def models_named(folders, flag):
-    """Returns `family_folders` of a flag's value; [] for None, and for words that the flag takes
-    instead of folders."""
-    words = {"--rewards": ["scores"], "--select": ["last", "loss", "oracle"]}
-    return [] if folders in (None, *words.get(flag, [])) else family_folders(folders, flag)
 
 
 def family_to_train(args):

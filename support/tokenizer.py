@@ -87,13 +87,13 @@ def own_tokenizer(model, data=None):
 
 class FolderTokenizer:
     """Reads a model's own tokenizer with Hugging Face's `tokenizers`: tokenizer.json, or the
-    vocab.json and merges.txt of older models. It has those methods of a tiktoken.Encoding that are
-    used here. Special tokens that are written in a text are read as text.
+    vocab.json and merges.txt of older models. Has the methods of a tiktoken.Encoding that are used
+    here. Special tokens that are written in a text are read as text.
 
-    name: a folder or hub name and "/". files: {file name: bytes}, to be copied next to what is
-    trained. start: the tokens with which a text begins, such as Llama 3's BOS. template: the
-    model's ChatTemplate, or HH's layout. eot_token: the token that ends a response. ends: that
-    token, and the others in which the model may end a response.
+    name: a folder or hub name and "/". files: {file name: bytes}, to copy next to what is trained.
+    start: the tokens with which a text begins, such as Llama 3's BOS. template: the model's
+    ChatTemplate, or HH's layout. ends: the tokens in which the model may end a response, first
+    eot_token, in which responses are trained to end.
     """
 
     def __init__(self, name):
@@ -365,13 +365,6 @@ def fingerprint(tokenizer):
     return [tokenizer.name, tokenizer.n_vocab, tokenizer._pat_str, words]
 
 
-def same_tokens(tokenizer, other):
-    """Returns whether each number means the same text in two tokenizers, and the same one ends a
-    text."""
-    return (vocabulary(tokenizer) == vocabulary(other)
-            and tokenizer.eot_token == other.eot_token)
-
-
 def vocabulary(tokenizer):
     """Returns {token as tokenizer.json writes it: number}."""
     if isinstance(tokenizer, FolderTokenizer):
@@ -383,9 +376,8 @@ def vocabulary(tokenizer):
 
 
 def check_same_tokenizer(what, model, tokenizer):
-    """Raises InputError if a model reads other tokens than a tokenizer's. what: the beginning of
-    the message; model: a folder. Two encodings are compared by name, all else by content. Of a
-    model without a tokenizer, and of which no run tells, nothing is known."""
+    """Raises InputError if a model reads other tokens than a tokenizer's: encodings are compared by
+    name, all else by content. what: the beginning of the message; model: a folder."""
     name = run_flags(model).get("tokenizer")
     if name is None and known_tokenizer(model) is None:
         print(f"{what} has no tokenizer; it is taken to read the policy's tokens")
@@ -393,7 +385,9 @@ def check_same_tokenizer(what, model, tokenizer):
     by_content = not isinstance(name, str) or name.endswith("/") or tokenizer.name.endswith("/")
     if by_content:
         name = model.rstrip("/") + "/"
-        equal = same_tokens(tokenizer, FolderTokenizer(name))
+        other = FolderTokenizer(name)       # does each number mean the same text, or the end?
+        equal = (vocabulary(tokenizer) == vocabulary(other)
+                 and tokenizer.eot_token == other.eot_token)
     else:
         equal = name == tokenizer.name
     if not equal:
@@ -402,8 +396,7 @@ def check_same_tokenizer(what, model, tokenizer):
 
 def check_same_tokens(what, model, config, policy_config, tokenizer):
     """Raises InputError if a model can't read what the policy writes: another tokenizer, a smaller
-    vocabulary, shorter texts. what: the beginning of the message; model: its folder; config,
-    policy_config: a GPTConfig each; tokenizer: the policy's."""
+    vocabulary, shorter texts. what: the beginning of the message; model: its folder."""
     check_same_tokenizer(what, model, tokenizer)
     for name in ("vocab_size", "block_size"):
         size, needed = getattr(config, name), getattr(policy_config, name)
@@ -412,13 +405,11 @@ def check_same_tokens(what, model, config, policy_config, tokenizer):
 
 
 def save_tokenizer(directory, tokenizer, block_size):
-    """Writes a tokenizer next to a model: its own files, as they are; a tiktoken.Encoding as
-    tokenizer.json and tokenizer_config.json, so that `transformers` reads and writes the same
-    tokens with a saved model.
+    """Writes a tokenizer next to a model, for `transformers`: its own files, as they are; a
+    tiktoken.Encoding as tokenizer.json and tokenizer_config.json.
 
-    tiktoken merges two neighbours if together they are a token, those with the lowest rank first;
-    tokenizer.json lists pairs to merge, the first ones first: so every way to cut a token in two
-    tokens is such a pair.
+    tiktoken merges two neighbours if together they are a token, those with the lowest rank first.
+    tokenizer.json lists pairs to merge: every way to cut a token in two tokens.
     """
     if not is_first():
         return

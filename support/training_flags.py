@@ -3,6 +3,7 @@ train_policy.py and train_rm.py."""
 import argparse
 import contextlib
 import os
+import sys
 
 from support.checkpoint import NoModel, read_sizes
 from support.flags import (
@@ -36,24 +37,12 @@ def policy_flags(argv, doc, of_sft, of_preferences, losses):
     parser = training_parser(doc, lr=f"{of_sft['lr']:g} for sft, else {of_preferences['lr']:g}")
     add = parser.add_argument
     add("--loss", default="e-dpo", choices=list(losses), help="what to minimise (default: e-dpo); "
-        "sft trains a reference policy, and docs/losses.md explains the others")
+        "sft trains a reference policy, and docs/losses.md explains the others. With a loss named, "
+        "--help shows the loss's own flags")
     add("--rewards", help="the reward models to distil: the folder of one or of a family, or "
         "several, separated by commas (default: out/rms for e-dpo, else out/rm). The word scores "
         "takes the scores in the columns of --data instead")
-    add("--beta", type=positive_float, help="scale of the implicit reward, in reward per nat (each "
-        "loss has its own default, in losses.py or zoo.py; the same goes for the flags below)")
-    add("--tau", type=positive_float, help="IPO pushes the margin h to 1 / (2 tau)")
-    add("--gamma", type=first_last, help="weight of the KL term: FIRST,LAST, which grows linearly "
-        "over training, or one number for all of training")
-    users = {}          # {flag of a loss: the losses that have it}
-    for loss, (_, knobs, _) in losses.items():
-        for knob, default in knobs.items():
-            if knob not in users and knob not in ("beta", "tau", "gamma"):      # of a loss added
-                number = isinstance(default, (int, float))
-                whose = ", ".join(name for name in losses if knob in losses[name][1])
-                add(f"--{knob}", type=not_negative_float if number else str,
-                    help=f"the {knob} in the formula of {whose} (losses.py, zoo.py)")
-            users.setdefault(knob, []).append(loss)
+    users = add_loss_flags(parser, argv, losses)
     add("--max_new_tokens", type=positive_int, help="how long samples for the KL term and for "
         "--select may be, in tokens (default: 64 on tinytldr, else what 99%% of the training "
         "responses need)")
@@ -111,6 +100,32 @@ def policy_flags(argv, doc, of_sft, of_preferences, losses):
     return args
 
 
+LOSS_FLAGS = {          # flags of losses that are no plain number: (type, help)
+    "beta": (positive_float, "scale of the implicit reward, in reward per nat (each loss has its "
+             "own default, in losses.py or zoo.py)"),
+    "tau": (positive_float, "IPO pushes the margin h to 1 / (2 tau)"),
+    "gamma": (first_last, "weight of the KL term: FIRST,LAST, which grows linearly over training, "
+              "or one number for all of training")}
+
+
+def add_loss_flags(parser, argv, losses):
+    """Adds the flags of all losses to a parser. --help shows those of the loss that is named in
+    argv, because there are thirty losses. losses: see policy_flags. Returns {flag: the losses that
+    have it}."""
+    words, users = ["e-dpo", *(sys.argv[1:] if argv is None else argv)], {}
+    for loss, (_, knobs, _) in losses.items():
+        for knob in knobs:
+            users.setdefault(knob, []).append(loss)
+    for knob, names in users.items():
+        default = losses[names[0]][1][knob]
+        number = not_negative_float if isinstance(default, (int, float)) else str
+        text = f"the {knob} in the formula of {', '.join(names)} (losses.py, zoo.py)"
+        kind, text = LOSS_FLAGS.get(knob, (number, text))
+        named = any(word.removeprefix("--loss=") in names for word in words)
+        parser.add_argument(f"--{knob}", type=kind, help=text if named else argparse.SUPPRESS)
+    return users
+
+
 def reward_flags(argv, doc, numbers):
     """Reads and checks the flags of train_rm.py. numbers: {flag: its default}. Returns an
     argparse.Namespace; InputError says what is wrong."""
@@ -161,8 +176,6 @@ def training_parser(doc, lr):
     add("--lora", type=up_to_1000, metavar="RANK", help="train a LoRA adapter of this rank, such "
         "as 16, and leave the model of --init_from as it is. This takes less memory, and the run "
         "folder gets the adapter alone, in PEFT's layout")
-    add("--merge_lora", action="store_true", default=None, help="at the end, add the adapter to "
-        "the model's weights and write the whole model")
     add("--freeze", type=positive_int, metavar="N", help="train only what is above the lowest N "
         "layers, and leave these and the embeddings as they are. What they compute is kept from "
         "epoch to epoch, so that a step is several times as fast")
@@ -220,7 +233,6 @@ def preference_flags(args, numbers, used=True):
     tiny = args.data == "tinytldr"
     whose = "--data=tinytldr" if used else "the preference losses"
     return {
-        "merge_lora": (args.lora is not None, False, "--lora"),
         "rho": (used, numbers.get("rho") if tiny else "all", whose),
         "n_pairs": (used, numbers.get("n_pairs") if tiny else None, whose),
         "pool": (used and tiny, numbers.get("pool"), whose),

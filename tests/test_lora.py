@@ -291,9 +291,7 @@ def test_another_rank(adapter):
 
 
 @pytest.mark.parametrize("script, flags, message", [
-    (train_policy, "--loss=sft --lora=4", "--lora: it adapts a model: name one by --init_from"),
-    (train_policy, "--loss=dpo --merge_lora", "--merge_lora: it would be ignored: it is used by"),
-    (train_rm, "--merge_lora", "--merge_lora: it would be ignored: it is used by --lora")])
+    (train_policy, "--loss=sft --lora=4", "--lora: it adapts a model: name one by --init_from")])
 def test_flags_that_are_refused(tmp_path, script, flags, message):
     with pytest.raises(InputError, match=message):
         script.parse_flags([*flags.split(), f"--out_dir={tmp_path}/new"])
@@ -359,7 +357,7 @@ def test_a_run_saves_the_adapter_alone(lab):
     assert len(state["optimizer"]["state"]) == 8
     first, last = logged("run")[0], logged("run")[-1]
     assert last["train/loss"] < first["train/loss"]
-    train(train_policy, "merged", "--merge_lora")
+    GPT.from_pretrained("run").save_pretrained("merged")
     assert not os.path.exists("merged/adapter_config.json")
     assert (hash_weights(GPT.from_pretrained("merged"))
             == hash_weights(GPT.from_pretrained("run")))
@@ -414,9 +412,11 @@ def test_full_training_from_an_adapter(lab):
 
 
 def test_a_reward_model_merged(lab):
-    """--merge_lora writes what the adapter computes."""
+    """A merged reward model computes what its adapter does."""
     train(train_rm, "adapter")
-    train(train_rm, "merged", "--merge_lora")
+    adapter = RewardModel.from_pretrained("adapter")
+    merge_lora(adapter)
+    adapter.save_pretrained("merged")
     adapter, merged = (RewardModel.from_pretrained(folder) for folder in ("adapter", "merged"))
     assert merged.lora_base is None and adapter.lora_base == "ref"
     batch = random_pairs(6, 0).batch(range(6))

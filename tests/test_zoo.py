@@ -304,6 +304,17 @@ def test_flags_of_the_zoo():
         train_policy.parse_flags(["--loss=dpo", "--weight=2"])
 
 
+def test_help_shows_the_flags_of_the_loss_that_is_named(capsys):
+    shown = {}
+    for loss in ("dpo", "ipo", "cdpo"):
+        with pytest.raises(SystemExit):
+            train_policy.parse_flags([f"--loss={loss}", "--help"])
+        shown[loss] = capsys.readouterr().out
+    assert ["--epsilon" in text for text in shown.values()] == [False, False, True]
+    assert ["--tau" in text for text in shown.values()] == [False, True, False]
+    assert all("--beta" in text and "--gamma" in text for text in shown.values())
+
+
 def test_rounding_before_step_0_is_weighed_like_the_loss():
     """DPOP multiplies what the chosen response has lost, and so its rounding, by its weight."""
     ref_logps = torch.zeros(2, 2)

@@ -40,7 +40,6 @@ from support.run import (
     family_folders,
     family_to_train,
     load,
-    models_named,
     print_prompt,
     print_reply,
     run_flags,
@@ -826,10 +825,11 @@ def test_family_folders(tmp_path):
 
 def test_words_that_a_flag_takes_in_place_of_folders(tmp_path):
     make_models(tmp_path, "rm")
-    assert models_named(f"{tmp_path}/rm", "--select") == [f"{tmp_path}/rm"]
-    assert models_named(None, "--rms") == models_named("scores", "--rewards") == []
-    assert [models_named(word, "--select") for word in ("last", "loss", "oracle")] == [[], [], []]
-    assert "--relabel: no reward model in 'oracle'" in refusal(models_named, "oracle", "--relabel")
+    assert family_folders(f"{tmp_path}/rm", "--select") == [f"{tmp_path}/rm"]
+    assert family_folders(None, "--rms") == family_folders("scores", "--rewards") == []
+    assert [family_folders(word, "--select") for word in ("last", "loss", "oracle")] == [[], [], []]
+    message = refusal(family_folders, "oracle", "--relabel")
+    assert "--relabel: no reward model in 'oracle'" in message
 
 
 @pytest.mark.parametrize("flag", ["--rewards", "--rms"])
