@@ -286,7 +286,8 @@ def check_step_0(losses, expected, logps, ref_logps, args):
         raise AssertionError("before step 0, the policy's log-probs differ from the reference's by "
                              f"up to {change} nats")
     scale = max(1, args.beta or 1, *(args.gamma or ()))
-    scale *= max(1, getattr(args, "weight", None) or 1)     # of a second term in beta * h
+    for name in ("weight", "desirable_weight", "undesirable_weight"):       # of terms in beta * h
+        scale *= max(1, getattr(args, name, None) or 1)
     slack = 2 * scale * change + 1e-4       # of beta * h (or its square), or the KL
     wrong = (losses - expected).abs() > (1 + expected.abs()) * slack + slack**2
     if wrong.any():
@@ -294,6 +295,25 @@ def check_step_0(losses, expected, logps, ref_logps, args):
                              f"{expected[wrong][0]:.4f}")
     print(f"step 0: policy == reference to {change:.0e} nats, {args.loss} loss "
           f"{losses.sum() / len(logps):.4f}")
+
+
+def check_labels(desirable, args):
+    """Prints how many training rows are desirable and how many are not. If one kind outweighs the
+    other by half, says which weights would make up for it (Ethayarajh et al. 2024, Sec. 4.2).
+    desirable: (N,) bool. InputError if there is only one kind: KTO would move all responses alike.
+    """
+    wanted, unwanted = int(desirable.sum()), int((~desirable).sum())
+    if not wanted or not unwanted:
+        raise InputError(f"--data: {args.data}: all {len(desirable)} training rows have the label "
+                         f"{bool(wanted)}, and --loss={args.loss} needs both kinds"
+                         + "; --loss=sft imitates what people wanted" * bool(wanted))
+    line = f"labels: {wanted} desirable, {unwanted} undesirable"
+    sums = args.desirable_weight * wanted, args.undesirable_weight * unwanted
+    if min(sums) < 2 / 3 * max(sums):
+        line += (f", which weigh {sums[0]:g} and {sums[1]:g} in all; "
+                 f"--desirable_weight={sums[1] / wanted:.3g} or "
+                 f"--undesirable_weight={sums[0] / unwanted:.3g} would make that equal")
+    print(line)
 
 
 def say_spread(rewards, names):

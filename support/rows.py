@@ -1,9 +1,9 @@
 """Turns the records of a file into rows: a prompt and its responses, text or chat messages.
 
-A row is {"prompt": ..., "responses": [..., ...]}, the better response first, and "scores" if
-rewards came with it. Its parts are all text, or all lists of chat messages, which stay messages
-until support/chat.py renders them. What a record may look like, in TRL's column names where it has
-some:
+A row is {"prompt": ..., "responses": [..., ...]}, the better response first; with "scores" if
+rewards came with it, with "desirable" if its one response has a label. Its parts are all text, or
+all lists of chat messages, which stay messages until support/chat.py renders them. What a record
+may look like, in TRL's column names where it has some:
 
     prompt, chosen, rejected    a preference pair
     score_chosen, score_rejected    next to it: numbers, or lists of them
@@ -11,6 +11,7 @@ some:
                                 have in common
     prompt, responses           K of them, the best first; or in the order of `ranks` (1 is best);
                                 or of `scores` (as above)
+    prompt, completion, label   one response that people wanted or did not want, without a partner
     prompt, completion          a demonstration, for supervised fine-tuning; but not if `label` is
                                 false (or 0, no, undesirable, ...)
     messages                    a dialogue: each turn of the assistant is a demonstration
@@ -32,8 +33,9 @@ from support.chat import PERSON, ROLES, text_segments
 from support.flags import InputError, in_a_line
 from support.sources import listed, read_records
 
-PREFERENCES = (("chosen", "rejected"), ("prompt", "responses"))     # columns needed, either or
-DEMONSTRATIONS = (("prompt", "completion"), ("messages",), *PREFERENCES)
+LABELLED = ("prompt", "completion", "label")
+PAIRS = (("chosen", "rejected"), ("prompt", "responses"))       # columns needed, either or
+DEMONSTRATIONS = (("prompt", "completion"), ("messages",), *PAIRS)
 READ = {"prompt", "chosen", "rejected", "score_chosen", "score_rejected", "responses", "ranks",
         "scores"}
 READ_AS_DEMONSTRATIONS = READ | {"completion", "messages", "label"}
@@ -68,7 +70,9 @@ def parse_rows(record, demonstrations, notes=None):
     if not isinstance(record, dict):
         raise ValueError("not a JSON object" + "; an array of them belongs into a file that ends "
                          "in .json" * isinstance(record, list))
-    layouts = DEMONSTRATIONS if demonstrations else PREFERENCES
+    layouts = DEMONSTRATIONS if demonstrations else PAIRS
+    if not demonstrations and "completion" in record:
+        layouts += (LABELLED,)
     if not any(set(columns) <= record.keys() for columns in layouts):
         wanted = ", or ".join(" and ".join(columns) for columns in layouts)
         raise ValueError(f"needs columns {wanted}; has {', '.join(map(str, record)) or 'none'}")
@@ -80,7 +84,7 @@ def parse_rows(record, demonstrations, notes=None):
                   "completion" if "completion" in record else "messages")
     if demonstrations and (column in there or column in record and not has_preference):
         check_labels(record, column)
-        if is_false(record.get("label")):
+        if is_wanted(record.get("label")) is False:
             return []
         if column == "messages" and not isinstance(record[column], list):
             raise ValueError("column 'messages' is missing, or is no list of chat messages")
@@ -88,6 +92,13 @@ def parse_rows(record, demonstrations, notes=None):
         prompt, (response,) = divide(prompt, [record[column]], [column], notes)
         return turns_of(prompt, response)
 
+    if is_labelled(record) and not demonstrations:
+        check_labels(record, "completion")
+        desirable = is_wanted(record["label"])
+        if desirable is None or record["prompt"] is None:
+            raise ValueError(f"column {'label' if desirable is None else 'prompt'!r} is missing")
+        prompt, responses = divide(record["prompt"], [record["completion"]], ["completion"], notes)
+        return [{"prompt": prompt, "responses": responses, "desirable": desirable}]
     ranked = "responses" in there
     check_labels(record, "responses" if ranked else "chosen")
     responses, columns, scores = (ranking if ranked else pair)(record, notes)
@@ -371,15 +382,21 @@ def is_gap(value):
     return isinstance(value, float) and math.isnan(value)
 
 
-def is_false(label):
-    """Returns whether the label of a demonstration says that people did not want it. None and ""
-    say nothing. ValueError if it is neither yes nor no."""
+def is_labelled(record):
+    """Returns whether a record has one response and its label, and nothing to compare it with."""
+    return set(LABELLED) <= record.keys() and all(
+        record.get(column) is None or is_gap(record[column]) for column in ("chosen", "responses"))
+
+
+def is_wanted(label):
+    """Returns whether a label says that people wanted a response; None for None and "", which say
+    nothing. ValueError if it is neither yes nor no."""
     word = "" if label is None else str(label).strip().lower()
     if word and word not in TRUE | FALSE:
         raise ValueError(f"column 'label' is {word[:40]!r}, which is neither true nor false (or 1 "
                          "and 0, yes and no, desirable and undesirable); if it says something "
                          "else, call the column another name")
-    return word in FALSE
+    return word in TRUE if word else None
 
 
 @functools.lru_cache(maxsize=1000)
@@ -477,7 +494,8 @@ def usual_sizes(records):
         if isinstance(record, dict):
             responses, scores = record.get("responses"), record.get("scores")
             is_ranking = isinstance(responses, list)
-            counts["responses"][len(responses) if is_ranking else 2] += 1
+            size = len(responses) if is_ranking else 2 - is_labelled(record)
+            counts["responses"][size] += 1
             score = record.get("score_chosen")
             if is_ranking:
                 score = scores[0] if isinstance(scores, list) and scores else None
@@ -579,7 +597,8 @@ class Oddities:
 
     def count(self, record, rows):
         """Counts one record of the file, and the rows that were made of it."""
-        for column in record.keys() - self.read:
+        labelled = {"completion", "label"} if rows and "desirable" in rows[0] else set()
+        for column in record.keys() - self.read - labelled:
             if record[column] not in (None, "", [], {}):
                 self.ignored[column] += 1
                 self.texts[column] += is_text(column, record[column])

@@ -182,11 +182,12 @@ def encode(rows, tokenizer):
     rows: an iterable of {"prompt": ..., "responses": [...]}, text or chat messages, maybe with
     "scores", as many in each. Returns {"tokens": all prompts and responses one after the other,
     "lengths": (N, 1 + K) tokens in each row's prompt and responses, "hash": (N,) `split_hashes`, by
-    which rows are split, and "scores": (N, K, M) if all rows have them}. A token of a response that
-    is not learnt is written as its complement, ~token, which is negative.
+    which rows are split, "scores": (N, K, M) if all rows have them, and "desirable": (N,) bool if
+    rows have one response with a label}. A token of a response that is not learnt is written as its
+    complement, ~token, which is negative.
     """
     dtype = np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.int32
-    tokens, lengths, scores, n_unscored = [], [], [], 0
+    tokens, lengths, scores, n_unscored, desirable = [], [], [], 0, []
     turns, n_turns = array("Q"), array("i")
     rows = iter(rows)
     while part := list(islice(rows, 1000)):
@@ -202,6 +203,7 @@ def encode(rows, tokenizer):
         scored = [row["scores"] for row in part if "scores" in row]
         scores += [np.array(scored, np.float32)] if scored else []
         n_unscored += len(part) - len(scored)
+        desirable += [row["desirable"] for row in part if "desirable" in row]
     arrays = {"tokens": np.concatenate(tokens or [np.zeros(0, dtype)]),
               "lengths": np.concatenate(lengths or [np.zeros((0, 1), np.int32)]),
               "hash": split_hashes(np.array(turns, np.uint64), np.array(n_turns, np.int64))}
@@ -209,6 +211,8 @@ def encode(rows, tokenizer):
         print(f"scores: left out, as {n_unscored} of {len(n_turns)} rows have none")
     elif scores:
         arrays["scores"] = np.concatenate(scores)
+    if desirable:
+        arrays["desirable"] = np.array(desirable)
     return arrays
 
 
@@ -514,11 +518,16 @@ def random_order(n):
     return np.random.default_rng([0, 8]).permutation(n)
 
 
-def select(arrays, block_size, name="data", split=None):
-    """Returns the rows of `encode` that are of use, in one split or in all, as (Examples, scores
-    (N, K, M) or None). Says how many were dropped and why, and how many prompts were cut. A
-    prompt's split goes by its hash: it is the same in every file. The rows of a split are in random
-    order. InputError if there is no such row."""
+def select(arrays, block_size, name="data", split=None, unpaired=False):
+    """Picks the rows of `encode` that are of use, in one split or in all. Returns {"examples":
+    Examples, "rewards": the scores (N, K, M) or None, "desirable": (N,) or None}. Says how many
+    were dropped and why, and how many prompts were cut. A prompt's split goes by its hash: it is
+    the same in every file. The rows of a split are in random order. unpaired: whether single
+    responses with a label are of use. InputError if there is no such row."""
+    if "desirable" in arrays and not unpaired:
+        raise InputError(f"--data: {name}: single responses with a label (prompt, completion, "
+                         "label), which --loss=kto trains on; all else compares responses, which "
+                         "have to stand in chosen and rejected, or in responses")
     rows = np.arange(len(arrays["hash"]))
     if split is not None:
         rows = random_order(len(rows))
@@ -546,13 +555,16 @@ def select(arrays, block_size, name="data", split=None):
     if n_cut > 0.05 * len(kept):
         print(f"warning: {name}: {n_cut / len(kept):.0%} of the prompts lose their start; with "
               f"block_size {needed_block_size(lengths)} it would be 1%")
-    return examples, arrays["scores"][kept] if "scores" in arrays else None
+    columns = {"rewards": arrays.get("scores"), "desirable": arrays.get("desirable")}
+    return {"examples": examples, **{column: None if values is None else values[kept]
+                                     for column, values in columns.items()}}
 
 
-def select_file(data, split, tokenizer, block_size, skip_bad_rows, demonstrations=False):
+def select_file(data, split, tokenizer, block_size, skip_bad_rows, demonstrations=False,
+                unpaired=False):
     """Returns what `select` finds in a split of a file."""
     arrays = tokenised_file(data, tokenizer, demonstrations, skip_bad_rows)
-    return select(arrays, block_size, f"{data}, {split}", split)
+    return select(arrays, block_size, f"{data}, {split}", split, unpaired)
 
 
 def prompts_of(arrays, split):

@@ -314,6 +314,32 @@ def test_a_dialogue_whose_label_is_false_is_not_imitated():
     assert len(parse_rows({**record, "label": True}, True)) == 1
 
 
+@pytest.mark.parametrize("label, desirable", [
+    (True, True), (False, False), (1, True), (0.0, False), ("True", True), ("undesirable", False)])
+def test_a_single_response_with_a_label(label, desirable):
+    record = {"prompt": "Hi", "completion": " Yes?", "label": label}
+    assert parse_row(record, False) == {"prompt": "Hi", "responses": [" Yes?"],
+                                        "desirable": desirable}
+    chat = {**record, "prompt": [says("user", "Hi")], "completion": [says("assistant", "Yes?")]}
+    assert parse_row(chat, False) == {"prompt": chat["prompt"], "responses": [chat["completion"]],
+                                      "desirable": desirable}
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"label": None}, "column 'label' is missing"), ({"label": ""}, "column 'label' is missing"),
+    ({"label": 0.7}, "column 'label' is '0.7', which is neither true nor false"),
+    ({"label": 2}, "column 'label' is '2', which is neither"),
+    ({"label": [True]}, "column 'label' is "),
+    ({"prompt": None}, "column 'prompt' is missing"),
+    ({"completion": None}, "column 'completion' is missing"),
+    ({"completion": " "}, "the response 'completion' is empty"),
+    ({"preferred": 1}, "column 'preferred' looks like a label"),
+    ({"chosen": " a", "rejected": " b"}, "column 'label' looks like a label")])
+def test_a_single_response_that_is_wrong(change, message):
+    with pytest.raises(ValueError, match=message):
+        parse_row({"prompt": "Hi", "completion": " Yes?", "label": True, **change}, False)
+
+
 def test_a_gap_beside_a_preference():
     row, = parse_rows({**PAIR, "completion": None}, True)
     assert row["responses"] == [PAIR["chosen"]]

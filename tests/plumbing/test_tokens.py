@@ -75,7 +75,7 @@ def test_what_is_kept_is_the_end(capsys):
     is the end-of-text token."""
     encoding = tokenizer()
     rows = [row("one two three", " ab"), row("one", " abcdefghijkl"), row("", " ab")]
-    examples, _ = select(encode(rows, encoding), 8, "some rows")
+    examples = select(encode(rows, encoding), 8, "some rows")["examples"]
     message = "some rows: 3 rows, 1 dropped (a response alone does not fit block_size 8)"
     assert message in capsys.readouterr().out
     assert [len(prompt) for prompt, _ in examples] == [5, 1]
@@ -94,11 +94,11 @@ def test_what_was_dropped_is_said(capsys, K, what):
     equal = row("a", *[" a"] * K)
     long = row("a", *[" a"] * (K - 1), "abcdefghijkl")
     rows = [usable, equal, equal, long, long, long]
-    assert len(select(encode(rows, tokenizer()), 8)[0]) == 1
+    assert len(select(encode(rows, tokenizer()), 8)["examples"]) == 1
     assert capsys.readouterr().out == (
         "data: 6 rows, 3 dropped (a response alone does not fit block_size 8), "
         f"2 dropped ({what} are the same)\n")
-    assert len(select(encode(rows[:1], tokenizer()), 8, "these")[0]) == 1
+    assert len(select(encode(rows[:1], tokenizer()), 8, "these")["examples"]) == 1
     assert capsys.readouterr().out == "these: 1 rows\n"
 
 
@@ -177,7 +177,7 @@ def test_scores_stay_with_their_rows():
     for i in range(300):
         rejected = " b" if i % 3 == 0 else " c"         # every third is dropped
         rows.append(row(f"{i}", " b", rejected, scores=[[i, -i], [i + 0.5, 0]]))
-    dataset = Dataset(*select(encode(rows, tokenizer()), 64, split="train"))
+    dataset = Dataset(**select(encode(rows, tokenizer()), 64, split="train"))
     assert dataset.rewards.shape == (len(dataset), 2, 2) and 100 < len(dataset) < 200
     taken = dataset.take(np.arange(0, len(dataset), 2))
     for (prompt, _), scores in zip(taken.examples, taken.rewards):
@@ -302,7 +302,7 @@ def test_a_prompt_has_one_split_everywhere():
         rows = [row(prompts[i], " a") for i in numbers]
         arrays = encode(rows, tokenizer())
         for split in ("validation", "test", "train"):
-            examples, _ = select(arrays, 64, split=split)
+            examples = select(arrays, 64, split=split)["examples"]
             wanted = [prompts[numbers[i]] for i in random_order(len(numbers))
                       if splits[numbers[i]] == split]
             assert [tokenizer().decode(ids.tolist()) for ids, _ in examples] == wanted
