@@ -139,8 +139,9 @@ def say_cut_off(name, n, max_new_tokens, n_at_limit, n_at_block_size, then):
 
 
 def cached(folder, name, entry, function, *args, **options):
-    """Returns function(*args, **options), an array or a value that JSON can hold. It is computed
-    once, and later read from folder/name-entry.npz. InputError if a number in it is not finite.
+    """Returns function(*args, **options): an array, {name: array}, or a value that JSON can hold.
+    It is computed once, and later read from folder/name-entry.npz. InputError if a number of an
+    array is not finite.
 
     If the file can't be written (the disk is full, or the folder belongs to somebody else), the
     value will be computed again next time, which is no reason to stop.
@@ -151,12 +152,12 @@ def cached(folder, name, entry, function, *args, **options):
         print(f"{name}: from {path}")
         return value
     value = function(*args, **options)
-    arrays = {"array": value}
+    arrays = value if isinstance(value, dict) else {"array": value}
     try:
-        if not isinstance(value, np.ndarray):
+        if not isinstance(value, (np.ndarray, dict)):
             text = json.dumps(value, allow_nan=False)
             arrays = {"json": np.frombuffer(text.encode(), np.uint8)}
-        elif not np.isfinite(value).all():
+        elif isinstance(value, np.ndarray) and not np.isfinite(value).all():
             raise ValueError
     except ValueError as error:
         raise InputError(f"{name}: the model gives numbers that are not finite") from error
@@ -175,11 +176,12 @@ def cached(folder, name, entry, function, *args, **options):
 def read_value(path):
     """Returns the value in a cached file; None if there is no file, or it is damaged."""
     try:
-        with np.load(path) as arrays:       # compares the checksums in the file
-            if "array" in arrays:
-                return arrays["array"]
+        with np.load(path) as file:         # compares the checksums in the file
+            arrays = dict(file)
+        if "json" in arrays:
             return json.loads(arrays["json"].tobytes())
-    except FileNotFoundError:
+        return arrays.get("array", arrays)
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception as error:      # numpy and zipfile raise many kinds
         reason = error.strerror if isinstance(error, OSError) else "damaged"

@@ -142,7 +142,7 @@ def test_cached_tokens_know_the_split(tmp_path, hub_cache, capsys):
               for split in "abab"]
     assert tokens[:2] == tokens[2:] and tokens[0] != tokens[1]
     out = capsys.readouterr().out
-    assert out.count("tokens from") == 2
+    assert out.count("tokens: from") == 2
     assert out.count(f"{data}:train_b: reads train_b.jsonl; not read: train_a.jsonl\n") == 1
 
 
