@@ -23,7 +23,7 @@ import tinytldr
 from support.device import computing, round_up
 from support.flags import InputError
 from support.tokenizer import read_tokenizer
-from support.tokens import encode, example_lengths, reorder, select, select_file, take_rows
+from support.tokens import encode, example_lengths, select, select_file, take_rows
 
 # ------ the tree batch
 
@@ -384,7 +384,9 @@ def relabel(dataset, rewards):
     columns = dataset.rewards
     if columns is not None:
         columns = np.take_along_axis(columns, order[:, :, None], axis=1)
-    return Dataset(reorder(dataset.examples, order), columns).take(np.flatnonzero(~undecided))
+    examples = [(prompt, [responses[k] for k in row_order])
+                for (prompt, responses), row_order in zip(dataset.examples, order)]
+    return Dataset(examples, columns).take(np.flatnonzero(~undecided))
 
 
 # ------ text to tokens to data sets

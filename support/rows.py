@@ -204,49 +204,48 @@ def divide(prompt, responses, columns, notes):
 
 def divide_messages(prompt, responses, columns, notes):
     """Does what `divide` does if some part is a list of messages."""
-    replies = [[{"role": "assistant", "content": part}] if isinstance(part, str) else part
-               for part in responses]
+    whole = [[{"role": "assistant", "content": part}] if isinstance(part, str) else part
+             for part in responses]
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
-    for column, reply in zip(columns, replies):
+    for column, reply in zip(columns, whole):
         if not any(map(is_assistant, reply)):
             raise ValueError(f"column {column!r} has no turn of the assistant")
-    answers_alone = all(is_assistant(reply[0]) for reply in replies)
+    answers_alone = all(is_assistant(reply[0]) for reply in whole)
     if isinstance(prompt, str) and not answers_alone:
         asked = []              # the dialogues have it in them
-    begins = [reply[:len(asked)] == asked for reply in replies]
-    if all(begins):
-        replies = [reply[len(asked):] for reply in replies]
-    elif asked[-1]["role"] == "user" and not answers_alone:
-        raise ValueError(f"column {columns[begins.index(False)]!r} is a dialogue that does not "
-                         "begin with the prompt")
+    begins = [reply[:len(asked)] == asked for reply in whole]
+    if not all(begins):
+        if asked[-1]["role"] == "user" and not answers_alone:
+            raise ValueError(f"column {columns[begins.index(False)]!r} is a dialogue that does not "
+                             "begin with the prompt")
+        whole = [asked + reply for reply in whole]
 
-    n = 0           # messages which the replies have in common, up to one of the assistant in each
-    if len(replies) == 1:
-        n = len(list(takewhile(lambda message: not is_assistant(message), replies[0])))
-    elif not all(is_assistant(*reply[:1]) for reply in replies):
-        alike = takewhile(lambda each: all(message == each[0] for message in each), zip(*replies))
+    n = least = len(asked)          # messages of the prompt
+    if not all(is_assistant(*reply[n:n + 1]) for reply in whole):
+        # All that the dialogues have in common, up to a turn of the assistant in each
+        alike = takewhile(lambda each: all(message == each[0] for message in each), zip(*whole))
         n = len(list(alike))
-        while n > 0 and not all(is_assistant(*reply[n:n + 1]) for reply in replies):
+        if len(whole) == 1:
+            n = least + len(list(takewhile(lambda turn: not is_assistant(turn), whole[0][least:])))
+        while n > least and not all(is_assistant(*reply[n:n + 1]) for reply in whole):
             n -= 1
-    asked = asked + replies[0][:n]
+    asked = whole[0][:n]
     said = [message["content"].strip() for message in asked]
     if isinstance(prompt, str) and not any(prompt.strip() in text or text and text in prompt
                                            for text in said):
         notes["warning: in {} rows the dialogues have another prompt than 'prompt'; theirs is "
               "taken"] += 1
-    ended = []
+    replies = [reply[n:] for reply in whole]
     for column, reply in zip(columns, replies):
-        reply = reply[n:]
         while reply and not is_assistant(reply[-1]):        # a person has the last word
-            reply = reply[:-1]
+            del reply[-1]
         if not reply:
             raise ValueError(f"column {column!r} has no turn of the assistant")
         if not is_assistant(reply[0]):
             raise ValueError(f"column {column!r} is a dialogue that does not begin with the prompt")
-        ended.append(reply)
     if not asked:
         raise ValueError("there is no prompt: the dialogue begins with the assistant")
-    return asked, ended
+    return asked, replies
 
 
 def is_assistant(message=None):

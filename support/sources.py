@@ -151,25 +151,19 @@ def open_hub(data):
         raise InputError(f"--data: {data}: no such file")
     owner_name, folder = "/".join(source.split("/")[:2]), source.split("/")[2:]
     where = {"data_dir": folder[0] if folder else None}
+    datasets = quiet_datasets()
     try:
-        return quiet_datasets().load_dataset(owner_name, split=split or "train", **where)
+        return datasets.load_dataset(owner_name, split=split or "train", **where)
     except Exception as error:     # it raises whatever its readers do
-        names = hub_splits(owner_name, where)
+        names = []
+        with contextlib.suppress(Exception):        # the error above says what is wrong
+            builder = datasets.load_dataset_builder(owner_name, **where)
+            names = list(map(str, builder.info.splits or builder.config.data_files or ()))
         if names and not set((split or "train").split("+")) <= set(names):
             chosen = "+".join(choose_splits(names, split, source))
             return open_hub(f"{source}:{chosen}")
         raise InputError(f"--data: {data}: no such file or folder; and as a data set of the hub: "
                          f"{in_a_line(error.__cause__ or error)}") from error
-
-
-def hub_splits(owner_name, where):
-    """Returns the names of the splits of a data set on the hub; none if it can't be told."""
-    datasets = quiet_datasets()
-    try:
-        builder = datasets.load_dataset_builder(owner_name, **where)
-        return list(map(str, builder.info.splits or builder.config.data_files or ()))
-    except Exception:       # the error of reading says what is wrong
-        return []
 
 
 # ------------------------------------------------------------------ records

@@ -158,15 +158,13 @@ def check_written(row, source, notes):
 
 
 def encode(rows, tokenizer):
-    """Turns rows into token ids. Every response ends in the end-of-text token, which for a model
-    with a chat template is its end of a turn; an empty prompt is that token alone.
+    """Turns rows (of support/rows.py) into token ids. Every response ends in the end-of-text token,
+    which for a model with a chat template is its end of a turn; an empty prompt is that token
+    alone. A token of a response that is not learnt is written as its complement, ~token.
 
-    rows: an iterable of {"prompt": ..., "responses": [...]}, text or chat messages, maybe with
-    "scores", as many in each. Returns {"tokens": all prompts and responses one after the other,
-    "lengths": (N, 1 + K) tokens in each row's prompt and responses, "hash": (N,) `split_hashes`, by
-    which rows are split, "scores": (N, K, M) if all rows have them, and "desirable": (N,) bool if
-    rows have one response with a label}. A token of a response that is not learnt is written as its
-    complement, ~token, which is negative.
+    Returns {"tokens": all prompts and responses one after the other, "lengths": (N, 1 + K) tokens
+    in each row's prompt and responses, "hash": (N,) `split_hashes`, "scores": (N, K, M) if all rows
+    have them, and "desirable": (N,) bool if rows have one response with a label}.
     """
     dtype = np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.int32
     tokens, lengths, scores, n_unscored, desirable = [], [], [], 0, []
@@ -327,26 +325,12 @@ class Examples:
         """Returns some rows: indices, or a mask."""
         return Examples(self.tokens, self.ends[rows], self.lengths[rows])
 
-    def reorder(self, order):
-        """Puts each row's responses in another order: (N, K)."""
-        columns = np.pad(1 + order, ((0, 0), (1, 0)))       # the prompt stays the first
-        return Examples(self.tokens, np.take_along_axis(self.ends, columns, axis=1),
-                        np.take_along_axis(self.lengths, columns, axis=1))
 
-
-# Data sets that are made up, or have samples, are plain lists of examples.
+# Data sets that are made up, or have samples or new labels, are plain lists of examples.
 
 def take_rows(examples, rows):
     """Returns some rows, given by their indices, of Examples or of a list."""
     return examples.take(rows) if isinstance(examples, Examples) else [examples[i] for i in rows]
-
-
-def reorder(examples, order):
-    """Puts the responses of each row in an order (N, K). Takes Examples or a list."""
-    if isinstance(examples, Examples):
-        return examples.reorder(order)
-    return [(prompt, [responses[k] for k in row_order])
-            for (prompt, responses), row_order in zip(examples, order)]
 
 
 def example_lengths(examples):
@@ -363,8 +347,7 @@ def example_lengths(examples):
 
 def fit(arrays, block_size):
     """Returns all rows of `encode` as Examples that fit in block_size. A prompt loses its start to
-    make room for its responses, which keep all, the end-of-text token too. Where a response alone
-    leaves no room for a token, the prompt has length 0."""
+    make room for its responses, which stay whole. Where they leave none, it has length 0."""
     lengths = arrays["lengths"].copy()
     ends = lengths.ravel().cumsum(dtype=np.int64).reshape(lengths.shape)
     room = block_size - lengths[:, 1:].max(axis=1, initial=0)
@@ -373,8 +356,7 @@ def fit(arrays, block_size):
 
 
 def equal_responses(examples):
-    """Returns (N,) whether all responses of a row of Examples are the same, so that it says nothing
-    of preferences."""
+    """Returns (N,) whether all responses of a row, of Examples, are the same."""
     lengths = examples.lengths[:, 1:]
     equal = (lengths == lengths[:, :1]).all(axis=1) & (lengths.shape[1] > 1)
     for row in np.flatnonzero(equal):
@@ -391,10 +373,9 @@ def needed_block_size(lengths):
 
 
 def longest_sample(lengths, block_size, rows):
-    """Returns the default of --max_new_tokens: what 99% of the responses need, their end-of-text
-    token included. That may take the room of 1% of the prompts, and of more only up to half of
-    block_size. Prints it. lengths: (N, 1 + K) tokens in the prompt and the responses of each row;
-    rows: which they are."""
+    """Returns the default of --max_new_tokens, and prints it: what 99% of the responses need. That
+    may take the room of 1% of the prompts, and of more only up to half of block_size. lengths: (N,
+    1 + K) tokens in the prompt and the responses of each row; rows: which they are."""
     prompt, response = (math.ceil(np.percentile(part, 99)) for part in (lengths[:, 0],
                                                                         lengths[:, 1:]))
     room = max(block_size - prompt, block_size // 2)
@@ -415,9 +396,8 @@ def default_block_size(args, tokenizer):
 
 
 def random_order(n):
-    """Returns the numbers below n, (n,) int64, in an order that depends on n alone. A file may be
-    sorted, by kind or by date; in this order its first rows are a random part, and the same one for
-    every method and every --seed."""
+    """Returns the numbers below n, (n,) int64, in an order that depends on n alone: of a file that
+    is sorted, the first rows are a random part, the same for every method and every --seed."""
     return np.random.default_rng([0, 8]).permutation(n)
 
 
@@ -471,8 +451,8 @@ def select_file(data, split, tokenizer, block_size, skip_bad_rows, demonstration
 
 
 def prompts_of(arrays, split):
-    """Returns the prompts of a split, each once, as lists of token ids, in random order. (In the
-    random order of rows those with many rows would come early.)"""
+    """Returns the prompts of a split, each once, as lists of token ids, in random order (in that of
+    the rows, those with many rows would come early)."""
     lengths = arrays["lengths"]
     ends = lengths.ravel().cumsum().reshape(lengths.shape)[:, 0]
     rows = np.flatnonzero(SPLITS[arrays["hash"]] == split)

@@ -25,7 +25,6 @@ from support.tokens import (
     fit,
     prompts_of,
     random_order,
-    reorder,
     select,
     take_rows,
     tokenised_file,
@@ -538,10 +537,8 @@ def test_examples_are_those_of_a_list():
     flat = fit(encode(rows, byte_encoding("bytes", 256)), 12)
     listed = list(flat)
     assert len(listed) == len(flat) == 30
-    order = rng.permuted(np.tile(np.arange(3), (30, 1)), axis=1)
     for rows in (np.array([3, 1, 4, 1]), np.arange(5)):
         assert as_lists(take_rows(flat, rows)) == as_lists(take_rows(listed, rows))
-    assert as_lists(reorder(flat, order)) == as_lists(reorder(listed, order))
     assert np.array_equal(example_lengths(flat), example_lengths(listed))
 
 
