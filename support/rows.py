@@ -78,10 +78,11 @@ def parse_rows(record, demonstrations, notes=None):
     record = {str(name): value if value == value else None for name, value in record.items()}
     column = next((name for name in ("responses", "chosen") if record.get(name) is not None), None)
     if demonstrations or column is None and record.keys() >= set(LABELLED):
-        single = [name for name in ("completion", "messages") if name in record]
-        single = [name for name in single if record[name] is not None] or single * (column is None)
-        if single:
-            return single_response(record, single[0], demonstrations, notes)
+        names = ("completion", "messages") if demonstrations else ("completion",)
+        there = [name for name in names if name in record]
+        filled = [name for name in there if record[name] is not None]
+        if filled or there and column is None:
+            return single_response(record, (filled or there)[0], demonstrations, notes)
     column = column or "chosen"
     check_labels(record, column)
     responses, columns, scores = (ranking if column == "responses" else pair)(record, notes)
