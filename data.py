@@ -55,6 +55,7 @@ class TreeBatch:
     label_weight (B,) float32   1 / the share of the data set's rows that have this label
     ref_logps    (B, K) float32       the reference's log-probs of the responses, if known
     rewards      (B, K - S, M) float32    rewards by M reward models, if known
+    below        (B, T, C) float32        what frozen layers compute, if there are any
     """
     tokens: torch.Tensor
     branch: torch.Tensor
@@ -73,6 +74,7 @@ class TreeBatch:
     label_weight: torch.Tensor = None
     ref_logps: torch.Tensor = None
     rewards: torch.Tensor = None
+    below: torch.Tensor = None
 
     def to(self, device):
         """Moves all tensors to a device. Returns the batch itself."""
@@ -103,7 +105,7 @@ def collate(examples, multiple=1):
     K is the largest number of responses. A token that is stored as ~token is put into the tree like
     any other, and later tokens of its response see it, but no log-prob counts it. ValueError if a
     prompt or a response has no token. multiple: T and R are rounded up to a multiple of this, so
-    that batches come in few shapes.
+    that batches come in few shapes. Padding is 0, but -1 in branch and B * K in slot.
     """
     B, K = len(examples), max(len(responses) for _, responses in examples)
     for prompt, responses in examples:
@@ -163,6 +165,7 @@ class Dataset:
     rewards     (N, K - S, M) float32: rewards of the responses by M reward models, or from the file
     ref_logps   (N, K) float32: the reference's log-probs of the responses, in nats
     n_samples   S, which is 0 where the loss has no KL term
+    below       N (T, C) float32: with --freeze, what the frozen layers make of each row's T tokens
     desirable   (N,) bool: the labels of responses that have no partner, or None. A row then has one
                 response; in the place of a sample, KTO adds the response of another row
     """
@@ -170,6 +173,7 @@ class Dataset:
     rewards: np.ndarray = None
     ref_logps: np.ndarray = None
     n_samples: int = 0
+    below: list = None
     desirable: np.ndarray = None
 
     def __len__(self):
@@ -179,8 +183,9 @@ class Dataset:
         """Returns a data set of some of the rows. rows: their indices."""
         rewards = None if self.rewards is None else self.rewards[rows]
         ref_logps = None if self.ref_logps is None else self.ref_logps[rows]
+        below = None if self.below is None else [self.below[row] for row in rows]
         desirable = None if self.desirable is None else self.desirable[rows]
-        return Dataset(take_rows(self.examples, rows), rewards, ref_logps, self.n_samples,
+        return Dataset(take_rows(self.examples, rows), rewards, ref_logps, self.n_samples, below,
                        desirable)
 
     def first(self, n):
@@ -200,6 +205,11 @@ class Dataset:
             batch.ref_logps = torch.from_numpy(self.ref_logps[rows, :K])
         if self.rewards is not None:
             batch.rewards = torch.from_numpy(self.rewards[rows, :K - S])
+        if self.below is not None:
+            B, T = batch.tokens.size()
+            batch.below = torch.zeros(B, T, self.below[0].shape[1])     # (B, T, C)
+            for b, row in enumerate(rows):
+                batch.below[b, :len(self.below[row])] = torch.from_numpy(self.below[row])
         if self.desirable is not None:
             batch.desirable = torch.from_numpy(self.desirable[rows])
             share = float(self.desirable.mean())
@@ -212,7 +222,8 @@ class Dataset:
         """
         examples = [(prompt, [*responses, np.array(sample, np.int32)])
                     for (prompt, responses), sample in zip(self.examples, samples)]
-        return Dataset(examples, self.rewards, None, self.n_samples + 1, self.desirable)
+        return Dataset(examples, self.rewards, None, self.n_samples + 1,
+                       desirable=self.desirable)
 
     def with_mismatched(self, block_size):
         """Returns a data set of the same rows, each with the response of the next row as its last
@@ -240,8 +251,9 @@ class Dataset:
 def ranked_pairs(n_responses):
     """Lists all pairs of responses in each row, where responses are ranked, the best first.
 
-    Two responses make one pair, K make K (K - 1) / 2, and one makes none. n_responses: B numbers,
-    one for each row. Returns (pairs (P, 2), pair_row (P,), pair_weight (P,)) as in a TreeBatch.
+    Two responses make one pair, K make K (K - 1) / 2, and one makes none. They are listed row after
+    row, in the order (0, 1), (0, 2), ..., (1, 2), and so on. n_responses: B numbers, one for each
+    row. Returns (pairs (P, 2), pair_row (P,), pair_weight (P,)) as in a TreeBatch.
     """
     pairs, pair_row, pair_weight = [], [], []
     for row, K in enumerate(n_responses):
@@ -269,7 +281,8 @@ def batches(lengths, batch_size, seed, epoch, window=32):
     First the rows are shuffled. If the last ones are too few for a batch, they are left out of this
     epoch (if there are too few rows for any batch, all of them are one batch). Then the rows are
     cut into windows of `window` batches. Each window is sorted by length (ties keep their order)
-    and cut into batches. At the end the order of all batches is shuffled.
+    and cut into batches. At the end the order of all batches is shuffled. Both times a permutation
+    is drawn from np.random.default_rng([seed, epoch]): of all rows, then of the batches.
     lengths: (N,) tokens in each row. Returns a list of arrays of row indices, (batch_size,) each.
     """
     rng = np.random.default_rng([seed, epoch])

@@ -6,8 +6,8 @@
 
 Every policy answers the same held-out prompts once, by default at temperature 1. The oracle rewards
 the answers: TinyTLDR's own oracle, or the reward model of --oracle. Then each policy is compared,
-prompt by prompt, with the reference and with the best policy. report.md shows the numbers, and
-results.json has all of them.
+prompt by prompt, with the reference and with the best policy. Open report.html in a browser to look
+at replies, verdicts and curves. report.md shows the numbers, and results.json has all of them.
 """
 import numpy as np
 
@@ -19,6 +19,7 @@ from reward import judge_samples, load_reward_models, mean_reward
 from support.columns import cache_folder, sample, score
 from support.device import setup
 from support.flags import comparison_flags, naming, run_script
+from support.page import write_page
 from support.prompts import held_out_prompts, with_room
 from support.report import accuracy_table, write_report
 from support.run import run_names
@@ -34,7 +35,7 @@ from support.tokens import longest_sample
 
 def interval(differences):
     """Returns the mean of paired differences, (N,), and the half-width of its 95% confidence
-    interval."""
+    interval: 1.96 standard errors, from the variance with N - 1."""
     error = differences.std(ddof=1) / len(differences) ** 0.5
     return float(differences.mean()), float(1.96 * error)
 
@@ -70,7 +71,8 @@ def compare(policy, ref, own, of_ref, difference, temperature):
     if temperature == 1:           # at another temperature, samples are not drawn from pi and ref
         on_own = score(policy, own) - score(ref, own)                               # (N, 1)
         on_ref = of_ref.ref_logps - score(policy, of_ref)                           # (N, 1)
-        numbers |= {"kl_pi_ref": float(on_own.mean()), "kl_ref_pi": float(on_ref.mean())}
+        numbers |= {"kl_pi_ref": float(on_own.mean()), "kl_ref_pi": float(on_ref.mean()),
+                    "kl_pi_ref_95": interval(on_own[:, 0])[1]}
     return numbers
 
 
@@ -111,10 +113,12 @@ def main(argv=None):
     of_ref, ref_replies, ref_rewards, numbers = answer("reference", ref, *answering)
     of_ref.ref_logps = score(ref, of_ref)                                           # (N, 1)
     results = {"reference": numbers}
-    replies, rewards = {"reference": ref_replies}, {"reference": ref_rewards}
+    drawn, replies = {"reference": of_ref}, {"reference": ref_replies}
+    rewards = {"reference": ref_rewards}
     for name, policy in policies.items():
         policy.to(device)
         own, replies[name], rewards[name], results[name] = answer(name, policy, *answering)
+        drawn[name] = own
         difference = rewards[name] - ref_rewards                                    # (N,)
         results[name] |= compare(policy, ref, own, of_ref, difference, args.temperature)
         print(f"{name:9} advantage {results[name]['advantage']:+.3f} "
@@ -124,6 +128,9 @@ def main(argv=None):
         results[name]["behind_best"] = interval(rewards[best] - rewards[name])
 
     write_report(args, texts, results, replies, rewards, accuracy)
+    judge = None if oracle_models else tinytldr.judge
+    write_page(args, texts, results, rewards, accuracy, drawn, {"reference": ref, **policies},
+               tokenizer, judge)
 
 
 if __name__ == "__main__":

@@ -221,8 +221,9 @@ class Transformer(nn.Module):
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = new_norm(config)
+        self.frozen = 0         # with --freeze: how many of the lowest layers are not trained
 
-    def forward(self, tokens, position, mask=None, cache=None, read=None):
+    def forward(self, tokens, position, mask=None, cache=None, read=None, below=None):
         """Computes the hidden states that a head reads. Returns (B, T, C), or (R, C) with `read`.
 
         tokens, position: (B, T).
@@ -233,15 +234,19 @@ class Transformer(nn.Module):
             call stores its own keys and values, a slice or indices.
         read: (R,) int64, row * T + column of the tokens that the head reads. The last layer's MLP
             leaves the others out: most of a batch is prompt, where no prediction is read.
+        below: (B, T, C) what the frozen layers compute, if that is known.
         """
         config = self.config
+        known = self.frozen if below is not None else 0                 # layers
         x = self.wte(tokens)                                            # (B, T, C)
         if config.rope_theta is None:
             x, turns = x + self.wpe(position), None
         else:
             turns = rope(position, config, x)       # once for all layers
-        for i, block in enumerate(self.h):
-            last = i == len(self.h) - 1
+        if known:
+            x = below
+        for i in range(known, len(self.h)):
+            block, last = self.h[i], i == len(self.h) - 1
             turning = config.rope_layers is None or config.rope_layers[i]
             x = block(x, mask, cache[i] if cache else None, turns if turning else None,
                       read if last else None)
@@ -297,7 +302,7 @@ class GPT(nn.Module):
         """
         mask = tree_mask(batch.branch, self.lm_head.weight.dtype)           # (B, 1, T, T)
         hidden = self.transformer(batch.tokens, batch.position, mask,
-                                  read=batch.predictor)                     # (R, C)
+                                  read=batch.predictor, below=batch.below)  # (R, C)
         if fast and not compiles_every_shape(hidden.device):    # XLA fuses the plain formula
             logps = token_logps(hidden, self.lm_head.weight, batch.target)  # (R,)
         else:
@@ -373,8 +378,12 @@ class GPT(nn.Module):
         A layer's cache holds keys and values. Columns 0 to T - 1 are the prompts without their last
         tokens, padded on the right. Column T + t is the token that step t reads: first the prompt's
         last one, then the new ones. Equal prompts run through the model once. When half of the rows
-        have ended, the others go on alone in a smaller batch. The exception is a device that
-        compiles a program for every shape (a TPU): there all shapes stay the same to the end.
+        have ended, the others go on alone in a smaller batch. A row that has filled the block runs
+        along, and what it draws is cut off. Each step draws by `draw`, with the random numbers that
+        `random_numbers` gives the rows that go on.
+        The exception is a device that compiles a program for every shape (a TPU). There all shapes
+        stay the same to the end: T is rounded up to a multiple of FEW_SHAPES / 2, and the first
+        prompt is repeated until there are 8 rows, or batch_size if 8 are too few.
         """
         config, device = self.config, self.lm_head.weight.device
         few_shapes = compiles_every_shape(device)

@@ -49,12 +49,14 @@ class RewardModel(nn.Module):
         nn.init.zeros_(self.score.weight)   # all rewards start at 0: Bradley-Terry starts at ln 2
 
     def forward(self, batch):
-        """Computes the rewards of a TreeBatch, (B, K), in the type of the weights."""
+        """Computes the rewards of a TreeBatch, (B, K), in the type of the weights. Under autocast
+        too the head's product is not rounded: bfloat16 rewards would tie."""
         mask = tree_mask(batch.branch, self.score.weight.dtype)             # (B, 1, T, T)
         last = self.config.reward_head == "last"
         read = batch.last.flatten() if last else batch.own
-        hidden = self.transformer(batch.tokens, batch.position, mask, read=read)    # (R, C)
-        with torch.autocast(hidden.device.type, enabled=False):     # bfloat16 rewards would tie
+        hidden = self.transformer(batch.tokens, batch.position, mask, read=read,
+                                   below=batch.below)                        # (R, C)
+        with torch.autocast(hidden.device.type, enabled=False):
             rewards = self.score(hidden.to(self.score.weight.dtype)).squeeze(1)     # (R,)
         return rewards.view_as(batch.last) if last else batch.sum_tokens(rewards)
 

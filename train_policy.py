@@ -30,6 +30,7 @@ from reward import (
     training_pairs,
 )
 from support.columns import (
+    add_frozen,
     cache_folder,
     cached,
     check_labels,
@@ -133,6 +134,7 @@ def with_columns(dataset, split, policy, tokenizer, reward_models, args):
     dataset.ref_logps = np.array(logps, np.float32)         # (N, K), samples included
     if args.dtype == "bfloat16":
         check_rounding(policy, dataset, split)
+    add_frozen(dataset, policy, cache, split)
     return dataset
 
 
@@ -140,9 +142,10 @@ def statistics(logps, batch):
     """Computes the numbers to watch, which docs/glossary.md explains.
 
     logps: (B, K) summed log-probs of the policy, in nats. batch: a TreeBatch. Returns {name: (P,)},
-    one number for each pair, times the pair's weight in its row. The KL has one number for each
-    row, (B,), and so have rows of one response with a label. SFT has no reference to compare with,
-    so it returns {}.
+    one number for each pair, times the pair's weight in its row: chosen_change, rejected_change,
+    margin and accuracy, where a margin of 0 is half right. If rows have samples, forward_kl has one
+    number for each row, (B,), as all have where rows are single responses with a label. SFT has no
+    reference to compare with, so it returns {}.
     """
     if batch.ref_logps is None:
         return {}
@@ -248,8 +251,8 @@ def adamw(model, lr):
 
 
 def learning_rate(step, max_steps, peak):
-    """Returns the learning rate of a step: a linear warm-up over the first 5% of the steps, then a
-    cosine from the peak down to zero."""
+    """Returns the learning rate of a step: a linear warm-up over the first 5% of the steps (rounded
+    down, at least one), then half a cosine from the peak down to zero."""
     warmup = max(1, max_steps // 20)
     if step < warmup:
         return peak * (step + 1) / warmup

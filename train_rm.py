@@ -24,7 +24,7 @@ from lora import add_lora, check_rank, merge_lora
 from losses import bradley_terry, reward_margin
 from model import GPT
 from reward import RewardModel, training_pairs
-from support.columns import hash_examples, hash_model, key
+from support.columns import add_frozen, cache_folder, hash_examples, hash_model, key
 from support.device import (
     add_up,
     add_up_gradients,
@@ -100,6 +100,9 @@ def main(argv=None):
     # ---- data: one training set, or one for each member of the family
     train, validation = training_pairs(args, tokenizer, policy, device)
     validation = by_length(validation.first(args.n_eval))
+    cache = cache_folder(args.init_from, args.out_dir)
+    add_frozen(train, policy, cache, "train")
+    add_frozen(validation, policy, cache, "validation")
     if args.lora:       # members share the policy's frozen weights; each trains an adapter
         add_lora(policy, args.lora, args.init_from, args.seed)
     if not args.bias:

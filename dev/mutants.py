@@ -43,15 +43,16 @@ GROUPS = {
         "support/logprobs.py": [""],
         "support/tokens.py": ["encode", "fit", "equal_responses", "select"],
         "support/rows.py": ["parse_rows", "scores_of", "part_of"],
-    }, ("test_losses", "test_theory", "test_tree", "test_estimators", "test_data", "test_tokens",
-        "test_rows", "test_model")),
+    }, ("test_losses", "test_theory", "test_attention", "test_tree", "test_estimators",
+        "test_data", "test_tokens", "test_rows", "test_generation", "test_model")),
     "training": Group({
         "train_policy.py": [""],
         "train_rm.py": [""],
         "reward.py": ["RewardModel.__init__", "RewardModel.from_", "RewardModel.save_",
                       "load_reward_models", "family_scores", "training_pairs"],
         "support/run.py": [""],
-    }, ("test_run_folder", "test_scripts", "test_training", "test_flags", "test_runs"), without=(
+    }, ("test_step", "test_run_folder", "test_scripts", "test_training", "test_flags",
+        "test_runs"), without=(
         "every_loss_trains", "every_loss_trains_on_rankings", "same_seed_same_bytes",
         "evaluating_more_often_changes_nothing", "file_data_end_to_end", "report",
         "a_report_keeps_no_figure_of_an_older_report", "policies_are_compared_prompt_by_prompt",

@@ -82,9 +82,9 @@ NUMBERS = dict(
     batch_size=16,          # its pairs in a step
     checkpoints=3,          # of each policy, of which validation chooses,
     n_eval=128,             # on so many posts
-    n_validation=260,       # posts on which betas are chosen, one sample each
+    n_validation=260,       # posts on which betas are chosen
     n_test=260,             # posts on which methods are compared,
-    test_samples=2,         # with so many samples each
+    test_samples=2,         # samples of each of these posts
     max_new_tokens=64,      # longest sample
 )
 RATES = dict(sft_lr=5e-5, rm_lr=2e-5)
@@ -94,7 +94,7 @@ CHOOSE_RHO, CHOOSE_SEED = 0.2, 1000
 COLLAPSING = ("dpo", "ipo", "d-dpo", "e-dpo")       # at a tenth of the chosen beta
 SHARDS = 6                      # jobs that sample the pool
 COLUMNS = ["run", "purpose", "rho", "seed", "method", "loss", "rewards", "knob", "value", "gamma",
-           "n_pairs", "max_steps", "batch_size", "lr", "lora", "checkpoint", "n_prompts",
+           "n_pairs", "max_steps", "batch_size", "lr", "lora", "freeze", "checkpoint", "n_prompts",
            *[name for judge in JUDGES for name in (judge, f"{judge}_95")], "win_rate", "length",
            "unended", "kl_pi_ref", "kl_ref_pi", "chosen_change", "rejected_change",
            "last_chosen_change", "last_rejected_change", "seconds", "memory_gb", "device", "commit",
@@ -129,6 +129,8 @@ def parse_flags(argv):
         "(default: 1)")
     add("--lora", type=positive_int, help="train reward models and policies as adapters of this "
         "rank, next to the reference (default: whole models)")
+    add("--freeze", type=positive_int, help="train only what is above this many of the lowest "
+        "layers, in SFT too (default: whole models)")
     add("--flags", default="", help="more flags for all training runs")
     add("--jobs", type=positive_int, default=2, help="how many runs to do at a time, on a GPU too "
         "(default: 2)")
@@ -235,8 +237,9 @@ def train(args, script, folder, *flags):
     """A training run with the flags that all of them have; the reference is never an adapter. On a
     GPU, where it takes seconds, no state is saved for resuming."""
     lora = [f"--lora={args.lora}"] if args.lora and "--loss=sft" not in flags else []
+    frozen = [f"--freeze={args.freeze}"] if args.freeze else []
     states = device_name(args.device) != "cuda"
-    seconds = trials.train(script, folder, *flags, *lora, f"--device={args.device}",
+    seconds = trials.train(script, folder, *flags, *lora, *frozen, f"--device={args.device}",
                            f"--dtype={args.dtype}", f"--n_eval={args.n_eval}",
                            *args.flags.split(), states=states)
     for parent, _, names in os.walk(folder):
@@ -455,7 +458,7 @@ def judge_reference(args, split, number):
     two rows, of the reference and of the authors' summaries."""
     worker, posts = Worker(args, number), posts_of(args, split)
     ref = worker.reference()
-    values, own = judge(worker, ref, posts, args.test_samples if split == "test" else 1)
+    values, own = judge(worker, ref, posts, args.test_samples)
     logps = score(ref, own)
     write_json(reference_file(args, split, number), {
         "values": {name: value.tolist() for name, value in values.items()},
@@ -511,8 +514,7 @@ def policy_run(args, run, purpose, cell, number, method, value, lr):
     worker, posts = Worker(args, number), posts_of(args, split)
     before = read_json(reference_file(args, split, number))
     policy = GPT.from_pretrained(folder).to(worker.device)
-    copies = args.test_samples if split == "test" else 1
-    values, own = judge(worker, policy, posts, copies)
+    values, own = judge(worker, policy, posts, args.test_samples)
     prompts = [prompt for prompt, _ in own.examples]
     of_ref = Dataset([(prompt, [reply]) for prompt, reply in zip(prompts, before["replies"])],
                      ref_logps=np.array(before["logps"], np.float32))
@@ -520,7 +522,8 @@ def policy_run(args, run, purpose, cell, number, method, value, lr):
     numbers = compare(policy, worker.reference(), own, of_ref, difference, 1)
     row = {"run": run, "purpose": purpose, "rho": cell.split("/")[0], "seed": number,
            "method": method, "loss": loss, "rewards": rewards, "knob": knob, "value": value,
-           "lr": lr, "lora": args.lora, "n_prompts": len(posts), "win_rate": numbers["win_rate"],
+           "lr": lr, "lora": args.lora, "freeze": args.freeze, "n_prompts": len(posts),
+           "win_rate": numbers["win_rate"],
            "kl_pi_ref": numbers["kl_pi_ref"], "kl_ref_pi": numbers["kl_ref_pi"],
            "length": float(values["length"].mean()), "unended": float(values["unended"].mean()),
            "device": hardware(worker.device)}
@@ -587,11 +590,11 @@ def choose_values(args):
 def plan(args):
     """{name: (function, arguments, names of the jobs that it needs)}."""
     jobs = {"sft": (train_sft, (), [])}
-    jobs["oracle"] = (train_oracle, ("oracle",), ["sft"])
-    jobs["second"] = (train_oracle, ("second",), ["sft"])
     parts = [("pool", shard, SHARDS) for shard in range(SHARDS)] + [("validation", 0, 1)]
     for part in parts:
         jobs[f"samples {part[0]} {part[1]}"] = (draw_samples, part, ["sft"])
+    jobs["oracle"] = (train_oracle, ("oracle",), ["sft"])
+    jobs["second"] = (train_oracle, ("second",), ["sft"])
     jobs["label"] = (label, (), [name for name in jobs if name not in ("sft", "second")])
     judged = ["label", "second"]
 

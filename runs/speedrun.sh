@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole method on the built-in task, from an empty folder to a report: out/report/report.md.
+# The whole method on the built-in task, from an empty folder to a report: out/report/report.html to
+# look at, and out/report/report.md to read.
 # It prints each command, which you can also run by itself. Run again, the speedrun goes on with what
 # is in out/: what is finished is not trained twice, and what was interrupted is resumed. To start afresh, remove out/
 # or name another folder: OUT=out/second bash runs/speedrun.sh

@@ -34,11 +34,21 @@ MANY_CUT_OFF = 0.05         # a larger share of samples without an end is worth 
 SOME = 16                   # rows whose log-probs are computed in float32 as well
 
 
-@torch.no_grad()
 def score(model, dataset, desc="score"):
     """Returns model(batch) for all rows of a data set, (N, K) float32: log-probs from a policy,
-    rewards from a reward model. The longest rows come first."""
-    device, multiple = next(model.parameters()).device, computing.multiple
+    rewards from a reward model."""
+    device = next(model.parameters()).device
+    scores = np.zeros(dataset.response_lengths().shape, np.float32)         # (N, K)
+    for rows, values in over_rows(model, dataset, device, desc):
+        scores[rows, :values.shape[1]] = values     # as many columns as these rows' responses
+    return scores
+
+
+@torch.no_grad()
+def over_rows(function, dataset, device, desc):
+    """Calls function(batch) for all rows of a data set, those of similar length together, the
+    longest first. Returns [(rows, their values)], float32 arrays."""
+    multiple = computing.multiple
     sizes = dataset.row_lengths()
     order = np.argsort(-sizes, kind="stable")
     parts, done = [], 0
@@ -51,15 +61,46 @@ def score(model, dataset, desc="score"):
     def score_rows(rows):
         batch = dataset.batch(rows).to(device)
         with compute():
-            values = model(batch).float().cpu().numpy()
+            values = function(batch).float().cpu().numpy()
         bar.update()
         return values
 
-    scores = np.zeros(dataset.response_lengths().shape, np.float32)         # (N, K)
     with progress_bar(total=len(parts), desc=desc) as bar:
-        for rows, values in zip(parts, in_shares(score_rows, parts)):
-            scores[rows, :values.shape[1]] = values     # as many columns as these rows' responses
-    return scores
+        return list(zip(parts, in_shares(score_rows, parts)))
+
+
+def add_frozen(dataset, model, cache, name):
+    """Adds the column `below` to a data set if the model has frozen layers (--freeze). What they
+    compute does not change, so it is computed once, and kept on disk.
+
+    cache: the folder for that. name: of the data set's split.
+    """
+    n, sizes = model.transformer.frozen, dataset.row_lengths()
+    if n:
+        entry = key(hash_model(model), n, hash_examples(dataset.examples), computing.dtype)
+        states = cached(cache, f"{name}-frozen", entry, frozen_states, model, dataset)
+        dataset.below = np.split(states, np.cumsum(sizes)[:-1])             # N (T, C)
+
+
+def frozen_states(model, dataset):
+    """Computes what the frozen layers make of every token of a data set. Returns (tokens of all
+    rows, C) float32."""
+    transformer, sizes = model.transformer, dataset.row_lengths()
+    device, outputs = next(model.parameters()).device, []
+    hook = transformer.h[transformer.frozen - 1].register_forward_hook(
+        lambda layer, inputs, output: outputs.append(output))
+
+    def states_of(batch):
+        model(batch)
+        return outputs.pop()                                                # (B, T, C)
+
+    states = np.zeros((sizes.sum(), transformer.config.n_embd), np.float32)
+    starts = np.cumsum(sizes) - sizes
+    for rows, values in over_rows(states_of, dataset, device, "frozen layers"):
+        for row, of_row in zip(rows, values):
+            states[starts[row]:starts[row] + sizes[row]] = of_row[:sizes[row]]
+    hook.remove()
+    return states
 
 
 def sample(model, prompts, max_new_tokens, stop, seed, temperature=1.0, desc="sample"):

@@ -118,10 +118,24 @@ def in_float32():
 
 def place(model, device, args):
     """Moves a model, which is still on the CPU, to the device; with --fsdp only this process's part
-    of it. Applies --gradient_checkpointing. Returns the model."""
+    of it. Applies --gradient_checkpointing and --freeze. Returns the model."""
     if args.gradient_checkpointing:
         recompute_layers(model)
+    if args.freeze:
+        freeze(model.transformer, args.freeze)
     return shard(model, device, args.dtype) if args.fsdp else model.to(device)
+
+
+def freeze(transformer, n):
+    """Leaves the embeddings (and an output head that is tied to them) and the lowest n layers as
+    they are. InputError if nothing above them is left to train."""
+    if n >= len(transformer.h):
+        raise InputError(f"--freeze={n}: the model has {len(transformer.h)} layers, and at least "
+                         "one has to be trained")
+    transformer.frozen = n
+    for name, parameter in transformer.named_parameters():
+        top = name.startswith("ln_f.") or name.startswith("h.") and int(name.split(".")[1]) >= n
+        parameter.requires_grad_(top)
 
 
 def recompute_layers(model):

@@ -212,12 +212,12 @@ def comparison_flags(argv, doc, methods=()):
     add("--split", default="test", type=held_out_split, metavar="{validation,test}",
         help="which of the held-out prompts to use (default: test); to name a split of the data "
         "set itself, write --data=NAME:SPLIT")
-    add("--out_dir", default="out/report", help="the folder for report.md, results.json and the "
-        "figures (default: out/report)")
+    add("--out_dir", default="out/report", help="the folder for report.html, report.md, "
+        "results.json and the figures (default: out/report)")
     add("--n_prompts", type=up_to_30000, default=1000, help="use at most this many held-out "
         "prompts (default: 1000)")
-    add("--show", type=not_negative_int, default=5, help="print the samples for this many prompts "
-        "(default: 5)")
+    add("--show", type=not_negative_int, default=5, help="show the samples for this many prompts "
+        "in report.md (default: 5)")
     add("--seed", type=seed, help="seed of the data and of sampling (default: 0)")
     add("--max_new_tokens", type=positive_int, help="how long a sample may be, in tokens (default: "
         "64 on tinytldr, else what 99%% of the held-out responses need)")

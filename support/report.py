@@ -28,7 +28,6 @@ def write_report(args, prompts, results, replies, rewards, accuracy):
         os.makedirs(args.out_dir, exist_ok=True)
     remove_leftovers(args.out_dir)
     runs = run_names(args.policies)
-    flags = {name: run_flags(folder) for name, folder in runs.items()}
     curves = {name: training_curve(folder) for name, folder in runs.items()}
     for name, (steps, chosen, rejected, kept) in curves.items():
         if steps:
@@ -37,16 +36,13 @@ def write_report(args, prompts, results, replies, rewards, accuracy):
 
     for name in ("advantage.png", "logprob_change.png", "reward_margins.png"):
         remove(os.path.join(args.out_dir, name))        # of an earlier report
-    trained = [[name] + [cell(f.get(flag)) for flag in SHOWN_FLAGS] for name, f in flags.items()]
-    parts = [f"# Report\n\nOracle: {args.oracle or 'the reward of TinyTLDR (tinytldr.py)'}. "
-             f"Prompts: {len(prompts)} of the {args.split} split of {args.data}, one sample each "
-             f"at temperature {args.temperature:g}. Reference: {args.ref}.",
+    parts = [f"# Report\n\n{about(args, len(prompts))}",
              f"## Policies\n\n{verdict(results)}\n\n{policy_table(results)}",
              cut_off_note(results, args),
              image(advantage_figure(policies, args.out_dir)),
              image(logprob_figure(curves, args.out_dir)),
              "How they were trained (empty: not used):\n\n"
-             + markdown_table(["policy"] + SHOWN_FLAGS, trained)]
+             + markdown_table(*training_rows(args.policies))]
     if accuracy is not None:
         table, margins, lengths, sides = accuracy
         parts.append(reward_model_section(table, sides))
@@ -58,7 +54,8 @@ def write_report(args, prompts, results, replies, rewards, accuracy):
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write("\n\n".join(part for part in parts if part) + "\n")
     write_json(os.path.join(args.out_dir, "results.json"), {
-        "reference": results["reference"], "policies": policies, "flags": flags,
+        "reference": results["reference"], "policies": policies,
+        "flags": {name: run_flags(folder) for name, folder in runs.items()},
         "reward_models": accuracy[0] if accuracy else {}, "evaluation": vars(args)}, indent=2)
     print(f"\n{policy_table(results)}\n\n{path}")
 
@@ -66,16 +63,29 @@ def write_report(args, prompts, results, replies, rewards, accuracy):
 def training_curve(folder):
     """Reads from a policy's metrics.jsonl: steps, at each the change of the log-probs of chosen and
     of rejected training responses, and which of these evaluations --select kept."""
+    lines = read_evaluations(folder, say_damaged=True)
+    return ([line["step"] for line in lines], [line["train/chosen_change"] for line in lines],
+            [line["train/rejected_change"] for line in lines], kept_evaluation(lines, folder))
+
+
+def read_evaluations(folder, say_damaged=False):
+    """Returns the lines of a policy's metrics.jsonl that are evaluations, dicts; [] if there are
+    none, or the file is damaged, which is printed on demand."""
     path = os.path.join(folder, "metrics.jsonl")
-    lines = []
-    if os.path.exists(path):
-        try:
-            with open(path, encoding="utf-8") as file:
-                lines = [json.loads(line) for line in file if line.endswith("\n")]
-            lines = [line for line in lines if "train/chosen_change" in line]
-        except (ValueError, TypeError):
+    if not os.path.exists(path):
+        return []
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [json.loads(line) for line in file if line.endswith("\n")]
+        return [line for line in lines if "train/chosen_change" in line]
+    except (ValueError, TypeError):
+        if say_damaged:
             print(f"{path}: damaged, and left out of the report")
-            lines = []
+        return []
+
+
+def kept_evaluation(lines, folder):
+    """Returns which of a run's evaluations --select kept, an index. lines: see read_evaluations."""
     kept = len(lines) - 1
     select = run_flags(folder).get("select", "last")
     if select != "last" and kept > 0:                       # as Run._save_if_best
@@ -84,8 +94,7 @@ def training_curve(folder):
         else:
             values = [line["validation/reward"] for line in lines]
         kept = 1 + int(np.argmax(values[1:]))
-    return ([line["step"] for line in lines], [line["train/chosen_change"] for line in lines],
-            [line["train/rejected_change"] for line in lines], kept)
+    return kept
 
 
 def accuracy_table(rewards, lengths, longer):
@@ -129,8 +138,21 @@ def cell(value, form="{}"):
     return "" if value is None else form.format(value)
 
 
+def about(args, n_prompts):
+    """Says what was evaluated, in three sentences."""
+    return (f"Oracle: {args.oracle or 'the reward of TinyTLDR (tinytldr.py)'}. "
+            f"Prompts: {n_prompts} of the {args.split} split of {args.data}, one sample each "
+            f"at temperature {args.temperature:g}. Reference: {args.ref}.")
+
+
 def policy_table(results):
-    """Returns the table of the policies. results: {name: numbers}, the reference first."""
+    """Returns the table of the policies in Markdown."""
+    return markdown_table(*policy_rows(results))
+
+
+def policy_rows(results):
+    """Returns the table of the policies, (header, rows of text). results: {name: numbers}, the
+    reference first."""
     header = ["policy", "advantage", "behind the best", "win rate", "length", "unended",
               "KL(pi ‖ ref)", "KL(ref ‖ pi)", "chosen change", "rejected change"]
     rows = []
@@ -144,7 +166,21 @@ def policy_table(results):
                      cell(r.get("kl_pi_ref"), "{:.2f}"), cell(r.get("kl_ref_pi"), "{:.2f}"),
                      cell(r.get("chosen_change"), "{:+.1f}"),
                      cell(r.get("rejected_change"), "{:+.1f}")])
-    return markdown_table(header, rows)
+    return header, rows
+
+
+def training_rows(folders):
+    """Returns the table of the flags of some runs, (header, rows of text)."""
+    rows = [[name] + [cell(run_flags(folder).get(flag)) for flag in SHOWN_FLAGS]
+            for name, folder in run_names(folders).items()]
+    return ["policy", *SHOWN_FLAGS], rows
+
+
+def accuracy_rows(table):
+    """Returns the table of the reward models, (header, rows of text). table: {folder: numbers}."""
+    header = ["reward model", "accuracy", "longer chosen", "shorter chosen", "longer scored higher"]
+    return header, [[folder] + [cell(value, "{:.3f}") for value in numbers.values()]
+                    for folder, numbers in table.items()]
 
 
 def verdict(results):
@@ -191,12 +227,9 @@ def cut_off_note(results, args):
 def reward_model_section(table, sides):
     """Returns the section about reward models. table: {folder: numbers}; sides: (N,) of the pairs,
     see accuracy_table."""
-    header = ["reward model", "accuracy", "longer chosen", "shorter chosen", "longer scored higher"]
-    rows = [[folder] + [cell(value, "{:.3f}") for value in numbers.values()]
-            for folder, numbers in table.items()]
     return (f"## Reward models\n\nOn {len(sides)} held-out pairs with their natural mix of "
             f"lengths; in {(sides == 1).sum()} the longer response was chosen, in "
-            f"{(sides == -1).sum()} the shorter one.\n\n{markdown_table(header, rows)}")
+            f"{(sides == -1).sum()} the shorter one.\n\n{markdown_table(*accuracy_rows(table))}")
 
 
 def sample_sections(n, prompts, replies, rewards):

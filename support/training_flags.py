@@ -163,6 +163,9 @@ def training_parser(doc, lr):
         "folder gets the adapter alone, in PEFT's layout")
     add("--merge_lora", action="store_true", default=None, help="at the end, add the adapter to "
         "the model's weights and write the whole model")
+    add("--freeze", type=positive_int, metavar="N", help="train only what is above the lowest N "
+        "layers, and leave these and the embeddings as they are. What they compute is kept from "
+        "epoch to epoch, so that a step is several times as fast")
     add("--seed", type=seed, default=0, help="seed of the data, of the initial weights and of the "
         "order of batches (default: 0)")
     add("--eval_every", type=positive_int, help="steps between evaluations; each also saves the "
@@ -257,6 +260,12 @@ def check_folders(args, **inputs):
     if args.lora and args.fsdp:
         raise InputError("--lora: it doesn't work with --fsdp, which splits memory that --lora "
                          "mostly does not need; leave one of them out")
+    if args.freeze and start is None:
+        raise InputError("--freeze: it keeps layers of a trained model: name one by --init_from "
+                         "(now it is scratch)")
+    for name, used in (("--lora", args.lora), ("--fsdp", args.fsdp)):
+        if args.freeze and used:
+            raise InputError(f"--freeze: it doesn't work with {name}; leave one of them out")
     if vars(args).get("bias"):
         for _, folder, resume in family_to_train(args):
             check_free(folder, resume)

@@ -1,4 +1,4 @@
-"""The architecture, generation, and checkpoints in Hugging Face's layout."""
+"""The architecture, and checkpoints in Hugging Face's layout."""
 import json
 import math
 from dataclasses import replace
@@ -9,15 +9,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-import model as model_file
-from model import GPT, GPTConfig, draw, likely
+from model import GPT, GPTConfig
 from reward import RewardModel
 from support.flags import InputError
 from support.rms_norm import rms_norm
 from support.run import family_folders
 
 CONFIG = GPTConfig(block_size=20, vocab_size=13, n_layer=2, n_head=2, n_embd=16)
-STOP = 12
 
 
 @pytest.fixture
@@ -29,216 +27,7 @@ def model():
     return model
 
 
-PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [10, 11]]
 TOKENS = torch.arange(12)[None]
-
-
-# ---------------------------------------------------------------- generation
-
-def by_hand(model, prompt, n):
-    """Greedy decoding that recomputes everything for every token."""
-    tokens = list(prompt)
-    while len(tokens) - len(prompt) < n and len(tokens) < CONFIG.block_size:
-        tokens.append(model.logits(torch.tensor([tokens]))[0, -1].argmax().item())
-        if tokens[-1] == STOP:
-            break
-    return tokens[len(prompt):]
-
-
-def test_greedy_generation_equals_recomputing_everything(model):
-    """Prompts of different lengths in one batch, with a KV cache, against one at a time without."""
-    wanted = [by_hand(model, prompt, 8) for prompt in PROMPTS]
-    assert model.generate(PROMPTS, 8, temperature=0, stop=STOP) == wanted
-    assert model.generate(PROMPTS, 8, temperature=0, stop=STOP, batch_size=2) == wanted
-
-
-def test_generation_fills_the_block_and_no_more(model):
-    for prompt, response in zip(PROMPTS, model.generate(PROMPTS, 100, temperature=0)):
-        assert len(prompt) + len(response) == CONFIG.block_size
-    assert model.generate([[1] * CONFIG.block_size], 5) == [[]]
-    for prompt in ([1] * (CONFIG.block_size + 1), []):
-        with pytest.raises(ValueError, match="prompts must have 1 to 20 tokens"):
-            model.generate([prompt], 5)
-
-
-def test_generation_stops(model):
-    generator = torch.Generator().manual_seed(1)
-    for response in model.generate(PROMPTS * 20, 15, stop=STOP, generator=generator):
-        assert STOP not in response[:-1] and (response[-1] == STOP or len(response) == 15)
-
-
-def test_generation_stops_at_any_of_several_tokens(model):
-    """Each response is the one without a stop, up to the first of them."""
-    free = model.generate(PROMPTS, 8, temperature=0)
-    stops = [free[0][3], free[1][5], STOP]
-    for stop in (stops, stops[:1], []):
-        ends = [[token in stop for token in response] for response in free]
-        wanted = [response[:is_end.index(True) + 1 if any(is_end) else 8]
-                  for response, is_end in zip(free, ends)]
-        assert model.generate(PROMPTS, 8, temperature=0, stop=stop) == wanted
-    assert model.generate(PROMPTS, 8, temperature=0, stop=stops[0]) == (
-        model.generate(PROMPTS, 8, temperature=0, stop=stops[:1]))
-
-
-def test_generation_leaves_the_global_random_stream_alone(model):
-    torch.manual_seed(3)
-    before = torch.get_rng_state()
-    first = model.generate(PROMPTS, 8, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(before, torch.get_rng_state())
-    assert first == model.generate(PROMPTS, 8, generator=torch.Generator().manual_seed(1))
-
-
-def test_generation_shows_every_step(model):
-    """on_token gets the new tokens after every step, the longest prompt's row first."""
-    steps = []
-    responses = model.generate(PROMPTS, 6, temperature=0, on_token=steps.append)
-    rows = [2, 0, 3, 1]
-    assert list(map(list, zip(*steps))) == [responses[row] for row in rows]
-
-
-def test_draw():
-    """Temperature 0 takes the most likely token, a low one nearly always; a probability of 0 is
-    never drawn, whichever the random number."""
-    logits = torch.tensor([[1.0, 3.0, 2.0], [5.0, 0.0, -1.0]]).repeat(500, 1)
-    assert draw(logits, 0, None).tolist() == [1, 0] * 500
-    random = torch.linspace(0, 1 - 1e-9, 1000, dtype=torch.float64)[:, None]
-    assert draw(logits, 0.01, random).tolist() == [1, 0] * 500
-    impossible = torch.tensor([[-math.inf, 0.0, -math.inf]]).expand(1000, 3)
-    assert draw(impossible, 1.0, random).tolist() == [1] * 1000
-
-
-def likely_by_hand(probs, top_k, top_p):
-    """A walk along the tokens of a row, the most likely first (of equals, the first), until there
-    are enough of them."""
-    order = sorted(range(len(probs)), key=lambda token: -probs[token])[:top_k]
-    total, before, kept = sum(probs[token] for token in order), 0.0, [0.0] * len(probs)
-    for token in order:
-        if top_p is not None and before >= top_p * total:
-            break
-        kept[token] = probs[token]
-        before += probs[token]
-    return kept
-
-
-@pytest.mark.parametrize("top_k", [None, 1, 3, 100])
-@pytest.mark.parametrize("top_p", [None, 1e-9, 0.3, 0.75, 1.0])
-def test_likely_tokens(top_k, top_p):
-    """Random rows, and rows of numbers without rounding in which sums meet top_p exactly and
-    tokens are as likely as others."""
-    probs = torch.randn(50, 9, generator=torch.Generator().manual_seed(0)).double().softmax(dim=1)
-    ties = torch.tensor([[1, 4, 2, 1, 4, 1, 0, 2, 1], [0, 12, 0, 4, 0, 0, 0, 0, 0]]) / 16
-    probs = torch.cat([probs, ties.double(), torch.full((1, 9), 1 / 16, dtype=torch.float64)])
-    wanted = [likely_by_hand(row, top_k, top_p) for row in probs.tolist()]
-    wanted = torch.tensor(wanted, dtype=torch.float64)
-    torch.testing.assert_close(likely(probs, top_k, top_p), wanted, rtol=0, atol=0)
-
-
-def test_likely_tokens_are_drawn_as_often_as_they_are_likely():
-    """At a temperature, of which top_p is after; from evenly spaced random numbers."""
-    logits = torch.tensor([0.5, 3.0, 1.0, 2.0, -1.0])
-    random = torch.linspace(0, 1 - 1e-9, 10_000, dtype=torch.float64)[:, None]
-    for temperature, top_k, top_p in ((1.0, 3, None), (2.0, None, 0.8), (2.0, 4, 0.7)):
-        token = draw(logits.expand(10_000, 5), temperature, random, top_k, top_p)
-        probs = (logits.double() / temperature).softmax(dim=0).tolist()
-        kept = torch.tensor(likely_by_hand(probs, top_k, top_p))
-        assert 1 < (kept > 0).sum() < 5
-        drawn = torch.bincount(token, minlength=5) / 10_000
-        torch.testing.assert_close(drawn, kept / kept.sum(), rtol=0, atol=2e-4)
-
-
-@pytest.mark.parametrize("limits", [{"top_k": 1}, {"top_p": 1e-6}])
-def test_the_most_likely_token_alone(model, limits):
-    """Generation with top_k=1, or a tiny top_p, is greedy."""
-    greedy = model.generate(PROMPTS, 8, temperature=0, stop=STOP)
-    assert model.generate(PROMPTS, 8, stop=STOP, **limits) == greedy
-    assert model.generate(PROMPTS, 8, stop=STOP) != greedy
-
-
-@pytest.mark.parametrize("limits", [{}, {"top_k": 3, "top_p": 0.8}])
-@pytest.mark.parametrize("temperature", [0, 1.0])
-@pytest.mark.parametrize("n_prompts", [1, 5, 40])
-def test_generation_in_shapes_that_never_change(n_prompts, temperature, limits, monkeypatch):
-    """A device that compiles every shape gets two of them, for prompts and for new tokens, and
-    gives the same tokens as others, from the same random numbers: ragged prompts, up to the whole
-    block, rows that end and rows that do not."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=24, vocab_size=7, n_layer=2, n_head=2, n_embd=16)).double()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    lengths = torch.randint(1, 25, (n_prompts,), generator=torch.Generator().manual_seed(1))
-    prompts = [torch.randint(0, 7, (n,)).tolist() for n in lengths]
-    prompts += prompts[::2]                 # several responses to one prompt
-
-    def generate(stop):
-        return model.generate(prompts, 12, temperature, stop, torch.Generator().manual_seed(2),
-                              batch_size=64, **limits)
-
-    wanted, shapes = [generate(stop) for stop in (None, 3)], set()
-    monkeypatch.setattr(model_file, "compiles_every_shape", lambda device: True)
-    model.transformer.h[0].attn.register_forward_pre_hook(
-        lambda _, inputs: shapes.add((inputs[0].shape, inputs[2][0].shape)))     # x, cached keys
-    assert [generate(stop) for stop in (None, 3)] == wanted
-    B = 8 if n_prompts < 8 else 64
-    assert shapes == {((B, 64, 16), (B, 2, 64, 8)), ((B, 1, 16), (B, 2, 64 + 12, 8))}
-
-
-@pytest.mark.parametrize("few_shapes", [False, True])
-def test_an_offset_of_all_logits_does_not_move_samples_in_bfloat16(monkeypatch, few_shapes):
-    """Total variation between what is drawn from under autocast and the model's own distribution,
-    the mean over 40 prompts, is as small with logits lower by 100 as without. Power: the product
-    with the head as it is gives more than four times as much."""
-    def total_variation(offset, centred=True):
-        torch.manual_seed(0)
-        config = GPTConfig(8, 499, 2, 2, 16, tie_word_embeddings=False)
-        policy, seen = GPT(config), []
-        for parameter in policy.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
-        with torch.no_grad():
-            policy.transformer.ln_f.weight[0], policy.transformer.ln_f.bias[0] = 0, 10
-            policy.lm_head.weight[:, 0] = offset / 10 + 0.1 * policy.lm_head.weight[:, 0]
-            exact = policy.logits(torch.tensor(prompts))[:, -1].softmax(dim=1)
-        with monkeypatch.context() as patch:
-            patch.setattr(model_file, "compiles_every_shape", lambda device: few_shapes)
-            patch.setattr(model_file, "draw",
-                          lambda logits, *_: seen.append(logits) or logits.argmax(1))
-            if not centred:
-                patch.setattr(model_file, "head_weight",
-                              lambda weight, dtype: (weight.to(dtype), None))
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                policy.generate(prompts, 1, batch_size=len(prompts))
-        assert seen[0].dtype == torch.float32
-        return (seen[0].softmax(dim=1) - exact).abs().sum(dim=1).mean().item() / 2
-
-    prompts = torch.randint(0, 499, (40, 4), generator=torch.Generator().manual_seed(1)).tolist()
-    without, with_it = total_variation(0), total_variation(-100)
-    assert with_it < 1.1 * without < 0.01
-    assert total_variation(-100, centred=False) > 4 * with_it
-
-
-def test_equal_prompts_run_once(model):
-    """Their keys and values are computed once, and copied for every response."""
-    sizes = []
-    model.transformer.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape))
-    responses = model.generate([[1, 2], [3], [1, 2], (3,), [1, 2]], 2)
-    assert sizes == [(2, 1), (5, 1), (5, 1)] and responses[0] != responses[2]
-    model.generate([[1], [1]], 2)
-    assert sizes[3:] == [(1, 1), (2, 1), (2, 1)]
-
-
-def test_tied_weights_stay_tied():
-    """Whatever moves or converts the model: on a TPU every parameter is replaced by another."""
-    class Replaced:
-        def __enter__(self):
-            torch.__future__.set_overwrite_module_params_on_conversion(True)
-
-        def __exit__(self, *error):
-            torch.__future__.set_overwrite_module_params_on_conversion(False)
-
-    with Replaced():
-        model = GPT(GPTConfig(8, 11, 1, 1, 8)).double()
-    assert model.lm_head.weight is model.transformer.wte.weight
-    assert sum(p.numel() for p in model.parameters()) == sum(
-        p.numel() for p in model.transformer.parameters())
 
 
 # ---------------------------------------------------------------- the architecture
@@ -401,21 +190,6 @@ def test_logits_are_those_of_the_family(tmp_path, config):
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("config", FAMILIES)
-def test_greedy_generation_of_newer_models(config, monkeypatch):
-    """With a cache of fewer heads, of keys that are turned; in shapes that never change too."""
-    model = random_model(config)
-    wanted = [by_hand(model, prompt, 8) for prompt in PROMPTS]
-    assert model.generate(PROMPTS, 8, temperature=0, stop=STOP) == wanted
-    shapes = set()
-    model.transformer.h[1].attn.register_forward_pre_hook(
-        lambda _, inputs: shapes.add(inputs[2][0].shape))
-    monkeypatch.setattr(model_file, "compiles_every_shape", lambda device: True)
-    assert model.generate(PROMPTS, 8, temperature=0, stop=STOP) == wanted
-    size = config.head_size or 4
-    assert shapes == {(8, config.n_kv_head, 64 + extra, size) for extra in (0, 8)}
-
-
 def test_rms_norm():
     """Its formula and its gradients by finite differences; in bfloat16, computed in float32."""
     x, weight = torch.randn(2, 3, 5).double().requires_grad_(), torch.rand(5).double()
@@ -456,6 +230,22 @@ def test_initial_weights(config):
         else:
             std = 0.02 / math.sqrt(6) if name.endswith("c_proj.weight") else 0.02
             assert parameter.square().mean().sqrt().item() == pytest.approx(std, rel=0.05), name
+
+
+def test_tied_weights_stay_tied():
+    """Whatever moves or converts the model: on a TPU every parameter is replaced by another."""
+    class Replaced:
+        def __enter__(self):
+            torch.__future__.set_overwrite_module_params_on_conversion(True)
+
+        def __exit__(self, *error):
+            torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+    with Replaced():
+        model = GPT(GPTConfig(8, 11, 1, 1, 8)).double()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert sum(p.numel() for p in model.parameters()) == sum(
+        p.numel() for p in model.transformer.parameters())
 
 
 # ---------------------------------------------------------------- checkpoints

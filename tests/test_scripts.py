@@ -25,7 +25,7 @@ from support.device import computing, recompute_layers
 from support.flags import InputError
 from support.prompts import with_room
 from support.tokenizer import to_text
-from train_policy import loss_flags, reward_of_samples, row_terms, with_columns
+from train_policy import reward_of_samples, row_terms, with_columns
 
 CPU = torch.device("cpu")
 TOKENIZER = tinytldr.tokenizer()
@@ -136,42 +136,17 @@ def batch_of(n_responses, n_samples=0):
     return Dataset(examples, None, ref_logps, n_samples).batch(np.arange(len(examples)))
 
 
-def test_statistics_of_log_probs():
-    """A pair with a sample; a margin of zero is half right."""
-    batch = batch_of([2, 2, 2], n_samples=1)
-    change = torch.tensor([[0.5, -0.5, -0.25], [0.25, 0.25, 0.75], [-0.5, -0.25, 0.0]])
-    values = train_policy.statistics(batch.ref_logps + change, batch)
-    assert {name: value.tolist() for name, value in values.items()} == {
-        "chosen_change": [0.5, 0.25, -0.5], "rejected_change": [-0.5, 0.25, -0.25],
-        "margin": [1, 0, -0.25], "accuracy": [1, 0.5, 0], "forward_kl": [0.25, -0.75, 0]}
-
-
 def test_statistics_of_single_responses():
     """The means over a data set are those over its desirable rows, its undesirable rows, and the
     mismatched responses."""
     dataset = Dataset([([1], [[2], [3]])] * 4, None, np.full((4, 2), -2, np.float32), 1,
-                      np.array([True, False, True, True]))
+                      desirable=np.array([True, False, True, True]))
     batch = dataset.batch(np.arange(4))
     change = torch.tensor([[0.5, 1.0], [3.0, 2.0], [-1.0, 1.0], [2.0, 4.0]])
     values = train_policy.statistics(batch.ref_logps + change, batch)
     assert {name: value.mean().item() for name, value in values.items()} == {
         "desirable_change": pytest.approx(0.5), "undesirable_change": pytest.approx(3.0),
         "mismatched_change": pytest.approx(2.0)}
-
-
-def test_statistics_of_rankings():
-    """Each of a row's three pairs counts a third, the pair of the other row whole; without a sample
-    there is no KL, and without a reference nothing."""
-    batch = batch_of([3, 2])
-    change = torch.tensor([[1.5, 0.75, 2.25], [0.5, 0.5, 0.0]])
-    values = train_policy.statistics(batch.ref_logps + change, batch)
-    assert {name: value.tolist() for name, value in values.items()} == {
-        "chosen_change": pytest.approx([0.5, 0.5, 0.25, 0.5]),
-        "rejected_change": pytest.approx([0.25, 0.75, 0.75, 0.5]),
-        "margin": pytest.approx([0.25, -0.25, -0.5, 0]),
-        "accuracy": pytest.approx([1 / 3, 0, 0, 0.5])}
-    batch.ref_logps = None
-    assert train_policy.statistics(change, batch) == {}
 
 
 def test_statistics_of_rewards():
@@ -219,14 +194,6 @@ def test_what_a_row_weighs():
     dataset = Dataset([([1], [[2, 3], [4]]), ([1], [[2], [4, 5, 6]])])
     assert row_terms(dataset, "sft").tolist() == [3, 4]
     assert row_terms(dataset, "dpo").tolist() == [1, 1]
-
-
-def test_gamma_is_annealed_from_the_first_to_the_last():
-    args = SimpleNamespace(loss="p-dpo", beta=0.5, gamma=[1.0, 3.0], max_steps=4)
-    assert [loss_flags(args, step) for step in range(5)] == [
-        {"beta": 0.5, "gamma": gamma} for gamma in (1, 1.5, 2, 2.5, 3)]
-    args = SimpleNamespace(loss="ipo", tau=0.5, beta=None, gamma=None, max_steps=4)
-    assert loss_flags(args, 1) == {"tau": 0.5}
 
 
 # ------------------------------------------------------------------ evaluation

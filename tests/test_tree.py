@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hints import assert_gives
 
 import model as model_file
 from data import Dataset, collate
@@ -31,46 +32,126 @@ FAMILIES = [        # each with other parts (docs/models.md)
     dataclasses.replace(LLAMA, qk_norm="all", norm_after=True)]
 
 
+# ---------------------------------------------------------------- the mask
+
+BRANCH = [0, 0, 1, 1, 2, -1]        # a prompt of two tokens, responses of two and one, padding
+
+
+def sees(q, k):
+    return k <= q and BRANCH[k] in (0, BRANCH[q])
+
+
+def test_tree_mask():
+    places, wanted = range(6), [[int(sees(q, k)) for k in range(6)] for q in range(6)]
+    assert wanted[3] == [1, 1, 1, 1, 0, 0] and wanted[4] == [1, 1, 0, 0, 1, 0]
+
+    def mask_of(sees):
+        return [[int(sees(q, k)) for k in places] for q in places]
+
+    mask = tree_mask(torch.tensor([BRANCH]), torch.float64)
+    assert mask.shape == (1, 1, 6, 6), f"the shape is (B, 1, T, T), not {tuple(mask.shape)}"
+    assert set(mask.unique().tolist()) == {-math.inf, 0.0}, (
+        "0 where q sees k and -inf where not: it is added to the scores")
+    assert_gives(mask.exp()[0, 0].int().tolist(), wanted, what="the mask (rows are q)", mistakes={
+        "a response sees its siblings": mask_of(lambda q, k: k <= q and BRANCH[k] >= 0),
+        "a token of the prompt is seen by those before it":
+            mask_of(lambda q, k: BRANCH[k] == 0 or sees(q, k)),
+        "a response does not see the prompt":
+            mask_of(lambda q, k: k <= q and BRANCH[k] == BRANCH[q]),
+        "a token sees what comes after it": mask_of(lambda q, k: BRANCH[k] in (0, BRANCH[q])),
+        "a token sees what comes after it, and not what is before":
+            mask_of(lambda q, k: k >= q and BRANCH[k] in (0, BRANCH[q])),
+        "a token does not see itself": mask_of(lambda q, k: k != q and sees(q, k)),
+        "padding sees nothing, so its softmax is empty":
+            mask_of(lambda q, k: BRANCH[q] >= 0 and sees(q, k)),
+        "inverted: -inf where q sees k": mask_of(lambda q, k: not sees(q, k))})
+    assert mask.dtype == torch.float64
+    assert tree_mask(torch.tensor([BRANCH]), torch.float32).dtype == torch.float32
+
+
 # ---------------------------------------------------------------- layout
+
+# What is said of a field that is wrong; the order is that in which a student should get them right.
+FIELDS = {
+    "tokens": "prompt, response 1, ..., response K, padding",
+    "branch": "0 in the prompt, k in response k, -1 in padding",
+    "position": "it counts up; every response starts again at the prompt's length",
+    "own": "the place, row * T + column, of each learnt token",
+    "predictor": "the place of the token before; for the first one the last prompt position",
+    "target": "the learnt tokens themselves",
+    "slot": "row * K + response, from 0, of each learnt token; padding has B * K",
+    "last": "the place of each response's last token",
+    "lengths": "learnt tokens of each response, 0 where a row has fewer responses"}
+
+
+def assert_batch(batch, about=None, **wanted):
+    """The fields of a TreeBatch. about: what is special in it."""
+    for field, meaning in FIELDS.items():
+        if field in wanted:
+            got = getattr(batch, field).tolist()
+            said = f" ({about})" if about else ""
+            assert got == wanted[field], (
+                f"{field}: {meaning}{said}\n     got {got}\n  wanted {wanted[field]}")
+
 
 def test_collate_layout():
     """Two rows with two responses each; the second row ends in padding. First tokens are predicted
     from the last prompt position: 2, and 6 + 0. Whatever is in row 1 is 6 further."""
     batch = collate([([5, 6, 7], [[8, 9], [10]]), ([11], [[12], [13, 14]])])
-    assert batch.tokens.tolist() == [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 0, 0]]
-    assert batch.branch.tolist() == [[0, 0, 0, 1, 1, 2], [0, 1, 2, 2, -1, -1]]
-    assert batch.position.tolist() == [[0, 1, 2, 3, 4, 3], [0, 1, 1, 2, 0, 0]]
-    assert batch.own.tolist() == [3, 4, 5, 7, 8, 9]
-    assert batch.predictor.tolist() == [2, 3, 2, 6, 6, 8]
-    assert batch.target.tolist() == [8, 9, 10, 12, 13, 14]
-    assert batch.slot.tolist() == [0, 0, 1, 2, 3, 3]
-    assert batch.last.tolist() == [[4, 5], [7, 9]]
-    assert batch.lengths.tolist() == [[2, 1], [1, 2]]
+    assert_batch(
+        batch,
+        tokens=[[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 0, 0]],
+        branch=[[0, 0, 0, 1, 1, 2], [0, 1, 2, 2, -1, -1]],
+        position=[[0, 1, 2, 3, 4, 3], [0, 1, 1, 2, 0, 0]],
+        own=[3, 4, 5, 7, 8, 9],
+        predictor=[2, 3, 2, 6, 6, 8],
+        target=[8, 9, 10, 12, 13, 14],
+        slot=[0, 0, 1, 2, 3, 3],
+        last=[[4, 5], [7, 9]],
+        lengths=[[2, 1], [1, 2]])
     assert batch.pairs is batch.samples is batch.ref_logps is batch.rewards is None
     tensors = [value for value in vars(batch).values() if torch.is_tensor(value)]
     assert len(tensors) == 9 and {tensor.dtype for tensor in tensors} == {torch.int64}
 
 
+@pytest.mark.parametrize("kind", [list, tuple, np.array])
+def test_collate_of_arrays_and_lists(kind):
+    """Token ids come as arrays from a data set, as lists from a test; more of them, or fewer, than
+    there are in the prompt."""
+    batch = collate([(kind([5, 6]), [kind([7]), kind([8, 9, 10])])])
+    assert_batch(batch, f"of {kind.__name__}s", tokens=[[5, 6, 7, 8, 9, 10]],
+                 position=[[0, 1, 2, 2, 3, 4]], predictor=[1, 1, 3, 4], lengths=[[1, 3]])
+
+
+def test_collate_of_tokens_that_are_only_read():
+    """A ~token is in the tree as any other, and is not learnt: here the second one and the last."""
+    batch = collate([([5], [[6, ~7, 8, ~0]])])
+    assert_batch(batch, "a ~token is read, and not learnt", tokens=[[5, 6, 7, 8, 0]],
+                 branch=[[0, 1, 1, 1, 1]], position=[[0, 1, 2, 3, 4]], own=[1, 3],
+                 predictor=[0, 2], target=[6, 8], slot=[0, 0], last=[[4]], lengths=[[2]])
+
+
 def test_collate_of_three_responses():
     batch = collate([([5, 6], [[7], [8, 9, 10], [11, 12]])])
-    assert batch.tokens.tolist() == [[5, 6, 7, 8, 9, 10, 11, 12]]
-    assert batch.branch.tolist() == [[0, 0, 1, 2, 2, 2, 3, 3]]
-    assert batch.position.tolist() == [[0, 1, 2, 2, 3, 4, 2, 3]]
-    assert batch.own.tolist() == [2, 3, 4, 5, 6, 7]
-    assert batch.predictor.tolist() == [1, 1, 3, 4, 1, 6]
-    assert batch.target.tolist() == [7, 8, 9, 10, 11, 12]
-    assert batch.slot.tolist() == [0, 1, 1, 1, 2, 2]
-    assert batch.last.tolist() == [[2, 5, 7]]
-    assert batch.lengths.tolist() == [[1, 3, 2]]
+    assert_batch(batch, tokens=[[5, 6, 7, 8, 9, 10, 11, 12]],
+                 branch=[[0, 0, 1, 2, 2, 2, 3, 3]],
+                 position=[[0, 1, 2, 2, 3, 4, 2, 3]],
+                 own=[2, 3, 4, 5, 6, 7],
+                 predictor=[1, 1, 3, 4, 1, 6],
+                 target=[7, 8, 9, 10, 11, 12],
+                 slot=[0, 1, 1, 1, 2, 2],
+                 last=[[2, 5, 7]],
+                 lengths=[[1, 3, 2]])
 
 
 def test_collate_of_different_numbers_of_responses():
     """K is the largest number; a response that is not there has length 0 and no slot."""
     batch = collate([([5], [[6]]), ([7], [[8], [9, 10]])])
-    assert batch.tokens.tolist() == [[5, 6, 0, 0], [7, 8, 9, 10]]
-    assert batch.branch.tolist() == [[0, 1, -1, -1], [0, 1, 2, 2]]
-    assert batch.slot.tolist() == [0, 2, 3, 3]
-    assert batch.lengths.tolist() == [[1, 0], [1, 2]]
+    assert_batch(batch, "rows with fewer responses", 
+                 tokens=[[5, 6, 0, 0], [7, 8, 9, 10]],
+                 branch=[[0, 1, -1, -1], [0, 1, 2, 2]],
+                 slot=[0, 2, 3, 3],
+                 lengths=[[1, 0], [1, 2]])
     assert batch.last.shape == (2, 2)
 
 
@@ -83,73 +164,23 @@ def test_collate_rounds_shapes_up():
     """The row and the response tokens to the multiple. Padding goes to slot B * K, which sum_tokens
     throws away."""
     batch = collate([([5, 6, 7, 1, 2, 3], [[8, 9, 4], [10, 0]])], multiple=4)
-    assert batch.tokens.tolist() == [[5, 6, 7, 1, 2, 3, 8, 9, 4, 10, 0, 0]]
-    assert batch.branch.tolist() == [[0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 2, -1]]
-    assert batch.own.tolist() == [6, 7, 8, 9, 10, 0, 0, 0]
-    assert batch.predictor.tolist() == [5, 6, 7, 5, 9, 0, 0, 0]
-    assert batch.target.tolist() == [8, 9, 4, 10, 0, 0, 0, 0]
-    assert batch.slot.tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
-    assert batch.last.tolist() == [[8, 10]]
+    assert_batch(batch, "with padding", 
+                 tokens=[[5, 6, 7, 1, 2, 3, 8, 9, 4, 10, 0, 0]],
+                 branch=[[0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 2, -1]],
+                 own=[6, 7, 8, 9, 10, 0, 0, 0],
+                 predictor=[5, 6, 7, 5, 9, 0, 0, 0],
+                 target=[8, 9, 4, 10, 0, 0, 0, 0],
+                 slot=[0, 0, 0, 1, 1, 2, 2, 2],
+                 last=[[8, 10]])
     exact = collate([([5, 6, 7, 1, 2], [[8, 9], [10]])], multiple=4)    # nothing to round
     assert exact.tokens.shape == (1, 8)
 
 
 @pytest.mark.parametrize("bad", [
     [([], [[1]])], [([1], [[]])], [([1], [[1], [2]]), ([1], [[1], []])]])
-def test_collate_refuses(bad):
+def test_collate_refuses_an_empty_prompt_or_response(bad):
     with pytest.raises(ValueError, match="^prompts and responses need at least one token$"):
         collate(bad)
-
-
-def with_columns(examples, K):
-    """A batch of a data set whose rows have K responses, and samples after them."""
-    N, S = len(examples), len(examples[0][1]) - K
-    dataset = Dataset(examples, np.ones((N, K, 2), np.float32), np.zeros((N, K + S), np.float32), S)
-    return dataset.batch(np.arange(N))
-
-
-def test_a_batch_moves_to_a_device_whole():
-    """Every tensor of it, the columns too."""
-    batch = with_columns([([5, 6, 7], [[8, 9], [10], [11]])], K=2)
-    assert batch.to("meta") is batch
-    tensors = [value for value in vars(batch).values() if torch.is_tensor(value)]
-    assert len(tensors) == len(vars(batch))
-    assert {tensor.device.type for tensor in tensors} == {"meta"}
-
-
-@pytest.mark.parametrize("config", [CONFIG, FAMILIES[2]])
-def test_everything_is_computed_where_the_model_is(monkeypatch, config):
-    """On torch's "meta" device, which has shapes and no numbers (nor autocast): a tensor made on
-    the CPU by mistake does not mix with its tensors, as it would not with a GPU's."""
-    monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
-    examples = [([1, 2, 3], [[4, 5], [6], [7, 8]]), ([1, 2], [[3], [4, 5, 6], [7]])]
-    batch = with_columns(examples, K=2).to("meta")
-    policy, reward_model = GPT(config).to("meta"), RewardModel(config).to("meta")
-    logps = policy.response_logps(batch)                            # (2, 3)
-    assert logps.device.type == "meta" and logps.shape == (2, 3)
-    assert policy.response_logps(batch, fast=False).device.type == "meta"
-    assert policy.logits(batch.tokens).device.type == "meta"
-    for name in PREFERENCE_LOSSES:
-        flags = knobs(name) | ({"gamma": 0.1} if "gamma" in knobs(name) else {})
-        assert batch_loss(name, logps, batch, **flags).device.type == "meta"
-    bradley_terry(batch.pair_up(reward_model(batch))).sum().backward()
-    assert reward_model.score.weight.grad.device.type == "meta"
-
-
-def test_tree_mask():
-    """Prompt of two tokens, responses of two and one, one padding column."""
-    branch = torch.tensor([[0, 0, 1, 1, 2, -1]])
-    mask = tree_mask(branch, torch.float64)
-    assert mask.shape == (1, 1, 6, 6) and mask.dtype == torch.float64
-    assert mask.exp()[0, 0].int().tolist() == [[1, 0, 0, 0, 0, 0],
-                                               [1, 1, 0, 0, 0, 0],
-                                               [1, 1, 1, 0, 0, 0],
-                                               [1, 1, 1, 1, 0, 0],
-                                               [1, 1, 0, 0, 1, 0],
-                                               [1, 1, 0, 0, 0, 1]]
-    assert set(mask.unique().tolist()) == {-math.inf, 0.0}
-    assert tree_mask(branch, torch.float32).dtype == torch.float32
 
 
 # ---------------------------------------------------------------- equal to separate sequences
@@ -241,6 +272,87 @@ def assert_equal_with_gradients(model, got, wanted, tolerance):
         assert relative_error(of_got[name], of_wanted[name]) < tolerance, name
 
 
+def hidden_by_hand(model, batch, read, siblings=False, restart=True):
+    """What the transformer gives at some places, with a mask that is written out. siblings: whether
+    responses see each other; restart: whether every response starts again at the prompt's
+    length."""
+    T, branch = batch.tokens.size(1), batch.branch[:, None]
+    visible = (branch == 0) | (branch == branch.transpose(1, 2)) | siblings     # (B, q, k)
+    mask = (visible & torch.ones(T, T, dtype=torch.bool).tril()).unsqueeze(1)
+    position = batch.position if restart else torch.arange(T).expand_as(batch.tokens)
+    return model.transformer(batch.tokens, position, mask, read=read)           # (R, C)
+
+
+def add_up(batch, values):
+    """The sum of the values in each response's slot: (R,) -> (B, K)."""
+    slots = [values[batch.slot == slot].sum() for slot in range(batch.last.numel())]
+    return torch.stack(slots).view_as(batch.last)
+
+
+SIBLINGS = "a response sees its siblings: the mask is not the tree's"
+POSITIONS = "a position counts on from one response to the next"
+FEW = [([1, 2], [[3, 4, 5], [6]]), ([7, 8, 9], [[10, 11], [12, 13]]), ([14], [[15], [16]])]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_response_logps_are_those_of_separate_sequences(fast):
+    model, batch = make(GPT), collate(FEW)
+    wanted, weight = separate_logps(model, FEW), model.lm_head.weight
+
+    def logits(read=batch.predictor, **changes):
+        return hidden_by_hand(model, batch, read, **changes) @ weight.t()       # (R, vocab)
+
+    def of_targets(values, target=batch.target):
+        return add_up(batch, values[torch.arange(len(target)), target])         # (B, K)
+
+    right, read_tokens = logits().log_softmax(dim=1), batch.tokens.flatten()[batch.predictor]
+    assert_gives(model.response_logps(batch, fast=fast), wanted, what="log-probs", mistakes={
+        SIBLINGS: of_targets(logits(siblings=True).log_softmax(dim=1)),
+        POSITIONS: of_targets(logits(restart=False).log_softmax(dim=1)),
+        "read at the tokens, not at their predictor":
+            of_targets(logits(read=batch.own).log_softmax(dim=1)),
+        "the mean over its tokens, not their sum": wanted / batch.lengths,
+        "probabilities are added up, not log-probs": of_targets(right.exp()),
+        "logits: log_softmax is missing": of_targets(logits()),
+        "log_softmax is over the tokens, not over the vocabulary":
+            of_targets(logits().log_softmax(dim=0)),
+        "of the token that is read, not of the target": of_targets(right, read_tokens)})
+
+
+def test_rewards_are_those_of_separate_sequences():
+    """At the last token of a response."""
+    model, batch = make(RewardModel), collate(FEW)
+    last, ends = batch.last.flatten(), torch.arange(1, 4) * batch.tokens.size(1) - 1
+
+    def rewards(read=last, **changes):
+        hidden = hidden_by_hand(model, batch, read, **changes)
+        return (hidden @ model.score.weight[0]).view_as(batch.last)
+
+    assert_gives(model(batch), separate_rewards(model, FEW), what="rewards", mistakes={
+        SIBLINGS: rewards(siblings=True), POSITIONS: rewards(restart=False),
+        "read at the row's last column, not at the response's last token":
+            rewards(ends.repeat_interleave(2)),
+        "read before the last token": rewards(last - 1)})
+
+
+def test_summed_rewards_are_those_of_separate_sequences():
+    """With the head "sum": of all tokens of a response."""
+    model, batch = make(summing), collate(FEW)
+    wanted = separate_sums(model, FEW)
+
+    def numbers(read=batch.own, **changes):
+        return hidden_by_hand(model, batch, read, **changes) @ model.score.weight[0]
+
+    assert_gives(model(batch), wanted, what="summed rewards", mistakes={
+        SIBLINGS: add_up(batch, numbers(siblings=True)),
+        POSITIONS: add_up(batch, numbers(restart=False)),
+        "read at the predictors, not at a response's own tokens":
+            add_up(batch, numbers(batch.predictor)),
+        "the mean over its tokens, not their sum": wanted / batch.lengths,
+        "the last token alone, not the sum of all":
+            numbers(batch.last.flatten()).view_as(wanted)})
+
+
 @ALL_MODELS
 @pytest.mark.parametrize("K", [1, 2, 3])
 def test_tree_equals_separate_sequences(kind, brute_force, K):
@@ -281,10 +393,12 @@ def test_responses_share_a_row_or_have_one_each(kind):
 
 @ALL_MODELS
 def test_padding_changes_nothing(kind, brute_force):
-    """Shapes that are rounded up."""
+    """Shapes that are rounded up: more columns, and more tokens that are read."""
     model, examples = make(kind), random_examples(2, seed=2)
-    batch = collate(examples, multiple=4)
-    assert batch.tokens.size(1) % 4 == 0 and len(batch.target) % 4 == 0
+    plain, batch = collate(examples), collate(examples, multiple=32)
+    assert batch.tokens.size(1) > plain.tokens.size(1), "there is padding in the rows"
+    assert len(batch.target) > len(plain.target), "and in what is read"
+    assert_gives(model(batch), brute_force(model, examples), what="a batch with padding")
     assert_equal_with_gradients(model, model(batch), brute_force(model, examples), 1e-9)
 
 
@@ -324,6 +438,42 @@ def test_siblings_do_not_matter(kind):
     assert relative_error(other_sibling[:, 0], values[:, 0]) < 1e-9
     turned = model(collate([(prompt, [second, first])]))
     assert relative_error(turned, values.flip(1)) < 1e-9
+
+
+def with_columns(examples, K):
+    """A batch of a data set whose rows have K responses, and samples after them."""
+    N, S = len(examples), len(examples[0][1]) - K
+    dataset = Dataset(examples, np.ones((N, K, 2), np.float32), np.zeros((N, K + S), np.float32), S)
+    return dataset.batch(np.arange(N))
+
+
+def test_a_batch_moves_to_a_device_whole():
+    """Every tensor of it, the columns too."""
+    batch = with_columns([([5, 6, 7], [[8, 9], [10], [11]])], K=2)
+    assert batch.to("meta") is batch
+    tensors = [value for value in vars(batch).values() if torch.is_tensor(value)]
+    assert len(tensors) == len(vars(batch))
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+@pytest.mark.parametrize("config", [CONFIG, FAMILIES[2]])
+def test_everything_is_computed_where_the_model_is(monkeypatch, config):
+    """On torch's "meta" device, which has shapes and no numbers (nor autocast): a tensor made on
+    the CPU by mistake does not mix with its tensors, as it would not with a GPU's."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    examples = [([1, 2, 3], [[4, 5], [6], [7, 8]]), ([1, 2], [[3], [4, 5, 6], [7]])]
+    batch = with_columns(examples, K=2).to("meta")
+    policy, reward_model = GPT(config).to("meta"), RewardModel(config).to("meta")
+    logps = policy.response_logps(batch)                            # (2, 3)
+    assert logps.device.type == "meta" and logps.shape == (2, 3)
+    assert policy.response_logps(batch, fast=False).device.type == "meta"
+    assert policy.logits(batch.tokens).device.type == "meta"
+    for name in PREFERENCE_LOSSES:
+        flags = knobs(name) | ({"gamma": 0.1} if "gamma" in knobs(name) else {})
+        assert batch_loss(name, logps, batch, **flags).device.type == "meta"
+    bradley_terry(batch.pair_up(reward_model(batch))).sum().backward()
+    assert reward_model.score.weight.grad.device.type == "meta"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

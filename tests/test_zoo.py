@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_losses import COLUMNS, EXTREME, M, assert_gives, h_by_hand, make_batch
+from hints import assert_gives
+from test_losses import COLUMNS, EXTREME, M, h_by_hand, make_batch
 
 import losses
 import train_policy

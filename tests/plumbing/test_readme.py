@@ -145,6 +145,18 @@ def test_the_tree_in_the_readme_is_what_collate_makes():
     assert [int(x) for part in rows["position"] for x in part] == batch.position[0].tolist()
 
 
+@pytest.mark.parametrize("made, command", [
+    ("docs/losses.md", "python experiments/zoo.py --draw"), ("docs/walk.md", "python dev/walk.py"),
+    ("docs/walk.ipynb", "python dev/walk.py"), ("out/report/report.html", "python evaluate.py"),
+    ("docs/img/report.png", "python dev/browser.py out/report/report.html docs/img/report.png")])
+def test_what_is_generated_has_its_command(made, command):
+    """It stands next to the name of what it makes: in the same paragraph, or the same point of a
+    list. (tests/test_zoo.py, test_walk.py and test_page.py fail where one of these is stale.)"""
+    text = re.sub(r"```.*?```", "", text_of(README), flags=re.S)
+    parts = [" ".join(part.split()) for part in re.split(r"\n\n|\n(?=\* )", text)]
+    assert any(made in part and f"`{command}`" in part for part in parts)
+
+
 def test_the_pictures_are_drawn(tmp_path):
     draw.main([f"--out_dir={tmp_path}"])
     drawn = sorted(path.name for path in tmp_path.iterdir())
@@ -248,7 +260,7 @@ def commands():
 @pytest.fixture
 def after_the_speedrun(tmp_path, monkeypatch):
     """A folder with an out/ as the speedrun leaves it, as far as flags are checked against it:
-    each run's flags in its config.json, and its weights (tiny ones)."""
+    each run's flags in its config.json, and its weights (tiny ones); and the report."""
     monkeypatch.chdir(tmp_path)
     config = GPTConfig(block_size=8, vocab_size=300, n_layer=1, n_head=1, n_embd=8)
     runs = {"sft": GPT, "rm": RewardModel}
@@ -261,6 +273,8 @@ def after_the_speedrun(tmp_path, monkeypatch):
         (folder / "config.json").write_text(json.dumps(flags))
         (folder / "state.pt").touch()
         kind(config).save_pretrained(folder)
+    (tmp_path / "out" / "report").mkdir()
+    (tmp_path / "out" / "report" / "report.html").touch()
 
 
 def test_commands_run_after_the_speedrun(after_the_speedrun):

@@ -47,7 +47,7 @@ from support.run import (
     run_names,
 )
 from support.tokenizer import check_same_tokens
-from train_policy import adamw, learning_rate
+from train_policy import adamw
 
 ROOT = str(Path(__file__).parents[2])
 
@@ -918,17 +918,6 @@ def test_where_all_parameters_are_updated_by_a_single_kernel(monkeypatch, device
     parameter = SimpleNamespace(device=SimpleNamespace(type=device), requires_grad=True)
     monkeypatch.setattr(torch.optim, "AdamW", lambda *arguments, **options: options["fused"])
     assert adamw(SimpleNamespace(parameters=lambda: iter([parameter])), 0.25) is fused
-
-
-@pytest.mark.parametrize("max_steps, rates", [
-    (50, {0: 0.5, 1: 1, 2: 1, 26: 0.5, 50: 0}),      # two steps of warm-up, 5% rounded down
-    (40, {0: 0.5, 1: 1, 2: 1, 21: 0.5, 40: 0}),
-    (9, {0: 1, 1: 1, 5: 0.5, 9: 0}),                 # a step of warm-up is the least
-    (2, {0: 1, 1: 1, 2: 0}), (1, {0: 1, 1: 1})])
-def test_learning_rate_by_hand(max_steps, rates):
-    """Up to the peak, in the middle of the cosine, and at the end."""
-    for step, rate in rates.items():
-        assert learning_rate(step, max_steps, 3.0) == pytest.approx(3 * rate)
 
 
 # ------------------------------------------------------------------ the check before step 0

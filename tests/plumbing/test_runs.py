@@ -152,14 +152,6 @@ def demonstrations(tmp_path_factory):
     return write_jsonl(tmp_path_factory.mktemp("demonstrations") / "demonstrations.jsonl", rows)
 
 
-def test_learning_rate():
-    """Warm-up to the peak over 5% of the steps, then a cosine down to zero."""
-    rates = [learning_rate(step, 100, 1.0) for step in range(101)]
-    assert rates[0] == pytest.approx(0.2) and rates[4] == 1.0 and rates[5] == 1.0
-    assert rates[100] == pytest.approx(0)
-    assert all(a >= b for a, b in zip(rates[5:], rates[6:]))
-
-
 # ------------------------------------------------------------------ the run folder
 
 class Interrupted(Exception):
@@ -540,11 +532,6 @@ def test_a_report_without_a_curve_that_is_damaged(tmp_path, capsys, line):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "train/chosen_change": 0}\n' + line)
     assert training_curve(tmp_path)[0] == []
     assert "metrics.jsonl: damaged, and left out of the report\n" in capsys.readouterr().out
-
-
-def test_interval():
-    """By hand: differences 1, 2, 3 have mean 2 and standard error 1 / sqrt(3)."""
-    assert evaluate.interval(np.array([1.0, 2.0, 3.0])) == pytest.approx((2, 1.96 / 3 ** 0.5))
 
 
 def test_accuracy_table_by_hand():
