@@ -1,7 +1,8 @@
 """Turns preference data into batches: the tree batch, batch order, biased subsets (D_rho).
 
 A row is {"prompt": ..., "responses": [..., ...]}, in text or chat messages. The responses are the
-chosen and the rejected one, or K of them, the best first, or a demonstration. As token ids, a row
+chosen and the rejected one, or K of them, the best first, or a demonstration, or one response with
+a label that says whether it is desirable. As token ids, a row
 is an *example*: (prompt ids, [response ids, ...]), where each response ends in the end-of-text
 token. Everything about an example that stays fixed during training (the reference's log-probs,
 rewards) is a column of the `Dataset`.
@@ -22,7 +23,7 @@ import tinytldr
 from support.device import computing, round_up
 from support.flags import InputError
 from support.tokenizer import read_tokenizer
-from support.tokens import encode, example_lengths, reorder, select, select_file, take_rows
+from support.tokens import encode, example_lengths, select, select_file, take_rows
 
 # ------ the tree batch
 
@@ -50,6 +51,8 @@ class TreeBatch:
     pair_row     (P,)   int64   the row of each pair
     pair_weight  (P,) float32   1 / (pairs in its row): the weights of a row add up to 1
     samples      (B, S) int64   which responses of each row are samples from the reference
+    desirable    (B,) bool      the label of each row's one response, if it has a label
+    label_weight (B,) float32   1 / the share of the data set's rows that have this label
     ref_logps    (B, K) float32       the reference's log-probs of the responses, if known
     rewards      (B, K - S, M) float32    rewards by M reward models, if known
     below        (B, T, C) float32        what frozen layers compute, if there are any
@@ -67,6 +70,8 @@ class TreeBatch:
     pair_row: torch.Tensor = None
     pair_weight: torch.Tensor = None
     samples: torch.Tensor = None
+    desirable: torch.Tensor = None
+    label_weight: torch.Tensor = None
     ref_logps: torch.Tensor = None
     rewards: torch.Tensor = None
     below: torch.Tensor = None
@@ -161,12 +166,15 @@ class Dataset:
     ref_logps   (N, K) float32: the reference's log-probs of the responses, in nats
     n_samples   S, which is 0 where the loss has no KL term
     below       N (T, C) float32: with --freeze, what the frozen layers make of each row's T tokens
+    desirable   (N,) bool: the labels of responses that have no partner, or None. A row then has one
+                response; in the place of a sample, KTO adds the response of another row
     """
     examples: list
     rewards: np.ndarray = None
     ref_logps: np.ndarray = None
     n_samples: int = 0
     below: list = None
+    desirable: np.ndarray = None
 
     def __len__(self):
         return len(self.examples)
@@ -176,7 +184,9 @@ class Dataset:
         rewards = None if self.rewards is None else self.rewards[rows]
         ref_logps = None if self.ref_logps is None else self.ref_logps[rows]
         below = None if self.below is None else [self.below[row] for row in rows]
-        return Dataset(take_rows(self.examples, rows), rewards, ref_logps, self.n_samples, below)
+        desirable = None if self.desirable is None else self.desirable[rows]
+        return Dataset(take_rows(self.examples, rows), rewards, ref_logps, self.n_samples, below,
+                       desirable)
 
     def first(self, n):
         """Returns a data set of the first n rows (None: all). They are a random part of it, because
@@ -200,6 +210,10 @@ class Dataset:
             batch.below = torch.zeros(B, T, self.below[0].shape[1])     # (B, T, C)
             for b, row in enumerate(rows):
                 batch.below[b, :len(self.below[row])] = torch.from_numpy(self.below[row])
+        if self.desirable is not None:
+            batch.desirable = torch.from_numpy(self.desirable[rows])
+            share = float(self.desirable.mean())
+            batch.label_weight = 1 / torch.where(batch.desirable, share, 1 - share)
         return batch
 
     def with_samples(self, samples):
@@ -208,7 +222,21 @@ class Dataset:
         """
         examples = [(prompt, [*responses, np.array(sample, np.int32)])
                     for (prompt, responses), sample in zip(self.examples, samples)]
-        return Dataset(examples, self.rewards, None, self.n_samples + 1)
+        return Dataset(examples, self.rewards, None, self.n_samples + 1,
+                       desirable=self.desirable)
+
+    def with_mismatched(self, block_size):
+        """Returns a data set of the same rows, each with the response of the next row as its last
+        response: KTO's reference point is estimated by these. One that does not fit block_size
+        after this prompt loses its end, and the number of those is printed."""
+        own = [responses[0] for _, responses in self.examples]
+        others = [*own[1:], own[0]]
+        rooms = [block_size - len(prompt) for prompt, _ in self.examples]
+        n_cut = sum(len(other) > room for other, room in zip(others, rooms))
+        if n_cut:
+            print(f"{n_cut} of {len(self)} mismatched responses lose their end, as they don't fit "
+                  f"block_size {block_size}")
+        return self.with_samples([other[:room] for other, room in zip(others, rooms)])
 
     def response_lengths(self):
         """Counts the tokens in each response, its end-of-text token included. Samples from the
@@ -311,8 +339,8 @@ def biased_subset(lengths, rho, n=None, seed=0):
     if not 0 <= rho <= 1:
         raise InputError(f"rho is a fraction between 0 and 1, not {rho}")
     if np.shape(lengths)[1] != 2:
-        raise InputError("--rho, --bias: subsets by length are of pairs; with more responses use "
-                         "--rho=all")
+        raise InputError("--rho, --bias: subsets by length are of pairs; with one response a row, "
+                         "or more than two, use --rho=all")
     sides = longer(lengths)
     chosen, rejected = np.flatnonzero(sides == 1), np.flatnonzero(sides == -1)
 
@@ -354,8 +382,12 @@ def relabel(dataset, rewards):
     """Orders the responses of each row by new rewards, the highest first. Rows with a tie are
     dropped, and the number of them is printed.
 
-    rewards: (N, K), one for each response. Returns a Dataset. InputError if no row is left.
+    rewards: (N, K), one for each response. Returns a Dataset. InputError if no row is left, or rows
+    have no two responses.
     """
+    if dataset.desirable is not None:
+        raise InputError("--relabel: it orders the responses of a row, and rows have one, with a "
+                         "label")
     order = np.argsort(-rewards, axis=1)                                            # (N, K)
     undecided = (np.diff(np.sort(rewards, axis=1), axis=1) == 0).any(axis=1)        # (N,)
     if undecided.any():
@@ -365,7 +397,9 @@ def relabel(dataset, rewards):
     columns = dataset.rewards
     if columns is not None:
         columns = np.take_along_axis(columns, order[:, :, None], axis=1)
-    return Dataset(reorder(dataset.examples, order), columns).take(np.flatnonzero(~undecided))
+    examples = [(prompt, [responses[k] for k in row_order])
+                for (prompt, responses), row_order in zip(dataset.examples, order)]
+    return Dataset(examples, columns).take(np.flatnonzero(~undecided))
 
 
 # ------ text to tokens to data sets
@@ -388,13 +422,13 @@ def demonstrations(data, split, tokenizer, block_size, seed=0, skip_bad_rows=Fal
     """
     if data == "tinytldr":
         arrays = encode(tinytldr.demonstration_rows(seed, split), tokenizer)
-        return Dataset(*select(arrays, block_size, f"{data}, {split}"))
-    return Dataset(*select_file(data, split, tokenizer, block_size, skip_bad_rows,
-                                demonstrations=True))
+        return Dataset(**select(arrays, block_size, f"{data}, {split}"))
+    return Dataset(**select_file(data, split, tokenizer, block_size, skip_bad_rows,
+                                 demonstrations=True))
 
 
 def preferences(data, split, tokenizer, policy, cache, pool=None, label_temperature=0, seed=0,
-                skip_bad_rows=False):
+                skip_bad_rows=False, unpaired=False):
     """Reads preferences, with their natural mix of lengths: those of a file, or for TinyTLDR pairs
     of responses sampled from `policy`. Returns a Dataset.
 
@@ -402,11 +436,13 @@ def preferences(data, split, tokenizer, policy, cache, pool=None, label_temperat
     a GPT; prompts are cut to its block_size. cache: the folder in which TinyTLDR's pairs are kept.
     pool, label_temperature, seed: how many pairs of TinyTLDR are sampled to train on, and the noise
     and the random numbers of their labels. skip_bad_rows: leaves out rows in which something is
-    wrong. InputError if the data can't be read or has no usable row.
+    wrong. unpaired: takes single responses with a label as well. InputError if the data can't be
+    read or has no usable row.
     """
     block_size = policy.config.block_size
     if data == "tinytldr":
         n = pool if split == "train" else 1000
         rows = tinytldr.pair_rows(split, n, policy, tokenizer, cache, label_temperature, seed)
-        return Dataset(*select(encode(rows, tokenizer), block_size, f"{data}, {split}"))
-    return Dataset(*select_file(data, split, tokenizer, block_size, skip_bad_rows))
+        return Dataset(**select(encode(rows, tokenizer), block_size, f"{data}, {split}"))
+    return Dataset(**select_file(data, split, tokenizer, block_size, skip_bad_rows,
+                                 unpaired=unpaired))

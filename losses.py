@@ -216,6 +216,8 @@ LOSSES = {
 }
 PREFERENCE_LOSSES = [name for name in LOSSES if name != "sft"]
 MORE = {}       # losses of other files that --loss also knows, by name: zoo.py fills in its own
+UNPAIRED = {}   # what those compute for rows with one response and a label, where they can: {name:
+#                 function of (log-ratios, desirable, log-ratios of mismatched responses, flags)}
 
 # The paper's six methods, and what each distils: one reward model ("rm") or the family ("rms").
 PAPER = {"dpo": None, "ipo": None, "d-dpo": "rm", "p-dpo": None, "dp-dpo": "rm", "e-dpo": "rms"}
@@ -254,10 +256,13 @@ def batch_loss(name, logps, batch, **knobs):
 
     name: see loss_function. logps: (B, K) summed log-probs of all responses. batch: a TreeBatch
     with the columns that the loss needs. knobs: the flags of the loss; gamma is the number for this
-    step. Returns (P,); for sft (B,).
+    step. Returns (P,); for sft, and where rows have one response with a label, (B,).
     """
     if name == "sft":
         return sft(logps)
+    if batch.desirable is not None:     # one response with a label, and one of another row
+        log_ratios = logps - batch.ref_logps                                    # (B, 2)
+        return UNPAIRED[name](log_ratios[:, 0], batch.desirable, log_ratios[:, 1], **knobs)
     columns = {"logps": logps, "ref_logps": batch.ref_logps, "rewards": batch.rewards,
                "lengths": batch.lengths}
     arguments = {need: batch.pair_up(columns[need]) for need in needs(name) if need != "kl"}

@@ -171,12 +171,13 @@ def judge_samples(name, judges, texts, prompts, samples, tokenizer, args):
     return rewards, cut
 
 
-def training_pairs(args, tokenizer, policy, device):
+def training_pairs(args, tokenizer, policy, device, unpaired=False):
     """Loads the preference pairs that a reward model or a policy learns from. With --relabel, that
     reward model labels them again first. The training pairs are then subsampled to the length bias
     --rho (D_rho); the validation pairs keep their natural mix of lengths.
 
-    policy: the reference, from which TinyTLDR's pairs are sampled. Returns (train, validation), a
+    policy: the reference, from which TinyTLDR's pairs are sampled. unpaired: takes rows with one
+    labelled response as well. Returns (train, validation), a
     Dataset each.
     """
     cache = cache_folder(args.init_from, args.out_dir)
@@ -184,7 +185,7 @@ def training_pairs(args, tokenizer, policy, device):
     pairs = []
     for split in ("train", "validation"):
         dataset = preferences(args.data, split, tokenizer, policy, cache, args.pool,
-                              args.label_temperature, args.seed, args.skip_bad_rows)
+                              args.label_temperature, args.seed, args.skip_bad_rows, unpaired)
         if labellers:
             rewards = family_scores(labellers, dataset, args.out_dir, f"{split}-relabel")
             dataset = relabel(dataset, rewards.mean(axis=2))

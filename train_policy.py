@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from data import BatchOrder, by_length, demonstrations, get_tokenizer
 from lora import add_lora, check_rank
-from losses import PAPER, batch_loss, best_member, knobs, needs
+from losses import PAPER, UNPAIRED, batch_loss, best_member, knobs, needs
 from model import GPT, GPTConfig
 from reward import (
     family_scores,
@@ -33,6 +33,7 @@ from support.columns import (
     add_frozen,
     cache_folder,
     cached,
+    check_labels,
     check_rounding,
     check_step_0,
     count_cut_off,
@@ -125,6 +126,8 @@ def with_columns(dataset, split, policy, tokenizer, reward_models, args):
                       args.max_new_tokens, "the KL counts the tokens that were drawn")
         for first in range(0, len(samples), len(dataset)):
             dataset = dataset.with_samples(samples[first:first + len(dataset)])
+    if dataset.desirable is not None:
+        dataset = dataset.with_mismatched(policy.config.block_size)
     entry = key(weights, hash_examples(dataset.examples), args.dtype)
     logps = cached(cache, f"{split}-logps", entry, score, policy, dataset,
                    desc=f"{split} log-probs")
@@ -142,11 +145,17 @@ def statistics(logps, batch):
     logps: (B, K) summed log-probs of the policy, in nats. batch: a TreeBatch. Returns {name: (P,)},
     one number for each pair, times the pair's weight in its row: chosen_change, rejected_change,
     margin and accuracy, where a margin of 0 is half right. If rows have samples, forward_kl has one
-    number for each row, (B,). SFT has no reference to compare with, so it returns {}.
+    number for each row, (B,), as all have where rows are single responses with a label. SFT has no
+    reference to compare with, so it returns {}.
     """
     if batch.ref_logps is None:
         return {}
     change = logps.detach() - batch.ref_logps               # (B, K) log-ratios
+    if batch.desirable is not None:
+        weighted = change[:, 0] * batch.label_weight        # (B,)
+        return {"desirable_change": weighted * batch.desirable,
+                "undesirable_change": weighted * ~batch.desirable,
+                "mismatched_change": change[:, 1]}
     chosen, rejected = batch.pair_up(change).unbind(dim=1)  # (P,) each
     h = chosen - rejected
     prefers_chosen = (h > 0).float() + 0.5 * (h == 0)
@@ -288,7 +297,9 @@ def main(argv=None):
         validation = demonstrations(args.data, "validation", *common)
         watched = {"validation": by_length(validation.first(args.n_eval))}
     else:
-        train, validation = training_pairs(args, tokenizer, policy, device)
+        train, validation = training_pairs(args, tokenizer, policy, device, args.loss in UNPAIRED)
+        if train.desirable is not None:
+            check_labels(train.desirable, args)
         if "kl" in needs(args.loss) or judges:          # this run will draw samples
             args.max_new_tokens = args.max_new_tokens or longest_sample(
                 example_lengths(train.examples), policy.config.block_size, "training")
@@ -303,7 +314,8 @@ def main(argv=None):
     order = BatchOrder(train.row_lengths(), args.batch_size, args.seed)
 
     # ---- model
-    constants = key(hash_model(policy), hash_examples(train.examples), train.rewards)
+    constants = key(hash_model(policy), hash_examples(train.examples),
+                    train.rewards if train.desirable is None else train.desirable)
     if args.lora:       # from here on an adapter is trained; the reference's weights stay frozen
         add_lora(policy, args.lora, args.init_from, args.seed)
     optimizer = adamw(policy, args.lr)

@@ -22,7 +22,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from losses import LOSSES, MORE, d_dpo, dpo, log_ratio_margin, reward_margin
+from losses import LOSSES, MORE, UNPAIRED, d_dpo, dpo, log_ratio_margin, reward_margin
 
 # ------ margins
 
@@ -151,18 +151,37 @@ def bco(logps, ref_logps, beta=1.0):
     return -F.logsigmoid(beta * u - delta) - F.logsigmoid(delta - beta * v)
 
 
-def kto(logps, ref_logps, beta=1.0):
-    """Computes sigma(beta (z - u)) + sigma(beta (v - z)), where z = max(0, mean(u, v)).
+def kto(logps, ref_logps, beta=1.0, desirable_weight=1.0, undesirable_weight=1.0):
+    """Computes D sigma(beta (z - u)) + U sigma(beta (v - z)), where z = max(0, mean(u, v)).
 
     Prospect theory: gains and losses are felt against a reference point z, the KL to the reference
     model, and less and less with their size. The paper estimates z from responses to other prompts
-    of the batch; here it is the mean log-ratio of the batch's own, without a gradient.
+    of the batch; here it is the mean log-ratio of the batch's own, without a gradient. D and U are
+    the two weights. On rows with one labelled response, kto_unpaired is what is computed.
 
-    KTO: Ethayarajh et al. (2024), arXiv 2402.01306, Eq. 8, with lambda_D = lambda_U = 1.
+    KTO: Ethayarajh et al. (2024), arXiv 2402.01306, Eq. 8 (D, U are their lambda_D, lambda_U).
     """
     u, v = log_ratios(logps, ref_logps)
     z = (u + v).detach().mean().clamp(min=0) / 2
-    return torch.sigmoid(beta * (z - u)) + torch.sigmoid(beta * (v - z))
+    return (desirable_weight * torch.sigmoid(beta * (z - u))
+            + undesirable_weight * torch.sigmoid(beta * (v - z)))
+
+
+def kto_unpaired(u, desirable, mismatched, beta=1.0, desirable_weight=1.0, undesirable_weight=1.0):
+    """Computes D sigma(beta (z - u)) of a desirable response, U sigma(beta (u - z)) of another one,
+    where z = max(0, mean(mismatched)).
+
+    KTO as it was published, for single responses that people wanted or did not want. z estimates
+    KL(pi || ref) as the paper and TRL do: by responses to other prompts of the batch, without a
+    gradient. D and U, the two weights, make up for labels of which one kind is rare.
+    u: (B,) log-ratios of B responses. desirable: (B,) bool. mismatched: (B,) log-ratios of
+    responses to other prompts, each read after a prompt of this batch. Returns (B,).
+
+    KTO: Ethayarajh et al. (2024), arXiv 2402.01306, Eq. 8 and the estimate of z_0 below it.
+    """
+    z = mismatched.detach().mean().clamp(min=0)
+    losses = torch.sigmoid(beta * torch.where(desirable, z - u, u - z))
+    return torch.where(desirable, desirable_weight, undesirable_weight) * losses
 
 
 def apo_zero(logps, ref_logps, beta=1.0):
@@ -440,6 +459,7 @@ ZOO = {
     "rebel": rebel,
 }
 MORE.update(ZOO)                        # now losses.py finds them by name
+UNPAIRED["kto"] = kto_unpaired
 
 
 def all_losses():
@@ -481,8 +501,8 @@ TRL = {
         "": ("orpo", "weight is its beta; TRL's first term is the mean over all tokens of a batch"),
     },
     "KTOTrainer": {
-        "kto": ("kto", "on the two halves of a pair; TRL takes z from responses to other prompts, "
-                       "as the paper does"),
+        "kto": ("kto", "on rows with one labelled response. On pairs, TRL takes them apart, and z "
+                       "from responses to other prompts, as the paper does"),
         "apo_zero_unpaired": ("apo-zero", "on the two halves of a pair, plus 1"),
     },
     "RewardTrainer": {"": ("bradley_terry", "losses.py; the loss of train_rm.py")},

@@ -155,7 +155,7 @@ def examples_for(args, config):
         raise InputError(f"--model: {args.model} knows {config.vocab_size} tokens, and --tokenizer "
                          f"{args.tokenizer} has {tokenizer.n_vocab}; for gpt2 use small or gpt2")
     arrays = tokenised_file(args.data, tokenizer, skip_bad_rows=args.skip_bad_rows)
-    examples, _ = select(arrays, config.block_size, args.data)
+    examples = select(arrays, config.block_size, args.data)["examples"]
     return [(prompt, [*responses, responses[0]]) for prompt, responses in examples]
 
 

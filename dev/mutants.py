@@ -42,7 +42,7 @@ GROUPS = {
         "reward.py": ["RewardModel.forward"],
         "support/logprobs.py": [""],
         "support/tokens.py": ["encode", "fit", "equal_responses", "select"],
-        "support/rows.py": ["parse", "scores_of", "text_of"],
+        "support/rows.py": ["parse_rows", "scores_of", "part_of"],
     }, ("test_losses", "test_theory", "test_attention", "test_tree", "test_estimators",
         "test_data", "test_tokens", "test_rows", "test_generation", "test_model")),
     "training": Group({

@@ -9,7 +9,7 @@ import torch
 
 import zoo
 from experiments.figure2 import with_interval
-from experiments.properties import along, properties, slopes
+from experiments.properties import along, at_reference_unpaired, properties, slopes
 from experiments.trials import ROOT
 from losses import PREFERENCE_LOSSES, knobs, loss_function
 from support.report import markdown_table, pyplot, save
@@ -91,6 +91,20 @@ What to look at:
 
 Each panel shows a loss minus its lowest value there (blue), and its slope along h (orange), for h
 from -6 to 6 on the same pair. The dotted line is the reference.
+"""
+
+UNPAIRED = """
+## Single responses with a label
+
+`--loss=kto` also reads rows with one response that people wanted or did not want
+([data.md](data.md#columns)). Its loss is then `D sigma(beta (z - u))` of a desirable response and
+`U sigma(beta (u - z))` of another one (`kto_unpaired` in [zoo.py](../zoo.py)). D and U are
+`--desirable_weight` and `--undesirable_weight`. z is the mean log-ratio of responses to other
+prompts, or 0 if that is below: each prompt of a batch is also read with the response of another
+row. So do the paper and TRL. At the reference the loss is {0[0]:g} and {0[1]:g}, and its derivative
+with respect to the response's log-prob {1[0]:g} and {1[1]:g}. Like KTO on pairs it is neither
+convex nor unbounded: it lies between 0 and the weight, and gives up on a response that is far on
+the wrong side.
 """
 
 TRL = """
@@ -212,7 +226,8 @@ def measured(methods, knob_of, rows, chosen):
 def page(methods, knob_of, rows, chosen):
     """Returns the text of docs/losses.md."""
     return "\n".join([INTRODUCTION, catalogue(), PROPERTIES, property_table(), READING,
-                      TRL + trl_table(), measured(methods, knob_of, rows, chosen)])
+                      UNPAIRED.format(*at_reference_unpaired("kto")), TRL + trl_table(),
+                      measured(methods, knob_of, rows, chosen)])
 
 
 def draw():

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 
-from losses import GAMMA, knobs, loss_function, needs
+from losses import GAMMA, UNPAIRED, knobs, loss_function, needs
 
 REF_LOGP, MARGINS, PAIRS = -60.0, (1.0, 1.5, 2.0, 2.5, 3.0), 8
 FAR = (60.0, 0.0, -1e2, -1e3, -1e4)     # log-ratios; at 60 a response has probability 1
@@ -85,6 +85,14 @@ def at_reference(name):
     losses = losses_of(name, u, v)
     gradients = torch.autograd.grad(losses.sum(), (u, v))
     return losses[0].item(), *(gradient[0].item() for gradient in gradients)
+
+
+def at_reference_unpaired(name):
+    """Returns what a loss is for single responses with a label, at the reference: its value and its
+    derivative, each for a desirable response and for an undesirable one."""
+    u = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    losses = UNPAIRED[name](u, torch.tensor([True, False]), torch.zeros(2, dtype=torch.float64))
+    return losses.tolist(), torch.autograd.grad(losses.sum(), u)[0].tolist()
 
 
 def random_places(n, columns=2):

@@ -181,7 +181,7 @@ def check_data(args):
         try:
             arrays = tokenised_file(data, get_tokenizer("gpt2"), flag == "--sft_data",
                                     args.skip_bad_rows)
-            examples = {split: select(arrays, block_size, f"{data}, {split}", split)[0]
+            examples = {split: select(arrays, block_size, f"{data}, {split}", split)["examples"]
                         for split in splits}
             if flag == "--data":
                 check_pairs(args, examples["train"].lengths[:, 1:])

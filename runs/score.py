@@ -72,6 +72,8 @@ def scorable(data, tokenizer, block_size, skip_bad_rows=False):
     """Rows of text whose responses can be scored, and their examples: (rows, Dataset)."""
     rows = list(load_rows(data, skip_bad_rows=skip_bad_rows, prepare=preparer(tokenizer)))
     arrays = encode(rows, tokenizer)
+    if "desirable" in arrays:
+        raise InputError(f"--data: {data}: single responses with a label; scores compare responses")
     examples = fit(arrays, block_size)
     kept = [number for number, row in enumerate(rows) if examples.lengths[number, 0] > 0
             and all(text.strip() for text in row_texts(row)[1])]

@@ -76,7 +76,7 @@ def main(argv=None):
     args = parse_flags(argv)
     tokenizer = get_tokenizer(args.tokenizer)
     arrays = tokenised_file(args.data, tokenizer, args.sft, args.skip_bad_rows)
-    dataset = Dataset(*select(arrays, args.block_size, args.data))
+    dataset = Dataset(**select(arrays, args.block_size, args.data, unpaired=True))
     show_batch(dataset.batch(random_order(len(dataset))[:4]), tokenizer)
     scores = ""
     if dataset.rewards is not None:

@@ -138,15 +138,13 @@ def text_segments(prompt, response, context=PERSON):
 
 
 def chat_segments(template, prompt, response, thinking=False):
-    """Renders a prompt and a response, lists of messages, by a chat template.
+    """Renders a prompt and a response, lists of messages, by a chat template. Returns (the prompt's
+    text, [(text, learnt), ...]).
 
-    The response begins with a turn of the assistant. If the prompt ends with the assistant, the
-    response continues that turn. thinking: see ChatTemplate.render. Returns (the prompt's text,
-    [(text, learnt), ...]).
-
-    White space around a reply is taken off. Otherwise the reply's first token could merge with the
-    new line before it into another token. The response ends where the template ends its last turn;
-    the new line that templates write after that is dropped.
+    The response begins with a turn of the assistant, or continues the one with which the prompt
+    ends. White space around a reply is taken off: a reply's first token could merge with the new
+    line before it. The response ends where the template ends its last turn; the new line that
+    templates write after that is dropped. thinking: see ChatTemplate.render.
     """
     prompt = [template.guard(message) for message in prompt]
     response = [template.guard(message) for message in response]

@@ -104,13 +104,9 @@ def frozen_states(model, dataset):
 
 
 def sample(model, prompts, max_new_tokens, stop, seed, temperature=1.0, desc="sample"):
-    """Samples one response to each prompt. prompts: lists of token ids; where one leaves no room
-    for max_new_tokens, its response is cut off. stop: the token or tokens that end a response.
-    seed: a number or several. Returns lists of token ids.
-
-    The random numbers come from generators of their own, one for each thousand prompts, so that
-    sampling does not change the training, nor depend on the number of processes.
-    """
+    """Samples one response to each prompt; both are lists of token ids. stop: the token or tokens
+    that end a response. seed: a number or several. Each thousand prompts have a generator of their
+    own, so that sampling does not change the training, nor depend on the number of processes."""
     model = gathered(model)
     device = next(model.parameters()).device
     parts = [range(first, min(first + PROMPTS_PER_STREAM, len(prompts)))
@@ -132,11 +128,10 @@ def sample(model, prompts, max_new_tokens, stop, seed, temperature=1.0, desc="sa
 
 
 def with_end(prompt, sample, ends, block_size):
-    """Returns a prompt and a sample (token ids) as a reward model was trained to read them: the
-    sample ends in the first of `ends`, the tokens that end a text. A sample that was cut off gets
-    that token appended; in one that ended in another of `ends`, it replaces the last token. If
-    block_size has no room for it, the prompt loses its start, and when the prompt is down to one
-    token, the sample loses its last ones."""
+    """Returns a prompt and a sample (token ids) as a reward model was trained to read them. The
+    sample ends in the first of `ends`, the tokens that end a text: it is appended, or replaces
+    another of them. To make room in block_size, the prompt loses its start, down to one token, and
+    then the sample its last tokens."""
     if not was_cut_off(sample, ends):
         sample = sample[:-1]
     sample = [*sample[:block_size - 2], ends[0]]
@@ -150,9 +145,9 @@ def was_cut_off(sample, ends):
 
 
 def count_cut_off(name, samples, ends, max_new_tokens, then):
-    """Prints how many samples were cut off, as a warning if they are more than 5%. name: whose
-    samples they are. ends: the tokens that end a text. then: what becomes of those that were cut
-    off, as text. Returns which were, (N,) bool."""
+    """Prints how many samples were cut off, as a warning if they are more than 5%. name: whose they
+    are. ends: the tokens that end a text. then: what becomes of those, as text. Returns which were
+    cut off, (N,) bool."""
     cut = np.array([was_cut_off(sample, ends) for sample in samples])
     at_limit = cut & np.array([len(sample) >= max_new_tokens for sample in samples])
     say_cut_off(name, len(cut), max_new_tokens, int(at_limit.sum()), int((cut & ~at_limit).sum()),
@@ -164,40 +159,36 @@ def say_cut_off(name, n, max_new_tokens, n_at_limit, n_at_block_size, then):
     """Prints how many of n samples were cut off, if any were, at max_new_tokens and at
     block_size."""
     n_cut = n_at_limit + n_at_block_size
-    if not n_cut:
-        return
     places = {f"--max_new_tokens={max_new_tokens}": n_at_limit, "block_size": n_at_block_size}
     where = " and ".join(f"{number} at {place}" for place, number in places.items() if number)
-    line = (f"{name}: {n_cut} of {n} samples ({n_cut / n:.1%}) were cut off before their "
-            f"end-of-text token, {where}: {then}")
-    if n_cut > MANY_CUT_OFF * n:
-        line = f"warning: {line}"
-        line += "; a higher --max_new_tokens cuts off fewer" if n_at_limit else ""
-    tqdm.write(line, file=sys.stdout)           # there may be a progress bar
+    many = n_cut > MANY_CUT_OFF * n
+    if n_cut:       # tqdm: there may be a progress bar
+        tqdm.write("warning: " * many + f"{name}: {n_cut} of {n} samples ({n_cut / n:.1%}) were "
+                   f"cut off before their end-of-text token, {where}: {then}"
+                   + "; a higher --max_new_tokens cuts off fewer" * (many and n_at_limit > 0),
+                   file=sys.stdout)
 
 
 # ------------------------------------------------------------------ kept on disk
 
 
 def cached(folder, name, entry, function, *args, **options):
-    """Returns function(*args, **options), an array or a value that JSON can hold. It is computed
-    once, and later read from folder/name-entry.npz. InputError if a number in it is not finite.
-
-    If the file can't be written (the disk is full, or the folder belongs to somebody else), the
-    value will be computed again next time, which is no reason to stop.
-    """
+    """Returns function(*args, **options): an array, {name: array}, or a value that JSON can hold.
+    It is computed once, and later read from folder/name-entry.npz. If that can't be written (the
+    disk is full, or the folder somebody else's), a warning says so. InputError if a number in it is
+    not finite."""
     path = os.path.join(folder, f"{name}-{entry}.npz")
     value = read_value(path)
     if add_up({"read": value is not None})["read"] == PROCESSES:        # all decide alike
         print(f"{name}: from {path}")
         return value
     value = function(*args, **options)
-    arrays = {"array": value}
+    arrays = value if isinstance(value, dict) else {"array": value}
     try:
-        if not isinstance(value, np.ndarray):
+        if not isinstance(value, (np.ndarray, dict)):
             text = json.dumps(value, allow_nan=False)
             arrays = {"json": np.frombuffer(text.encode(), np.uint8)}
-        elif not np.isfinite(value).all():
+        elif isinstance(value, np.ndarray) and not np.isfinite(value).all():
             raise ValueError
     except ValueError as error:
         raise InputError(f"{name}: the model gives numbers that are not finite") from error
@@ -216,11 +207,12 @@ def cached(folder, name, entry, function, *args, **options):
 def read_value(path):
     """Returns the value in a cached file; None if there is no file, or it is damaged."""
     try:
-        with np.load(path) as arrays:       # compares the checksums in the file
-            if "array" in arrays:
-                return arrays["array"]
+        with np.load(path) as file:         # compares the checksums in the file
+            arrays = dict(file)
+        if "json" in arrays:
             return json.loads(arrays["json"].tobytes())
-    except FileNotFoundError:
+        return arrays.get("array", arrays)
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception as error:      # numpy and zipfile raise many kinds
         reason = error.strerror if isinstance(error, OSError) else "damaged"
@@ -229,9 +221,8 @@ def read_value(path):
 
 
 def cache_folder(init_from, out_dir):
-    """Returns the folder for a reference's scores and samples. It is in the reference's own folder,
-    so that all policies trained from it share them. If the reference is a name on the hub, or
-    nothing can be written next to it, the folder is in that of the run."""
+    """Returns the folder for a reference's scores and samples: in its own, so that all policies
+    trained from it share them; or in the run's, if it is on the hub or can't be written to."""
     cache = os.path.join(init_from, "cache")
     folder = cache if os.path.lexists(cache) else init_from
     if os.path.isdir(folder) and os.access(folder, os.W_OK):
@@ -295,12 +286,10 @@ def hash_examples(examples):
 
 
 def check_rounding(policy, dataset, split):
-    """Compares the reference's log-probs in bfloat16, for some rows of a data set, with those of a
-    float32 forward pass, and prints how far apart they are. AssertionError if for some response
-    that is more than 0.5 nats plus 0.02 for each of its tokens, which rounding can't explain.
-
-    policy: still the reference. dataset: with its column ref_logps, (N, K). split: its name.
-    """
+    """Compares the reference's log-probs in bfloat16 (the column ref_logps) with those of a
+    float32 forward pass, in some rows, and prints how far apart they are. AssertionError if that is
+    more than 0.5 nats plus 0.02 for each token of a response, which rounding can't explain. policy:
+    still the reference. split: the data set's name."""
     rows = np.linspace(0, len(dataset) - 1, min(SOME, len(dataset))).astype(int)
     some = dataset.take(rows)
     with in_float32():
@@ -327,7 +316,8 @@ def check_step_0(losses, expected, logps, ref_logps, args):
         raise AssertionError("before step 0, the policy's log-probs differ from the reference's by "
                              f"up to {change} nats")
     scale = max(1, args.beta or 1, *(args.gamma or ()))
-    scale *= max(1, getattr(args, "weight", None) or 1)     # of a second term in beta * h
+    for name in ("weight", "desirable_weight", "undesirable_weight"):       # of terms in beta * h
+        scale *= max(1, getattr(args, name, None) or 1)
     slack = 2 * scale * change + 1e-4       # of beta * h (or its square), or the KL
     wrong = (losses - expected).abs() > (1 + expected.abs()) * slack + slack**2
     if wrong.any():
@@ -337,14 +327,30 @@ def check_step_0(losses, expected, logps, ref_logps, args):
           f"{losses.sum() / len(logps):.4f}")
 
 
-def say_spread(rewards, names):
-    """Prints how much the margins of each member of a family vary. If those of a member hardly do,
-    it is the nearest one as long as the policy is near the reference, whatever it has learnt. Then
-    e-DPO's minimum picks it for nearly all pairs, and a warning says so.
-
-    rewards: (N, K, M) of the training rows, the best response first. names: of M reward models, or
-    none where the rewards came with the data.
+def check_labels(desirable, args):
+    """Prints how many training rows are desirable and how many are not. If one kind outweighs the
+    other by half, says which weights would make up for it (Ethayarajh et al. 2024, Sec. 4.2).
+    desirable: (N,) bool. InputError if there is only one kind: KTO would move all responses alike.
     """
+    wanted, unwanted = int(desirable.sum()), int((~desirable).sum())
+    if not wanted or not unwanted:
+        raise InputError(f"--data: {args.data}: all {len(desirable)} training rows have the label "
+                         f"{bool(wanted)}, and --loss={args.loss} needs both kinds"
+                         + "; --loss=sft imitates what people wanted" * bool(wanted))
+    line = f"labels: {wanted} desirable, {unwanted} undesirable"
+    sums = args.desirable_weight * wanted, args.undesirable_weight * unwanted
+    if min(sums) < 2 / 3 * max(sums):
+        line += (f", which weigh {sums[0]:g} and {sums[1]:g} in all; "
+                 f"--desirable_weight={sums[1] / wanted:.3g} or "
+                 f"--undesirable_weight={sums[0] / unwanted:.3g} would make that equal")
+    print(line)
+
+
+def say_spread(rewards, names):
+    """Prints how much the margins of each member of a family vary, and warns of one whose margins
+    hardly do: while the policy is near the reference, e-DPO's minimum picks it for nearly all
+    pairs, whatever it has learnt. rewards: (N, K, M) of the training rows, the best response first.
+    names: of the M reward models, or none where the rewards came with the data."""
     better, worse = np.triu_indices(rewards.shape[1], k=1)
     margins = rewards[:, better] - rewards[:, worse]                        # (N, pairs, M)
     spread = margins.std(axis=(0, 1))                                       # (M,)
@@ -354,5 +360,4 @@ def say_spread(rewards, names):
     for name, value in zip(names, spread):
         if value < np.median(spread) / 10:
             print(f"warning: the margins of reward model {name} hardly vary, so that the minimum "
-                  "will pick it for nearly all pairs and the policy will learn little from the "
-                  "others; train it for longer, or leave it out")
+                  "will pick it for nearly all pairs; train it for longer, or leave it out")

@@ -1,4 +1,4 @@
-"""Writes files and folders that are whole or not there; reads and writes JSON."""
+"""Writes files that are whole or not there; reads and writes JSON."""
 import contextlib
 import json
 import os
@@ -15,19 +15,15 @@ A_DAY = 24 * 60 * 60
 
 
 @contextlib.contextmanager
-def replacing(path, folder=False):
-    """Yields a temporary name, to write a file to (or with folder=True, of an empty folder). When
-    the block ends, what was written is on the disk and gets the name `path`; if the block fails,
-    nothing is left. InputError names the file if the system can't write it, because the disk is
-    full for example."""
+def replacing(path):
+    """Yields a temporary name, to write a file to. When the block ends, what was written is on the
+    disk and gets the name `path`; if the block fails, nothing is left. InputError names the file if
+    the system can't write it, because the disk is full for example."""
     temporary = f"{path}.{secrets.token_hex(4)}.tmp"    # two processes may write the same file
     try:
-        if folder:
-            os.mkdir(temporary)
         yield temporary
         settle(temporary)
-        if not (folder and os.path.isdir(path)):        # else another process was faster
-            os.replace(temporary, path)
+        os.replace(temporary, path)
     except InputError:
         raise
     except Exception as error:
@@ -40,15 +36,13 @@ def replacing(path, folder=False):
 
 
 def settle(path):
-    """Gives a new file, or those in a new folder, the access rights of any new file, and waits
-    until a loss of power would not damage them."""
-    names = [os.path.join(path, name) for name in os.listdir(path)] if os.path.isdir(path) else []
+    """Gives a new file the access rights of any new file, and waits until a loss of power would not
+    damage it."""
     umask = os.umask(0)
     os.umask(umask)
-    for name in names or [path]:
-        os.chmod(name, 0o666 & ~umask)      # safetensors makes them private
-        with open(name, "rb") as file:
-            os.fsync(file)
+    os.chmod(path, 0o666 & ~umask)      # safetensors makes it private
+    with open(path, "rb") as file:
+        os.fsync(file)
 
 
 def system_reason(error):

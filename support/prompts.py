@@ -1,4 +1,5 @@
 """Reads the prompts that a policy answers, a person's or held-out ones, and prints its replies."""
+import contextlib
 import re
 import sys
 
@@ -14,14 +15,13 @@ def held_out_prompts(args, tokenizer, post, needed=1):
     are; says so if there are fewer. post: tinytldr.post. Returns (texts, lists of token ids, and
     how long the rows of the split are: (N, 1 + K), or None for tinytldr). InputError if fewer
     prompts than needed."""
-    lengths = None
     if args.data == "tinytldr":
         texts = [post(args.seed, args.split, i) for i in range(args.n_prompts)]
-        prompts = [tokenizer.encode_ordinary(text) for text in texts]
+        prompts, lengths = [tokenizer.encode_ordinary(text) for text in texts], None
     else:
-        flags = vars(args)
-        demonstrations = flags.get("rms") is None       # will do; reward models need pairs
-        arrays = tokenised_file(args.data, tokenizer, demonstrations, flags.get("skip_bad_rows"))
+        demonstrations = vars(args).get("rms") is None      # will do; reward models need pairs
+        arrays = tokenised_file(args.data, tokenizer, demonstrations,
+                                vars(args).get("skip_bad_rows"))
         there = prompts_of(arrays, args.split)
         lengths = arrays["lengths"][SPLITS[arrays["hash"]] == args.split]
         prompts = there[:args.n_prompts]
@@ -42,14 +42,12 @@ def prompts_to_answer(args, tokenizer, post):
     if args.prompt is not None:
         yield args.prompt
     elif args.prompt_file is not None:
-        yield read_text(args.prompt_file)
+        yield read_text(args.prompt_file, f"--prompt_file: {args.prompt_file}")
     elif args.data is not None or tokenizer.name == "tinytldr":
         if args.chat:
             raise InputError("--chat: it would be ignored: a model of TinyTLDR answers posts")
-        if args.data is not None:
-            texts, _, _ = held_out_prompts(args, tokenizer, post)
-        else:
-            texts = [post(0, "test", args.seed % 1000)]
+        texts = (held_out_prompts(args, tokenizer, post)[0] if args.data is not None
+                 else [post(0, "test", args.seed % 1000)])
         for text in texts:
             print(text + "\n")
             yield text
@@ -59,33 +57,22 @@ def prompts_to_answer(args, tokenizer, post):
             if line.strip():
                 yield line.rstrip("\n")
     else:
-        yield from blocks_of(sys.stdin)
+        text = read_text(None, "standard input")
+        yield from filter(str.strip, re.split(r"\n(?:[ \t]*\n)+", text.strip("\n")))
 
 
-def read_text(path):
-    """Returns a file's text, without the ends of lines at its end. InputError if there is none."""
+def read_text(path, name):
+    """Returns a file's text (None: of standard input), without the ends of lines at its end. name:
+    what messages call it. InputError if there is none."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8") if path else contextlib.nullcontext(sys.stdin) as file:
             text = file.read().rstrip("\n")
     except (OSError, ValueError) as error:      # ValueError: not UTF-8
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise InputError(f"--prompt_file: {path}: {reason}") from error
-    if not text:
-        raise InputError(f"--prompt_file: {path}: the file is empty")
+        raise InputError(f"{name}: {reason}") from error
+    if not text.strip():
+        raise InputError(f"{name}: there is no prompt in it")
     return text
-
-
-def blocks_of(file):
-    """Splits a text at its blank lines. InputError if there is nothing in it."""
-    try:
-        blocks = re.split(r"\n(?:[ \t]*\n)+", file.read().strip("\n"))
-    except ValueError as error:
-        raise InputError("standard input: not UTF-8 text") from error
-    blocks = [block for block in blocks if block.strip()]
-    if not blocks:
-        raise InputError("standard input: no prompt; write some, with a blank line between them, "
-                         "or use --prompt, --prompt_file or --data")
-    return blocks
 
 
 def prompt_tokens(turns, tokenizer, room, chat):
@@ -98,29 +85,17 @@ def prompt_tokens(turns, tokenizer, room, chat):
     """
     try:
         "".join(turns).encode()
+        while True:
+            messages = [{"role": ("user", "assistant")[i % 2], "content": turn.strip()}
+                        for i, turn in enumerate(turns)]
+            ids = prompt_ids(messages if chat else turns[-1], tokenizer)
+            if len(ids) <= room or len(turns) == 1 or not chat:
+                break
+            del turns[:2]           # what the person said, and the reply to it
     except UnicodeEncodeError as error:     # a terminal's bytes, which may be anything
         raise InputError("the prompt: not UTF-8 text") from error
-    if not chat:
-        return end_of(read_prompt(turns[-1], tokenizer), room)
-    while True:
-        messages = [{"role": ("user", "assistant")[i % 2], "content": turn.strip()}
-                    for i, turn in enumerate(turns)]
-        ids = read_prompt(messages, tokenizer)
-        if len(ids) <= room or len(turns) == 1:
-            return end_of(ids, room)
-        del turns[:2]           # what the person said, and the reply to it
-
-
-def read_prompt(prompt, tokenizer):
-    """Returns the token ids of a prompt, text or messages. InputError if it can't be read."""
-    try:
-        return prompt_ids(prompt, tokenizer)
     except ValueError as error:
         raise InputError(f"the prompt: {error}") from error
-
-
-def end_of(ids, room):
-    """Returns the last `room` tokens of a prompt; says so where it loses others."""
     if len(ids) > room:
         print(f"(room for {room} of the prompt's {len(ids)} tokens: it loses its start)")
     return ids[-room:]

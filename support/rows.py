@@ -1,9 +1,9 @@
 """Turns the records of a file into rows: a prompt and its responses, text or chat messages.
 
-A row is {"prompt": ..., "responses": [..., ...]}, the better response first, and "scores" if
-rewards came with it. Its parts are all text, or all lists of chat messages, which stay messages
-until support/chat.py renders them. What a record may look like, in TRL's column names where it has
-some:
+A row is {"prompt": ..., "responses": [..., ...]}, the better response first; with "scores" if
+rewards came with it, with "desirable" if its one response has a label. Its parts are all text, or
+all lists of chat messages, which stay messages until support/chat.py renders them. What a record
+may look like, in TRL's column names where it has some:
 
     prompt, chosen, rejected    a preference pair
     score_chosen, score_rejected    next to it: numbers, or lists of them
@@ -11,8 +11,9 @@ some:
                                 have in common
     prompt, responses           K of them, the best first; or in the order of `ranks` (1 is best);
                                 or of `scores` (as above)
+    prompt, completion, label   one response that people wanted or did not want, without a partner
     prompt, completion          a demonstration, for supervised fine-tuning; but not if `label` is
-                                false (or 0, no, undesirable, ...)
+                                false (or 0, no, undesirable)
     messages                    a dialogue: each turn of the assistant is a demonstration
 
 Other columns are not read, which is said, or refused if they look like a label of which response is
@@ -22,7 +23,6 @@ import datetime
 import functools
 import hashlib
 import json
-import math
 import os
 import re
 from collections import Counter
@@ -32,8 +32,9 @@ from support.chat import PERSON, ROLES, text_segments
 from support.flags import InputError, in_a_line
 from support.sources import listed, read_records
 
-PREFERENCES = (("chosen", "rejected"), ("prompt", "responses"))     # columns needed, either or
-DEMONSTRATIONS = (("prompt", "completion"), ("messages",), *PREFERENCES)
+PAIRS = (("chosen", "rejected"), ("prompt", "responses"))       # columns needed, either or
+LABELLED = ("prompt", "completion", "label")
+DEMONSTRATIONS = (("prompt", "completion"), ("messages",), *PAIRS)
 READ = {"prompt", "chosen", "rejected", "score_chosen", "score_rejected", "responses", "ranks",
         "scores"}
 READ_AS_DEMONSTRATIONS = READ | {"completion", "messages", "label"}
@@ -41,17 +42,15 @@ BLANK = re.compile("[\\s\\u200b-\\u200f\\u2060\\ufeff]*")     # with characters 
 # A list of chat messages that a program wrote as text
 WRITTEN_MESSAGES = re.compile(r"""\s*(array\()?\[\s*\{\s*["'](role|content|from|value)["']\s*:.*"""
                               r"""[\])]\s*""", re.S)
-TRUE = {"true", "yes", "y", "t", "1", "1.0", "desirable", "good", "chosen", "positive", "accepted",
-        "liked", "thumbs_up", "thumbs up"}
-FALSE = {"false", "no", "n", "f", "0", "0.0", "-1", "-1.0", "undesirable", "bad", "rejected",
-         "negative", "disliked", "thumbs_down", "thumbs down"}
+TRUE = {"true", "yes", "1", "1.0", "desirable"}
+FALSE = {"false", "no", "0", "0.0", "-1", "undesirable"}
 # The name of a column that says which response is better has a word of the first kind, and no word
 # but these: `preferred`, `better_response_id`, `isChosen`; but not `preference_strength`.
-LABEL_WORDS = frozenset(
+LABEL_WORDS = set(
     "label labels prefer prefers preferred preference preferences winner winning loser losing "
     "better best worse worst safer choice selected accepted liked desirable chosen rejected rank "
     "ranks ranking rankings pairs kto".split())
-WORDS_BESIDE = frozenset(
+WORDS_BESIDE = set(
     "a b is the of response responses answer answers completion completions output outputs summary "
     "text side id ids idx index number human gold ai gpt model tie tag user annotator final "
     "overall".split())
@@ -68,35 +67,54 @@ def parse_rows(record, demonstrations, notes=None):
     if not isinstance(record, dict):
         raise ValueError("not a JSON object" + "; an array of them belongs into a file that ends "
                          "in .json" * isinstance(record, list))
-    layouts = DEMONSTRATIONS if demonstrations else PREFERENCES
-    if not any(set(columns) <= record.keys() for columns in layouts):
+    layouts = DEMONSTRATIONS if demonstrations else PAIRS
+    if not demonstrations and "completion" in record:
+        layouts += (LABELLED,)
+    if not any(record.keys() >= set(columns) for columns in layouts):
         wanted = ", or ".join(" and ".join(columns) for columns in layouts)
         raise ValueError(f"needs columns {wanted}; has {', '.join(map(str, record)) or 'none'}")
     notes = Counter() if notes is None else notes
-    record = {str(name): None if is_gap(value) else value for name, value in record.items()}
-    there = [name for name, value in record.items() if value is not None]
-    has_preference = bool({"chosen", "responses"} & set(there))
-    column = next((name for name in ("completion", "messages") if name in there),
-                  "completion" if "completion" in record else "messages")
-    if demonstrations and (column in there or column in record and not has_preference):
-        check_labels(record, column)
-        if is_false(record.get("label")):
-            return []
-        if column == "messages" and not isinstance(record[column], list):
-            raise ValueError("column 'messages' is missing, or is no list of chat messages")
-        prompt = record.get("prompt") if column == "completion" else None
-        prompt, (response,) = divide(prompt, [record[column]], [column], notes)
-        return turns_of(prompt, response)
-
-    ranked = "responses" in there
-    check_labels(record, "responses" if ranked else "chosen")
-    responses, columns, scores = (ranking if ranked else pair)(record, notes)
-    if ranked or "prompt" in record:
+    # pandas writes NaN where there is nothing, and NaN is not equal to itself
+    record = {str(name): value if value == value else None for name, value in record.items()}
+    column = next((name for name in ("responses", "chosen") if record.get(name) is not None), None)
+    if demonstrations or column is None and record.keys() >= set(LABELLED):
+        names = ("completion", "messages") if demonstrations else ("completion",)
+        there = [name for name in names if name in record]
+        filled = [name for name in there if record[name] is not None]
+        if filled or there and column is None:
+            return single_response(record, (filled or there)[0], demonstrations, notes)
+    column = column or "chosen"
+    check_labels(record, column)
+    responses, columns, scores = (ranking if column == "responses" else pair)(record, notes)
+    if column == "responses" or "prompt" in record:
         part_of(record.get("prompt"), "prompt")         # it must be there
     prompt, responses = divide(record.get("prompt"), responses, columns, notes)
     if demonstrations:
         return turns_of(prompt, responses[0])
     return [{"prompt": prompt, "responses": responses} | ({"scores": scores} if scores else {})]
+
+
+def single_response(record, column, demonstrations, notes):
+    """Returns the rows of a record with one response, in this column: demonstrations, or a response
+    with its label."""
+    check_labels(record, column)
+    label = record.get("label")
+    label = "" if label is None else str(label).strip().lower()
+    if label and label not in TRUE | FALSE:
+        raise ValueError(f"column 'label' is {label[:40]!r}, which is neither true nor false (or 1 "
+                         "and 0, yes and no, desirable and undesirable); if it says something "
+                         "else, call the column another name")
+    if demonstrations and label in FALSE:
+        return []
+    if not demonstrations and not label:
+        raise ValueError("column 'label' is missing")
+    if column == "messages" and not isinstance(record[column], list):
+        raise ValueError("column 'messages' is missing, or is no list of chat messages")
+    prompt = record.get("prompt") if column == "completion" else None
+    prompt, responses = divide(prompt, [record[column]], [column], notes)
+    if demonstrations:
+        return turns_of(prompt, responses[0])
+    return [{"prompt": prompt, "responses": responses, "desirable": label in TRUE}]
 
 
 def turns_of(prompt, response):
@@ -110,12 +128,10 @@ def turns_of(prompt, response):
             prompt += text
         if not rows:
             raise ValueError("the assistant says nothing in it")
-    else:
-        for i, message in enumerate(response):
-            wanted = message.get("weight") != 0 and message.get("train") is not False
-            if is_assistant(message) and wanted:
-                rows.append({"prompt": prompt + response[:i], "responses": [[message]]})
-    return rows
+        return rows
+    return [{"prompt": prompt + response[:i], "responses": [[message]]}
+            for i, message in enumerate(response) if is_assistant(message)
+            and message.get("weight") != 0 and message.get("train") is not False]
 
 
 # ------------------------------------------------------------------ text and messages
@@ -124,7 +140,7 @@ def turns_of(prompt, response):
 def part_of(value, column):
     """Returns the value of a column as text or as a list of chat messages. Text is unchanged;
     numbers and dates become text. ValueError if the value is anything else."""
-    if value is None or is_gap(value):
+    if value is None or value != value:
         raise ValueError(f"column {column!r} is missing")
     if isinstance(value, list):
         return [chat_message(message, column) for message in value]
@@ -143,22 +159,18 @@ def part_of(value, column):
 def chat_message(message, column):
     """Checks a chat message, and joins content that comes in parts into one text. Other fields,
     such as `tool_calls`, are left for the chat template."""
-    wrong = ValueError(f"column {column!r} is not a list of chat messages with a role "
-                       f"({', '.join(ROLES)}) and a text as content")
-    if not isinstance(message, dict):
-        raise wrong
+    message = dict(message) if isinstance(message, dict) else {}
     message = {name: value for name, value in message.items() if value is not None}
-    content = message.get("content")
+    content = message.get("content", "" if message.get("tool_calls") else None)
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
         others = {str(part.get("type")) for part in content} - {"text"}
         if others:
             raise ValueError(f"column {column!r} has a message with a part of type "
                              f"{min(others)!r}; models here read text alone")
         content = "".join(str(part.get("text") or "") for part in content)
-    if content is None and message.get("tool_calls"):
-        content = ""
     if message.get("role") not in list(ROLES) or not isinstance(content, str):
-        raise wrong
+        raise ValueError(f"column {column!r} is not a list of chat messages with a role "
+                         f"({', '.join(ROLES)}) and a text as content")
     return message | {"content": checked_text(content, column)}
 
 
@@ -174,19 +186,17 @@ def divide(prompt, responses, columns, notes):
     """Separates the prompt from the responses. prompt, responses: values of the columns; None for
     no prompt. Returns (prompt, responses), all text or all messages. ValueError if something is
     missing, empty, or does not belong together."""
-    if any(response is None or is_gap(response) for response in responses) and (
-            columns[0] == "responses"):
+    if columns[0] == "responses" and any(text is None or text != text for text in responses):
         raise ValueError("column 'responses' is missing one of its texts")
     responses = [part_of(value, column) for value, column in zip(responses, columns)]
-    if prompt is not None:
-        prompt = part_of(prompt, "prompt")
-    in_messages = any(isinstance(part, list) for part in (prompt, *responses))
-    split = divide_messages if in_messages else divide_text
-    given, (prompt, responses) = prompt, split(prompt, responses, columns, notes)
+    given = prompt if prompt is None else part_of(prompt, "prompt")
+    in_messages = any(isinstance(part, list) for part in (given, *responses))
+    divide_parts = divide_messages if in_messages else divide_text
+    prompt, responses = divide_parts(given, responses, columns, notes)
     for column, response in zip(columns, responses):
         text = response if isinstance(response, str) else "".join(
             message["content"] or "(calls a tool)" * bool(message.get("tool_calls"))
-            for message in response if message["role"] == "assistant")
+            for message in response if is_assistant(message))
         # In a whole dialogue a blank turn is what the assistant said; a blank column is a mistake.
         if BLANK.fullmatch(text) if given is not None or in_messages else not text:
             raise ValueError(f"the response {column!r} is empty")
@@ -195,49 +205,48 @@ def divide(prompt, responses, columns, notes):
 
 def divide_messages(prompt, responses, columns, notes):
     """Does what `divide` does if some part is a list of messages."""
-    replies = [[{"role": "assistant", "content": part}] if isinstance(part, str) else part
-               for part in responses]
+    whole = [[{"role": "assistant", "content": part}] if isinstance(part, str) else part
+             for part in responses]
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
-    for column, reply in zip(columns, replies):
+    for column, reply in zip(columns, whole):
         if not any(map(is_assistant, reply)):
             raise ValueError(f"column {column!r} has no turn of the assistant")
-    answers_alone = all(is_assistant(reply[0]) for reply in replies)
+    answers_alone = all(is_assistant(reply[0]) for reply in whole)
     if isinstance(prompt, str) and not answers_alone:
         asked = []              # the dialogues have it in them
-    if all(reply[:len(asked)] == asked for reply in replies):
-        replies = [reply[len(asked):] for reply in replies]
-    elif asked[-1]["role"] == "user" and not answers_alone:
-        column = next(column for column, reply in zip(columns, replies)
-                      if reply[:len(asked)] != asked)
-        raise ValueError(f"column {column!r} is a dialogue that does not begin with the prompt")
+    begins = [reply[:len(asked)] == asked for reply in whole]
+    if not all(begins):
+        if asked[-1]["role"] == "user" and not answers_alone:
+            raise ValueError(f"column {columns[begins.index(False)]!r} is a dialogue that does not "
+                             "begin with the prompt")
+        whole = [asked + reply for reply in whole]
 
-    n = 0           # messages which the replies have in common, up to one of the assistant in each
-    if len(replies) == 1:
-        n = len(list(takewhile(lambda message: not is_assistant(message), replies[0])))
-    elif not all(reply and is_assistant(reply[0]) for reply in replies):
-        alike = takewhile(lambda each: all(message == each[0] for message in each), zip(*replies))
+    n = least = len(asked)          # messages of the prompt
+    if not all(is_assistant(*reply[n:n + 1]) for reply in whole):
+        # All that the dialogues have in common, up to a turn of the assistant in each
+        alike = takewhile(lambda each: all(message == each[0] for message in each), zip(*whole))
         n = len(list(alike))
-        while n > 0 and not all(is_assistant(*reply[n:n + 1]) for reply in replies):
+        if len(whole) == 1:
+            n = least + len(list(takewhile(lambda turn: not is_assistant(turn), whole[0][least:])))
+        while n > least and not all(is_assistant(*reply[n:n + 1]) for reply in whole):
             n -= 1
-    asked = asked + replies[0][:n]
+    asked = whole[0][:n]
     said = [message["content"].strip() for message in asked]
     if isinstance(prompt, str) and not any(prompt.strip() in text or text and text in prompt
                                            for text in said):
         notes["warning: in {} rows the dialogues have another prompt than 'prompt'; theirs is "
               "taken"] += 1
-    ended = []
+    replies = [reply[n:] for reply in whole]
     for column, reply in zip(columns, replies):
-        reply = reply[n:]
         while reply and not is_assistant(reply[-1]):        # a person has the last word
-            reply = reply[:-1]
+            del reply[-1]
         if not reply:
             raise ValueError(f"column {column!r} has no turn of the assistant")
         if not is_assistant(reply[0]):
             raise ValueError(f"column {column!r} is a dialogue that does not begin with the prompt")
-        ended.append(reply)
     if not asked:
         raise ValueError("there is no prompt: the dialogue begins with the assistant")
-    return asked, ended
+    return asked, replies
 
 
 def is_assistant(message=None):
@@ -266,20 +275,18 @@ def divide_text(prompt, responses, columns, notes):
 
 
 def implicit_prompt(*texts):
-    """Returns the prompt that whole texts share: their common prefix up to its last "Assistant:",
-    or "TL;DR:" at the start of a line. Returns "" if there is none. In other texts the prompt can't
-    be told, because the common prefix may contain the responses' first words. Then two pairs on the
-    same post would have different prompts, and one of them might train while the other is held out.
-    """
+    """Returns the prompt that whole texts share, or "": their common prefix up to its last
+    "Assistant:", or "TL;DR:" at the start of a line. In other texts the common prefix may contain
+    the responses' first words. Then two pairs on the same post would have different prompts, and
+    one of them might train while the other is held out."""
     common = os.path.commonprefix(texts)
     ends = [match.end() for match in re.finditer(r"\n\nAssistant:|\nTL;DR:", common)]
     return common[:ends[-1]] if ends else ""
 
 
 def after_prompt(prompt, response):
-    """Returns what comes after the prompt in a response that begins with it, or None if the
-    response does not, or only in the middle of a word. White space around the prompt may be missing
-    there."""
+    """Returns what comes after the prompt in a response that begins with it, or None if it does not
+    or only in the middle of a word. White space around the prompt may be missing there."""
     for beginning in (prompt, prompt.rstrip(), prompt.strip()):
         if response.startswith(beginning):
             rest = response[len(beginning):]
@@ -308,7 +315,11 @@ def ranking(record, notes):
     if not isinstance(responses, list) or len(responses) < 2:
         raise ValueError("column 'responses' is not a list of two responses or more")
     K = len(responses)
-    scores = check_scores(scores, K)
+    if scores is not None:
+        if not isinstance(scores, list) or len(scores) != K:
+            raise ValueError(f"column 'scores' is not a list of {K}, one number or list for each "
+                             "response")
+        scores = scores_of(scores, ["scores"] * K)
     texts = [response if isinstance(response, str) else json.dumps(response, default=str)
              for response in responses]
     if 1 < len(set(texts)) < K:
@@ -332,16 +343,6 @@ def ranking(record, notes):
     return [responses[k] for k in by_rank], ["responses"] * K, scores
 
 
-def check_scores(scores, K):
-    """Returns a column `scores`, rewards of K responses, as K lists, or None if there is none."""
-    if scores is None:
-        return None
-    if not isinstance(scores, list) or len(scores) != K:
-        raise ValueError(f"column 'scores' is not a list of {K}, one number or list for each "
-                         "response")
-    return scores_of(scores, ["scores"] * K)
-
-
 def scores_of(values, columns):
     """Returns the rewards of K responses, numbers or lists with a number per reward model, as K
     lists."""
@@ -363,57 +364,38 @@ def is_number(value):
     return isinstance(value, (int, float)) and abs(value) < 1e12
 
 
-# ------------------------------------------------------------------ labels
-
-
-def is_gap(value):
-    """Returns whether a value is NaN, which is what pandas writes where there is nothing."""
-    return isinstance(value, float) and math.isnan(value)
-
-
-def is_false(label):
-    """Returns whether the label of a demonstration says that people did not want it. None and ""
-    say nothing. ValueError if it is neither yes nor no."""
-    word = "" if label is None else str(label).strip().lower()
-    if word and word not in TRUE | FALSE:
-        raise ValueError(f"column 'label' is {word[:40]!r}, which is neither true nor false (or 1 "
-                         "and 0, yes and no, desirable and undesirable); if it says something "
-                         "else, call the column another name")
-    return word in FALSE
+# ------------------------------------------------------------------ labels that would be ignored
 
 
 @functools.lru_cache(maxsize=1000)
 def looks_like_label(column):
     """Returns whether a column, by its name, says which response is better."""
-    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", column).lower()
-    words = set(re.findall(r"[a-z]+", name))
+    words = set(re.findall("[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", column).lower()))
     return bool(words & LABEL_WORDS) and words <= LABEL_WORDS | WORDS_BESIDE
 
 
 def check_labels(record, column):
     """Raises ValueError if a record has a column with a label that would be ignored. column: the
     one that its response is in: "completion", "messages", "chosen" or "responses"."""
-    read = {"chosen": {"chosen", "rejected"}, "responses": {"ranks"}}.get(column, {"label"})
+    read, advice = {"chosen": ({"chosen", "rejected"}, "'chosen' and 'rejected'"),
+                    "responses": ({"ranks"}, "'ranks'")}.get(
+        column, ({"label"}, "'label', which is false for what is not to be imitated"))
+    values = record.get("responses")
+    unranked = (column == "responses" and isinstance(values, list)
+                and record.get("ranks") is None and record.get("scores") is None)
     for name, value in record.items():
         of_a_side = column == "chosen" and re.match("chosen|rejected", name)    # chosen_model
-        if value is None or name in read or of_a_side or not looks_like_label(name):
-            continue
-        advice = {"chosen": "'chosen' and 'rejected'", "responses": "'ranks'"}.get(
-            column, "'label', which is false for what is not to be imitated")
-        raise ValueError(f"column {name!r} looks like a label of which response is better, and "
-                         f"would be ignored; put what it says into {advice}, or leave it out")
-    if column == "chosen" and record.get("scores") is not None:
-        raise ValueError("column 'scores' belongs to 'responses' and would be ignored; beside "
-                         "'chosen' and 'rejected' it takes 'score_chosen' and 'score_rejected'")
-    if column != "responses" or (record.get("ranks"), record.get("scores")) != (None, None):
-        return
-    for name, value in record.items():
-        if (name != column and isinstance(value, list) and isinstance(record[column], list)
-                and len(value) == len(record[column]) and all(map(is_number, value))
-                and len(set(value)) > 1):
+        if not (value is None or name in read or of_a_side) and looks_like_label(name):
+            raise ValueError(f"column {name!r} looks like a label of which response is better, and "
+                             f"would be ignored; put what it says into {advice}, or leave it out")
+        if (unranked and name != column and isinstance(value, list) and len(value) == len(values)
+                and all(map(is_number, value)) and len(set(value)) > 1):
             raise ValueError(f"column {name!r} has a number for each of the 'responses' and "
                              "would be ignored; call it 'scores' (the highest is best) or 'ranks' "
                              "(1 is best), or leave it out")
+    if column == "chosen" and record.get("scores") is not None:
+        raise ValueError("column 'scores' belongs to 'responses' and would be ignored; beside "
+                         "'chosen' and 'rejected' it takes 'score_chosen' and 'score_rejected'")
 
 
 # ------------------------------------------------------------------ all records
@@ -429,17 +411,33 @@ def load_rows(data, demonstrations=False, skip_bad_rows=False, hub=None, say=pri
     and a Counter of notes (see parse_rows); it may change the row, and a ValueError from it makes
     the row a bad one.
     """
+    def parsed():
+        for number, record in read_records(data, hub, say):
+            notes = Counter()
+            try:
+                yield number, record, parse_rows(record, demonstrations, notes), notes
+            except (ValueError, OverflowError, RecursionError) as error:
+                yield number, record, error, notes
+
     bad, n_rows, unwanted, notes = [], 0, 0, Counter()
     oddities = Oddities(demonstrations)
-    records = iter(read_records(data, hub, say))
+    records = parsed()
     first = list(islice(records, 1000))
-    sizes = {} if demonstrations else usual_sizes([record for _, record in first])
-    for number, record in chain(first, records):
-        notes_of_record = Counter()
+    counts = {}         # {(what, how many of it a row has): in how many rows}
+    for _, _, rows, _ in first:
+        for row in rows if isinstance(rows, list) else ():
+            for what_and_size in sizes_of(row):
+                counts[what_and_size] = counts.get(what_and_size, 0) + 1
+    usual = dict(sorted(reversed(counts), key=counts.get))      # of each the most frequent one
+    for number, record, rows, notes_of_record in chain(first, records):
         try:
-            rows = parse_rows(record, demonstrations, notes_of_record)
+            if not isinstance(rows, list):
+                raise rows
             for row in rows:
-                check_sizes(row, sizes)
+                for what, size in sizes_of(row):
+                    if size != usual.get(what, size):
+                        raise ValueError(f"{size} {what}, most rows have {usual[what]}; they must "
+                                         "be as many")
                 if prepare is not None:
                     prepare(row, notes_of_record)
         except (ValueError, OverflowError, RecursionError) as error:
@@ -469,33 +467,11 @@ def load_rows(data, demonstrations=False, skip_bad_rows=False, hub=None, say=pri
         raise InputError(f"--data: {data}: the file has no rows")
 
 
-def usual_sizes(records):
-    """Counts how many responses, and scores for each, most records of preferences have: {name:
-    number}."""
-    counts = {"responses": Counter(), "scores for each response": Counter()}
-    for record in records:
-        if isinstance(record, dict):
-            responses, scores = record.get("responses"), record.get("scores")
-            is_ranking = isinstance(responses, list)
-            counts["responses"][len(responses) if is_ranking else 2] += 1
-            score = record.get("score_chosen")
-            if is_ranking:
-                score = scores[0] if isinstance(scores, list) and scores else None
-            if score is not None and not is_gap(score):
-                size = len(score) if isinstance(score, list) else 1
-                counts["scores for each response"][size] += 1
-    return {name: count.most_common(1)[0][0] for name, count in counts.items() if count}
-
-
-def check_sizes(row, sizes):
-    """Raises ValueError if a row has not as many responses, or scores for each, as most rows
-    have."""
-    own = {"responses": len(row["responses"])}
+def sizes_of(row):
+    """Yields (what, how many of it a row has), which must be the same in all rows."""
+    yield "responses", len(row["responses"])
     if "scores" in row:
-        own["scores for each response"] = len(row["scores"][0])
-    for name, size in own.items():
-        if sizes.get(name, size) != size:
-            raise ValueError(f"{size} {name}, most rows have {sizes[name]}; they must be as many")
+        yield "scores for each response", len(row["scores"][0])
 
 
 def describe(bad, most=5):
@@ -510,9 +486,7 @@ def describe(bad, most=5):
         rows_are = "rows" if len(numbers) > 1 else "row"
         parts.append(f"{rows_are} {', '.join(numbers[:most])}{more}: {message}")
     others = sum(map(len, list(rows.values())[most:]))
-    if others:
-        parts.append(f"and {others} more")
-    return "; ".join(parts)
+    return "; ".join(parts + [f"and {others} more"] * bool(others))
 
 
 def row_texts(row):
@@ -528,43 +502,28 @@ def row_texts(row):
 # ------------------------------------------------------------------ what looks like a mistake
 
 
-def ends_in_a_space(prompt, responses):
-    return prompt[-1:] in (" ", "\t")
+def oddities_of(prompt, responses):
+    """Yields the numbers of the lines of ODD that a row (texts) is like."""
+    if not prompt.strip():
+        yield 0
+    if prompt[-1:] in (" ", "\t"):
+        yield 1
+    # Chinese or Japanese words run together anyway.
+    if any(not (prompt[-1].isspace() or text[0].isspace() or max(prompt[-1], text[0]) >= "\u2e80")
+           for text in responses if prompt and text):
+        yield 2
 
 
-def joins(prompt, responses):
-    """Returns whether a response runs together with the prompt's last letter. In Chinese or
-    Japanese they do anyway."""
-    return any(not (prompt[-1].isspace() or response[0].isspace()
-                    or max(prompt[-1], response[0]) >= "\u2e80")
-               for response in responses if prompt and response)
-
-
-def repeats_prompt(prompt, responses):
-    """Returns whether all responses have the prompt in what they begin with, other than as the
-    prompt is written: after a name or a mark, or with other spaces or capitals."""
-    question = prompt.rpartition("\n\nHuman:")[2].removesuffix("\n\nAssistant:")
-    beginning = os.path.commonprefix(responses) if len(responses) > 1 else ""
-    if not 0 < 0.8 * len(question.strip()) <= len(beginning):
-        return False
-    words, beginning = (" ".join(text.casefold().split()) for text in (question, beginning))
-    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", beginning) is not None
-
-
-def has_no_prompt(prompt, responses):
-    return not prompt.strip()
-
-
-# (what a row looks like, above which part of the rows it is said, what is said)
-LOOKS = (
-    (ends_in_a_space, 0.5, "{} prompts end in a space; tokens have it in front of a word, so it "
-     "belongs at the beginning of the response"),
-    (joins, 0.5, "in {} rows there is neither a space nor a new line between prompt and response: "
-     "the response follows the prompt's last letter; begin responses with a space, or end prompts "
-     "in a new line"),
-    (repeats_prompt, 0.5, "in {} rows the responses repeat the prompt where they begin; what is "
-     "imitated or compared begins after it"),
-    (has_no_prompt, 0, "in {} rows the prompt is empty"))
+ODD = (     # (above which part of the rows it is said, what is said)
+    (0, "in {} rows the prompt is empty"),
+    (0.5, "{} prompts end in a space; tokens have it in front of a word, so it belongs at the "
+     "beginning of the response"),
+    (0.5, "in {} rows there is neither a space nor a new line between prompt and response: the "
+     "response follows the prompt's last letter; begin responses with a space, or end prompts in a "
+     "new line"),
+    (0.5, "in {} rows the chosen response has the lower score; are the columns swapped, or is a "
+     "lower score better?"))
+SWAPPED = 3     # the last of them
 
 
 class Oddities:
@@ -572,49 +531,28 @@ class Oddities:
 
     def __init__(self, demonstrations):
         self.read = READ_AS_DEMONSTRATIONS if demonstrations else READ
-        self.n, self.scored, self.reversed = 0, 0, 0
-        self.looks = [0] * len(LOOKS)                   # rows that look like each of them
-        # {column that is not read: in how many records it has something, or several words}
-        self.ignored, self.texts = Counter(), Counter()
+        self.n, self.scored = 0, 0
+        self.odd = Counter()                # {number of a line of ODD: rows}
+        self.ignored = set()                # columns with something in them that is not read
 
     def count(self, record, rows):
         """Counts one record of the file, and the rows that were made of it."""
-        for column in record.keys() - self.read:
-            if record[column] not in (None, "", [], {}):
-                self.ignored[column] += 1
-                self.texts[column] += is_text(column, record[column])
+        labelled = {"completion", "label"} if rows and "desirable" in rows[0] else set()
+        self.ignored |= {column for column in record.keys() - self.read - labelled
+                         if record[column] not in (None, "", [], {})}
         for row in rows:
             self.n += 1
-            texts = row_texts(row)
-            for i, (looks_so, _, _) in enumerate(LOOKS):
-                self.looks[i] += looks_so(*texts)
+            self.odd.update(oddities_of(*row_texts(row)))
             if "scores" in row and "ranks" not in record:     # ranks decide, and say so
                 self.scored += 1
-                self.reversed += sum(row["scores"][0]) < sum(row["scores"][-1])
+                self.odd[SWAPPED] += sum(row["scores"][0]) < sum(row["scores"][-1])
 
     def messages(self):
         """Yields lines of text, none if nothing is odd."""
-        texts = {column for column in self.texts if 2 * self.texts[column] > self.ignored[column]}
-        if self.ignored.keys() - texts:
-            columns = sorted(f"{column!r}" for column in self.ignored.keys() - texts)
+        if self.ignored:
+            columns = sorted(f"{column!r}" for column in self.ignored)
             yield f"columns that are not read: {listed(columns, 20)}"
-        if texts:
-            counted = sorted(f"{column!r} ({self.ignored[column]} rows)" for column in texts)
-            yield (f"warning: columns of text that are not read: {listed(counted, 20)}; what "
-                   "belongs to the prompt has to stand in 'prompt'")
-        for count, (_, share, message) in zip(self.looks, LOOKS):
-            if count > share * self.n:
-                yield f"warning: {message.format(f'{count} of {self.n}')}"
-        if 2 * self.reversed > self.scored:
-            yield (f"warning: in {self.reversed} of {self.scored} rows the chosen response has the "
-                   "lower score; are the columns swapped, or is a lower score better?")
-
-
-def is_text(column, value):
-    """Returns whether a person would read a value: several words, or messages. Columns of another
-    layout repeat what is read."""
-    if isinstance(value, list):
-        is_words = isinstance(value[0], dict) and "content" in value[0]
-    else:
-        is_words = isinstance(value, str) and len(value.split()) > 1
-    return is_words and column not in READ_AS_DEMONSTRATIONS
+        for number, (share, message) in enumerate(ODD):
+            n = self.scored if number == SWAPPED else self.n
+            if self.odd[number] > share * n:
+                yield f"warning: {message.format(f'{self.odd[number]} of {n}')}"

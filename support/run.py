@@ -50,6 +50,10 @@ SHOWN = {"loss": ("loss", ".4f"),
          "val/acc": ("validation/accuracy", ".3f"),
          "train/chosen": ("train/chosen_change", ".2f"),
          "val/chosen": ("validation/chosen_change", ".2f"),
+         "train/good": ("train/desirable_change", ".2f"),
+         "train/bad": ("train/undesirable_change", ".2f"),
+         "val/good": ("validation/desirable_change", ".2f"),
+         "val/bad": ("validation/undesirable_change", ".2f"),
          "reward": ("validation/reward", ".2f")}
 # What is in state.pt and in best.pt
 STATE = {"model", "optimizer", "step", "reported", "window", "constants", "rng", "metrics"}

@@ -52,22 +52,22 @@ def choose_splits(names, wanted, data):
     if wanted is not None:
         chosen = {}
         for part in wanted.split("+"):
-            matching = [name for name in names if name == part]
-            matching = matching or [name for name in names if f"/{part}/" in f"/{name}/"]
+            matching = [name for name in names if name == part] or [
+                name for name in names if f"/{part}/" in f"/{name}/"]
             if not matching:
                 raise InputError(f"--data: no split {part!r}: {there}")
             chosen |= dict.fromkeys(matching)
         return list(chosen)
-    training = [name for name in names if TRAINING.search(name)]
-    candidates = training or [name for name in names if not HELD_OUT.search(name)]
+    candidates = [name for name in names if TRAINING.search(name)] or [
+        name for name in names if not HELD_OUT.search(name)]
     if len(candidates) == 1:
         return candidates
-    first = short[(candidates or names)[0]]
-    how = f"name one with --data={data}:{first}"
+    how = f"name one with --data={data}:{short[(candidates or names)[0]]}"
     if not candidates:
         raise InputError(f"--data: no train split: {there}; {how}")
+    several = "+".join(short[name] for name in candidates[:2])
     raise InputError(f"--data: several splits to train on: {there}; {how}, or several, as in "
-                     f"{first}+{short[candidates[1]]}")
+                     f"{several}")
 
 
 def listed(names, most=8):
@@ -83,12 +83,16 @@ def folder_files(folder, split=None, say=print):
     named. say: is called with the names of the files, and of those that are not read. InputError if
     there is none, if there are several splits to train on, or if a split is there twice."""
     splits = {}         # {split: its files}, below the folder, hidden ones left out
-    for place, folders, names in sorted(os.walk(folder)):
+    for place, _, names in sorted(os.walk(folder)):
         for name in sorted(names):
             file = os.path.relpath(os.path.join(place, name), folder).replace(os.sep, "/")
-            ending = stem_and_ending(name)[1].removesuffix(".gz")
-            if ending in ENDINGS and name not in NO_ROWS and not HIDDEN.search(file):
-                splits.setdefault(split_name(file), []).append(file)
+            stem, ending = stem_and_ending(file)
+            if (ending.removesuffix(".gz") in ENDINGS and name not in NO_ROWS
+                    and not HIDDEN.search(file)):
+                # The name of its split is its own with the folders before it, without a number.
+                folders, _, own = stem.rpartition("/")
+                named = "/".join(filter(None, (folders, PART_NUMBER.sub("", own)))) or "data"
+                splits.setdefault(named, []).append(file)
     if not splits:
         raise InputError(f"--data: {folder}: no file in it ends in {', '.join(ENDINGS)} (or .gz)")
     chosen = []
@@ -106,16 +110,6 @@ def stem_and_ending(file):
     gz = ".gz" if file.lower().endswith(".gz") else ""
     stem, _, ending = file[:len(file) - len(gz)].rpartition(".")
     return stem, ending.lower() + gz
-
-
-def split_name(file):
-    """Returns the name of the split that a file is, or is a part of: its own with the folders
-    before it, without the number of the part; if there is nothing else in it, the folders alone,
-    or "data"."""
-    stem, _ = stem_and_ending(file)
-    folders, _, own = stem.rpartition("/")
-    own = PART_NUMBER.sub("", own)
-    return "/".join(filter(None, (folders, own))) or "data"
 
 
 def check_parts(folder, name, files, say):
@@ -157,25 +151,19 @@ def open_hub(data):
         raise InputError(f"--data: {data}: no such file")
     owner_name, folder = "/".join(source.split("/")[:2]), source.split("/")[2:]
     where = {"data_dir": folder[0] if folder else None}
+    datasets = quiet_datasets()
     try:
-        return quiet_datasets().load_dataset(owner_name, split=split or "train", **where)
+        return datasets.load_dataset(owner_name, split=split or "train", **where)
     except Exception as error:     # it raises whatever its readers do
-        names = hub_splits(owner_name, where)
+        names = []
+        with contextlib.suppress(Exception):        # the error above says what is wrong
+            builder = datasets.load_dataset_builder(owner_name, **where)
+            names = list(map(str, builder.info.splits or builder.config.data_files or ()))
         if names and not set((split or "train").split("+")) <= set(names):
             chosen = "+".join(choose_splits(names, split, source))
             return open_hub(f"{source}:{chosen}")
         raise InputError(f"--data: {data}: no such file or folder; and as a data set of the hub: "
                          f"{in_a_line(error.__cause__ or error)}") from error
-
-
-def hub_splits(owner_name, where):
-    """Returns the names of the splits of a data set on the hub; none if it can't be told."""
-    datasets = quiet_datasets()
-    try:
-        builder = datasets.load_dataset_builder(owner_name, **where)
-        return list(map(str, builder.info.splits or builder.config.data_files or ()))
-    except Exception:       # the error of reading says what is wrong
-        return []
 
 
 # ------------------------------------------------------------------ records
@@ -208,16 +196,14 @@ def read_records(data, hub=None, say=print):
                 others = [name for name in hub.info.splits or () if name != str(hub.split)]
                 not_read = f"; not read: {', '.join(others)}" if others else ""
                 say(f"reads the split {hub.split}{not_read}")
-            batches = hub.iter(1000)        # {name: list of values}
-            records = (dict(zip(batch, values)) for batch in batches
-                       for values in zip(*batch.values()))
-            yield from enumerate(records, 1)
+            batches = hub.iter(1000)        # {name: list of values}; faster than single rows
+            yield from enumerate((dict(zip(batch, values)) for batch in batches
+                                  for values in zip(*batch.values())), 1)
     except InputError:
         raise
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"--data: {data}: not a whole gzip file: {error}") from error
-    except Exception as error:     # pyarrow and datasets raise whatever their readers do
-        reason = in_a_line(error.__cause__ or error)
+    except Exception as error:     # gzip, pyarrow and datasets raise whatever their readers do
+        packed = isinstance(error, (EOFError, zlib.error, gzip.BadGzipFile))
+        reason = "not a whole gzip file: " * packed + in_a_line(error.__cause__ or error)
         raise InputError(f"--data: {data}: {reason}") from error
 
 
@@ -230,32 +216,27 @@ KINDS = {       # the first bytes of a file: what it is
 
 def read_file(path):
     """Yields what `read_records` does, of one file."""
+    packed = path.lower().endswith(".gz")
     suffix = path.lower().removesuffix(".gz").rsplit(".", 1)[-1]
     if suffix not in ENDINGS:
         raise InputError(f"--data: {path}: files end in {', '.join(ENDINGS)}, or one of these and "
                          ".gz")
     check_is_file(path)
-    if os.path.getsize(path) == 0:
+    with open(path, "rb") as file:
+        beginning = file.read(40)
+    if not beginning:
         raise InputError(f"--data: {path}: the file is empty")
-    check_content(path, suffix)
+    expected = {"packed with gzip"} if packed else {"Parquet"} if suffix == "parquet" else set()
+    for signature, kind in KINDS.items():
+        if beginning.startswith(signature) and kind not in expected:
+            raise InputError(f"--data: {path}: by its first bytes it is {kind}")
     if suffix == "parquet":
         yield from enumerate(parquet_records(path), 1)
         return
-    open_text = gzip.open if path.lower().endswith(".gz") else open
+    open_text = gzip.open if packed else open
     # A byte that is not UTF-8 becomes half a letter, which `checked_text` refuses where it matters.
     with open_text(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         yield from {"jsonl": json_lines, "json": json_values, "csv": csv_records}[suffix](file)
-
-
-def check_content(path, suffix):
-    """Raises InputError if a file begins like one of another kind than its name says."""
-    with open(path, "rb") as file:
-        beginning = file.read(40)
-    for signature, kind in KINDS.items():
-        right = (kind == "packed with gzip" and path.lower().endswith(".gz")
-                 or kind == "Parquet" and suffix == "parquet")
-        if beginning.startswith(signature) and not right:
-            raise InputError(f"--data: {path}: by its first bytes it is {kind}")
 
 
 def unique_names(pairs):
@@ -272,8 +253,8 @@ def unique_names(pairs):
 DECODER = json.JSONDecoder(object_pairs_hook=unique_names)
 
 
-def json_lines(file):
-    for number, line in enumerate(file, 1):
+def json_lines(lines):
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 yield number, DECODER.decode(line.removeprefix("\ufeff"))
@@ -287,25 +268,17 @@ def json_lines(file):
 
 
 def json_values(file):
-    """Yields the elements of a JSON array, or JSON values one after the other. ValueError beyond
-    which nothing can be read."""
-    between, number, text = re.compile(r"[\s,]*"), 0, file.read()
-    start = between.match(text).end()
-    is_array = text.startswith("[", start)
-    start += is_array
-    while True:
-        start = between.match(text, start).end()
-        is_over = text.startswith("]", start) if is_array else start == len(text)
-        if is_over and not text[start + is_array:].strip():
-            return
-        number += 1
-        try:
-            value, start = DECODER.raw_decode(text, start)
-        except RecursionError:
-            raise ValueError(f"row {number}: JSON nested too deeply") from None
-        except ValueError as error:
-            raise ValueError(f"row {number}: not JSON: {error}") from None
-        yield number, value
+    """Yields the elements of a JSON array; or, if the file is none, of JSON lines."""
+    text = file.read()
+    if not text.lstrip().startswith("["):
+        yield from json_lines(text.split("\n"))
+        return
+    try:
+        yield from enumerate(DECODER.decode(text), 1)
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
 
 
 def csv_records(file):

@@ -1,25 +1,19 @@
-"""Turns rows of text into flat arrays of token ids, kept on disk; and picks the rows that are of
-use."""
+"""Turns rows of text into flat arrays of token ids, kept on disk, and picks the rows of use."""
 import bisect
-import errno
 import hashlib
-import json
 import math
 import os
 import re
-import zlib
 from array import array
-from collections import Counter
 from itertools import chain, islice
 
 import numpy as np
 
 from support.chat import HH, segments_of, template_of
-from support.columns import key
-from support.files import remove, remove_leftovers, replacing
-from support.flags import InputError, in_a_line
+from support.columns import cached, key
+from support.flags import InputError
 from support.rows import load_rows, row_texts
-from support.sources import check_is_file, name_and_split, open_hub
+from support.sources import check_is_file, folder_files, name_and_split, open_hub
 from support.tokenizer import (
     encode_inside,
     encode_text,
@@ -28,9 +22,8 @@ from support.tokenizer import (
     text_start,
 )
 
-SAID = set()    # lines that are not to be printed again
+SAID = set()    # (data, message) that are not to be printed again
 LAYOUT = 12     # raise it when the arrays below, or what is read into them, change
-not_kept = {}   # {path: arrays} of files whose tokens could not be kept on disk, in this process
 SPLITS = np.array(["validation"] * 26 + ["test"] * 26 + ["train"] * 204)    # about 10, 10 and 80%
 
 
@@ -48,11 +41,9 @@ def turn_hashes(prompt):
     else:
         pieces = [""]
         for message in prompt:
-            text = HH.render([message])
-            if message["role"] == "assistant":
-                pieces.append(text)
-            else:
-                pieces[-1] += text
+            begins = [""] if message["role"] == "assistant" else []
+            pieces += begins
+            pieces[-1] += HH.render([message])
     digest, hashes, person = hashlib.sha256(), [], False
     for number, piece in enumerate(pieces, 1):
         digest.update(piece.encode())
@@ -66,29 +57,25 @@ def split_hashes(turns, n_turns):
     """Returns (N,) uint8, a byte for each prompt by which it is split: of the hash of its first
     turn, so that all prompts of a dialogue are in the same split.
 
-    Where many dialogues begin with the same turn, such as a greeting or worked examples, it does
-    not tell them apart, and the next turn decides. Many are 2 of them and 2% of all; or, where the
-    turn is also a prompt of its own, 10 of them and 10%. So the bytes depend only on which prompts
-    there are, not on how often or in which order.
-
-    turns: `turn_hashes` of N prompts, one after the other. n_turns: (N,) how many each has.
+    Where many dialogues begin with the same turn, such as a greeting or worked examples, the next
+    turn decides. Many are 2 of them and 2% of all; or, where the turn is also a prompt of its own,
+    10 of them and 10%. So the bytes depend only on which prompts there are, not on how often or in
+    which order. turns: `turn_hashes` of N prompts, one after the other. n_turns: (N,) how many each
+    has.
     """
     ends = np.cumsum(n_turns)
     level = np.zeros(len(n_turns), np.int64)
     chosen = turns[ends - n_turns]                                              # (N,)
     whole = turns[ends - 1]                                                     # (N,)
     # A dialogue is a whole prompt with which no other prompt begins.
-    beginnings = np.delete(turns, ends - 1)
-    is_dialogue = ~np.isin(whole, beginnings)
     _, first_rows = np.unique(whole, return_index=True)
-    dialogues = first_rows[is_dialogue[first_rows]]
+    dialogues = first_rows[~np.isin(whole[first_rows], np.delete(turns, ends - 1))]
     while True:
         # How many dialogues begin with the turns that were chosen for them?
         heads, counts = np.unique(chosen[dialogues], return_counts=True)
-        is_prompt = np.isin(heads, whole)
-        fewest = np.where(is_prompt, max(10, 0.1 * len(dialogues)), max(2, 0.02 * len(dialogues)))
-        many = heads[counts >= fewest]
-        deeper = np.isin(chosen, many) & (level + 1 < n_turns)
+        fewest = np.where(np.isin(heads, whole), max(10, 0.1 * len(dialogues)),
+                          max(2, 0.02 * len(dialogues)))
+        deeper = np.isin(chosen, heads[counts >= fewest]) & (level + 1 < n_turns)
         if not deeper.any():
             return (chosen >> np.uint64(56)).astype(np.uint8)
         level[deeper] += 1
@@ -112,39 +99,38 @@ def preparer(tokenizer):
     either = "|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)"
     anywhere, end = re.compile(either), re.compile(rf"((?:{either})\s*)+$")
 
-    def without_end(text, notes):
-        stripped = text.rstrip()
-        if not stripped.endswith(tuple(specials)):
+    def without_end(text, taken_off):
+        if not text.rstrip().endswith(tuple(specials)):
             return text
-        notes["{} rows: a special token such as end-of-text is written at the end of a response; "
-              "it is taken off"] += 1
-        if not end.sub("", stripped).strip():
-            raise ValueError(f"a response is nothing but {stripped.strip()}")
-        return end.sub("", stripped)
+        if not end.sub("", text).strip():
+            raise ValueError(f"a response is nothing but {text.strip()}")
+        taken_off.append(text)
+        return end.sub("", text)
 
     def prepare(row, notes):
-        taken_off = Counter()
-        is_chat = not isinstance(row["prompt"], str)
-        if is_chat:
+        taken_off = []
+        if isinstance(row["prompt"], str):
+            row["responses"] = [without_end(text, taken_off) for text in row["responses"]]
+        else:
             for response in row["responses"]:
                 last = without_end(response[-1]["content"], taken_off)
                 response[-1] = response[-1] | {"content": last}
             row["segments"] = segments_of(row, tokenizer)
             check_written(row, template_of(tokenizer).source, notes)
-        else:
-            row["responses"] = [without_end(text, taken_off) for text in row["responses"]]
-        notes.update(taken_off.keys())
+        if taken_off:
+            notes["{} rows: a special token such as end-of-text is written at the end of a "
+                  "response; it is taken off"] += 1
         prompt, responses = row_texts(row)
-        texts = (prompt, *responses)
-        written = {match for text in texts for match in anywhere.findall(text)}
+        written = set(anywhere.findall("\0".join([prompt, *responses])))
         if written:
             notes["warning: special tokens of the tokenizer are written in the text of {} rows; "
                   "there they are read as ordinary text"] += 1
-        for token in {match[0] for text in responses
-                      if (match := FOREIGN_END.search(text.rstrip()[-30:]))} - written:
+        foreign = {match[0] for text in responses
+                   if (match := FOREIGN_END.search(text.rstrip()[-30:]))}
+        for token in foreign - written:
             notes[f"warning: a response ends in {token} in {{}} rows; to this tokenizer that is "
                   "ordinary text, which the model would learn to write"] += 1
-        for text in texts:
+        for text in (prompt, *responses):
             if len(text) > LONG:
                 encode_text(text, tokenizer)
 
@@ -156,19 +142,15 @@ def check_written(row, source, notes):
     template's. ValueError if that is all of a reply."""
     prompt, responses = row["segments"]
     text = prompt + "".join(map(joined, responses))
-    for name in {name for message in chain(row["prompt"], *row["responses"])
-                 for name in message if name not in source}:
-        notes[f"{{}} rows: {name!r} of their messages is not read by the chat layout"] += 1
+    messages = list(chain(row["prompt"], *row["responses"]))
     for message in chain(*row["responses"]):
         if not message["content"] and message.get("tool_calls") and "tool_calls" not in source:
             raise ValueError("a reply is nothing but 'tool_calls', which are not read by the chat "
                              "layout")
-    left_out = set()
-    for message in chain(row["prompt"], *row["responses"]):
-        last_word = re.findall(r"\w+", message["content"])[-1:]
-        if last_word and last_word[0] not in text:
-            left_out.add(message["role"])
-    for role in left_out:
+    for name in {name for message in messages for name in message if name not in source}:
+        notes[f"{{}} rows: {name!r} of their messages is not read by the chat layout"] += 1
+    for role in {message["role"] for message in messages
+                 if (words := re.findall(r"\w+", message["content"])) and words[-1] not in text}:
         notes[f"warning: in {{}} rows the chat template writes nothing of what {role!r} says"] += 1
 
 
@@ -176,17 +158,16 @@ def check_written(row, source, notes):
 
 
 def encode(rows, tokenizer):
-    """Turns rows into token ids. Every response ends in the end-of-text token, which for a model
-    with a chat template is its end of a turn; an empty prompt is that token alone.
+    """Turns rows (of support/rows.py) into token ids. Every response ends in the end-of-text token,
+    which for a model with a chat template is its end of a turn; an empty prompt is that token
+    alone. A token of a response that is not learnt is written as its complement, ~token.
 
-    rows: an iterable of {"prompt": ..., "responses": [...]}, text or chat messages, maybe with
-    "scores", as many in each. Returns {"tokens": all prompts and responses one after the other,
-    "lengths": (N, 1 + K) tokens in each row's prompt and responses, "hash": (N,) `split_hashes`, by
-    which rows are split, and "scores": (N, K, M) if all rows have them}. A token of a response that
-    is not learnt is written as its complement, ~token, which is negative.
+    Returns {"tokens": all prompts and responses one after the other, "lengths": (N, 1 + K) tokens
+    in each row's prompt and responses, "hash": (N,) `split_hashes`, "scores": (N, K, M) if all rows
+    have them, and "desirable": (N,) bool if rows have one response with a label}.
     """
     dtype = np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.int32
-    tokens, lengths, scores, n_unscored = [], [], [], 0
+    tokens, lengths, scores, n_unscored, desirable = [], [], [], 0, []
     turns, n_turns = array("Q"), array("i")
     rows = iter(rows)
     while part := list(islice(rows, 1000)):
@@ -202,6 +183,7 @@ def encode(rows, tokenizer):
         scored = [row["scores"] for row in part if "scores" in row]
         scores += [np.array(scored, np.float32)] if scored else []
         n_unscored += len(part) - len(scored)
+        desirable += [row["desirable"] for row in part if "desirable" in row]
     arrays = {"tokens": np.concatenate(tokens or [np.zeros(0, dtype)]),
               "lengths": np.concatenate(lengths or [np.zeros((0, 1), np.int32)]),
               "hash": split_hashes(np.array(turns, np.uint64), np.array(n_turns, np.int64))}
@@ -209,6 +191,8 @@ def encode(rows, tokenizer):
         print(f"scores: left out, as {n_unscored} of {len(n_turns)} rows have none")
     elif scores:
         arrays["scores"] = np.concatenate(scores)
+    if desirable:
+        arrays["desirable"] = np.array(desirable)
     return arrays
 
 
@@ -230,22 +214,15 @@ def encode_part(rows, tokenizer):
     rendered = iter(tokenizer.encode_rendered(rendered) if rendered else ())
     end = tokenizer.eot_token
     for is_rendered, (prompt, responses) in zip(by_template, segments):
-        if is_rendered:
-            prompt_ids, _ = next(rendered)
-        else:
-            prompt_ids = text_start(tokenizer) + next(texts) or [end]
+        prompt_ids = (next(rendered)[0] if is_rendered
+                      else text_start(tokenizer) + next(texts) or [end])
         parts = [prompt_ids]
         for response in responses:
-            if is_rendered:
-                ids = cut_out(prompt, prompt_ids, response, *next(rendered), tokenizer)
-            else:
-                ids = [next(further) for _ in response]
-            ids = [part if learnt else [~token for token in part]
-                   for part, (_, learnt) in zip(ids, response)]
-            ids = ids[0] if len(ids) == 1 else list(chain.from_iterable(ids))
-            if not (is_rendered and ids[-1] == end):
-                ids.append(end)
-            parts.append(ids)
+            pieces = (cut_out(prompt, prompt_ids, response, *next(rendered), tokenizer)
+                      if is_rendered else [next(further) for _ in response])
+            ids = [token if learnt else ~token for piece, (_, learnt) in zip(pieces, response)
+                   for token in piece]
+            parts.append(ids if is_rendered and ids[-1] == end else [*ids, end])
         yield parts
 
 
@@ -272,125 +249,53 @@ def joined(segments):
 
 
 def tokenised_file(data, tokenizer, demonstrations=False, skip_bad_rows=False):
-    """Encodes all rows of a file or hub data set, once; the token ids are memory-mapped later.
+    """Encodes all rows of a file, a folder or a hub data set. Returns the arrays of `encode`.
 
-    Kept in the folder NANOPREF_CACHE (default: ~/.cache/nanopref) under a hash of what is in the
-    file, or in all files of a folder (of a hub data set: of what `datasets` says of it)."""
-    folder, reason = token_cache()
-    remove_leftovers(folder)
+    They are kept in the folder NANOPREF_CACHE (default: ~/.cache/nanopref) under a hash of the
+    content of the files (of a hub data set: of what `datasets` says of it)."""
     source, split = name_and_split(data)
     check_is_file(source)
     hub = None if os.path.exists(source) else open_hub(data)
-    content = hash_content(source) if hub is None else hub._fingerprint
-    name = key(LAYOUT, content, split, *fingerprint(tokenizer), special_tokens(tokenizer),
-               demonstrations, bool(skip_bad_rows))
-    path = os.path.join(folder, name)
-    if path in not_kept:
-        return not_kept[path]
-    if os.path.exists(path):
-        try:
-            arrays, left_out = open_arrays(path)
-        except Exception as error:      # numpy raises many kinds
-            print(f"{path}: damaged, so it is made again ({in_a_line(error)})")
-            remove(path)
-        else:
-            say(data, [f"tokens from {path}", *left_out])
-            return arrays
-    if reason and os.environ.get("NANOPREF_CACHE"):
-        raise InputError(f"NANOPREF_CACHE: the folder {folder!r} {reason}; name another one")
-    left_out = []       # messages about rows that are, or were changed
-    rows = load_rows(data, demonstrations, skip_bad_rows, hub, left_out.append,
-                     preparer(tokenizer))
-    arrays = encode(rows, tokenizer)
-    if hub is None and hash_content(source) != content:
-        raise InputError(f"--data: {data}: it changed while it was read; start again when it is "
-                         "complete")
-    say(data, left_out)
-    try:
-        if reason:
-            raise InputError(f"the folder {folder!r} {reason}; NANOPREF_CACHE names another one")
-        keep_arrays(path, arrays, left_out)
-    except InputError as error:     # such as a full disk, with which training can do
-        print(f"warning: {data}: its tokens are not kept for the next run: {error}")
-        not_kept[path] = arrays
+    content = hash_content(source, split) if hub is None else hub._fingerprint
+    entry = key(LAYOUT, content, split, *fingerprint(tokenizer), special_tokens(tokenizer),
+                demonstrations, bool(skip_bad_rows))
+
+    def encode_file():
+        said = []       # messages about rows that were left out or changed
+        rows = load_rows(data, demonstrations, skip_bad_rows, hub, said.append, preparer(tokenizer))
+        arrays = encode(rows, tokenizer)
+        if hub is None and hash_content(source, split) != content:
+            raise InputError(f"--data: {data}: it changed while it was read; start again when it "
+                             "is complete")
+        return arrays | {"said": np.array(said, str)}
+
+    home = os.path.expanduser("~/.cache/nanopref").removeprefix("~/")   # without a home: here
+    arrays = cached(os.environ.get("NANOPREF_CACHE") or home, "tokens", entry, encode_file)
+    for message in arrays.pop("said").tolist():
+        if (data, message) not in SAID:
+            print(f"{data}: {message}")
+        # Said once, although a run reads the data again for each of its parts.
+        if message.startswith(("warning: ", "reads ", "columns ")):
+            SAID.add((data, message))
     return arrays
 
 
-def say(data, messages):
-    """Prints messages about a data set; warnings, and what is read of it, once, although a run
-    reads it again for each of its parts."""
-    for message in messages:
-        line = f"{data}: {message}"
-        if line not in SAID:
-            print(line)
-        if message.startswith(("warning: ", "reads ", "columns ")):
-            SAID.add(line)
-
-
-def token_cache():
-    """Returns the folder in which token ids are kept: NANOPREF_CACHE, or ~/.cache/nanopref; and why
-    nothing can be written there, or None."""
-    folder = os.environ.get("NANOPREF_CACHE") or os.path.expanduser("~/.cache/nanopref")
-    if folder.startswith("~"):      # a user without a home: it would be a folder of that name
-        return folder, "can't be made: there is no home folder"
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:         # of which is spoken when the tokens are written
-            return folder, f"can't be made: {error.strerror}"
-    writable = os.access(folder, os.W_OK | os.X_OK) or not os.path.exists(folder)
-    return folder, None if writable else "can't be written to"
-
-
-def hash_content(path):
-    """Returns a hash of a file, or of the files in a folder and their names, but for hidden ones.
+def hash_content(path, split=None):
+    """Returns a hash of a file, or of the files of a folder that are read and their names.
     InputError if one can't be read, or may have no end."""
-    def refuse(error):
-        raise InputError(f"--data: {error.filename}: {error.strerror}") from error
-
-    paths = [path]
-    if os.path.isdir(path):
-        paths = sorted(os.path.join(folder, name)
-                       for folder, _, names in os.walk(path, onerror=refuse) for name in names)
+    names = folder_files(path, split, str) if os.path.isdir(path) else ["."]
     digest = hashlib.sha256()
-    for name in paths:
-        below = os.path.relpath(name, path)
-        if below != "." and "/." in f"/{below}":
-            continue
-        digest.update(below.encode() + b"\0")
-        check_is_file(name)
+    for name in names:
+        file = os.path.normpath(os.path.join(path, name))
+        check_is_file(file)
+        digest.update(name.encode() + b"\0")
         try:
-            with open(name, "rb") as file:
-                while part := file.read(2 ** 20):
+            with open(file, "rb") as opened:
+                while part := opened.read(2 ** 20):
                     digest.update(part)
         except OSError as error:
-            refuse(error)
+            raise InputError(f"--data: {file}: {error.strerror}") from error
     return digest.hexdigest()
-
-
-def keep_arrays(path, arrays, left_out):
-    """Writes `encode`'s arrays, and messages about rows that were left out, as a folder: an .npy
-    file for each array, and index.json, which has their checksums. InputError if it can't."""
-    with replacing(path, folder=True) as temporary:
-        for name, array in arrays.items():
-            np.save(os.path.join(temporary, f"{name}.npy"), array)
-        checksums = {name: zlib.crc32(array) for name, array in arrays.items()}
-        with open(os.path.join(temporary, "index.json"), "w", encoding="utf-8") as file:
-            json.dump({"arrays": checksums, "left_out": left_out}, file)
-
-
-def open_arrays(path):
-    """Returns what `keep_arrays` wrote: (arrays, messages). The tokens are memory-mapped: processes
-    share them, and memory holds what is in use. Raises one error or another if it is damaged."""
-    with open(os.path.join(path, "index.json"), encoding="utf-8") as file:
-        index = json.load(file)
-    arrays = {}
-    for name, checksum in index["arrays"].items():
-        mapped = "r" if name == "tokens" else None
-        arrays[name] = np.asarray(np.load(os.path.join(path, f"{name}.npy"), mapped))
-        if zlib.crc32(arrays[name]) != checksum:
-            raise ValueError(f"{name}.npy is not what its checksum says")
-    return arrays, index["left_out"]
 
 
 # ------------------------------------------------------------------ which rows are of use
@@ -420,26 +325,12 @@ class Examples:
         """Returns some rows: indices, or a mask."""
         return Examples(self.tokens, self.ends[rows], self.lengths[rows])
 
-    def reorder(self, order):
-        """Puts each row's responses in another order: (N, K)."""
-        columns = np.pad(1 + order, ((0, 0), (1, 0)))       # the prompt stays the first
-        return Examples(self.tokens, np.take_along_axis(self.ends, columns, axis=1),
-                        np.take_along_axis(self.lengths, columns, axis=1))
 
-
-# Data sets that are made up, or have samples, are plain lists of examples.
+# Data sets that are made up, or have samples or new labels, are plain lists of examples.
 
 def take_rows(examples, rows):
     """Returns some rows, given by their indices, of Examples or of a list."""
     return examples.take(rows) if isinstance(examples, Examples) else [examples[i] for i in rows]
-
-
-def reorder(examples, order):
-    """Puts the responses of each row in an order (N, K). Takes Examples or a list."""
-    if isinstance(examples, Examples):
-        return examples.reorder(order)
-    return [(prompt, [responses[k] for k in row_order])
-            for (prompt, responses), row_order in zip(examples, order)]
 
 
 def example_lengths(examples):
@@ -456,8 +347,7 @@ def example_lengths(examples):
 
 def fit(arrays, block_size):
     """Returns all rows of `encode` as Examples that fit in block_size. A prompt loses its start to
-    make room for its responses, which keep all, the end-of-text token too. Where a response alone
-    leaves no room for a token, the prompt has length 0."""
+    make room for its responses, which stay whole. Where they leave none, it has length 0."""
     lengths = arrays["lengths"].copy()
     ends = lengths.ravel().cumsum(dtype=np.int64).reshape(lengths.shape)
     room = block_size - lengths[:, 1:].max(axis=1, initial=0)
@@ -466,8 +356,7 @@ def fit(arrays, block_size):
 
 
 def equal_responses(examples):
-    """Returns (N,) whether all responses of a row of Examples are the same, so that it says nothing
-    of preferences."""
+    """Returns (N,) whether all responses of a row, of Examples, are the same."""
     lengths = examples.lengths[:, 1:]
     equal = (lengths == lengths[:, :1]).all(axis=1) & (lengths.shape[1] > 1)
     for row in np.flatnonzero(equal):
@@ -484,18 +373,17 @@ def needed_block_size(lengths):
 
 
 def longest_sample(lengths, block_size, rows):
-    """Returns the default of --max_new_tokens: what 99% of the responses need, their end-of-text
-    token included. That may take the room of 1% of the prompts, and of more only up to half of
-    block_size. Prints it. lengths: (N, 1 + K) tokens in the prompt and the responses of each row;
-    rows: which they are."""
-    needed = math.ceil(np.percentile(lengths[:, 1:], 99))
-    room = max(block_size - math.ceil(np.percentile(lengths[:, 0], 99)), block_size // 2)
-    why = f"99% of the {rows} responses are no longer"
-    if needed > room:
-        why = (f"99% of the {rows} responses need {needed}, and prompts their room in block_size "
-               f"{block_size}")
-    print(f"--max_new_tokens={min(needed, room)}: {why}")
-    return min(needed, room)
+    """Returns the default of --max_new_tokens, and prints it: what 99% of the responses need. That
+    may take the room of 1% of the prompts, and of more only up to half of block_size. lengths: (N,
+    1 + K) tokens in the prompt and the responses of each row; rows: which they are."""
+    prompt, response = (math.ceil(np.percentile(part, 99)) for part in (lengths[:, 0],
+                                                                        lengths[:, 1:]))
+    room = max(block_size - prompt, block_size // 2)
+    why = f"99% of the {rows} responses " + (
+        "are no longer" if response <= room else
+        f"need {response}, and prompts their room in block_size {block_size}")
+    print(f"--max_new_tokens={min(response, room)}: {why}")
+    return min(response, room)
 
 
 def default_block_size(args, tokenizer):
@@ -508,17 +396,21 @@ def default_block_size(args, tokenizer):
 
 
 def random_order(n):
-    """Returns the numbers below n, (n,) int64, in an order that depends on n alone. A file may be
-    sorted, by kind or by date; in this order its first rows are a random part, and the same one for
-    every method and every --seed."""
+    """Returns the numbers below n, (n,) int64, in an order that depends on n alone: of a file that
+    is sorted, the first rows are a random part, the same for every method and every --seed."""
     return np.random.default_rng([0, 8]).permutation(n)
 
 
-def select(arrays, block_size, name="data", split=None):
-    """Returns the rows of `encode` that are of use, in one split or in all, as (Examples, scores
-    (N, K, M) or None). Says how many were dropped and why, and how many prompts were cut. A
-    prompt's split goes by its hash: it is the same in every file. The rows of a split are in random
-    order. InputError if there is no such row."""
+def select(arrays, block_size, name="data", split=None, unpaired=False):
+    """Picks the rows of `encode` that are of use, in one split or in all. Returns {"examples":
+    Examples, "rewards": the scores (N, K, M) or None, "desirable": (N,) or None}. Says how many
+    were dropped and why, and how many prompts were cut. A prompt's split goes by its hash: it is
+    the same in every file. The rows of a split are in random order. unpaired: whether single
+    responses with a label are of use. InputError if there is no such row."""
+    if "desirable" in arrays and not unpaired:
+        raise InputError(f"--data: {name}: single responses with a label (prompt, completion, "
+                         "label), which --loss=kto trains on; all else compares responses, which "
+                         "have to stand in chosen and rejected, or in responses")
     rows = np.arange(len(arrays["hash"]))
     if split is not None:
         rows = random_order(len(rows))
@@ -546,18 +438,21 @@ def select(arrays, block_size, name="data", split=None):
     if n_cut > 0.05 * len(kept):
         print(f"warning: {name}: {n_cut / len(kept):.0%} of the prompts lose their start; with "
               f"block_size {needed_block_size(lengths)} it would be 1%")
-    return examples, arrays["scores"][kept] if "scores" in arrays else None
+    columns = {"rewards": arrays.get("scores"), "desirable": arrays.get("desirable")}
+    return {"examples": examples, **{column: None if values is None else values[kept]
+                                     for column, values in columns.items()}}
 
 
-def select_file(data, split, tokenizer, block_size, skip_bad_rows, demonstrations=False):
+def select_file(data, split, tokenizer, block_size, skip_bad_rows, demonstrations=False,
+                unpaired=False):
     """Returns what `select` finds in a split of a file."""
     arrays = tokenised_file(data, tokenizer, demonstrations, skip_bad_rows)
-    return select(arrays, block_size, f"{data}, {split}", split)
+    return select(arrays, block_size, f"{data}, {split}", split, unpaired)
 
 
 def prompts_of(arrays, split):
-    """Returns the prompts of a split, each once, as lists of token ids, in random order. (In the
-    random order of rows those with many rows would come early.)"""
+    """Returns the prompts of a split, each once, as lists of token ids, in random order (in that of
+    the rows, those with many rows would come early)."""
     lengths = arrays["lengths"]
     ends = lengths.ravel().cumsum().reshape(lengths.shape)[:, 0]
     rows = np.flatnonzero(SPLITS[arrays["hash"]] == split)

@@ -298,6 +298,25 @@ def test_samples_are_one_more_response():
     assert dataset.n_samples == 0 and len(dataset.examples[0][1]) == 2      # left as it was
 
 
+def test_single_responses_with_a_label():
+    """Each row also gets the response of the next row, which loses its end where block_size is
+    full; labels and their weights stay with their rows."""
+    examples = [([1, 1, 1], [[2]]), ([1], [[3, 3]]), ([1], [[4, ~5, 6]]), ([1], [[7]])]
+    dataset = Dataset(examples, desirable=np.array([True, False, False, False]))
+    mismatched = dataset.with_mismatched(4)
+    assert [list(map(list, responses)) for _, responses in mismatched.examples] == [
+        [[2], [3]], [[3, 3], [4, ~5, 6]], [[4, ~5, 6], [7]], [[7], [2]]]
+    batch = mismatched.batch(np.array([3, 0]))
+    assert batch.desirable.tolist() == [False, True]
+    assert batch.label_weight.tolist() == pytest.approx([4 / 3, 4])
+    assert batch.pairs.shape == (0, 2) and batch.samples.tolist() == [[1], [1]]
+    assert mismatched.take(np.array([1])).batch(np.array([0])).label_weight.tolist() == [1]
+    with pytest.raises(InputError, match="--relabel: it orders the responses of a row"):
+        relabel(dataset, np.ones((4, 1)))
+    with pytest.raises(InputError, match="--rho, --bias: subsets by length are of pairs"):
+        d_rho(dataset, 0.5, None, 0)
+
+
 # ------------------------------------------------------------------ data sets
 
 def small_dataset():
@@ -353,6 +372,7 @@ def test_relabelling_may_leave_nothing():
 
 
 def test_rankings_have_no_length_bias():
-    message = "^--rho, --bias: subsets by length are of pairs; with more responses use --rho=all$"
+    message = ("^--rho, --bias: subsets by length are of pairs; with one response a row, or more "
+               "than two, use --rho=all$")
     with pytest.raises(InputError, match=message):
         biased_subset(np.ones((4, 3)), 0.5)

@@ -136,6 +136,19 @@ def batch_of(n_responses, n_samples=0):
     return Dataset(examples, None, ref_logps, n_samples).batch(np.arange(len(examples)))
 
 
+def test_statistics_of_single_responses():
+    """The means over a data set are those over its desirable rows, its undesirable rows, and the
+    mismatched responses."""
+    dataset = Dataset([([1], [[2], [3]])] * 4, None, np.full((4, 2), -2, np.float32), 1,
+                      desirable=np.array([True, False, True, True]))
+    batch = dataset.batch(np.arange(4))
+    change = torch.tensor([[0.5, 1.0], [3.0, 2.0], [-1.0, 1.0], [2.0, 4.0]])
+    values = train_policy.statistics(batch.ref_logps + change, batch)
+    assert {name: value.mean().item() for name, value in values.items()} == {
+        "desirable_change": pytest.approx(0.5), "undesirable_change": pytest.approx(3.0),
+        "mismatched_change": pytest.approx(2.0)}
+
+
 def test_statistics_of_rewards():
     """A margin below 1 is right too, and one of zero is half right."""
     rewards = torch.tensor([[0.5, 0.0], [1.0, 1.0], [0.0, 1.0], [3.0, 0.0]])
@@ -540,7 +553,7 @@ def test_pairs_are_those_of_the_flags(lab, monkeypatch, capsys):
     bias --rho, the validation pairs as they come."""
     calls = calls_of_preferences(lab, monkeypatch, arguments(lab))
     cache = f"{lab.root}/ref/cache"
-    assert calls == [("tinytldr", split, TOKENIZER, lab.policy, cache, 30, 0.5, 7, None)
+    assert calls == [("tinytldr", split, TOKENIZER, lab.policy, cache, 30, 0.5, 7, None, False)
                      for split in ("train", "validation")]
     assert capsys.readouterr().out == ("D_rho: 6 of 40 training pairs, the longer response "
                                        "preferred in 50% of them\n")

@@ -7,6 +7,7 @@ from inspect import getsource, signature
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hints import assert_gives
@@ -15,6 +16,7 @@ from test_losses import COLUMNS, EXTREME, M, h_by_hand, make_batch
 import losses
 import train_policy
 import zoo
+from data import Dataset
 from experiments import loss_page, properties, zoo_answers
 from experiments import zoo as runner
 from losses import PREFERENCE_LOSSES, batch_loss, knobs, needs
@@ -23,7 +25,8 @@ from support.flags import InputError
 
 ROOT = Path(__file__).parents[1]
 SOME = {"beta": 0.3, "eta": 2.5, "epsilon": 0.2, "weight": 0.6, "alpha": 0.7, "blend": 0.4,
-        "r_max": 0.2, "per_token": 0.07, "target": 0.8, "offset": 0.9}
+        "r_max": 0.2, "per_token": 0.07, "target": 0.8, "offset": 0.9, "desirable_weight": 1.3,
+        "undesirable_weight": 0.7}
 
 
 def flags_of(name):
@@ -145,8 +148,9 @@ def test_losses_of_a_batch_are_their_formulas():
     higher = {**OURS, "logps": OURS["logps"] + 2}           # a mean below zero counts as zero
     z = sum(u + v) / (2 * len(u)) + 2
     assert z > 0 > z - 4
-    assert_gives(value_of("kto", higher, beta=beta),
-                 [sigma(beta * (z - a - 2)) + sigma(beta * (b + 2 - z)) for a, b in zip(u, v)])
+    assert_gives(value_of("kto", higher, beta=beta, desirable_weight=1.5),
+                 [1.5 * sigma(beta * (z - a - 2)) + sigma(beta * (b + 2 - z))
+                  for a, b in zip(u, v)])
     lower = {**OURS, "logps": OURS["logps"] - 2}
     assert_gives(value_of("kto", lower, beta=beta),
                  [sigma(-beta * (a - 2)) + sigma(beta * (b - 2)) for a, b in zip(u, v)])
@@ -361,6 +365,58 @@ def test_a_loss_is_short_and_says_where_it_is_from(name):
     assert 1 <= len(body.strip().splitlines()) <= 6
     formula, idea, source = loss_page.formula_idea_source(name)
     assert formula and idea and (", arXiv " in source or "Mitchell (2023)" in source)
+
+
+# ---------------------------------------------------------------- single responses with a label
+
+RATIOS = torch.tensor([1.5, -2.0, 0.5, -0.5], dtype=torch.float64)      # u
+DESIRABLE = torch.tensor([True, True, False, False])
+
+
+@pytest.mark.parametrize("mismatched, z", [([2.0, -1.0, 3.0, 0.0], 1.0), ([-2.0, 1.0, -3.0, 0], 0)])
+def test_kto_of_single_responses_is_its_formula(mismatched, z):
+    """The reference point is the mean over mismatched responses, zero if that is below, and has no
+    gradient. Each label has its weight."""
+    mismatched = torch.tensor(mismatched, dtype=torch.float64, requires_grad=True)
+    ours = RATIOS.clone().requires_grad_()
+    got = zoo.kto_unpaired(ours, DESIRABLE, mismatched, 0.3, 1.3, 0.7)
+    assert_gives(got, [1.3 * (1 - sigma(0.3 * (u - z))) if wanted else
+                       0.7 * (1 - sigma(0.3 * (z - u)))
+                       for u, wanted in zip(RATIOS.tolist(), DESIRABLE)])
+    got.sum().backward()
+    assert mismatched.grad is None and ((ours.grad < 0) == DESIRABLE).all()
+
+
+def test_kto_of_single_responses_at_the_reference_and_far_from_it():
+    """Half a weight, with a slope of a quarter of weight * beta, up for what is desirable; between
+    zero and the weight, and not convex."""
+    ours = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    losses_there = zoo.kto_unpaired(ours, DESIRABLE, torch.zeros(4), 0.4, 3.0, 2.0)
+    assert losses_there.tolist() == [1.5, 1.5, 1.0, 1.0]
+    losses_there.sum().backward()
+    assert ours.grad.tolist() == pytest.approx([-0.3, -0.3, 0.2, 0.2])
+    far = torch.tensor([1e4, -1e4, 1e4, -1e4])
+    assert zoo.kto_unpaired(far, DESIRABLE, torch.zeros(4), 1.0, 3.0, 2.0).tolist() == [0, 3, 2, 0]
+    bad, better = [zoo.kto_unpaired(torch.tensor([u]), DESIRABLE[:1], torch.zeros(1)).item()
+                   for u in (-8.0, -4.0)]
+    assert better > (bad + 0.5) / 2         # above the chord from u = -8 to u = 0
+
+
+def test_kto_of_a_batch_of_single_responses():
+    """batch_loss takes the labels and the mismatched responses out of the batch, by the same flags
+    as with pairs; the loss of the step-0 check is that of the reference."""
+    assert list(signature(zoo.kto_unpaired).parameters)[3:] == list(knobs("kto"))
+    dataset = Dataset([([1], [[2, 3]]), ([1], [[4]]), ([1, 2], [[5]])],
+                      desirable=np.array([True, False, True])).with_mismatched(8)
+    dataset.ref_logps = -np.ones((3, 2), np.float32)
+    batch = dataset.batch(np.array([2, 1]))
+    logps = torch.tensor([[-0.5, -2.5], [-3.0, 3.0]])
+    got = batch_loss("kto", logps, batch, **flags_of("kto"))
+    wanted = zoo.kto_unpaired(torch.tensor([0.5, -2.0]), torch.tensor([True, False]),
+                              torch.tensor([-1.5, 4.0]), 0.3, 1.3, 0.7)
+    assert_gives(got, wanted.tolist())
+    at_reference = batch_loss("kto", batch.ref_logps, batch, **flags_of("kto"))
+    assert_gives(at_reference, [0.65, 0.35])
 
 
 def row(method, value, advantage, split="validation", rho="0.2", seed="1000"):

@@ -41,8 +41,9 @@ good_pairs = st.fixed_dictionaries(
 def check_row(row, demonstrations):
     """A row is what encode() expects: text, or messages of which the assistant's are answered; and
     responses that are not blank."""
-    assert row.keys() <= {"prompt", "responses", "scores"}
-    assert len(row["responses"]) == 1 if demonstrations else len(row["responses"]) >= 2
+    assert row.keys() <= {"prompt", "responses", "scores", "desirable"}
+    single = demonstrations or "desirable" in row
+    assert len(row["responses"]) == 1 if single else len(row["responses"]) >= 2
     assert all(row["responses"])
     assert len({type(part) for part in (row["prompt"], *row["responses"])}) == 1
     for part in (row["prompt"], *row["responses"]):

@@ -102,23 +102,6 @@ def test_the_same_words_do_not_win_every_tie():
 
 # ------------------------------------------------------------------ prompts and texts
 
-@pytest.mark.parametrize("begin", [
-    "<|im_start|>user\nSay hello.<|im_end|>\n<|im_start|>assistant\n", "[INST] Say hello. [/INST]",
-    "### Instruction:\nSay hello.\n\n### Response:\n", "User: Say hello.\nAssistant:",
-    "say\u00a0 HELLO. "])
-@pytest.mark.parametrize("prompt", ["Say hello.", [says("user", "Say hello.")]])
-def test_the_prompt_again_in_other_clothes(tmp_path, hub_cache, begin, prompt):
-    record = {"prompt": prompt, "chosen": begin + " Hello!", "rejected": begin + " No."}
-    _, said = read(tmp_path / "a.jsonl", [record])
-    assert any("in 1 of 1 rows the responses repeat the prompt" in line for line in said)
-
-
-def test_responses_that_only_seem_to_repeat_the_prompt(tmp_path, hub_cache):
-    pairs = [{"prompt": "Name a town", "chosen": " A town is Bergen.", "rejected": " Name one!"},
-             {"prompt": "a", "chosen": " an apple", "rejected": " an ape"}]
-    assert read(tmp_path / "a.jsonl", pairs)[1] == []
-
-
 def test_dialogues_with_another_prompt(tmp_path, hub_cache):
     def record(prompt):
         return {"prompt": prompt, "chosen": [says("user", "Hi"), says("assistant", "Yes")],

@@ -123,7 +123,8 @@ def noted_run(*arguments):
 def check_parts(start):
     """Each of two processes keeps half of a model, which is whole again where it has to be."""
     plain = GPT.from_pretrained(start)
-    args = SimpleNamespace(fsdp=True, dtype="float32", gradient_checkpointing=False)
+    args = SimpleNamespace(fsdp=True, dtype="float32", gradient_checkpointing=False,
+                           freeze=None)
     model = place(GPT.from_pretrained(start), torch.device("cpu"), args)
     kept = sum(p.to_local().numel() for p in model.parameters())
     assert kept == pytest.approx(sum(p.numel() for p in plain.parameters()) / 2, rel=0.01)
@@ -145,7 +146,7 @@ def check_parts(start):
 def check_bfloat16(start):
     """Weights that are sent around in bfloat16 give the gradients of autocast, in float32."""
     plain = GPT.from_pretrained(start)
-    args = SimpleNamespace(fsdp=True, dtype="bfloat16", gradient_checkpointing=True)
+    args = SimpleNamespace(fsdp=True, dtype="bfloat16", gradient_checkpointing=True, freeze=None)
     model = place(GPT.from_pretrained(start), torch.device("cpu"), args)
     examples = [([1, 2, 3], [[4], [5, 6]]), ([7, 8], [[9, 10], [11]])]
     with torch.autocast("cpu", torch.bfloat16):

@@ -20,11 +20,12 @@ import train_policy
 import train_rm
 from data import collate
 from dev import draw
-from losses import LOSSES, knobs
+from losses import knobs
 from model import GPT, GPTConfig
 from reward import RewardModel
 from support.flags import SHARED, InputError, comparison_flags, talk_flags
 from support.run import SHOWN
+from zoo import all_losses
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -90,7 +91,8 @@ def test_commands_that_it_names_exist(page):
 def all_flags():
     """The flags of all scripts: read from the source, as those of the losses are from the table;
     and torchrun's."""
-    flags = {"help", "nproc_per_node", *SHARED} | {knob for loss in LOSSES for knob in knobs(loss)}
+    flags = {"help", "nproc_per_node", *SHARED}
+    flags |= {knob for loss in all_losses() for knob in knobs(loss)}
     for path in CODE:
         text = text_of(path)
         flags |= set(re.findall(r'"--(\w+)"', text))
@@ -215,8 +217,9 @@ def test_the_table_of_the_first_look_has_the_headings_that_a_run_prints():
     """Those of a policy that the oracle judges; the rows fit below them."""
     shown, = [block for block in text_of(README).split("```") if "train/chosen  " in block]
     heading, *rows = re.findall(r"^ step .*|^ +\d+  +\d+\.\d{4}  .*", shown, flags=re.M)
-    assert heading.split() == ["step", *SHOWN, "left"]
-    assert len(rows) > 1 and all(len(row.split()) >= len(SHOWN) for row in rows)
+    of_pairs = [name for name in SHOWN if not name.endswith(("/good", "/bad"))]
+    assert heading.split() == ["step", *of_pairs, "left"]
+    assert len(rows) > 1 and all(len(row.split()) >= len(of_pairs) for row in rows)
 
 
 def test_the_post_in_the_readme_is_the_first_that_tinytldr_prints():

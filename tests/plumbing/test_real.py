@@ -34,7 +34,7 @@ def test_every_row_is_read_and_no_response_is_cut(hub_cache, gpt2, name, demonst
     rows = list(load_rows(os.path.join(FOLDER, f"{name}.jsonl.gz"), demonstrations))
     assert len(rows) == n
     rows = rows[:300]
-    examples, _ = select(encode(rows, gpt2), 256)
+    examples = select(encode(rows, gpt2), 256)["examples"]
     fits = 0
     for row in rows:
         if max(len(gpt2.encode_ordinary(response)) for response in row["responses"]) > 254:
@@ -55,7 +55,7 @@ def test_hh_prompts_end_where_the_assistant_speaks(hub_cache, gpt2, capsys):
     for row in rows:
         assert row["prompt"].startswith("\n\nHuman:") and row["prompt"].endswith("\n\nAssistant:")
         assert not any("\n\nHuman:" in response for response in row["responses"])
-    examples, _ = select(encode(rows, gpt2), 4096)
+    examples = select(encode(rows, gpt2), 4096)["examples"]
     assert len(examples) == 2318
     assert "2 dropped (chosen and rejected are the same)" in capsys.readouterr().out
 
@@ -87,7 +87,7 @@ def test_no_real_dialogue_is_held_out_that_goes_on_with_one_that_trains(hub_cach
 
 def test_biased_subset_of_real_pairs(hub_cache, gpt2):
     arrays = tokenised_file(os.path.join(FOLDER, "tldr_preference.jsonl.gz"), gpt2)
-    lengths = Dataset(*select(arrays, 1024)).response_lengths()
+    lengths = Dataset(**select(arrays, 1024)).response_lengths()
     subset = biased_subset(lengths, 0.2)
     assert np.mean(longer(lengths[subset]) == 1) == pytest.approx(0.2, abs=0.01)
 

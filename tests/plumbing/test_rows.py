@@ -314,6 +314,32 @@ def test_a_dialogue_whose_label_is_false_is_not_imitated():
     assert len(parse_rows({**record, "label": True}, True)) == 1
 
 
+@pytest.mark.parametrize("label, desirable", [
+    (True, True), (False, False), (1, True), (0.0, False), ("True", True), ("undesirable", False)])
+def test_a_single_response_with_a_label(label, desirable):
+    record = {"prompt": "Hi", "completion": " Yes?", "label": label}
+    assert parse_row(record, False) == {"prompt": "Hi", "responses": [" Yes?"],
+                                        "desirable": desirable}
+    chat = {**record, "prompt": [says("user", "Hi")], "completion": [says("assistant", "Yes?")]}
+    assert parse_row(chat, False) == {"prompt": chat["prompt"], "responses": [chat["completion"]],
+                                      "desirable": desirable}
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"label": None}, "column 'label' is missing"), ({"label": ""}, "column 'label' is missing"),
+    ({"label": 0.7}, "column 'label' is '0.7', which is neither true nor false"),
+    ({"label": 2}, "column 'label' is '2', which is neither"),
+    ({"label": [True]}, "column 'label' is "),
+    ({"prompt": None}, "column 'prompt' is missing"),
+    ({"completion": None}, "column 'completion' is missing"),
+    ({"completion": " "}, "the response 'completion' is empty"),
+    ({"preferred": 1}, "column 'preferred' looks like a label"),
+    ({"chosen": " a", "rejected": " b"}, "column 'label' looks like a label")])
+def test_a_single_response_that_is_wrong(change, message):
+    with pytest.raises(ValueError, match=message):
+        parse_row({"prompt": "Hi", "completion": " Yes?", "label": True, **change}, False)
+
+
 def test_a_gap_beside_a_preference():
     row, = parse_rows({**PAIR, "completion": None}, True)
     assert row["responses"] == [PAIR["chosen"]]
@@ -421,10 +447,10 @@ def test_load_rows_formats(tmp_path, hub_cache, name):
     ("a.jsonl", "null", "row 1: not a JSON object"),
     ("a.json", "null", "row 1: not a JSON object"),
     ("a.json", "[]", "no rows"),
-    ("a.json", json.dumps([PAIR, PAIR])[:-1], "row 3: not JSON: Expecting value"),
-    ("a.json", json.dumps([PAIR, PAIR]) + "]", "row 3: not JSON: Expecting value"),
-    ("a.json", json.dumps([PAIR, PAIR])[:-3], "row 2: not JSON"),
-    ("a.json", "[" * 100_000, "row 1: JSON nested too deeply"),
+    ("a.json", json.dumps([PAIR, PAIR])[:-1], "not JSON: Expecting ',' delimiter: line 1 column"),
+    ("a.json", json.dumps([PAIR, PAIR]) + "]", "not JSON: Extra data: line 1 column"),
+    ("a.json", json.dumps([PAIR, PAIR])[:-3], "not JSON: Unterminated string"),
+    ("a.json", "[" * 100_000, "JSON nested too deeply"),
     ("a.json", '{"prompt":' * 100_000, "row 1: JSON nested too deeply"),
     ("a.jsonl", "[" * 100_000 + "]" * 100_000, "row 1: JSON nested too deeply"),
     ("a.jsonl", json.dumps({**PAIR, "chosen": "\ud83d"}), "row 1: column 'chosen' is not utf-8"),

@@ -782,8 +782,8 @@ def test_a_file_is_a_single_prompt(tmp_path):
     assert asked([f"--prompt_file={tmp_path}/post.txt"]) == [" Erste Zeile: \u00fc\n\nTL;DR:"]
 
 
-@pytest.mark.parametrize("content, reason", [(None, "No such file"), (b"", "the file is empty"),
-                                             (b"\xff\xfe", "not UTF-8 text")])
+@pytest.mark.parametrize("content, reason", [
+    (None, "No such file"), (b"", "there is no prompt in it"), (b"\xff\xfe", "not UTF-8 text")])
 def test_a_file_that_is_no_prompt(tmp_path, content, reason):
     if content is not None:
         (tmp_path / "post.txt").write_bytes(content)
@@ -795,7 +795,7 @@ def test_what_is_piped_in_is_split_at_blank_lines(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("\nA post\nof two lines.\n \n\n  second\n\n"))
     assert asked([]) == ["A post\nof two lines.", "  second"]
     monkeypatch.setattr(sys, "stdin", io.StringIO(" \n\n"))
-    with pytest.raises(InputError, match="standard input: no prompt"):
+    with pytest.raises(InputError, match="standard input: there is no prompt"):
         asked([])
 
 

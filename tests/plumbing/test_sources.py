@@ -142,7 +142,7 @@ def test_cached_tokens_know_the_split(tmp_path, hub_cache, capsys):
               for split in "abab"]
     assert tokens[:2] == tokens[2:] and tokens[0] != tokens[1]
     out = capsys.readouterr().out
-    assert out.count("tokens from") == 2
+    assert out.count("tokens: from") == 2
     assert out.count(f"{data}:train_b: reads train_b.jsonl; not read: train_a.jsonl\n") == 1
 
 
@@ -257,12 +257,7 @@ IN_LISTS = {**PAIR, "score_chosen": [1, 1], "score_rejected": [3, 0]}
     ([{"prompt": "Name a town.", "completion": "Bergen."}],
      "in 1 of 1 rows there is neither a space nor a new line"),
     ([SWAPPED] * 3 + [RIGHT], "in 3 of 4 rows the chosen response has the lower score"),
-    ([IN_LISTS], "in 1 of 1 rows the chosen response has the lower score"),
-    ([{**PAIR, "system": "Be kind."}] * 2 + [PAIR], "columns of text that are not read: 'system' "
-     r"\(2 rows\); what belongs to the prompt has to stand in 'prompt'"),
-    ([{**PAIR, "title": "My first day", "intro": "Hi you"}],
-     r"columns of text that are not read: 'intro' \(1 rows\), 'title' \(1 rows\)"),
-    ([{**PAIR, "history": [{"role": "user", "content": "Hi"}]}], "not read: 'history'")])
+    ([IN_LISTS], "in 1 of 1 rows the chosen response has the lower score")])
 def test_what_is_warned_of(tmp_path, records, message):
     """Once for the file, with the count, where most rows are like this."""
     said = said_of(tmp_path, records, "completion" in records[0])
@@ -288,11 +283,11 @@ def test_nothing_is_said_of_good_rows(tmp_path, records):
 
 
 def test_other_columns_are_named(tmp_path):
-    """Those of numbers, names and ids without a warning; and what only SFT reads."""
-    record = {**PAIR, "confidence": 7, "id": "a1b2", "meta": {"a": 1}, "messages": [
+    """And what only SFT reads."""
+    record = {**PAIR, "confidence": 7, "system": "Be kind.", "meta": {"a": 1}, "messages": [
         {"role": "user", "content": "Hi"}]}
-    assert said_of(tmp_path, [record] * 2) == [
-        "columns that are not read: 'confidence', 'id', 'messages', 'meta'"]
+    assert said_of(tmp_path, [record, PAIR]) == [
+        "columns that are not read: 'confidence', 'messages', 'meta', 'system'"]
     assert said_of(tmp_path, [SWAPPED], demonstrations=True) == []
 
 
@@ -302,13 +297,12 @@ def test_warnings_are_printed_once(tmp_path, hub_cache, capsys):
     path.write_text(json.dumps({**PAIR, "system": "Be kind."}))
     for _ in range(3):
         tokenised_file(str(path), get_tokenizer("tinytldr"))
-    assert capsys.readouterr().out.count(f"{path}: warning: columns of text that are not") == 1
+    assert capsys.readouterr().out.count(f"{path}: columns that are not read") == 1
 
 
 @pytest.mark.parametrize("label, used", [
     (True, 1), (1, 1), ("yes", 1), ("Desirable", 1), (" TRUE ", 1), (None, 1), ("", 1),
-    (float("nan"), 1), (False, 0), (0, 0), (-1, 0), ("no", 0), ("Undesirable", 0), ("0.0", 0),
-    ("rejected", 0), ("thumbs_down", 0)])
+    (float("nan"), 1), (False, 0), (0, 0), (-1, 0), ("no", 0), ("Undesirable", 0), ("0.0", 0)])
 def test_labels(label, used):
     record = {"prompt": "a", "completion": " b", "label": label}
     assert len(parse_rows(record, demonstrations=True)) == used

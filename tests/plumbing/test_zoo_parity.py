@@ -3,6 +3,7 @@ compute a loss from what a model returns. Here a stand-in returns random log-pro
 
 Skipped where TRL is not installed; `bash dev/parity.sh` installs it and runs this.
 """
+from functools import partial
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -72,7 +73,7 @@ def model_of(log_probs):
 
 def inputs_of(mask):
     """A batch as the trainers see it: a prompt of one token before each response."""
-    completion_mask = torch.cat([torch.zeros(2 * B, 1, dtype=torch.long), mask.long()], dim=1)
+    completion_mask = torch.cat([torch.zeros(len(mask), 1, dtype=torch.long), mask.long()], dim=1)
     return {"input_ids": torch.ones_like(completion_mask), "completion_mask": completion_mask,
             "attention_mask": torch.ones_like(completion_mask)}
 
@@ -162,6 +163,29 @@ def test_kto_trainer(tokens, theirs, more, rise):
     name, _ = zoo.TRL["KTOTrainer"][theirs]
     ours = ours_of(name, log_probs, mask, ref_logps, beta=BETA)
     assert_same(ours / 2 + more, wanted, log_probs)
+
+
+@pytest.mark.parametrize("rise", [-3.0, 3.0])
+def test_kto_trainer_on_single_responses(tokens, rise):
+    """With TRL's own reference point, from mismatched responses, whose log-ratios are below zero in
+    the mean, and above; with weights, and labels in any order. TRL's mean is over responses."""
+    log_probs, mask = tokens
+    own, mismatched = log_probs.chunk(2)                            # (B, T) each
+    logps = log_probs.sum(dim=1)
+    ref_logps, ref_kl_logps = (ref_logps_of(logps) - rise).chunk(2)
+    desirable = torch.tensor([True, False, False, True, True, False])
+    weights = {"desirable_weight": 1.3, "undesirable_weight": 0.7}
+    stub = trainer(loss_type="kto", calculate_KL=True, **weights)
+    stub._compute_kl_logps = partial(trl.KTOTrainer._compute_kl_logps, stub)
+    model = MagicMock(side_effect=[model_of(mismatched)(), model_of(own)()])
+    inputs = inputs_of(mask[:B]) | {f"KL_{name}": value
+                                    for name, value in inputs_of(mask[B:]).items()}
+    inputs |= {"label": desirable, "ref_logps": ref_logps, "ref_KL_logps": ref_kl_logps}
+    wanted = trl.KTOTrainer._compute_loss(stub, model, inputs, False)
+    u, v = logps[:B] - ref_logps, logps[B:] - ref_kl_logps
+    assert v.mean() * rise > 0
+    ours = zoo.kto_unpaired(u, desirable, v, BETA, **weights).mean()
+    assert_same(ours, wanted, log_probs)
 
 
 @pytest.mark.parametrize("theirs, label_smoothing", [
