@@ -55,7 +55,7 @@ class RewardModel(nn.Module):
         last = self.config.reward_head == "last"
         read = batch.last.flatten() if last else batch.own
         hidden = self.transformer(batch.tokens, batch.position, mask, read=read,
-                                   below=batch.below)                        # (R, C)
+                                  below=batch.below)                        # (R, C)
         with torch.autocast(hidden.device.type, enabled=False):
             rewards = self.score(hidden.to(self.score.weight.dtype)).squeeze(1)     # (R,)
         return rewards.view_as(batch.last) if last else batch.sum_tokens(rewards)
