@@ -1,5 +1,6 @@
 """Grades a student's copy: each function of a set, alone, in the reference repository.
 
+    python runs/assignment.py pairs                         # a copy to fill in: out/pairs
     python runs/grade.py out/pairs pairs                    # a table, and results.json
     python runs/grade.py submission pairs --student=s1234   # the variant that this student has
 

@@ -108,7 +108,7 @@ def arguments(lab, **changed):
              "rewards": None, "relabel": None, "data": "tinytldr", "pool": 30,
              "label_temperature": 0.5, "rho": 0.5, "n_pairs": 6, "max_new_tokens": 4, "seed": 7,
              "dtype": "float32", "device": "cpu", "tokenizer": "tinytldr", "micro_batch_size": 2,
-             "skip_bad_rows": None, "missing_eos_penalty": None}
+             "skip_bad_rows": None, "missing_eos_penalty": None, "freeze": None}
     return SimpleNamespace(**flags | changed)
 
 

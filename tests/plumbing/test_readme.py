@@ -36,7 +36,7 @@ TESTS = ("tests", "tests/plumbing")
 CODE = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")]
 ABBREVIATIONS = {"CUDA", "POST", "README", "JSON", "JSONL", "NANOPREF_CACHE", "RLHF", "TMLR",
                  "TIKTOKEN_CACHE_DIR", "LOSSES", "LICENSE", "GELU", "PEFT", "ROUGE", "TFLOP",
-                 "DPOP", "ODPO", "ORPO", "REBEL", "RRHF", "SPPO"}
+                 "DPOP", "ODPO", "ORPO", "REBEL", "RRHF", "SPPO", "VARIANT", "CHANGES"}
 each_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 
 
