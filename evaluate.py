@@ -19,9 +19,7 @@ from reward import judge_samples, load_reward_models, mean_reward
 from support.columns import cache_folder, sample, score
 from support.device import setup
 from support.flags import comparison_flags, naming, run_script
-from support.page import write_page
-from support.prompts import held_out_prompts, with_room
-from support.report import accuracy_table, write_report
+from support.report import accuracy_table, write_page, write_report
 from support.run import run_names
 from support.tokenizer import (
     check_same_tokens,
@@ -30,7 +28,7 @@ from support.tokenizer import (
     own_tokenizer,
     to_text,
 )
-from support.tokens import longest_sample
+from support.tokens import held_out_prompts, longest_sample, with_room
 
 
 def interval(differences):

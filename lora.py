@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from support.adapters import base_of, read_adapter
+from support.checkpoint import base_of, read_adapter
 from support.flags import InputError
 
 

@@ -20,8 +20,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lora import load_lora, merge_lora
-from support.adapters import base_of, write_adapter
-from support.checkpoint import load_model, read_checkpoint, write_checkpoint
+from support.backward import head_weight, product_type, rms_norm, token_logps
+from support.checkpoint import base_of, load_model, read_checkpoint, write_adapter, write_checkpoint
 from support.device import (
     FEW_SHAPES,
     compiles_every_shape,
@@ -31,8 +31,6 @@ from support.device import (
     round_up,
     sync,
 )
-from support.logprobs import head_weight, product_type, token_logps
-from support.rms_norm import rms_norm
 
 
 @dataclass
@@ -304,7 +302,7 @@ class GPT(nn.Module):
     def response_logps(self, batch, fast=True):
         """Computes the summed log-prob of every response given its prompt, in nats.
 
-        batch: a TreeBatch. fast: use support/logprobs.py, which needs less time and memory than
+        batch: a TreeBatch. fast: use support/backward.py, which needs less time and memory than
         log_softmax; fast=False gives the same numbers by the plain formula. Returns (B, K) float32,
         float64 for a float64 model.
         """

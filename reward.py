@@ -16,8 +16,15 @@ import tinytldr
 from data import Dataset, d_rho, preferences, relabel
 from lora import copy_around_frozen, load_lora, put_lora
 from model import GPT, GPTConfig, Transformer, init_weights, tree_mask
-from support.adapters import base_of, reward_head, write_adapter
-from support.checkpoint import load_model, read_checkpoint, undrawn, write_checkpoint
+from support.checkpoint import (
+    base_of,
+    load_model,
+    read_checkpoint,
+    reward_head,
+    undrawn,
+    write_adapter,
+    write_checkpoint,
+)
 from support.columns import (
     cache_folder,
     cached,

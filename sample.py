@@ -6,14 +6,88 @@
 
 If the model was trained on dialogues, add --chat: each line you type is your turn.
 """
+import contextlib
+import re
+import sys
+
 import tinytldr
 from data import get_tokenizer
 from model import GPT
-from support.device import compute, setup
+from support.columns import was_cut_off
+from support.device import compute, new_generator, setup
 from support.flags import InputError, naming, run_script, talk_flags
-from support.prompts import prompt_room, prompt_tokens, prompts_to_answer, stream
 from support.run import run_flags
-from support.tokenizer import check_vocabulary, own_tokenizer
+from support.tokenizer import check_vocabulary, ends_of, own_tokenizer, to_text
+from support.tokens import held_out_prompts, prompt_room, prompt_tokens
+
+
+def prompts_to_answer(args, tokenizer, post):
+    """Yields the texts that sample.py answers: of --prompt, --prompt_file or --data; or else a post
+    of TinyTLDR (post: tinytldr.post), or what comes from standard input. Prints those that the
+    person has not seen."""
+    if args.prompt is not None:
+        yield args.prompt
+    elif args.prompt_file is not None:
+        yield read_text(args.prompt_file, f"--prompt_file: {args.prompt_file}")
+    elif args.data is not None or tokenizer.name == "tinytldr":
+        if args.chat:
+            raise InputError("--chat: it would be ignored: a model of TinyTLDR answers posts")
+        texts = (held_out_prompts(args, tokenizer, post)[0] if args.data is not None
+                 else [post(0, "test", args.seed % 1000)])
+        for text in texts:
+            print(text + "\n")
+            yield text
+    elif sys.stdin.isatty():
+        print("one prompt per line; Ctrl-D ends")
+        for line in sys.stdin:
+            if line.strip():
+                yield line.rstrip("\n")
+    else:
+        text = read_text(None, "standard input")
+        yield from filter(str.strip, re.split(r"\n(?:[ \t]*\n)+", text.strip("\n")))
+
+
+def read_text(path, name):
+    """Returns a file's text (None: of standard input), without the ends of lines at its end. name:
+    what messages call it. InputError if there is none."""
+    try:
+        with open(path, encoding="utf-8") if path else contextlib.nullcontext(sys.stdin) as file:
+            text = file.read().rstrip("\n")
+    except (OSError, ValueError) as error:      # ValueError: not UTF-8
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise InputError(f"{name}: {reason}") from error
+    if not text.strip():
+        raise InputError(f"{name}: there is no prompt in it")
+    return text
+
+
+def stream(policy, name, tokenizer, ids, args):
+    """Prints --n replies to a prompt (token ids), each token as it is drawn. Returns the text of
+    the last."""
+    generator = new_generator(next(policy.parameters()).device, args.seed)
+    for _ in range(args.n):
+        print(f"[{name}] ", end="", flush=True)
+        reply = stream_reply(policy, tokenizer, ids, args, generator)
+    return to_text(reply, tokenizer)
+
+
+def stream_reply(policy, tokenizer, ids, args, generator):
+    """Prints one reply, each token as it is drawn. Returns its tokens."""
+    drawn, printed = [], ""
+
+    def on_token(tokens):
+        nonlocal printed
+        drawn.append(tokens[0])
+        text = to_text(drawn, tokenizer).lstrip()       # a space stands before it already
+        if not text.endswith("\ufffd"):     # a letter may be several tokens: wait for all of it
+            print(text[len(printed):], end="", flush=True)
+            printed = text
+
+    reply, = policy.generate([ids], args.max_new_tokens, args.temperature, ends_of(tokenizer),
+                             generator, on_token=on_token, top_k=args.top_k, top_p=args.top_p)
+    ending = " ..." if was_cut_off(reply, ends_of(tokenizer)) else ""
+    print(to_text(reply, tokenizer).lstrip()[len(printed):] + ending + "\n")
+    return reply
 
 
 def main(argv=None):

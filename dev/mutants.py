@@ -40,7 +40,7 @@ GROUPS = {
         "model.py": ["tree_mask", "Attention.forward", "MLP.forward", "Block.forward",
                      "Transformer", "GPT.logits", "GPT.response_logps"],
         "reward.py": ["RewardModel.forward"],
-        "support/logprobs.py": [""],
+        "support/backward.py": [""],
         "support/tokens.py": ["encode", "fit", "equal_responses", "select"],
         "support/rows.py": ["parse_rows", "scores_of", "part_of"],
     }, ("test_losses", "test_theory", "test_attention", "test_tree", "test_estimators",

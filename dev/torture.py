@@ -27,8 +27,8 @@ import evaluate
 import tinytldr
 import train_policy
 import train_rm
-from support.files import TEMPORARY
 from support.flags import InputError, Parser, positive_int, run_script, seed
+from support.run import TEMPORARY
 
 STEPS = ["--max_steps=24", "--eval_every=8", "--batch_size=8", "--n_eval=16"]
 DATA = ["--data=in/pairs.jsonl"]

@@ -34,7 +34,7 @@ from losses import (
     sft,
 )
 from model import GPT, GPTConfig, tree_mask
-from support.logprobs import token_logps
+from support.backward import token_logps
 from tinytldr import demonstration, judge, oracle_reward, post, tokenizer
 from train_policy import adamw, learning_rate, statistics
 

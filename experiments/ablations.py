@@ -30,7 +30,6 @@ from model import GPT
 from reward import family_scores, load_reward_models, training_pairs
 from support.columns import key, score
 from support.device import setup
-from support.files import read_json
 from support.flags import (
     InputError,
     Parser,
@@ -41,7 +40,7 @@ from support.flags import (
     run_script,
     seed,
 )
-from support.run import family_folders, run_flags
+from support.run import family_folders, read_json, run_flags
 from train_rm import train_one
 
 FAMILIES = {1: "0.5", 2: "0.2,0.8", 3: "0.2,0.5,0.8", 5: "0.2,0.4,0.5,0.6,0.8",

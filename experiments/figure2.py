@@ -33,7 +33,6 @@ from experiments.world import TEMPERATURES, earned
 from losses import PAPER
 from model import GPT
 from support.columns import hash_weights
-from support.files import read_json, replacing, write_json
 from support.flags import (
     InputError,
     Parser,
@@ -45,7 +44,7 @@ from support.flags import (
     seed,
 )
 from support.report import pyplot, save
-from support.run import run_flags
+from support.run import read_json, replacing, run_flags, write_json
 
 RHOS = [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, "all"]
 KNOB = {loss: "tau" if loss == "ipo" else "beta" for loss in PAPER}

@@ -23,8 +23,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from experiments import trials
 from losses import LOSSES, needs
-from support.files import write_json
 from support.flags import InputError, Parser, comma_separated, run_script, seed
+from support.run import write_json
 
 BUDGET = ["--rho=0.2", "--n_pairs=1000", "--max_steps=320", "--batch_size=16", "--lr=2e-4",
           "--select=oracle"]

@@ -45,7 +45,6 @@ from model import GPT, GPTConfig
 from reward import RewardModel, judge_samples
 from support.columns import sample, score, was_cut_off
 from support.device import device_name, setup
-from support.files import read_json, remove, replacing, write_json
 from support.flags import (
     InputError,
     Parser,
@@ -60,7 +59,7 @@ from support.flags import (
 )
 from support.report import markdown_table, training_curve
 from support.rows import load_rows
-from support.run import run_flags
+from support.run import read_json, remove, replacing, run_flags, write_json
 from support.tokenizer import own_tokenizer, save_tokenizer, to_text
 from support.tokens import SPLITS, split_hashes, turn_hashes
 

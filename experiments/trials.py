@@ -20,9 +20,8 @@ import torch
 import evaluate
 import train_policy
 import train_rm
-from support.files import read_json, write_json
 from support.flags import InputError
-from support.run import Run
+from support.run import Run, read_json, write_json
 
 # ------ jobs on several cores
 

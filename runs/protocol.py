@@ -22,7 +22,6 @@ from data import biased_subset, get_tokenizer, longer
 from losses import PAPER, PREFERENCE_LOSSES, knobs, needs
 from support.checkpoint import read_sizes
 from support.device import device_name
-from support.files import naming_file, read_json, write_json
 from support.flags import (
     InputError,
     Parser,
@@ -40,6 +39,7 @@ from support.flags import (
     run_script,
     seed,
 )
+from support.run import naming_file, read_json, write_json
 from support.tokens import select, tokenised_file
 
 SAMPLING = ("max_new_tokens", "missing_eos_penalty")

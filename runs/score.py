@@ -18,7 +18,6 @@ from data import Dataset, get_tokenizer
 from reward import read_reward_models
 from support.columns import say_cut_off, score
 from support.device import setup
-from support.files import naming_file, replacing
 from support.flags import (
     InputError,
     Parser,
@@ -28,7 +27,7 @@ from support.flags import (
     run_script,
 )
 from support.rows import load_rows, row_texts
-from support.run import family_folders
+from support.run import family_folders, naming_file, replacing
 from support.tokenizer import check_same_tokenizer, check_vocabulary, own_tokenizer
 from support.tokens import encode, fit, preparer
 

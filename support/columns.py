@@ -26,8 +26,8 @@ from support.device import (
     wait,
     whole,
 )
-from support.files import remove_leftovers, replacing
 from support.flags import InputError
+from support.run import remove_leftovers, replacing
 
 TOKENS_PER_BATCH, PROMPTS_PER_STREAM = 16_384, 1024
 MANY_CUT_OFF = 0.05         # a larger share of samples without an end is worth a warning

@@ -2,8 +2,7 @@
 
 A row is {"prompt": ..., "responses": [..., ...]}, the better response first; with "scores" if
 rewards came with it, with "desirable" if its one response has a label. Its parts are all text, or
-all lists of chat messages, which stay messages until support/chat.py renders them. What a record
-may look like, in TRL's column names where it has some:
+all lists of chat messages. What a record may look like, in TRL's column names where it has some:
 
     prompt, chosen, rejected    a preference pair
     score_chosen, score_rejected    next to it: numbers, or lists of them
@@ -18,6 +17,10 @@ may look like, in TRL's column names where it has some:
 
 Other columns are not read, which is said, or refused if they look like a label of which response is
 better.
+
+Before a row becomes tokens it is cut into *segments*, (text, learnt) each. What the assistant says
+in a response is learnt. What a person or a tool says between two of its turns is context, which the
+model reads but does not learn to write.
 """
 import datetime
 import functools
@@ -28,9 +31,9 @@ import re
 from collections import Counter
 from itertools import chain, islice, takewhile
 
-from support.chat import PERSON, ROLES, text_segments
 from support.flags import InputError, in_a_line
 from support.sources import listed, read_records
+from support.tokenizer import ROLES, template_of
 
 PAIRS = (("chosen", "rejected"), ("prompt", "responses"))       # columns needed, either or
 LABELLED = ("prompt", "completion", "label")
@@ -38,6 +41,7 @@ DEMONSTRATIONS = (("prompt", "completion"), ("messages",), *PAIRS)
 READ = {"prompt", "chosen", "rejected", "score_chosen", "score_rejected", "responses", "ranks",
         "scores"}
 READ_AS_DEMONSTRATIONS = READ | {"completion", "messages", "label"}
+PERSON = r"\n\n(?:Human|System):.*?(?:\n\nAssistant:|\Z)"      # in a dialogue in text
 BLANK = re.compile("[\\s\\u200b-\\u200f\\u2060\\ufeff]*")     # with characters that nobody sees
 # A list of chat messages that a program wrote as text
 WRITTEN_MESSAGES = re.compile(r"""\s*(array\()?\[\s*\{\s*["'](role|content|from|value)["']\s*:.*"""
@@ -294,6 +298,78 @@ def after_prompt(prompt, response):
                 return None
             return rest.removeprefix(prompt[len(prompt.rstrip()):]) if beginning != prompt else rest
     return None
+
+
+# ------------------------------------------------------------------ segments
+
+
+def segments_of(row, tokenizer):
+    """Turns a row into segments. Returns (the prompt's text, [segments of each response]), where
+    segments are lists of (text, learnt). ValueError if the chat template does not take the row."""
+    prompt, responses = row["prompt"], row["responses"]
+    if isinstance(prompt, str):
+        return prompt, [text_segments(prompt, response) for response in responses]
+    template = template_of(tokenizer)
+    thinking = any(message.get("reasoning_content") or "</think>" in message["content"]
+                   for message in chain(*responses))
+    rendered = [chat_segments(template, prompt, response, thinking) for response in responses]
+    if any(text != rendered[0][0] for text, _ in rendered):
+        raise ValueError("the chat template writes the prompt in another way for each response")
+    return rendered[0][0], [segments for _, segments in rendered]
+
+
+def text_segments(prompt, response, context=PERSON):
+    """Cuts a response that is text into segments. If its prompt ends in "Assistant:", as an HH
+    dialogue does, then what a person says later in the response is context. context: a regular
+    expression for that, without groups."""
+    if not prompt.endswith("\n\nAssistant:"):
+        return [(response, True)]
+    pieces = re.split(f"({context})", response, flags=re.S)
+    parts = [(text, i % 2 == 0) for i, text in enumerate(pieces)]
+    if len(parts) > 1 and not parts[-1][0]:     # a person has the last word: no reply follows
+        parts = parts[:-2]
+    return [(text, learnt) for text, learnt in parts if text]
+
+
+def chat_segments(template, prompt, response, thinking=False):
+    """Renders a prompt and a response, lists of messages, by a chat template. Returns (the prompt's
+    text, [(text, learnt), ...]).
+
+    The response begins with a turn of the assistant, or continues the one with which the prompt
+    ends. White space around a reply is taken off: a reply's first token could merge with the new
+    line before it. The response ends where the template ends its last turn; the new line that
+    templates write after that is dropped. thinking: see ChatTemplate.render.
+    """
+    prompt = [template.guard(message) for message in prompt]
+    response = [template.guard(message) for message in response]
+    begun = ""                              # the part of the first turn that the prompt holds
+    if prompt[-1]["role"] == "assistant":
+        *prompt, last = prompt
+        begun = last["content"].strip()
+        response[0] = {**last, **response[0],
+                       "content": last["content"] + response[0]["content"]}
+    response = [{**message, "content": message["content"].strip()}
+                if message["role"] == "assistant" else message for message in response]
+    dialogue = prompt + response
+    turns = []                              # where each of the assistant's turns begins and ends
+    for i in range(len(prompt), len(dialogue)):
+        if dialogue[i]["role"] == "assistant":
+            head = template.render(dialogue[:i], True, thinking)
+            tail = template.render(dialogue[:i + 1], False, thinking).rstrip()
+            if begun and not turns:
+                head = tail[:tail.find(begun, len(head)) + len(begun)]
+            turns.append((head, tail))
+    whole = turns[-1][1]
+    segments, end = [], len(turns[0][0])
+    for head, tail in turns:
+        if not (whole.startswith(tail) and tail.startswith(head)):
+            raise ValueError(
+                "the chat template writes a turn of the assistant in another way than it asks for "
+                "it, or in another way when the dialogue goes on; end the response at its first "
+                "turn, or put the earlier turns into the prompt")
+        segments += [(whole[end:len(head)], False), (whole[len(head):len(tail)], True)]
+        end = len(tail)
+    return turns[0][0], [(text, learnt) for text, learnt in segments if text]
 
 
 # ------------------------------------------------------------------ pairs, rankings, scores

@@ -3,7 +3,14 @@
 A tokenizer has a name, by which runs remember it. An encoding's is a word ("tinytldr", "gpt2"). A
 model's own tokenizer is next to the model, in a folder or on the hub, and its name is that of the
 folder, with a "/" at the end.
+
+Chat messages become text by the model's own chat template, as in `transformers`. Models without one
+get the layout of Anthropic's HH dialogues: "Human: ..." and "Assistant: ...", each after an empty
+line.
 """
+import datetime
+import functools
+import json
 import os
 import re
 from itertools import chain, takewhile
@@ -11,16 +18,23 @@ from pathlib import Path
 
 import tiktoken
 
-from support.chat import HH, MARK, ChatTemplate, template_of
 from support.checkpoint import Finder, read_sizes
 from support.device import is_first
-from support.files import json_object, read_json, replacing, write_json
 from support.flags import InputError, in_a_line, naming
-from support.run import run_flags
+from support.run import json_object, read_json, replacing, run_flags, write_json
 
 MAIN_FILES = ("tokenizer.json", "vocab.json")       # a folder with one of them has a tokenizer
 OTHER_FILES = ("merges.txt", "added_tokens.json", "tokenizer_config.json",
                "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+ROLES = {"user": "Human", "assistant": "Assistant", "system": "System", "developer": "System",
+         "tool": "Tool"}            # as messages have them, and as HH's layout names them
+HH_SOURCE = ("{% for message in messages %}{{ '\n\n' + names[message['role']] + ': ' + "
+             "message['content'] }}{% endfor %}"
+             "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}")
+MARK = "\ufdd0"         # a character that no text has; see ChatTemplate.guard
+# The date that templates are given: the default of Llama 3's. With the real one, two runs on
+# different days would read different tokens.
+A_DAY = datetime.date(2024, 7, 26)
 
 
 def read_tokenizer(name):
@@ -83,6 +97,93 @@ def own_tokenizer(model, data=None):
     if is_first():
         print(f"{model}: no tokenizer there; it is taken to read the tokens of {name}")
     return name
+
+
+# ------------------------------------------------------------------ chat templates
+
+
+class ChatTemplate:
+    """Renders messages, [{"role": "user", "content": "Hi"}, ...], by a template in the language of
+    jinja2.
+
+    source: the template. variables: what it may read besides the messages, such as bos_token.
+    specials: the texts of the tokenizer's special tokens.
+    """
+
+    def __init__(self, source, variables, specials=()):
+        self.source, self.variables = source, variables
+        longest_first = sorted(filter(None, specials), key=len, reverse=True)
+        self.special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    def render(self, messages, generate=False, thinking=False):
+        """Returns the text of messages. generate: whether to end it where the assistant's next turn
+        begins. thinking: whether to ask a model that can think for its thoughts. ValueError if the
+        template does not take the messages."""
+        try:
+            return compile_template(self.source).render(
+                messages=messages, add_generation_prompt=generate, tools=None, documents=None,
+                enable_thinking=thinking, **self.variables)
+        except Exception as error:      # jinja2 has its own errors, and templates may raise any
+            raise ValueError(f"the chat template does not take these messages: {error}") from error
+
+    def guard(self, message):
+        """Returns a message with a MARK inside each special token that is written in it. There it
+        is ordinary text, and not one of the special tokens that the template writes."""
+        def marked(match):
+            return match[0][0] + MARK + match[0][1:]
+        return {name: self.special.sub(marked, value) if isinstance(value, str) else value
+                for name, value in message.items()}
+
+    def end_of_turn(self):
+        """Returns the text of the special token that ends a turn of the assistant, or None."""
+        asked = [{"role": "user", "content": "a"}]
+        try:
+            head = self.render(asked, generate=True)
+        except ValueError:      # some templates want a system message
+            asked = [{"role": "system", "content": "c"}, *asked]
+            head = self.render(asked, generate=True)
+        whole = self.render([*asked, {"role": "assistant", "content": "b"}])
+        tail = whole[len(head):].removeprefix("b").lstrip()
+        match = self.special.match(tail) if whole.startswith(head) else None
+        return match and match[0]
+
+
+@functools.lru_cache
+def compile_template(source):
+    """Compiles a chat template. It may use what `transformers` offers to templates, and no more."""
+    from jinja2 import ext, nodes, sandbox  # a package that torch brings
+
+    class Generation(ext.Extension):
+        """Understands {% generation %}, with which some templates mark the assistant's turns."""
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    def to_json(value, ensure_ascii=False, **options):
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    def refuse(message):
+        raise ValueError(message)
+
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols])
+    environment.filters["tojson"] = to_json
+    environment.globals |= {"raise_exception": refuse, "strftime_now": A_DAY.strftime}
+    return environment.from_string(source)
+
+
+HH = ChatTemplate(HH_SOURCE, {"names": ROLES})
+
+
+def template_of(tokenizer):
+    """Returns the chat template of a tokenizer, or HH's layout."""
+    return getattr(tokenizer, "template", HH)
+
+
+# ------------------------------------------------------------------ a model's own tokenizer
 
 
 class FolderTokenizer:

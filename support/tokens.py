@@ -1,4 +1,5 @@
-"""Turns rows of text into flat arrays of token ids, kept on disk, and picks the rows of use."""
+"""Turns rows of text into flat arrays of token ids, kept on disk. Picks the rows of use, and the
+prompts that a policy answers."""
 import bisect
 import hashlib
 import math
@@ -9,17 +10,20 @@ from itertools import chain, islice
 
 import numpy as np
 
-from support.chat import HH, segments_of, template_of
 from support.columns import cached, key
 from support.flags import InputError
-from support.rows import load_rows, row_texts
+from support.rows import load_rows, row_texts, segments_of
 from support.sources import check_is_file, folder_files, name_and_split, open_hub
 from support.tokenizer import (
+    HH,
     encode_inside,
     encode_text,
     fingerprint,
+    prompt_ids,
     special_tokens,
+    template_of,
     text_start,
+    to_text,
 )
 
 SAID = set()    # (data, message) that are not to be printed again
@@ -460,3 +464,77 @@ def prompts_of(arrays, split):
                for row in rows]
     distinct = list(dict.fromkeys(prompts))
     return [list(distinct[i]) for i in random_order(len(distinct))]
+
+
+# ------------------------------------------------------------------ prompts to answer
+
+
+def held_out_prompts(args, tokenizer, post, needed=1):
+    """Takes --n_prompts prompts of --split of --data, each once, a random part of those that there
+    are; says so if there are fewer. post: tinytldr.post. Returns (texts, lists of token ids, and
+    how long the rows of the split are: (N, 1 + K), or None for tinytldr). InputError if fewer
+    prompts than needed."""
+    if args.data == "tinytldr":
+        texts = [post(args.seed, args.split, i) for i in range(args.n_prompts)]
+        prompts, lengths = [tokenizer.encode_ordinary(text) for text in texts], None
+    else:
+        demonstrations = vars(args).get("rms") is None      # will do; reward models need pairs
+        arrays = tokenised_file(args.data, tokenizer, demonstrations,
+                                vars(args).get("skip_bad_rows"))
+        there = prompts_of(arrays, args.split)
+        lengths = arrays["lengths"][SPLITS[arrays["hash"]] == args.split]
+        prompts = there[:args.n_prompts]
+        texts = [to_text(prompt, tokenizer) for prompt in prompts]
+        if len(there) < args.n_prompts:
+            print(f"--n_prompts={args.n_prompts}: the {args.split} split of {args.data} has "
+                  f"{len(there)}, which are taken")
+    if len(prompts) < needed:
+        raise InputError(f"--data, --n_prompts: {len(prompts)} in the {args.split} split of "
+                         f"{args.data}; at least {needed} are needed")
+    return texts, prompts, lengths
+
+
+def prompt_tokens(turns, tokenizer, room, chat):
+    """Returns what the policy reads, as at most `room` token ids. What does not fit loses its
+    start, which is printed. InputError if the tokenizer can't read it.
+
+    turns: the prompts of the person, and the replies to all but the last. Of these the policy reads
+    the last; or with `chat` all of them, as a dialogue that waits for the assistant's next reply:
+    where they do not fit, the oldest are taken out of the list.
+    """
+    try:
+        "".join(turns).encode()
+        while True:
+            messages = [{"role": ("user", "assistant")[i % 2], "content": turn.strip()}
+                        for i, turn in enumerate(turns)]
+            ids = prompt_ids(messages if chat else turns[-1], tokenizer)
+            if len(ids) <= room or len(turns) == 1 or not chat:
+                break
+            del turns[:2]           # what the person said, and the reply to it
+    except UnicodeEncodeError as error:     # a terminal's bytes, which may be anything
+        raise InputError("the prompt: not UTF-8 text") from error
+    except ValueError as error:
+        raise InputError(f"the prompt: {error}") from error
+    if len(ids) > room:
+        print(f"(room for {room} of the prompt's {len(ids)} tokens: it loses its start)")
+    return ids[-room:]
+
+
+def prompt_room(model, max_new_tokens):
+    """Returns how many tokens a prompt may have. InputError if that is none."""
+    room = model.config.block_size - max_new_tokens
+    if room < 1:
+        raise InputError(f"--max_new_tokens: {max_new_tokens} leaves no room for a prompt in "
+                         f"block_size {model.config.block_size}")
+    return room
+
+
+def with_room(prompts, model, max_new_tokens):
+    """Returns the end of each prompt (token ids) that leaves room for max_new_tokens; says how many
+    lose their start."""
+    room = prompt_room(model, max_new_tokens)
+    n_cut = sum(len(prompt) > room for prompt in prompts)
+    if n_cut:
+        print(f"{n_cut} of {len(prompts)} prompts lose their start: {max_new_tokens} new tokens in "
+              f"block_size {model.config.block_size} leave room for {room}")
+    return [prompt[-room:] for prompt in prompts]

@@ -18,9 +18,9 @@ from lora import LoRALinear, add_lora, linear_layers, merge_lora
 from model import GPT, GPTConfig
 from reward import RewardModel, read_reward_models
 from support import columns
+from support.backward import token_logps
 from support.columns import hash_weights
 from support.flags import InputError
-from support.logprobs import token_logps
 from support.run import Run
 from support.tokenizer import save_tokenizer
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from model import GPT, GPTConfig
 from reward import RewardModel
+from support.backward import rms_norm
 from support.flags import InputError
-from support.rms_norm import rms_norm
 from support.run import family_folders
 
 CONFIG = GPTConfig(block_size=20, vocab_size=13, n_layer=2, n_head=2, n_embd=16)

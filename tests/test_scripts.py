@@ -23,8 +23,8 @@ from support import columns
 from support.columns import sample, say_spread, score
 from support.device import computing, recompute_layers
 from support.flags import InputError
-from support.prompts import with_room
 from support.tokenizer import to_text
+from support.tokens import with_room
 from train_policy import reward_of_samples, row_terms, with_columns
 
 CPU = torch.device("cpu")

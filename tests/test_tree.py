@@ -16,7 +16,7 @@ from data import Dataset, collate
 from losses import PREFERENCE_LOSSES, batch_loss, bradley_terry, knobs
 from model import GPT, GPTConfig, tree_mask
 from reward import RewardModel
-from support import logprobs
+from support import backward
 
 CONFIG = GPTConfig(block_size=24, vocab_size=31, n_layer=2, n_head=2, n_embd=16)
 LLAMA = dataclasses.replace(
@@ -570,10 +570,10 @@ def test_the_heads_weight_is_centred_where_it_is_rounded():
     A piece at a time, the last one shorter."""
     weight = torch.randn(2500, 3) + torch.tensor([-100.0, 0.0, 5.0])
     for dtype in (torch.float32, torch.float64):
-        as_it_is, mean = logprobs.head_weight(weight.to(dtype), dtype)
+        as_it_is, mean = backward.head_weight(weight.to(dtype), dtype)
         assert torch.equal(as_it_is, weight.to(dtype)) and mean is None
-    assert logprobs.head_weight(weight, torch.float32)[0] is weight
-    rounded, mean = logprobs.head_weight(weight, torch.bfloat16)
+    assert backward.head_weight(weight, torch.float32)[0] is weight
+    rounded, mean = backward.head_weight(weight, torch.bfloat16)
     assert rounded.dtype == torch.bfloat16 and mean.dtype == torch.float32
     torch.testing.assert_close(mean, weight.double().mean(dim=0).float())
     assert torch.equal(rounded, (weight - mean).bfloat16())
@@ -595,9 +595,9 @@ def test_a_targets_own_logit_is_not_rounded():
     weight = torch.tensor([[1 + 1 / 512], [1.0], [-2 - 1 / 512]])
     hidden = torch.ones(2, 1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logps = logprobs.token_logps(hidden, weight, torch.tensor([0, 1]))
-        far = logprobs.token_logps(1000 * hidden, weight, torch.tensor([0, 2]))
-        alone = logprobs.token_logps(hidden, torch.ones(1, 1), torch.tensor([0, 0]))
+        logps = backward.token_logps(hidden, weight, torch.tensor([0, 1]))
+        far = backward.token_logps(1000 * hidden, weight, torch.tensor([0, 2]))
+        alone = backward.token_logps(hidden, torch.ones(1, 1), torch.tensor([0, 0]))
     assert (logps[0] - logps[1]).item() == pytest.approx(1 / 512, rel=0.5)
     assert torch.isfinite(far).all() and far[1].item() == pytest.approx(-3000, rel=0.01)
     assert alone.tolist() == [0, 0]
@@ -616,7 +616,7 @@ def test_reward_model_starts_at_zero(kind):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 def test_the_fast_head_equals_the_plain_formula(monkeypatch, dtype, tolerance, tied, rows):
     """Values and all gradients, however many tokens it takes at a time, with padding."""
-    monkeypatch.setattr(logprobs, "ROWS", rows)
+    monkeypatch.setattr(backward, "ROWS", rows)
     config = dataclasses.replace(CONFIG, tie_word_embeddings=tied)
     model, batch = make(GPT, config=config).to(dtype), collate(random_examples(3), multiple=16)
     fast, plain = model.response_logps(batch), model.response_logps(batch, fast=False)
@@ -630,7 +630,7 @@ def test_the_fast_head_is_the_default(monkeypatch):
 
     def counted(*arguments):
         calls.append(arguments)
-        return logprobs.token_logps(*arguments)
+        return backward.token_logps(*arguments)
 
     monkeypatch.setattr(model_file, "token_logps", counted)
     model, batch = make(GPT), collate(random_examples(2))
@@ -658,12 +658,12 @@ def cross_entropy(hidden, weight, target):
 @pytest.mark.parametrize("rows", [1, 3, 10, 1024])
 def test_token_logps_are_cross_entropys(monkeypatch, rows):
     """Values and gradients of F.cross_entropy, to rounding in float64."""
-    monkeypatch.setattr(logprobs, "ROWS", rows)
+    monkeypatch.setattr(backward, "ROWS", rows)
     hidden, weight, target, sizes = head_inputs()
     hidden.requires_grad_()
     weight.requires_grad_()
     results = []
-    for function in (logprobs.token_logps, cross_entropy):
+    for function in (backward.token_logps, cross_entropy):
         logps = function(hidden, weight, target)
         assert logps.shape == (10,)
         results.append([logps, *torch.autograd.grad((logps * sizes).sum(), (hidden, weight))])
@@ -675,7 +675,7 @@ def test_token_logps_of_logits_beyond_what_exp_can_hold():
     """Logits of +-1000 in float32: exact values, gradients of 0 and 1."""
     weight = torch.tensor([[1000.0], [-1000.0], [0.0]], requires_grad=True)
     hidden = torch.ones(3, 1, requires_grad=True)
-    logps = logprobs.token_logps(hidden, weight, torch.arange(3))
+    logps = backward.token_logps(hidden, weight, torch.arange(3))
     assert logps.tolist() == [0.0, -2000.0, -1000.0]
     logps.sum().backward()
     assert weight.grad.tolist() == [[-2.0], [1.0], [1.0]]
@@ -687,9 +687,9 @@ def test_what_is_added_up_is_float32_under_autocast():
     the difference of two logits (which it would round to a multiple of 0.5). The logits of the
     second add up to 0, so that centring them rounds nothing."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        equal = logprobs.token_logps(torch.ones(40, 2), torch.zeros(5001, 2), torch.arange(40))
+        equal = backward.token_logps(torch.ones(40, 2), torch.zeros(5001, 2), torch.arange(40))
         weight = torch.tensor([[100.0], [1.0078125], [-101.0078125]])
-        apart = logprobs.token_logps(torch.ones(1, 1), weight, torch.tensor([1]))
+        apart = backward.token_logps(torch.ones(1, 1), weight, torch.tensor([1]))
     assert equal.dtype == apart.dtype == torch.float32
     torch.testing.assert_close(equal, torch.full((40,), -math.log(5001)), rtol=1e-6, atol=0)
     assert apart.tolist() == [1.0078125 - 100]
@@ -699,9 +699,9 @@ def test_products_are_bfloat16_under_autocast():
     """A logit is the product of rounded factors, rounded: 1 + 1/512 counts as 1."""
     weight = torch.tensor([[1 + 1 / 512], [0.0]])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rounded = logprobs.token_logps(torch.ones(1, 1), weight, torch.tensor([1]))
+        rounded = backward.token_logps(torch.ones(1, 1), weight, torch.tensor([1]))
     assert rounded.item() == pytest.approx(-math.log(1 + math.exp(1)), abs=2e-3)
-    exact = logprobs.token_logps(torch.ones(1, 1), weight, torch.tensor([1]))
+    exact = backward.token_logps(torch.ones(1, 1), weight, torch.tensor([1]))
     assert exact.item() == pytest.approx(-math.log(1 + math.exp(1 + 1 / 512)), abs=1e-6)
 
 
@@ -714,10 +714,10 @@ def test_the_weights_gradient_is_added_up_in_float32_under_autocast(monkeypatch)
     target, sizes = torch.randint(0, 31, (2048,)), torch.rand(2048)
 
     def gradient(rows, tokens=slice(None), bfloat16=True):
-        monkeypatch.setattr(logprobs, "ROWS", rows)
+        monkeypatch.setattr(backward, "ROWS", rows)
         w = weight.clone().requires_grad_()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
-            logps = logprobs.token_logps(hidden[tokens], w, target[tokens])
+            logps = backward.token_logps(hidden[tokens], w, target[tokens])
         (logps * sizes[tokens]).sum().backward()
         assert w.grad.dtype == torch.float32
         return w.grad
@@ -735,11 +735,11 @@ def test_the_weights_gradient_is_added_up_in_float32_under_autocast(monkeypatch)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_gradients_have_the_types_of_what_they_are_of(monkeypatch, dtype):
     """Whatever the type of the products; log-probs are float32 at least."""
-    monkeypatch.setattr(logprobs, "ROWS", 4)
+    monkeypatch.setattr(backward, "ROWS", 4)
     hidden, weight, target, _ = head_inputs(dtype=dtype)
     hidden.requires_grad_()
     weight.requires_grad_()
-    logps = logprobs.token_logps(hidden, weight, target)
+    logps = backward.token_logps(hidden, weight, target)
     assert logps.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     logps.sum().backward()
     assert hidden.grad.dtype == weight.grad.dtype == dtype
@@ -748,21 +748,21 @@ def test_gradients_have_the_types_of_what_they_are_of(monkeypatch, dtype):
 def test_the_fast_head_keeps_its_arrays_until_the_backward_pass(monkeypatch):
     """One for every piece, until it has been used; none if there will be no backward pass."""
     hidden, weight, target, _ = head_inputs()
-    monkeypatch.setattr(logprobs, "ROWS", 3)
+    monkeypatch.setattr(backward, "ROWS", 3)
     context = SimpleNamespace(needs_input_grad=[True, True, False, False, False])
-    logprobs.TokenLogps.forward(context, hidden, weight, target, torch.float64, True)
+    backward.TokenLogps.forward(context, hidden, weight, target, torch.float64, True)
     assert len(context.kept) == 4
-    logprobs.TokenLogps.backward(context, torch.ones(10, dtype=torch.float64))
+    backward.TokenLogps.backward(context, torch.ones(10, dtype=torch.float64))
     assert context.kept == []
 
-    contexts, forward = [], logprobs.TokenLogps.forward
+    contexts, forward = [], backward.TokenLogps.forward
 
     def watched(ctx, *arguments):
         contexts.append(ctx)
         return forward(ctx, *arguments)
 
-    monkeypatch.setattr(logprobs.TokenLogps, "forward", staticmethod(watched))
-    logprobs.token_logps(hidden.requires_grad_(), weight, target)
+    monkeypatch.setattr(backward.TokenLogps, "forward", staticmethod(watched))
+    backward.token_logps(hidden.requires_grad_(), weight, target)
     with torch.no_grad():
-        logprobs.token_logps(hidden, weight, target)
+        backward.token_logps(hidden, weight, target)
     assert [len(ctx.kept) for ctx in contexts] == [4, 0]

@@ -11,11 +11,10 @@ import sample
 from data import collate, get_tokenizer
 from model import GPT, GPTConfig
 from runs.score import record, scorable
-from support.chat import HH, MARK, ChatTemplate, chat_segments, segments_of, text_segments
 from support.flags import InputError
-from support.prompts import prompt_tokens
-from support.tokenizer import ends_of, save_tokenizer, to_text
-from support.tokens import encode, fit, prompts_of, tokenised_file
+from support.rows import chat_segments, segments_of, text_segments
+from support.tokenizer import HH, MARK, ChatTemplate, ends_of, save_tokenizer, to_text
+from support.tokens import encode, fit, prompt_tokens, prompts_of, tokenised_file
 
 pytestmark = pytest.mark.usefixtures("hub_cache")
 

@@ -7,8 +7,8 @@ import torch
 import train_policy
 from experiments import leaderboard, trials
 from losses import LOSSES
-from support.files import read_json
 from support.flags import InputError
+from support.run import read_json
 
 ROOT = Path(__file__).parents[2]
 MEAN = '''

@@ -18,17 +18,17 @@ from model import GPT, GPTConfig
 from reward import RewardModel
 from support import report
 from support.columns import score
-from support.page import (
+from support.report import (
     POSTS,
     TEMPLATE,
     clauses_of,
     colour_scale,
     finite,
     json_in_html,
+    markdown_table,
     token_logps,
     token_table,
 )
-from support.report import markdown_table
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = ("</script><b>bold</b><script>document.title = 'hacked'</script><!-- & \u2028 {{data}} "

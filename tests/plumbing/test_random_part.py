@@ -11,8 +11,7 @@ import train_policy
 import train_rm
 from data import d_rho, demonstrations, preferences
 from runs import show
-from support.prompts import held_out_prompts
-from support.tokens import random_order
+from support.tokens import held_out_prompts, random_order
 from tinytldr import tokenizer
 
 N = 3000

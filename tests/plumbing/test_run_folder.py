@@ -29,7 +29,6 @@ from support import device
 from support import run as run_folder
 from support.columns import cache_folder, cached, check_rounding, check_step_0, score
 from support.device import computing, setup
-from support.files import remove_leftovers, replacing, write_json
 from support.flags import InputError
 from support.run import (
     LOCK,
@@ -42,8 +41,11 @@ from support.run import (
     load,
     print_prompt,
     print_reply,
+    remove_leftovers,
+    replacing,
     run_flags,
     run_names,
+    write_json,
 )
 from support.tokenizer import check_same_tokens
 from train_policy import adamw

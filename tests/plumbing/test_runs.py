@@ -26,14 +26,15 @@ from losses import LOSSES, PREFERENCE_LOSSES, log_ratio_margin, needs
 from model import GPT
 from reward import RewardModel
 from runs import score
+from sample import prompts_to_answer, stream_reply
 from support import run, tokens
 from support.columns import sample as sample_replies
 from support.columns import with_end
 from support.flags import InputError, run_script, talk_flags
-from support.prompts import prompt_tokens, prompts_to_answer, stream_reply
 from support.report import accuracy_table, policy_table, training_curve, verdict
 from support.rows import load_rows
 from support.tokenizer import to_text
+from support.tokens import prompt_tokens
 from train_policy import learning_rate
 
 ROOT = Path(__file__).parents[2]

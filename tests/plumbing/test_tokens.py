@@ -15,7 +15,6 @@ from data import Dataset
 from runs import show
 from support import tokens
 from support.flags import InputError
-from support.prompts import prompt_tokens
 from support.tokenizer import encode_text
 from support.tokens import (
     SPLITS,
@@ -23,6 +22,7 @@ from support.tokens import (
     encode,
     example_lengths,
     fit,
+    prompt_tokens,
     prompts_of,
     random_order,
     select,
