@@ -24,7 +24,6 @@ from support.run import run_names
 from support.tokenizer import (
     check_same_tokens,
     check_vocabulary,
-    ends_of,
     own_tokenizer,
     to_text,
 )
@@ -46,7 +45,7 @@ def answer(name, policy, texts, prompts, oracle_models, tokenizer, args):
     Returns (Dataset of the prompts with one reply each, as it was drawn; N replies as text; rewards
     (N,); {name: number} for the report).
     """
-    ids = sample(policy, prompts, args.max_new_tokens, ends_of(tokenizer), [args.seed, 4],
+    ids = sample(policy, prompts, args.max_new_tokens, tokenizer.ends, [args.seed, 4],
                  args.temperature)
     dataset = Dataset([(prompt, [reply]) for prompt, reply in zip(prompts, ids)])
     replies = [to_text(reply, tokenizer) for reply in ids]

@@ -38,7 +38,7 @@ from support.columns import (
 from support.device import computing, whole
 from support.flags import naming
 from support.run import family_folders
-from support.tokenizer import check_same_tokens, ends_of, to_text
+from support.tokenizer import check_same_tokens, to_text
 
 
 class RewardModel(nn.Module):
@@ -159,7 +159,7 @@ def reward_samples(judges, texts, prompts, samples, tokenizer):
         replies = [to_text(sample, tokenizer) for sample in samples]
         return np.array(list(map(tinytldr.oracle_reward, texts, replies)))
     block_size = min(judge.config.block_size for judge in judges.values())
-    pairs = [with_end(*pair, ends_of(tokenizer), block_size) for pair in zip(prompts, samples)]
+    pairs = [with_end(*pair, tokenizer.ends, block_size) for pair in zip(prompts, samples)]
     dataset = Dataset([(prompt, [sample]) for prompt, sample in pairs])
     return mean_reward(judges, dataset)[:, 0]
 
@@ -171,7 +171,7 @@ def judge_samples(name, judges, texts, prompts, samples, tokenizer, args):
     penalty = args.missing_eos_penalty or 0
     then = "judged with one appended" if judges else "the oracle judges the text that there is"
     then += f", minus --missing_eos_penalty={penalty:g}" if penalty else ""
-    cut = count_cut_off(name, samples, ends_of(tokenizer), args.max_new_tokens, then)
+    cut = count_cut_off(name, samples, tokenizer.ends, args.max_new_tokens, then)
     rewards = reward_samples(judges, texts, prompts, samples, tokenizer)
     if penalty:
         rewards = rewards - penalty * cut

@@ -17,7 +17,7 @@ from support.columns import was_cut_off
 from support.device import compute, new_generator, setup
 from support.flags import InputError, naming, run_script, talk_flags
 from support.run import run_flags
-from support.tokenizer import check_vocabulary, ends_of, own_tokenizer, to_text
+from support.tokenizer import check_vocabulary, own_tokenizer, to_text
 from support.tokens import held_out_prompts, prompt_room, prompt_tokens
 
 
@@ -83,9 +83,9 @@ def stream_reply(policy, tokenizer, ids, args, generator):
             print(text[len(printed):], end="", flush=True)
             printed = text
 
-    reply, = policy.generate([ids], args.max_new_tokens, args.temperature, ends_of(tokenizer),
+    reply, = policy.generate([ids], args.max_new_tokens, args.temperature, tokenizer.ends,
                              generator, on_token=on_token, top_k=args.top_k, top_p=args.top_p)
-    ending = " ..." if was_cut_off(reply, ends_of(tokenizer)) else ""
+    ending = " ..." if was_cut_off(reply, tokenizer.ends) else ""
     print(to_text(reply, tokenizer).lstrip()[len(printed):] + ending + "\n")
     return reply
 

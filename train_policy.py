@@ -56,7 +56,7 @@ from support.device import (
 )
 from support.flags import InputError, run_script
 from support.run import Run, count_parameters, print_prompt, print_reply
-from support.tokenizer import check_vocabulary, ends_of, save_tokenizer, to_text
+from support.tokenizer import check_vocabulary, save_tokenizer, to_text
 from support.tokens import default_block_size, example_lengths, longest_sample
 from support.training_flags import policy_flags
 from zoo import all_losses
@@ -107,7 +107,7 @@ def with_columns(dataset, split, policy, tokenizer, reward_models, args):
     """
     needed = needs(args.loss)
     cache = cache_folder(args.init_from, args.out_dir)
-    weights, ends = hash_model(policy), ends_of(tokenizer)
+    weights, ends = hash_model(policy), tokenizer.ends
     if "rewards" not in needed:
         dataset.rewards = None
     elif args.rewards != "scores":
@@ -222,7 +222,7 @@ def reward_of_samples(policy, prompts, judges, tokenizer, args):
     TinyTLDR's oracle does. Returns {"reward": the mean, "unended": the fraction of samples that
     were cut off}.
     """
-    replies = sample(policy, prompts, args.max_new_tokens, ends_of(tokenizer), [args.seed, 5])
+    replies = sample(policy, prompts, args.max_new_tokens, tokenizer.ends, [args.seed, 5])
     texts = [to_text(prompt, tokenizer) for prompt in prompts]
     rewards, cut = judge_samples("--select", judges, texts, prompts, replies, tokenizer, args)
     return {"reward": float(rewards.mean()), "unended": float(cut.mean())}
@@ -232,7 +232,7 @@ def show_samples(policy, prompts, judges, tokenizer, args):
     """Prints the policy's reply to each of a few prompts (lists of token ids), and its reward: the
     oracle's on TinyTLDR, on other data the mean of the reward models {folder: model} in `judges`.
     Each call draws with the same random numbers, from a generator of their own."""
-    replies = sample(policy, prompts, SAMPLE_TOKENS, ends_of(tokenizer), [args.seed, 6],
+    replies = sample(policy, prompts, SAMPLE_TOKENS, tokenizer.ends, [args.seed, 6],
                      desc="samples to show")
     judges = {} if args.data == "tinytldr" else judges
     rewards = [None] * len(prompts)
@@ -240,7 +240,7 @@ def show_samples(policy, prompts, judges, tokenizer, args):
         texts = [to_text(prompt, tokenizer) for prompt in prompts]
         rewards = reward_samples(judges, texts, prompts, replies, tokenizer)
     for number, (reply, reward) in enumerate(zip(replies, rewards), 1):
-        ending = " ..." if was_cut_off(reply, ends_of(tokenizer)) else ""
+        ending = " ..." if was_cut_off(reply, tokenizer.ends) else ""
         print_reply(number, reward, to_text(reply, tokenizer) + ending)
 
 

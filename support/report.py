@@ -23,7 +23,7 @@ from support.run import (
     run_names,
     write_json,
 )
-from support.tokenizer import ends_of, to_text
+from support.tokenizer import to_text
 
 GLOSSARY = Path(__file__).parent.parent / "docs" / "glossary.md"
 SHOWN_FLAGS = ["loss", "beta", "tau", "gamma", "rewards", "rho", "n_pairs", "max_steps",
@@ -380,7 +380,7 @@ def write_page(args, prompts, results, rewards, accuracy, drawn, models, tokeniz
         dataset = drawn[name].take(rows)
         logps, ref_logps = token_logps(model, dataset), token_logps(models["reference"], dataset)
         for i, post, own, ref, (_, [ids]) in zip(rows, posts, logps, ref_logps, dataset.examples):
-            reply = {"reward": float(rewards[name][i]), "cut": was_cut_off(ids, ends_of(tokenizer)),
+            reply = {"reward": float(rewards[name][i]), "cut": was_cut_off(ids, tokenizer.ends),
                      "tokens": token_table(ids, own, ref, tokenizer)}
             verdicts = judge(prompts[i], to_text(ids, tokenizer)) if judge else []
             reply["clauses"] = clauses_of(reply["tokens"], verdicts)
@@ -445,7 +445,7 @@ def token_table(ids, logps, ref_logps, tokenizer):
     """Lists the pieces of a reply that are shown: [text, log pi, log ref] for each token, the
     numbers in nats. The text of the token that ends a reply is None. ids: the reply's tokens.
     logps, ref_logps: (L,), the policy's and the reference's."""
-    end = None if was_cut_off(ids, ends_of(tokenizer)) else len(ids) - 1
+    end = None if was_cut_off(ids, tokenizer.ends) else len(ids) - 1
     table, group, before = [], [], []
     for i, token in enumerate(ids):
         if i == end:

@@ -33,7 +33,7 @@ from itertools import chain, islice, takewhile
 
 from support.flags import InputError, in_a_line
 from support.sources import listed, read_records
-from support.tokenizer import ROLES, template_of
+from support.tokenizer import ROLES
 
 PAIRS = (("chosen", "rejected"), ("prompt", "responses"))       # columns needed, either or
 LABELLED = ("prompt", "completion", "label")
@@ -303,13 +303,13 @@ def after_prompt(prompt, response):
 # ------------------------------------------------------------------ segments
 
 
-def segments_of(row, tokenizer):
-    """Turns a row into segments. Returns (the prompt's text, [segments of each response]), where
-    segments are lists of (text, learnt). ValueError if the chat template does not take the row."""
+def segments_of(row, template):
+    """Turns a row into segments, by a ChatTemplate. Returns (the prompt's text, [segments of each
+    response]), where segments are lists of (text, learnt). ValueError if the template does not take
+    the row."""
     prompt, responses = row["prompt"], row["responses"]
     if isinstance(prompt, str):
         return prompt, [text_segments(prompt, response) for response in responses]
-    template = template_of(tokenizer)
     thinking = any(message.get("reasoning_content") or "</think>" in message["content"]
                    for message in chain(*responses))
     rendered = [chat_segments(template, prompt, response, thinking) for response in responses]

@@ -57,7 +57,7 @@ def tiktoken_encoding(name):
     """Returns a tiktoken.Encoding, downloaded on first use. InputError if there is none, or no
     network."""
     try:
-        return tiktoken.get_encoding(name)
+        return as_tokenizer(tiktoken.get_encoding(name))
     except ValueError as error:
         raise InputError(f"--tokenizer: there is no encoding {name!r}; use tinytldr, gpt2, another "
                          "name that tiktoken knows, or the folder of a model") from error
@@ -65,6 +65,14 @@ def tiktoken_encoding(name):
         raise InputError(f"--tokenizer: tiktoken could not download its {name!r} encoding "
                          f"({type(error).__name__}); on a machine without network, point "
                          "TIKTOKEN_CACHE_DIR at a copy of its cache") from error
+
+
+def as_tokenizer(encoding):
+    """Gives a tiktoken.Encoding what a FolderTokenizer has: no tokens at a text's start, one that
+    ends it, HH's layout for messages. Returns the encoding."""
+    encoding.start, encoding.ends, encoding.template = [], [encoding.eot_token], HH
+    encoding.encode_inside = encoding.encode_ordinary_batch
+    return encoding
 
 
 def known_tokenizer(model):
@@ -176,11 +184,6 @@ def compile_template(source):
 
 
 HH = ChatTemplate(HH_SOURCE, {"names": ROLES})
-
-
-def template_of(tokenizer):
-    """Returns the chat template of a tokenizer, or HH's layout."""
-    return getattr(tokenizer, "template", HH)
 
 
 # ------------------------------------------------------------------ a model's own tokenizer
@@ -317,9 +320,11 @@ class FolderTokenizer:
         threads."""
         return [encoding.ids for encoding in self._encode(texts, self.tokenizer.encode_batch_fast)]
 
-    def encode_inside(self, texts):
+    def encode_inside(self, texts, num_threads=None):
         """Encodes texts that go on with another text. Some tokenizers, such as Llama 2's, put a
         space where a text begins, which is not wanted here. Returns lists of token ids."""
+        if not self.before:
+            return self.encode_ordinary_batch(texts)
         encodings = self._encode([self.before + text for text in texts])
         return [self._after(each, self.before)[0] for each in encodings]
 
@@ -388,44 +393,21 @@ def prompt_ids(prompt, tokenizer):
     """Returns the token ids of a prompt, text or chat messages. It begins with a BOS token if the
     model wants one; an empty prompt is the end-of-text token alone. ValueError if it can't be read.
     """
-    template = template_of(tokenizer)
+    template = tokenizer.template
     if not isinstance(prompt, str):
         prompt = template.render([template.guard(each) for each in prompt], generate=True)
         if template is not HH:
             return tokenizer.encode_rendered([prompt])[0][0]
-    return text_start(tokenizer) + encode_text(prompt, tokenizer) or [tokenizer.eot_token]
-
-
-def encode_inside(texts, tokenizer):
-    """Encodes texts that go on with another text. Returns lists of token ids."""
-    if getattr(tokenizer, "before", ""):
-        return tokenizer.encode_inside(texts)
-    return tokenizer.encode_ordinary_batch(texts, num_threads=os.cpu_count())
-
-
-def text_start(tokenizer):
-    """Returns the tokens with which a text begins: [], or a model's BOS."""
-    return getattr(tokenizer, "start", [])
-
-
-def ends_of(tokenizer):
-    """Returns the tokens that end a sample, as a list: first the one in which responses are trained
-    to end, then any others that the model ends in."""
-    return getattr(tokenizer, "ends", [tokenizer.eot_token])
+    return tokenizer.start + encode_text(prompt, tokenizer) or [tokenizer.eot_token]
 
 
 def to_text(response, tokenizer):
     """Returns a sample as text, without the token that ends it, and without ids that only a
     vocabulary padded beyond the tokenizer's has."""
     kept = [token for token in response if token < tokenizer.n_vocab]
-    if kept and kept[-1] in ends_of(tokenizer):
+    if kept and kept[-1] in tokenizer.ends:
         del kept[-1]
     return tokenizer.decode(kept)
-
-
-def special_tokens(tokenizer):
-    """Returns the texts of a tokenizer's special tokens, such as "<|endoftext|>", as a list."""
-    return sorted(tokenizer.special_tokens_set)
 
 
 END_OF_TEXT = "<|endoftext|>"
@@ -439,9 +421,9 @@ def word_encoding(name, texts):
     pieces |= {" " + piece for piece in pieces if not piece.startswith(" ")}
     words = [bytes([b]) for b in range(256)]
     words += sorted(piece.encode() for piece in pieces if len(piece.encode()) > 1)
-    return tiktoken.Encoding(name=name, pat_str=SPLIT_INTO_WORDS,
-                             mergeable_ranks={word: rank for rank, word in enumerate(words)},
-                             special_tokens={END_OF_TEXT: len(words)})
+    return as_tokenizer(tiktoken.Encoding(
+        name=name, pat_str=SPLIT_INTO_WORDS, special_tokens={END_OF_TEXT: len(words)},
+        mergeable_ranks={word: rank for rank, word in enumerate(words)}))
 
 
 def check_vocabulary(model, tokenizer, where):

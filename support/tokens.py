@@ -16,13 +16,9 @@ from support.rows import load_rows, row_texts, segments_of
 from support.sources import check_is_file, folder_files, name_and_split, open_hub
 from support.tokenizer import (
     HH,
-    encode_inside,
     encode_text,
     fingerprint,
     prompt_ids,
-    special_tokens,
-    template_of,
-    text_start,
     to_text,
 )
 
@@ -99,7 +95,7 @@ def preparer(tokenizer):
     end of responses, and counts in `notes` where it did, and where else special tokens are written
     in the text. A row of chat messages gets its "segments". ValueError for a row that the tokenizer
     or its chat template can't read."""
-    specials = special_tokens(tokenizer)
+    specials = sorted(tokenizer.special_tokens_set)
     either = "|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)"
     anywhere, end = re.compile(either), re.compile(rf"((?:{either})\s*)+$")
 
@@ -119,8 +115,8 @@ def preparer(tokenizer):
             for response in row["responses"]:
                 last = without_end(response[-1]["content"], taken_off)
                 response[-1] = response[-1] | {"content": last}
-            row["segments"] = segments_of(row, tokenizer)
-            check_written(row, template_of(tokenizer).source, notes)
+            row["segments"] = segments_of(row, tokenizer.template)
+            check_written(row, tokenizer.template.source, notes)
         if taken_off:
             notes["{} rows: a special token such as end-of-text is written at the end of a "
                   "response; it is taken off"] += 1
@@ -202,8 +198,8 @@ def encode(rows, tokenizer):
 
 def encode_part(rows, tokenizer):
     """Yields [prompt ids, response ids, ...] of some rows; see `encode`."""
-    segments = [row.get("segments") or segments_of(row, tokenizer) for row in rows]
-    by_template = [template_of(tokenizer) is not HH and not isinstance(row["prompt"], str)
+    segments = [row.get("segments") or segments_of(row, tokenizer.template) for row in rows]
+    by_template = [tokenizer.template is not HH and not isinstance(row["prompt"], str)
                    for row in rows]
     texts, further = [], []         # what is text all through: prompts, and what goes on with them
     rendered = []                   # what has a template's special tokens
@@ -214,12 +210,12 @@ def encode_part(rows, tokenizer):
             texts.append(prompt)
             further += [text for response in responses for text, _ in response]
     texts = iter(tokenizer.encode_ordinary_batch(texts, num_threads=os.cpu_count()))
-    further = iter(encode_inside(further, tokenizer))
+    further = iter(tokenizer.encode_inside(further, num_threads=os.cpu_count()))
     rendered = iter(tokenizer.encode_rendered(rendered) if rendered else ())
     end = tokenizer.eot_token
     for is_rendered, (prompt, responses) in zip(by_template, segments):
         prompt_ids = (next(rendered)[0] if is_rendered
-                      else text_start(tokenizer) + next(texts) or [end])
+                      else tokenizer.start + next(texts) or [end])
         parts = [prompt_ids]
         for response in responses:
             pieces = (cut_out(prompt, prompt_ids, response, *next(rendered), tokenizer)
@@ -261,8 +257,8 @@ def tokenised_file(data, tokenizer, demonstrations=False, skip_bad_rows=False):
     check_is_file(source)
     hub = None if os.path.exists(source) else open_hub(data)
     content = hash_content(source, split) if hub is None else hub._fingerprint
-    entry = key(LAYOUT, content, split, *fingerprint(tokenizer), special_tokens(tokenizer),
-                demonstrations, bool(skip_bad_rows))
+    entry = key(LAYOUT, content, split, *fingerprint(tokenizer),
+                sorted(tokenizer.special_tokens_set), demonstrations, bool(skip_bad_rows))
 
     def encode_file():
         said = []       # messages about rows that were left out or changed

@@ -13,7 +13,7 @@ from model import GPT, GPTConfig
 from runs.score import record, scorable
 from support.flags import InputError
 from support.rows import chat_segments, segments_of, text_segments
-from support.tokenizer import HH, MARK, ChatTemplate, ends_of, save_tokenizer, to_text
+from support.tokenizer import HH, MARK, ChatTemplate, save_tokenizer, to_text
 from support.tokens import encode, fit, prompt_tokens, prompts_of, tokenised_file
 
 pytestmark = pytest.mark.usefixtures("hub_cache")
@@ -111,7 +111,7 @@ def test_a_model_that_may_end_in_several_tokens(tmp_path):
                          ([256, 7], [258, 256]), (None, [258, 7])):
         listed.write_text(json.dumps({"eos_token_id": ends}))
         tokenizer = get_tokenizer(f"{tmp_path}/own/")
-        assert (tokenizer.eot_token, ends_of(tokenizer)) == (258, wanted)
+        assert (tokenizer.eot_token, tokenizer.ends) == (258, wanted)
     listed.write_text(json.dumps({"eos_token_id": [256, 258]}))
     tokenizer = get_tokenizer(f"{tmp_path}/own/")
     assert [to_text([*b"No", end], tokenizer) for end in (256, 258, 257)] == (
@@ -193,7 +193,7 @@ def test_a_prompt_that_ends_with_the_assistant(tokenizer, begun, reply):
     prompt, responses = example(row, tokenizer)
     assert prompt == ids_of(f"{START}user\nHi{END}\n{START}assistant\nSure,")
     assert responses == [ids_of(f" here{END}")]
-    assert segments_of(row, None) == ("\n\nHuman: Hi\n\nAssistant: Sure,", [[(" here", True)]])
+    assert segments_of(row, HH) == ("\n\nHuman: Hi\n\nAssistant: Sure,", [[(" here", True)]])
 
 
 def test_special_tokens_in_what_people_write_are_text(tokenizer):
@@ -222,7 +222,7 @@ def test_a_template_that_drops_thoughts(tmp_path):
     assert prompt == ids_of(f"{START}user\nHi{END}\n{START}assistant\nYes{END}\n{START}user\nGo"
                             f"{END}\n{START}assistant\n{empty}")
     with pytest.raises(ValueError, match="^the chat template writes a turn of the assistant in an"):
-        segments_of({"prompt": [HI], "responses": [[YES, GO, NO]]}, tokenizer)
+        segments_of({"prompt": [HI], "responses": [[YES, GO, NO]]}, tokenizer.template)
 
 
 def test_thoughts_in_a_reply_are_learnt(tmp_path):

@@ -15,7 +15,7 @@ from data import Dataset
 from runs import show
 from support import tokens
 from support.flags import InputError
-from support.tokenizer import encode_text
+from support.tokenizer import as_tokenizer, encode_text
 from support.tokens import (
     SPLITS,
     default_block_size,
@@ -45,8 +45,9 @@ def jsonl(path, rows):
 
 def byte_encoding(name, end):
     """A tokenizer of bytes, its end-of-text token numbered as asked."""
-    return tiktoken.Encoding(name, pat_str=".", special_tokens={"<|endoftext|>": end},
-                             mergeable_ranks={bytes([b]): b for b in range(256)})
+    return as_tokenizer(tiktoken.Encoding(
+        name, pat_str=".", special_tokens={"<|endoftext|>": end},
+        mergeable_ranks={bytes([b]): b for b in range(256)}))
 
 
 @pytest.fixture
@@ -189,9 +190,9 @@ END = "<|endoftext|>"
 
 def bytes_with(*specials):
     """A tokenizer of bytes with these special tokens, numbered from 256 on."""
-    return tiktoken.Encoding("bytes", pat_str=".",
-                             mergeable_ranks={bytes([b]): b for b in range(256)},
-                             special_tokens={name: 256 + i for i, name in enumerate(specials)})
+    return as_tokenizer(tiktoken.Encoding(
+        "bytes", pat_str=".", mergeable_ranks={bytes([b]): b for b in range(256)},
+        special_tokens={name: 256 + i for i, name in enumerate(specials)}))
 
 
 @pytest.mark.parametrize("end", [END, END + "\n", END + END, f"{END} {END}", f"{END}[PAD][PAD]"])
@@ -244,8 +245,9 @@ def test_a_response_of_nothing_but_end_of_text_is_a_bad_row(tmp_path, token_cach
 def splitting_encoding():
     """A tokenizer of bytes that splits text as GPT-2's does, with its limits."""
     pattern = r" ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-    return tiktoken.Encoding("split", pat_str=pattern, special_tokens={END: 256},
-                             mergeable_ranks={bytes([b]): b for b in range(256)})
+    return as_tokenizer(tiktoken.Encoding(
+        "split", pat_str=pattern, special_tokens={END: 256},
+        mergeable_ranks={bytes([b]): b for b in range(256)}))
 
 
 @pytest.mark.parametrize("column", ["prompt", "rejected"])
