@@ -22,15 +22,7 @@ import torch.nn.functional as F
 from lora import load_lora, merge_lora
 from support.backward import head_weight, product_type, rms_norm, token_logps
 from support.checkpoint import base_of, load_model, read_checkpoint, write_adapter, write_checkpoint
-from support.device import (
-    FEW_SHAPES,
-    compiles_every_shape,
-    fill_up,
-    fixed_size,
-    random_numbers,
-    round_up,
-    sync,
-)
+from support.device import FEW_SHAPES, computing, random_numbers, round_up, sync
 
 
 @dataclass
@@ -309,7 +301,7 @@ class GPT(nn.Module):
         mask = tree_mask(batch.branch, self.lm_head.weight.dtype)           # (B, 1, T, T)
         hidden = self.transformer(batch.tokens, batch.position, mask,
                                   read=batch.predictor, below=batch.below)  # (R, C)
-        if fast and not compiles_every_shape(hidden.device):    # XLA fuses the plain formula
+        if fast and not computing.few_shapes:       # XLA fuses the plain formula
             logps = token_logps(hidden, self.lm_head.weight, batch.target)  # (R,)
         else:
             dtype = product_type(hidden)
@@ -389,20 +381,22 @@ class GPT(nn.Module):
         along, and what it draws is cut off. Each step draws by `draw`, with the random numbers that
         `random_numbers` gives the rows that go on, which are the first ones of the batch.
         On a device that compiles a program for every shape (a TPU) all shapes stay the same to the
-        end. There fixed_size rounds T up to a multiple of FEW_SHAPES / 2, and fill_up repeats the
-        first row until there are 8 rows, or batch_size if 8 are too few.
+        end. There T is a multiple of FEW_SHAPES / 2, and the first row is repeated until there are
+        8 rows, or batch_size if 8 are too few.
         """
         config, device = self.config, self.lm_head.weight.device
         prompts, n = [tuple(prompt) for prompt in prompts], len(prompts)
         lengths = [len(prompt) for prompt in prompts]
         T = max(1, max(lengths) - 1)
-        T = fixed_size(T, round_up(T, FEW_SHAPES // 2), device)
         steps = min(max_new_tokens, config.block_size - min(lengths))
         max_new_tokens = min(max_new_tokens, config.block_size - 1)
-        prompts = fill_up(prompts, 8 if n <= 8 else batch_size, device)
+        few_shapes = computing.few_shapes
+        if few_shapes:
+            T = round_up(T, FEW_SHAPES // 2)
+            prompts += prompts[:1] * ((8 if n <= 8 else batch_size) - n)
         distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         B = len(prompts)                                    # rows, one for each response
-        P = fixed_size(len(distinct), B, device)            # rows of prompts
+        P = B if few_shapes else len(distinct)              # rows of prompts
 
         # Run the prompts
         tokens = torch.zeros(P, T, dtype=torch.long)
@@ -432,7 +426,7 @@ class GPT(nn.Module):
         ended = torch.zeros(n, dtype=torch.bool)    # which of these rows have ended
         for t in range(steps):
             visible = in_prompt | (column >= T) & (column <= newest)    # (B, columns)
-            seen = fixed_size(T + t + 1, len(column), device)           # the others are empty
+            seen = len(column) if few_shapes else T + t + 1             # the others are empty
             cache = [(*layer[..., :seen, :], newest) for layer in layers]
             hidden = self.transformer(token[:, None], position[:, None],
                                       visible[:, None, None, :seen], cache)[:, 0]   # (B, C)
@@ -452,7 +446,8 @@ class GPT(nn.Module):
             if ended.sum() >= n / 2:                # drop the rows that have ended
                 going, prompt_number = torch.where(~ended)[0].tolist(), prompt_number[~ended]
                 n, ended = len(going), ended[~ended]
-                going = fill_up(going, B, device)
+                if few_shapes:
+                    going += going[:1] * (B - n)
                 token, position, in_prompt = token[going], position[going], in_prompt[going]
                 layers = [layer[:, going] for layer in layers]
 

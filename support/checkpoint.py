@@ -16,7 +16,7 @@ import zipfile
 import torch
 from safetensors.torch import load_file, save_file
 
-from support.device import is_first, whole
+from support.device import RANK, whole
 from support.families import (
     HEAD,
     TRANSPOSED,
@@ -349,8 +349,8 @@ def undrawn(new_model):
 
 def write_checkpoint(directory, model, eos_token_id):
     """Writes config.json, where the flags of a run stay, and model.safetensors."""
-    weights = whole(model.state_dict(), keep=is_first())
-    if not is_first():
+    weights = whole(model.state_dict(), keep=RANK == 0)
+    if RANK > 0:
         return
     os.makedirs(directory, exist_ok=True)
     config, flags = model.config, run_flags(directory)
@@ -475,8 +475,8 @@ def write_adapter(directory, model):
             targets.add(name.split(".")[-1])
     if score is not None:
         tensors[PREFIX + REWARD_HEAD] = score.weight.detach()
-    tensors = whole(tensors, keep=is_first())
-    if not is_first():
+    tensors = whole(tensors, keep=RANK == 0)
+    if RANK > 0:
         return
     os.makedirs(directory, exist_ok=True)
     about = {"nanopref": run_flags(directory), "base_fingerprint": fingerprint(model)}

@@ -5,22 +5,23 @@ import hashlib
 import json
 import os
 import sys
+from itertools import chain
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from support.device import (
-    FEW_SHAPES,
     PROCESSES,
+    RANK,
     add_up,
+    all_shares,
     compute,
     computing,
     gathered,
     in_float32,
-    in_shares,
-    is_first,
     new_generator,
+    own_share,
     progress_bar,
     round_up,
     wait,
@@ -48,25 +49,22 @@ def score(model, dataset, desc="score"):
 def over_rows(function, dataset, device, desc):
     """Calls function(batch) for all rows of a data set, those of similar length together, the
     longest first. Returns [(rows, their values)], float32 arrays."""
-    multiple = computing.multiple
     sizes = dataset.row_lengths()
     order = np.argsort(-sizes, kind="stable")
     parts, done = [], 0
     while done < len(order):
-        n = max(1, TOKENS_PER_BATCH // round_up(sizes[order[done]], multiple))
+        n = max(1, TOKENS_PER_BATCH // round_up(sizes[order[done]], computing.multiple))
         rows = order[done:done + n]
-        parts.append(np.resize(rows, n) if multiple >= FEW_SHAPES else rows)    # repeats rows
+        parts.append(np.resize(rows, n) if computing.few_shapes else rows)      # repeats rows
         done += n
-
-    def score_rows(rows):
-        batch = dataset.batch(rows).to(device)
-        with compute():
-            values = function(batch).float().cpu().numpy()
-        bar.update()
-        return values
-
+    values = {}
     with progress_bar(total=len(parts), desc=desc) as bar:
-        return list(zip(parts, in_shares(score_rows, parts)))
+        for part in own_share(len(parts)):
+            batch = dataset.batch(parts[part]).to(device)
+            with compute():
+                values[part] = function(batch).float().cpu().numpy()
+            bar.update()
+    return list(zip(parts, all_shares(values)))
 
 
 def add_frozen(dataset, model, cache, name):
@@ -109,19 +107,17 @@ def sample(model, prompts, max_new_tokens, stop, seed, temperature=1.0, desc="sa
     own, so that sampling does not change the training, nor depend on the number of processes."""
     model = gathered(model)
     device = next(model.parameters()).device
-    parts = [range(first, min(first + PROMPTS_PER_STREAM, len(prompts)))
+    parts = [prompts[first:first + PROMPTS_PER_STREAM]
              for first in range(0, len(prompts), PROMPTS_PER_STREAM)]
-
-    def sample_part(part):
-        stream = np.random.SeedSequence([*np.atleast_1d(seed), part.start // PROMPTS_PER_STREAM])
-        generator = new_generator(device, int(stream.generate_state(1)[0]))
-        responses = model.generate([prompts[i] for i in part], max_new_tokens, temperature, stop,
-                                   generator)
-        bar.update(len(part))
-        return responses
-
+    responses = {}
     with progress_bar(total=len(prompts), desc=desc) as bar, compute():
-        return [response for responses in in_shares(sample_part, parts) for response in responses]
+        for part in own_share(len(parts)):
+            stream = np.random.SeedSequence([*np.atleast_1d(seed), part])
+            generator = new_generator(device, int(stream.generate_state(1)[0]))
+            responses[part] = model.generate(parts[part], max_new_tokens, temperature, stop,
+                                             generator)
+            bar.update(len(parts[part]))
+    return list(chain.from_iterable(all_shares(responses)))
 
 
 # ------------------------------------------------------------------ samples that were cut off
@@ -192,7 +188,7 @@ def cached(folder, name, entry, function, *args, **options):
             raise ValueError
     except ValueError as error:
         raise InputError(f"{name}: the model gives numbers that are not finite") from error
-    if is_first():
+    if RANK == 0:
         try:
             os.makedirs(folder, exist_ok=True)
             remove_leftovers(folder)

@@ -31,13 +31,14 @@ from tqdm import tqdm
 
 from support.flags import OTHERS_ENDED, InputError
 
-# What `setup` has chosen for this process: the device, the precision, and the number to a multiple
-# of which the shapes of batches are rounded up
-computing = SimpleNamespace(device="cpu", dtype="float32", multiple=1)
+# What `setup` has chosen for this process: the device, the precision, the number to a multiple of
+# which the shapes of batches are rounded up, and whether shapes should be few, because the device
+# compiles a program for each of them (a TPU)
+computing = SimpleNamespace(device="cpu", dtype="float32", multiple=1, few_shapes=False)
 FEW_SHAPES = 128        # from this multiple on, shapes are powers of two times it: see round_up
 
 BY_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
-RANK = int(os.environ["RANK"]) if BY_TORCHRUN else 0                # of this process, from 0
+RANK = int(os.environ["RANK"]) if BY_TORCHRUN else 0        # of this process; 0 writes the files
 PROCESSES = int(os.environ["WORLD_SIZE"]) if BY_TORCHRUN else 1     # how many there are
 
 # tqdm's bar, which the first process shows, and only on a terminal
@@ -69,8 +70,9 @@ def setup(args):
     computing.device, computing.dtype = device.type, args.dtype
     # torch_xla compiles a program for every shape, and so does the CPU's library for bfloat16
     # products. If the shapes of all batches differ, that takes a third of a step.
+    computing.few_shapes = name == "xla"
     computing.multiple = 32 if args.dtype == "bfloat16" else 1
-    if name == "xla":
+    if computing.few_shapes:
         computing.multiple = FEW_SHAPES
     keep_memory()
     if name == "cuda":      # cuDNN's attention makes a plan for every shape, and shapes vary
@@ -158,24 +160,6 @@ def keep_memory():
         libc.mallopt(-1, -1)           # M_TRIM_THRESHOLD: never give the heap back
 
 
-def compiles_every_shape(device):
-    """Returns whether a device compiles a program for each new shape, so that shapes should be
-    few."""
-    return device.type == "xla"
-
-
-def fixed_size(size, most, device):
-    """Returns the size that a tensor needs, or `most` on a device that compiles every shape: that
-    size is the same for all tensors of the kind."""
-    return most if compiles_every_shape(device) else size
-
-
-def fill_up(rows, most, device):
-    """Returns a list, on a device that compiles every shape with copies of its first element up to
-    a length of `most`."""
-    return rows + rows[:1] * (fixed_size(len(rows), most, device) - len(rows))
-
-
 def round_up(n, multiple):
     """Rounds n up to a multiple of a number. If the number is FEW_SHAPES or more, shapes should be
     few, and n is rounded up to a power of two times the number."""
@@ -250,11 +234,6 @@ def exit_with_the_others(number, frame):
     sys.exit(128 + number)
 
 
-def is_first():
-    """Returns whether this process writes the files: it is the only one, or torchrun's first."""
-    return RANK == 0
-
-
 def wait():
     """Waits until all processes are here. Called after the first one has written what all read."""
     if PROCESSES > 1:
@@ -276,20 +255,21 @@ def micro_batches(rows, size):
     return np.split(mine, cuts)
 
 
-def in_shares(compute_part, parts):
-    """Computes compute_part(part) for all parts, each in one process, and returns the results in
-    order. All processes compute equally often (see micro_batches): one that has nothing left to do
-    computes the last part again."""
-    if PROCESSES == 1:
-        return [compute_part(part) for part in parts]
-    mine = {}
-    for first in range(0, len(parts), PROCESSES):
-        number = min(first + RANK, len(parts) - 1)
-        mine[number] = compute_part(parts[number])
-    everyone = [None] * PROCESSES
-    dist.all_gather_object(everyone, mine)
-    results = {number: result for some in everyone for number, result in some.items()}
-    return [results[number] for number in range(len(parts))]
+def own_share(n):
+    """Returns the numbers of the parts that this process computes, of n parts of some work. All
+    processes compute equally often (see micro_batches): one that has nothing left to do computes
+    the last part again."""
+    return [min(first + RANK, n - 1) for first in range(0, n, PROCESSES)]
+
+
+def all_shares(results):
+    """Returns what all processes computed, in the order of the parts. results: {number of a part:
+    result}, of this process."""
+    if PROCESSES > 1:
+        everyone = [None] * PROCESSES
+        dist.all_gather_object(everyone, results)
+        results = {number: result for some in everyone for number, result in some.items()}
+    return [results[number] for number in sorted(results)]
 
 
 def add_up(numbers):
@@ -325,7 +305,7 @@ def shard(model, device, dtype):
     fully_shard, so that it may be too large for one device. Each process keeps its parts, which are
     what the optimizer needs. A layer's weights are put together while it computes, those of the
     embeddings and the head while the model does. So all processes compute at the same moment, and
-    equally often (`micro_batches`, `in_shares`). dtype: of the matrix products. Returns the model.
+    equally often (`micro_batches`, `own_share`). dtype: of the matrix products. Returns the model.
     """
     # fully_shard warns of modules that return views: nothing here changes one in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from support.columns import MANY_CUT_OFF, TOKENS_PER_BATCH, was_cut_off
-from support.device import compute, is_first
+from support.device import RANK, compute
 from support.run import (
     naming_file,
     remove,
@@ -47,7 +47,7 @@ def write_report(args, prompts, results, replies, rewards, accuracy):
     results: {name: numbers}, the reference first; replies, rewards: {name: N texts, (N,)} to the N
     prompts (texts). accuracy: of reward models, what accuracy_table gives, or None.
     """
-    if not is_first():
+    if RANK > 0:
         return
     with naming_file(args.out_dir):
         os.makedirs(args.out_dir, exist_ok=True)
@@ -371,7 +371,7 @@ def write_page(args, prompts, results, rewards, accuracy, drawn, models, tokeniz
     N prompts, each with the policy's reply}. models: {name: GPT}; both have the reference first.
     judge: tinytldr.judge, or None where reward models judge.
     """
-    if not is_first():
+    if RANK > 0:
         return
     n = min(POSTS, len(prompts))
     rows = np.arange(n) * len(prompts) // n         # spread over the split, as in report.md

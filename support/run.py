@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from support.device import (
     PROCESSES,
+    RANK,
     add_up,
-    is_first,
     load_whole,
     progress_bar,
     sync,
@@ -82,12 +82,12 @@ class Run:
         self.metrics_path = os.path.join(self.dir, "metrics.jsonl")
         self.state_path = os.path.join(self.dir, "state.pt")
         self.best_path = os.path.join(self.dir, "best.pt")
-        if is_first():
+        if RANK == 0:
             check_free(self.dir, args.resume)
             self.lock = claim(self.dir)
         if args.resume:
             self._resume(flags)
-        elif is_first():
+        elif RANK == 0:
             for name in ("best.pt", "metrics.jsonl", "config.json", "run.json"):
                 with contextlib.suppress(FileNotFoundError):    # left by a run without a state yet
                     os.remove(os.path.join(self.dir, name))
@@ -181,7 +181,7 @@ class Run:
         bytes."""
         self._check_finite(step, values)
         line = json.dumps({"step": step, **values}) + "\n"
-        if is_first():
+        if RANK == 0:
             with (naming_file(self.metrics_path),
                   open(self.metrics_path, "a", encoding="utf-8") as file):
                 file.write(line)
@@ -232,7 +232,7 @@ class Run:
         wait()
         self.bar.close()
         self._restore_handlers()
-        if is_first():
+        if RANK == 0:
             self.lock.close()
         print(f"{self.max_steps - self.first_step} steps in {time.time() - self.started:.0f} s"
               f" -> {self.dir}")
@@ -291,7 +291,7 @@ class Run:
             raise another_version(self.state_path) from error
         if state["reported"]:
             self.reported = self.first_step
-        if is_first():
+        if RANK == 0:
             with (replacing(self.metrics_path) as temporary,
                   open(temporary, "w", encoding="utf-8") as file):
                 file.write(self.metrics)
@@ -303,8 +303,8 @@ class Run:
 
 def save(path, state):
     """Writes nested dictionaries and lists of tensors and numbers to a file, by torch.save."""
-    state = whole(state, keep=is_first())
-    if is_first():
+    state = whole(state, keep=RANK == 0)
+    if RANK == 0:
         with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save(state, file)     # which, given a name, would write it into the file
 

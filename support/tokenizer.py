@@ -19,7 +19,7 @@ from pathlib import Path
 import tiktoken
 
 from support.checkpoint import Finder, read_sizes
-from support.device import is_first
+from support.device import RANK
 from support.flags import InputError, in_a_line, naming
 from support.run import json_object, read_json, replacing, run_flags, write_json
 
@@ -102,7 +102,7 @@ def own_tokenizer(model, data=None):
         raise InputError(f"{model}: it has no tokenizer (no tokenizer.json, no vocab.json), and "
                          f"its vocab_size, {vocab_size}, is not GPT-2's; copy the model's own "
                          "tokenizer files there, or train it with --tokenizer and its name")
-    if is_first():
+    if RANK == 0:
         print(f"{model}: no tokenizer there; it is taken to read the tokens of {name}")
     return name
 
@@ -494,7 +494,7 @@ def save_tokenizer(directory, tokenizer, block_size):
     tiktoken merges two neighbours if together they are a token, those with the lowest rank first.
     tokenizer.json lists pairs to merge: every way to cut a token in two tokens.
     """
-    if not is_first():
+    if RANK > 0:
         return
     if isinstance(tokenizer, FolderTokenizer):
         os.makedirs(directory, exist_ok=True)

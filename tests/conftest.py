@@ -37,7 +37,7 @@ def computing():
     """A run that a test starts chooses a device and a precision, which the next test does not
     want."""
     from support import device
-    vars(device.computing).update(device="cpu", dtype="float32", multiple=1)
+    vars(device.computing).update(device="cpu", dtype="float32", multiple=1, few_shapes=False)
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ from hints import assert_gives
 from test_model import FAMILIES, random_model
 
 import model as model_file
-import support.device
 from model import GPT, GPTConfig, draw, likely
+from support.device import computing
 
 CONFIG = GPTConfig(block_size=20, vocab_size=13, n_layer=2, n_head=2, n_embd=16,
                    tie_word_embeddings=False)
@@ -318,7 +318,7 @@ def test_generation_in_shapes_that_never_change(n_prompts, temperature, limits, 
                               batch_size=64, **limits)
 
     wanted, shapes = [generate(stop) for stop in (None, 3)], set()
-    monkeypatch.setattr(support.device, "compiles_every_shape", lambda device: True)
+    monkeypatch.setattr(computing, "few_shapes", True)
     model.transformer.h[0].attn.register_forward_pre_hook(
         lambda _, inputs: shapes.add((inputs[0].shape, inputs[2][0].shape)))     # x, cached keys
     assert [generate(stop) for stop in (None, 3)] == wanted
@@ -342,7 +342,7 @@ def test_an_offset_of_all_logits_does_not_move_samples_in_bfloat16(monkeypatch, 
             policy.lm_head.weight[:, 0] = offset / 10 + 0.1 * policy.lm_head.weight[:, 0]
             exact = policy.logits(torch.tensor(prompts))[:, -1].softmax(dim=1)
         with monkeypatch.context() as patch:
-            patch.setattr(support.device, "compiles_every_shape", lambda device: few_shapes)
+            patch.setattr(computing, "few_shapes", few_shapes)
             patch.setattr(model_file, "draw",
                           lambda logits, *_: seen.append(logits) or logits.argmax(1))
             if not centred:
@@ -378,7 +378,7 @@ def test_greedy_generation_of_newer_models(config, monkeypatch):
     shapes = set()
     model.transformer.h[1].attn.register_forward_pre_hook(
         lambda _, inputs: shapes.add(inputs[2][0].shape))
-    monkeypatch.setattr(support.device, "compiles_every_shape", lambda device: True)
+    monkeypatch.setattr(computing, "few_shapes", True)
     assert model.generate(PROMPTS, 8, temperature=0, stop=STOP) == wanted
     size = config.head_size or 4
     assert shapes == {(8, config.n_kv_head, 64 + extra, size) for extra in (0, 8)}

@@ -91,7 +91,7 @@ def session(folder, name, resumed=None, *flags):
         patch.setattr(train_policy, "learning_rate", learning_rate_until_15)
         patch.setattr(train_policy, "Run", noted_run)
         distil(folder, f"{name}/killed", *flags)
-    if device.is_first():
+    if device.RANK == 0:
         RUNS.pop().lock.close()         # as the end of its process would
     if resumed is not None:
         distil(folder, f"{resumed}/killed", "--resume", *flags)
@@ -134,7 +134,7 @@ def check_parts(start):
     prompts = [[1, 2, 3], [4]]
     copy = gathered(model)
     assert copy is not model and gathered(plain) is plain
-    if device.is_first():               # the other has nothing to sample
+    if device.RANK == 0:               # the other has nothing to sample
         assert copy.generate(prompts, 5, 0) == plain.generate(prompts, 5, 0)
     assert list(whole(model.state_dict(), keep=False).values()) == [None] * len(plain.state_dict())
     other = {name: tensor + 1 for name, tensor in plain.state_dict().items()}
@@ -336,10 +336,11 @@ def test_torchrun_where_processes_cannot_share_the_device(monkeypatch):
 
 def test_without_torchrun_there_is_a_single_process():
     rows = np.arange(5)
-    assert device.PROCESSES == 1 and device.is_first()
+    assert device.PROCESSES == 1 and device.RANK == 0
     assert [part.tolist() for part in device.micro_batches(rows, 2)] == [[0, 1], [2, 3], [4]]
     assert device.add_up({"loss": 2.0}) == {"loss": 2.0}
-    assert device.in_shares(range, [2, 3]) == [range(2), range(3)]
+    assert device.own_share(3) == [0, 1, 2] and device.own_share(0) == []
+    assert device.all_shares({0: "a", 1: "b"}) == ["a", "b"]
 
 
 def in_each_process(monkeypatch, n, function, *args):
@@ -381,17 +382,16 @@ def test_rows_that_not_every_process_can_share(monkeypatch):
 
 def test_every_process_computes_as_many_parts(monkeypatch):
     """One that has nothing left computes the last part again; all get all results, in order."""
-    for rank, computed in ((0, [5, 7]), (1, [6, 7])):
+    for rank, computed in ((0, [0, 2]), (1, [1, 2])):
         def gather(everyone, mine):
             everyone[:] = [{0: 50, 2: 70}, {1: 60, 2: 70}]
             assert everyone[rank] == mine
 
-        calls = []
         monkeypatch.setattr(device, "PROCESSES", 2)
         monkeypatch.setattr(device, "RANK", rank)
         monkeypatch.setattr(device.dist, "all_gather_object", gather)
-        results = device.in_shares(lambda part: calls.append(part) or 10 * part, [5, 6, 7])
-        assert results == [50, 60, 70] and calls == computed
+        assert device.own_share(3) == computed
+        assert device.all_shares({part: 50 + 10 * part for part in computed}) == [50, 60, 70]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="no such signal elsewhere")
