@@ -23,7 +23,7 @@ import tinytldr
 from support.device import computing, round_up
 from support.flags import InputError
 from support.tokenizer import read_tokenizer
-from support.tokens import encode, example_lengths, select, select_file, take_rows
+from support.tokens import Examples, encode, example_lengths, select, select_file
 
 # ------ the tree batch
 
@@ -114,7 +114,8 @@ def collate(examples, multiple=1):
 
     T = max(len(prompt) + sum(map(len, responses)) for prompt, responses in examples)
     R = sum(np.sum(np.asarray(ids) >= 0) for _, responses in examples for ids in responses)
-    T, R = round_up(T, multiple), round_up(R, multiple)
+    if multiple > 1:
+        T, R = round_up(T, multiple), round_up(R, multiple)
 
     tokens = np.zeros((B, T), np.int64)
     branch = np.full((B, T), -1, np.int64)
@@ -185,8 +186,11 @@ class Dataset:
         ref_logps = None if self.ref_logps is None else self.ref_logps[rows]
         below = None if self.below is None else [self.below[row] for row in rows]
         desirable = None if self.desirable is None else self.desirable[rows]
-        return Dataset(take_rows(self.examples, rows), rewards, ref_logps, self.n_samples, below,
-                       desirable)
+        if isinstance(self.examples, Examples):
+            examples = self.examples.take(rows)
+        else:       # made up, or with samples or new labels: a plain list
+            examples = [self.examples[row] for row in rows]
+        return Dataset(examples, rewards, ref_logps, self.n_samples, below, desirable)
 
     def first(self, n):
         """Returns a data set of the first n rows (None: all). They are a random part of it, because

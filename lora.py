@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from support.checkpoint import base_of, read_adapter
+from support.checkpoint import read_adapter
 from support.flags import InputError
 
 
@@ -99,10 +99,9 @@ def put_lora(model, corrections, base):
 def load_lora(model, folder):
     """Gives a model the adapter that is in a folder. The model has to have the weights that the
     adapter was trained on. InputError says what is wrong with the adapter."""
-    corrections, head = read_adapter(folder, model, linear_layers(model))
+    base, corrections, head = read_adapter(folder, model, linear_layers(model))
     scale = LoRALinear.scale
-    put_lora(model, {name: (A, B / scale) for name, (A, B) in corrections.items()},
-             base_of(folder))
+    put_lora(model, {name: (A, B / scale) for name, (A, B) in corrections.items()}, base)
     if head is not None:
         model.score.load_state_dict({"weight": head})
 

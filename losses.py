@@ -16,6 +16,7 @@ know about a pair. Those with a default are its flags on the command line. zoo.p
 the same form, by other authors.
 """
 import inspect
+from collections import ChainMap
 
 import torch.nn.functional as F
 
@@ -216,6 +217,7 @@ LOSSES = {
 }
 PREFERENCE_LOSSES = [name for name in LOSSES if name != "sft"]
 MORE = {}       # losses of other files that --loss also knows, by name: zoo.py fills in its own
+EVERY_LOSS = ChainMap(LOSSES, MORE)     # looks a name up in both
 UNPAIRED = {}   # what those compute for rows with one response and a label, where they can: {name:
 #                 function of (log-ratios, desirable, log-ratios of mismatched responses, flags)}
 
@@ -223,24 +225,19 @@ UNPAIRED = {}   # what those compute for rows with one response and a label, whe
 PAPER = {"dpo": None, "ipo": None, "d-dpo": "rm", "p-dpo": None, "dp-dpo": "rm", "e-dpo": "rms"}
 
 
-def loss_function(name):
-    """Returns the function of a loss. name: a key of LOSSES or of MORE."""
-    return LOSSES[name] if name in LOSSES else MORE[name]
-
-
 def needs(name):
     """Lists what a loss needs to know, which are its parameters without a default.
 
-    name: see loss_function. Returns a list of names, such as ["logps", "ref_logps", "kl"].
+    name: as in EVERY_LOSS. Returns a list of names, such as ["logps", "ref_logps", "kl"].
     """
-    parameters = inspect.signature(loss_function(name)).parameters.values()
+    parameters = inspect.signature(EVERY_LOSS[name]).parameters.values()
     return [p.name for p in parameters if p.default is p.empty]
 
 
 def knobs(name):
-    """Returns the flags of a loss with their defaults, such as {"beta": 1.0}. name: see
-    loss_function."""
-    parameters = inspect.signature(loss_function(name)).parameters.values()
+    """Returns the flags of a loss with their defaults, such as {"beta": 1.0}. name: as in
+    EVERY_LOSS."""
+    parameters = inspect.signature(EVERY_LOSS[name]).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
@@ -254,7 +251,7 @@ def batch_loss(name, logps, batch, **knobs):
     here are the B pairs of the functions above. A row may hold several pairs (ranked responses
     do); each pair's loss is multiplied by its weight, and the weights of a row add up to 1.
 
-    name: see loss_function. logps: (B, K) summed log-probs of all responses. batch: a TreeBatch
+    name: as in EVERY_LOSS. logps: (B, K) summed log-probs of all responses. batch: a TreeBatch
     with the columns that the loss needs. knobs: the flags of the loss; gamma is the number for this
     step. Returns (P,); for sft, and where rows have one response with a label, (B,).
     """
@@ -269,7 +266,7 @@ def batch_loss(name, logps, batch, **knobs):
     if "kl" in needs(name):
         kl = forward_kl(logps.gather(1, batch.samples), batch.ref_logps.gather(1, batch.samples))
         arguments["kl"] = kl[batch.pair_row]                                    # (P,)
-    losses = loss_function(name)(**arguments, **knobs)
+    losses = EVERY_LOSS[name](**arguments, **knobs)
     assert losses.shape == batch.pair_weight.shape, (     # a wrong shape would be broadcast
         f"{name} gives {list(losses.shape)} numbers, not one for each of {len(batch.pairs)} pairs")
     return batch.pair_weight * losses

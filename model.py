@@ -21,7 +21,13 @@ import torch.nn.functional as F
 
 from lora import load_lora, merge_lora
 from support.backward import head_weight, product_type, rms_norm, token_logps
-from support.checkpoint import base_of, load_model, read_checkpoint, write_adapter, write_checkpoint
+from support.checkpoint import (
+    adapter_config,
+    load_model,
+    read_checkpoint,
+    write_adapter,
+    write_checkpoint,
+)
 from support.device import FEW_SHAPES, computing, random_numbers, round_up, sync
 
 
@@ -326,7 +332,7 @@ class GPT(nn.Module):
         """
         config, tensors = read_checkpoint(dir_or_hub_name, head="lm_head")
         model = load_model(lambda: cls(GPTConfig(**config)), tensors, dir_or_hub_name)
-        if base_of(dir_or_hub_name) is not None:        # it is an adapter: lora.py
+        if adapter_config(dir_or_hub_name) is not None:     # it is an adapter: lora.py
             load_lora(model, dir_or_hub_name)
             if merge:
                 merge_lora(model)
@@ -435,7 +441,8 @@ class GPT(nn.Module):
             token = draw(logits, temperature, random, top_k, top_p)     # (B,)
             position = (position + 1).clamp(max=config.block_size - 1)  # the rest is cut off
             newest = newest + 1
-            sync(device)
+            if device.type == "xla":
+                sync()
             drawn = token.cpu()[:n]
             new[prompt_number, t] = drawn
             if on_token is not None:

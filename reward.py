@@ -17,7 +17,7 @@ from data import Dataset, d_rho, preferences, relabel
 from lora import copy_around_frozen, load_lora, put_lora
 from model import GPT, GPTConfig, Transformer, init_weights, tree_mask
 from support.checkpoint import (
-    base_of,
+    adapter_config,
     load_model,
     read_checkpoint,
     reward_head,
@@ -85,10 +85,11 @@ class RewardModel(nn.Module):
         """Reads a checkpoint as GPT.from_pretrained does. bases: {name: GPT}, the frozen language
         models of the adapters that were read before. An adapter uses its model from there, or puts
         it there."""
-        base, bases = base_of(dir_or_hub_name), {} if bases is None else bases
-        if base is None:
+        adapter, bases = adapter_config(dir_or_hub_name), {} if bases is None else bases
+        if adapter is None:
             config, tensors = read_checkpoint(dir_or_hub_name, head="score")
             return load_model(lambda: cls(GPTConfig(**config)), tensors, dir_or_hub_name)
+        base = adapter["base_model_name_or_path"]
         if base not in bases:
             bases[base] = GPT.from_pretrained(base)
             put_lora(bases[base], {}, base)

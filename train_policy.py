@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from data import BatchOrder, by_length, demonstrations, get_tokenizer
 from lora import add_lora, check_rank
-from losses import PAPER, UNPAIRED, batch_loss, best_member, knobs, needs
+from losses import LOSSES, PAPER, UNPAIRED, batch_loss, best_member, knobs, needs
 from model import GPT, GPTConfig
 from reward import (
     family_scores,
@@ -46,6 +46,7 @@ from support.columns import (
     was_cut_off,
 )
 from support.device import (
+    PROCESSES,
     add_up,
     add_up_gradients,
     compute,
@@ -59,7 +60,7 @@ from support.run import Run, count_parameters, print_prompt, print_reply
 from support.tokenizer import check_vocabulary, save_tokenizer, to_text
 from support.tokens import default_block_size, example_lengths, longest_sample
 from support.training_flags import policy_flags
-from zoo import all_losses
+from zoo import ZOO
 
 # ------ the numbers of a run: each name in lower case is a flag, and the number its default
 
@@ -93,7 +94,7 @@ SAMPLE_TOKENS = 64              # longest reply of those that are printed while 
 def parse_flags(argv=None):
     """Reads the flags of a run: an argparse.Namespace. argv: the command line's words, or None for
     the real ones. InputError for a flag that is wrong or would be ignored."""
-    losses = {name: (needs(name), knobs(name), PAPER.get(name)) for name in all_losses()}
+    losses = {name: (needs(name), knobs(name), PAPER.get(name)) for name in LOSSES | ZOO}
     return policy_flags(argv, __doc__, SFT, PREFERENCES, losses)
 
 
@@ -211,7 +212,8 @@ def evaluate(policy, dataset, args, flags, device):
             values |= picked_members(logps, batch, args.beta)
         for name, value in values.items():
             sums[name] = sums.get(name, 0) + (value / total).sum()
-        sync(device)
+        if device.type == "xla":
+            sync()
     return add_up({name: value.item() for name, value in sums.items()})
 
 
@@ -359,7 +361,8 @@ def main(argv=None):
                 check_step_0(losses, expected, logps, batch.ref_logps, args)
             (losses.sum() / total).backward()                   # adds to the batch's gradient
             run.watch(total, loss=losses, **statistics(logps, batch))
-        add_up_gradients(policy)                                # over all processes
+        if PROCESSES > 1:
+            add_up_gradients(policy)
         grad_norm = clip_grad_norm_(policy.parameters(), GRAD_CLIP)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.max_steps, args.lr)

@@ -26,6 +26,7 @@ from model import GPT
 from reward import RewardModel, training_pairs
 from support.columns import add_frozen, cache_folder, hash_examples, hash_model, key
 from support.device import (
+    PROCESSES,
     add_up,
     add_up_gradients,
     compute,
@@ -84,7 +85,8 @@ def evaluate(reward_model, dataset, args, device):
         losses = batch.pair_weight * bradley_terry(rewards)
         for name, values in {"loss": losses, **statistics(rewards, batch)}.items():
             sums[name] = sums.get(name, 0) + (values / len(dataset)).sum()
-        sync(device)
+        if device.type == "xla":
+            sync()
     return add_up({name: value.item() for name, value in sums.items()})
 
 
@@ -158,7 +160,8 @@ def train_one(args, policy, tokenizer, train, validation, device):
                 torch.testing.assert_close(losses, batch.pair_weight * math.log(2))
             (losses.sum() / len(rows)).backward()               # adds to the batch's gradient
             run.watch(len(rows), loss=losses, **statistics(rewards, batch))
-        add_up_gradients(reward_model)                          # over all processes
+        if PROCESSES > 1:
+            add_up_gradients(reward_model)
         grad_norm = clip_grad_norm_(reward_model.parameters(), GRAD_CLIP)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.max_steps, args.lr)

@@ -22,7 +22,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from losses import LOSSES, MORE, UNPAIRED, d_dpo, dpo, log_ratio_margin, reward_margin
+from losses import MORE, UNPAIRED, d_dpo, dpo, log_ratio_margin, reward_margin
 
 # ------ margins
 
@@ -460,12 +460,6 @@ ZOO = {
 }
 MORE.update(ZOO)                        # now losses.py finds them by name
 UNPAIRED["kto"] = kto_unpaired
-
-
-def all_losses():
-    """Lists what --loss knows by name: the losses of losses.py, then these."""
-    return list(LOSSES | ZOO)
-
 
 # What TRL 1.16 calls them: {its trainer: {its loss_type or flag: (ours, what differs)}}.
 TRL = {

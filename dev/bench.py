@@ -333,7 +333,8 @@ class Bench:
         optimizer = self.optimizers[model]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        sync(self.device)
+        if self.device.type == "xla":
+            sync()
 
     def seconds(self, task, turn):
         return seconds_of(lambda: self.do(task, turn), self.device)

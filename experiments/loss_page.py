@@ -11,7 +11,7 @@ import zoo
 from experiments.figure2 import with_interval
 from experiments.properties import along, at_reference_unpaired, properties, slopes
 from experiments.trials import ROOT
-from losses import PREFERENCE_LOSSES, knobs, loss_function
+from losses import EVERY_LOSS, PREFERENCE_LOSSES, knobs
 from support.report import markdown_table, pyplot, save
 
 PAGE = os.path.join(ROOT, "docs", "losses.md")
@@ -119,7 +119,7 @@ with TRL's own code, to 1e-5, once the differences in the last column are allowe
 def formula_idea_source(name):
     """Splits the docstring of a loss: the formula after its first verb, the sentences between, and
     the last paragraph, which says where it was published."""
-    first, *middle = inspect.getdoc(loss_function(name)).split("\n\n")
+    first, *middle = inspect.getdoc(EVERY_LOSS[name]).split("\n\n")
     *middle, source = middle
     formula = " ".join(first.split()).removeprefix("Computes ").removesuffix(".")
     return formula, " ".join(" ".join(middle).split()), " ".join(source.split())

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 
-from losses import GAMMA, UNPAIRED, knobs, loss_function, needs
+from losses import EVERY_LOSS, GAMMA, UNPAIRED, knobs, needs
 
 REF_LOGP, MARGINS, PAIRS = -60.0, (1.0, 1.5, 2.0, 2.5, 3.0), 8
 FAR = (60.0, 0.0, -1e2, -1e3, -1e4)     # log-ratios; at 60 a response has probability 1
@@ -35,7 +35,7 @@ def losses_of(name, u, v, swapped=False, ref_logps=REF_LOGP, tokens=(20.0, 20.0)
         columns = {column: values.flip(1) if values.dim() > 1 else values
                    for column, values in columns.items()}
     flags = {knob: GAMMA[1] if knob == "gamma" else value for knob, value in knobs(name).items()}
-    return loss_function(name)(**{need: columns[need] for need in needs(name)}, **flags)
+    return EVERY_LOSS[name](**{need: columns[need] for need in needs(name)}, **flags)
 
 
 def numbers(*values):

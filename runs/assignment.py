@@ -36,15 +36,10 @@ STAYS_BEHIND = {"tests/test_zoo.py"}
 # A file that would repeat answers, and what the copy has in its place.
 REPLACED = {"zoo.py": '''"""Is the place for losses by other authors. This copy has none of them.
 A loss that you add to the table gets its own --loss."""
-from losses import LOSSES, MORE
+from losses import MORE
 
 ZOO = {}
 MORE.update(ZOO)                        # now losses.py finds them by name
-
-
-def all_losses():
-    """Lists what --loss knows by name: the losses of losses.py, then these."""
-    return list(LOSSES | ZOO)
 '''}
 # Some functions repeat the answer to another one. If that one is left to write, they have this body
 # instead, or (None) are left to write too.

@@ -32,9 +32,7 @@ length of a response in tokens, and sigma is the logistic function.
 
 ZOO = {{"{key}": {name}}}
 MORE.update(ZOO)                        # now losses.py finds it by name
-
-
-{all_losses}'''
+'''
 
 
 # The properties that the published losses have.
@@ -220,8 +218,7 @@ def zoo_file(loss):
     imports = next(node for node in tree.body if isinstance(node, ast.Import))
     return ZOO_FILE.format(
         margins=text(imports, nodes["mean_logps"]), name=name, key=name.replace("_", "-"),
-        stub=text(nodes[name], nodes[name].body[0]),            # up to the end of its docstring
-        all_losses=text(nodes["all_losses"], nodes["all_losses"]))
+        stub=text(nodes[name], nodes[name].body[0]))            # up to the end of its docstring
 
 
 def draw(student, name, points):

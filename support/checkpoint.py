@@ -383,13 +383,14 @@ def read_adapter(folder, model, layers):
     """Reads the adapter in a folder.
 
     model: with the weights that the adapter belongs to. layers: its linear layers, [(name, layer)].
-    Returns ({layer: (A, B)}, the weight of the reward head or None). A layer computes
-    x W' + (x A') B': the factor alpha / r is already in B. InputError says what is wrong with the
-    adapter.
+    Returns (the name of the model that it belongs to, {layer: (A, B)}, the weight of the reward
+    head or None). A layer computes x W' + (x A') B': the factor alpha / r is already in B.
+    InputError says what is wrong with the adapter.
     """
     config = adapter_config(folder)
+    base = config["base_model_name_or_path"]
     if about_run(folder).get("base_fingerprint", fingerprint(model)) != fingerprint(model):
-        raise InputError(f"{folder}: an adapter of other weights than {base_of(folder)!r} has now; "
+        raise InputError(f"{folder}: an adapter of other weights than {base!r} has now; "
                          "train it again, or put the old weights back")
     tensors = adapter_tensors(folder)
     head = tensors.pop(REWARD_HEAD, None)
@@ -406,8 +407,8 @@ def read_adapter(folder, model, layers):
             A = tensors.pop(f"{name}.lora_A.weight", torch.zeros(0, linear.in_features))
             B = tensors.pop(f"{name}.lora_B.weight", torch.zeros(rows, 0))
             if A.shape != (B.size(1), linear.in_features) or B.size(0) != rows:
-                raise InputError(f"{folder}: not an adapter of {base_of(folder)!r}, where {name} "
-                                 "has other sizes")
+                raise InputError(f"{folder}: not an adapter of {base!r}, where {name} has other "
+                                 "sizes")
             rank = max(1, len(A)) ** (0.5 if config.get("use_rslora") else 1)
             parts.append((A, B * (config["lora_alpha"] / rank)))
         if any(len(A) for A, B in parts):
@@ -417,7 +418,7 @@ def read_adapter(folder, model, layers):
                          "of the transformer's linear layers alone; merge the adapter into its "
                          "model (PEFT: merge_and_unload, then save_pretrained) and name that "
                          "folder")
-    return corrections, head
+    return base, corrections, head
 
 
 def fused(parts):
@@ -428,13 +429,6 @@ def fused(parts):
     if all(torch.equal(A, As[0]) for A in As):
         return As[0], torch.cat(Bs)                                     # (rank, in), (out, rank)
     return torch.cat(As), torch.block_diag(*Bs)
-
-
-def base_of(folder):
-    """Returns the folder or hub name of the model that an adapter belongs to, or None if the folder
-    holds no adapter."""
-    config = adapter_config(folder)
-    return None if config is None else config["base_model_name_or_path"]
 
 
 def adapter_tensors(folder):

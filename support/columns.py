@@ -250,20 +250,19 @@ def hash_weights(model):
     frozen = {name: weight for name, weight in model.named_parameters(remove_duplicate=False)
               if not weight.requires_grad}
     for name, tensor in model.state_dict().items():
-        content = hash_frozen(frozen[name]) if name in frozen else content_of(tensor)
+        if name in frozen:
+            content = hash_frozen(frozen[name])
+        else:
+            content = whole(tensor).numpy().tobytes()
         digest.update(name.encode() + content)
     return digest.hexdigest()
-
-
-def content_of(tensor):
-    return whole(tensor.detach()).numpy().tobytes()
 
 
 def hash_frozen(weight):
     """Returns a hash of a weight. It is kept in an attribute of the weight until that changes."""
     version, kept = getattr(weight, "kept_hash", (None, None))
     if version != weight._version:
-        kept = hashlib.sha256(content_of(weight)).digest()
+        kept = hashlib.sha256(whole(weight.detach()).numpy().tobytes()).digest()
         weight.kept_hash = (weight._version, kept)
     return kept
 

@@ -184,11 +184,10 @@ def random_numbers(n, rows, generator, device):
     return torch.cat([numbers, numbers.new_zeros(rows - n, 1)]).to(device)
 
 
-def sync(device):
-    """Makes torch_xla run a step's graph; on other devices there is nothing to do."""
-    if device.type == "xla":
-        import torch_xla
-        torch_xla.sync()
+def sync():
+    """Makes torch_xla run what it has only noted so far, the graph of a step."""
+    import torch_xla
+    torch_xla.sync()
 
 
 # ------------------------------------------------------------------ several processes
@@ -284,8 +283,6 @@ def add_up(numbers):
 
 def add_up_gradients(model):
     """Gives every process the gradient of the whole batch: the sum over their shares."""
-    if PROCESSES == 1:
-        return
     parameters = [p for p in model.parameters() if p.requires_grad]
     if isinstance(parameters[0], DTensor):      # fully_shard has averaged; we want the sum
         for p in parameters:

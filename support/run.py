@@ -121,7 +121,8 @@ class Run:
         device: then the numbers are checked, and their means since the last line are logged."""
         self.window.append({"step": step, "rows": rows, "sums": self.sums, "same": values})
         self.sums = {}
-        sync(self.device)
+        if self.device.type == "xla":
+            sync()
         self.bar.update()
         logs = (step + 1) % LOG_EVERY == 0 or self.due(step + 1)
         if logs:
@@ -496,7 +497,11 @@ def replacing(path):
     temporary = f"{path}.{secrets.token_hex(4)}.tmp"    # two processes may write the same file
     try:
         yield temporary
-        settle(temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)     # as of any new file: safetensors makes it private
+        with open(temporary, "rb") as file:
+            os.fsync(file)
         os.replace(temporary, path)
     except InputError:
         raise
@@ -507,16 +512,6 @@ def replacing(path):
         raise InputError(f"{path}: can't be written: {reason}") from error
     finally:
         remove(temporary)
-
-
-def settle(path):
-    """Gives a new file the access rights of any new file, and waits until a loss of power would not
-    damage it."""
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(path, 0o666 & ~umask)      # safetensors makes it private
-    with open(path, "rb") as file:
-        os.fsync(file)
 
 
 def system_reason(error):

@@ -326,13 +326,6 @@ class Examples:
         return Examples(self.tokens, self.ends[rows], self.lengths[rows])
 
 
-# Data sets that are made up, or have samples or new labels, are plain lists of examples.
-
-def take_rows(examples, rows):
-    """Returns some rows, given by their indices, of Examples or of a list."""
-    return examples.take(rows) if isinstance(examples, Examples) else [examples[i] for i in rows]
-
-
 def example_lengths(examples):
     """Returns (N, 1 + K) tokens in the prompt and responses of each row, of Examples or of a
     list."""

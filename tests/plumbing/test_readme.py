@@ -20,12 +20,12 @@ import train_policy
 import train_rm
 from data import collate
 from dev import draw
-from losses import knobs
+from losses import LOSSES, knobs
 from model import GPT, GPTConfig
 from reward import RewardModel
 from support.flags import SHARED, InputError, comparison_flags, talk_flags
 from support.run import SHOWN
-from zoo import all_losses
+from zoo import ZOO
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -92,7 +92,7 @@ def all_flags():
     """The flags of all scripts: read from the source, as those of the losses are from the table;
     and torchrun's."""
     flags = {"help", "nproc_per_node", *SHARED}
-    flags |= {knob for loss in all_losses() for knob in knobs(loss)}
+    flags |= {knob for loss in LOSSES | ZOO for knob in knobs(loss)}
     for path in CODE:
         text = text_of(path)
         flags |= set(re.findall(r'"--(\w+)"', text))

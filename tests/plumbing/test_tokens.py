@@ -26,7 +26,6 @@ from support.tokens import (
     prompts_of,
     random_order,
     select,
-    take_rows,
     tokenised_file,
 )
 from tinytldr import tokenizer
@@ -540,7 +539,8 @@ def test_examples_are_those_of_a_list():
     listed = list(flat)
     assert len(listed) == len(flat) == 30
     for rows in (np.array([3, 1, 4, 1]), np.arange(5)):
-        assert as_lists(take_rows(flat, rows)) == as_lists(take_rows(listed, rows))
+        taken, wanted = (Dataset(examples).take(rows).examples for examples in (flat, listed))
+        assert as_lists(taken) == as_lists(wanted)
     assert np.array_equal(example_lengths(flat), example_lengths(listed))
 
 

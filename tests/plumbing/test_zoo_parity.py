@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import zoo
-from losses import loss_function, needs
+from losses import EVERY_LOSS, needs
 
 trl = pytest.importorskip("trl")
 cpo_trainer = pytest.importorskip("trl.experimental.cpo")
@@ -81,7 +81,7 @@ def inputs_of(mask):
 def ours_of(name, log_probs, mask, ref_logps, **flags):
     columns = {"logps": in_pairs(log_probs.sum(dim=1)), "ref_logps": in_pairs(ref_logps),
                "lengths": in_pairs(mask.sum(dim=1))}
-    return loss_function(name)(**{need: columns[need] for need in needs(name)}, **flags).mean()
+    return EVERY_LOSS[name](**{need: columns[need] for need in needs(name)}, **flags).mean()
 
 
 def assert_same(ours, theirs, log_probs):
