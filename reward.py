@@ -18,10 +18,10 @@ from lora import copy_around_frozen, load_lora, put_lora
 from model import GPT, GPTConfig, Transformer, init_weights, tree_mask
 from support.checkpoint import (
     adapter_config,
+    empty_model,
     load_model,
     read_checkpoint,
     reward_head,
-    undrawn,
     write_adapter,
     write_checkpoint,
 )
@@ -35,7 +35,7 @@ from support.columns import (
     score,
     with_end,
 )
-from support.device import computing, whole
+from support.device import computing, whole_on_cpu
 from support.flags import naming
 from support.run import family_folders
 from support.tokenizer import check_same_tokens, to_text
@@ -71,10 +71,10 @@ class RewardModel(nn.Module):
     def from_policy(cls, gpt, head="last"):
         """Makes a reward model whose transformer starts as a copy of a language model's. Its head
         is zero. If the language model has an adapter, frozen weights are shared, not copied."""
-        model = undrawn(lambda: cls(replace(gpt.config, reward_head=head)))
+        model = empty_model(lambda: cls(replace(gpt.config, reward_head=head)))
         nn.init.zeros_(model.score.weight)
         if gpt.lora_base is None:
-            model.transformer.load_state_dict(whole(gpt.transformer.state_dict()))
+            model.transformer.load_state_dict(whole_on_cpu(gpt.transformer.state_dict()))
         else:
             model.transformer = copy_around_frozen(gpt.transformer)
             model.lora_base = gpt.lora_base

@@ -40,8 +40,8 @@ from support.columns import (
     hash_examples,
     hash_model,
     key,
+    print_spread,
     sample,
-    say_spread,
     score,
     was_cut_off,
 )
@@ -308,7 +308,7 @@ def main(argv=None):
         common = (policy, tokenizer, reward_models, args)
         train = with_columns(train, "train", *common)
         if args.loss == "e-dpo":
-            say_spread(train.rewards, list(reward_models))
+            print_spread(train.rewards, list(reward_models))
         validation = with_columns(validation.first(args.n_eval), "validation", *common)
         some = np.random.default_rng(0).permutation(len(train))[:args.n_eval]
         watched = {"validation": by_length(validation), "train": by_length(train.take(some))}

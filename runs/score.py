@@ -16,7 +16,7 @@ import numpy as np
 
 from data import Dataset, get_tokenizer
 from reward import read_reward_models
-from support.columns import say_cut_off, score
+from support.columns import print_cut_off, score
 from support.device import setup
 from support.flags import (
     InputError,
@@ -92,7 +92,7 @@ def cut_off(dataset, args):
     penalty = args.missing_eos_penalty or 0
     then = "judged with one appended"
     then += f", minus --missing_eos_penalty={penalty:g}" if penalty else ""
-    say_cut_off(args.data, cut.size, args.max_new_tokens, int(cut.sum()), 0, then)
+    print_cut_off(args.data, cut.size, args.max_new_tokens, int(cut.sum()), 0, then)
     return cut
 
 

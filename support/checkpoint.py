@@ -16,7 +16,7 @@ import zipfile
 import torch
 from safetensors.torch import load_file, save_file
 
-from support.device import RANK, whole
+from support.device import RANK, whole_on_cpu
 from support.families import (
     HEAD,
     TRANSPOSED,
@@ -38,6 +38,7 @@ EMBEDDING = "transformer.wte.weight"
 ADAPTER = "adapter_config.json"
 PREFIX = "base_model.model."        # which PEFT puts before the name of each tensor
 REWARD_HEAD = "score.weight"
+KIND = {False: "a language model", True: "a reward model"}
 ONLY = {"peft_type": ("LORA",), "bias": ("none",), "use_dora": (False,), "alpha_pattern": ({},),
         "layer_replication": (None,), "lora_bias": (False,),        # the values that are supported
         "init_lora_weights": (True, "gaussian", "eva", "orthogonal")}   # others change the model
@@ -56,13 +57,12 @@ def read_checkpoint(dir_or_hub_name, head):
     if find.nanogpt is not None and add_zero_biases(tensors):
         print(f"{where}: it was trained without biases; here they start at zero, and are trained")
     if head == "lm_head":
-        settle_head(tensors, sizes, where)
+        complete_head(tensors, sizes, where)
     check_tensors(tensors, sizes, where)
-    if ("score.weight" in tensors) != (head == "score"):
-        kinds = ["a language model", "a reward model"]
-        if head == "lm_head":
-            kinds.reverse()
-        raise InputError(f"{where}: this is {kinds[0]}, not {kinds[1]}")
+    is_reward_model = REWARD_HEAD in tensors
+    if is_reward_model != (head == "score"):
+        raise InputError(f"{where}: this is {KIND[is_reward_model]}, not "
+                         f"{KIND[not is_reward_model]}")
     if head == "score":
         tensors.pop(HEAD, None)
     return sizes, tensors
@@ -278,7 +278,7 @@ def our_tensors(tensors, family, of_nanogpt=False):
     return ours
 
 
-def settle_head(tensors, sizes, where):
+def complete_head(tensors, sizes, where):
     """Fills in what is saved once of an output head that shares the embedding's weights. A head of
     its own is kept, whatever config.json says of it."""
     embedding, head = tensors.get(EMBEDDING), tensors.get(HEAD)
@@ -334,12 +334,12 @@ def load_model(new_model, tensors, where):
     except (RuntimeError, AttributeError, TypeError, IndexError) as error:
         raise InputError(f"{where}: not the model of its config.json: {in_a_line(error)}"
                          ) from error
-    model = undrawn(new_model)
+    model = empty_model(new_model)
     model.load_state_dict(tensors)
     return model
 
 
-def undrawn(new_model):
+def empty_model(new_model):
     """Returns new_model(), a model, with room for its weights on the CPU. None are drawn at random,
     which would take longer than to read them."""
     with torch.device("meta"):
@@ -349,7 +349,7 @@ def undrawn(new_model):
 
 def write_checkpoint(directory, model, eos_token_id):
     """Writes config.json, where the flags of a run stay, and model.safetensors."""
-    weights = whole(model.state_dict(), keep=RANK == 0)
+    weights = whole_on_cpu(model.state_dict(), keep=RANK == 0)
     if RANK > 0:
         return
     os.makedirs(directory, exist_ok=True)
@@ -394,10 +394,10 @@ def read_adapter(folder, model, layers):
                          "train it again, or put the old weights back")
     tensors = adapter_tensors(folder)
     head = tensors.pop(REWARD_HEAD, None)
-    kinds = ["a language model", "a reward model"]
-    if (head is not None) != hasattr(model, "score"):
-        kinds.sort(reverse=head is not None)
-        raise InputError(f"{folder}: this is {kinds[0]}, not {kinds[1]}")
+    is_reward_model = head is not None
+    if is_reward_model != hasattr(model, "score"):
+        raise InputError(f"{folder}: this is {KIND[is_reward_model]}, not "
+                         f"{KIND[not is_reward_model]}")
     if head is not None and head.shape != model.score.weight.shape:
         raise InputError(f"{folder}: its {REWARD_HEAD} is not that of one reward")
     corrections = {}
@@ -469,7 +469,7 @@ def write_adapter(directory, model):
             targets.add(name.split(".")[-1])
     if score is not None:
         tensors[PREFIX + REWARD_HEAD] = score.weight.detach()
-    tensors = whole(tensors, keep=RANK == 0)
+    tensors = whole_on_cpu(tensors, keep=RANK == 0)
     if RANK > 0:
         return
     os.makedirs(directory, exist_ok=True)

@@ -18,14 +18,14 @@ from support.device import (
     all_shares,
     compute,
     computing,
-    gathered,
     in_float32,
     new_generator,
     own_share,
     progress_bar,
     round_up,
+    unsharded,
     wait,
-    whole,
+    whole_on_cpu,
 )
 from support.flags import InputError
 from support.run import remove_leftovers, replacing
@@ -105,7 +105,7 @@ def sample(model, prompts, max_new_tokens, stop, seed, temperature=1.0, desc="sa
     """Samples one response to each prompt; both are lists of token ids. stop: the token or tokens
     that end a response. seed: a number or several. Each thousand prompts have a generator of their
     own, so that sampling does not change the training, nor depend on the number of processes."""
-    model = gathered(model)
+    model = unsharded(model)
     device = next(model.parameters()).device
     parts = [prompts[first:first + PROMPTS_PER_STREAM]
              for first in range(0, len(prompts), PROMPTS_PER_STREAM)]
@@ -146,12 +146,12 @@ def count_cut_off(name, samples, ends, max_new_tokens, then):
     cut off, (N,) bool."""
     cut = np.array([was_cut_off(sample, ends) for sample in samples])
     at_limit = cut & np.array([len(sample) >= max_new_tokens for sample in samples])
-    say_cut_off(name, len(cut), max_new_tokens, int(at_limit.sum()), int((cut & ~at_limit).sum()),
+    print_cut_off(name, len(cut), max_new_tokens, int(at_limit.sum()), int((cut & ~at_limit).sum()),
                 then)
     return cut
 
 
-def say_cut_off(name, n, max_new_tokens, n_at_limit, n_at_block_size, then):
+def print_cut_off(name, n, max_new_tokens, n_at_limit, n_at_block_size, then):
     """Prints how many of n samples were cut off, if any were, at max_new_tokens and at
     block_size."""
     n_cut = n_at_limit + n_at_block_size
@@ -253,7 +253,7 @@ def hash_weights(model):
         if name in frozen:
             content = hash_frozen(frozen[name])
         else:
-            content = whole(tensor).numpy().tobytes()
+            content = whole_on_cpu(tensor).numpy().tobytes()
         digest.update(name.encode() + content)
     return digest.hexdigest()
 
@@ -262,7 +262,7 @@ def hash_frozen(weight):
     """Returns a hash of a weight. It is kept in an attribute of the weight until that changes."""
     version, kept = getattr(weight, "kept_hash", (None, None))
     if version != weight._version:
-        kept = hashlib.sha256(whole(weight.detach()).numpy().tobytes()).digest()
+        kept = hashlib.sha256(whole_on_cpu(weight.detach()).numpy().tobytes()).digest()
         weight.kept_hash = (weight._version, kept)
     return kept
 
@@ -341,7 +341,7 @@ def check_labels(desirable, args):
     print(line)
 
 
-def say_spread(rewards, names):
+def print_spread(rewards, names):
     """Prints how much the margins of each member of a family vary, and warns of one whose margins
     hardly do: while the policy is near the reference, e-DPO's minimum picks it for nearly all
     pairs, whatever it has learnt. rewards: (N, K, M) of the training rows, the best response first.

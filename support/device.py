@@ -316,13 +316,13 @@ def shard(model, device, dtype):
     return fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
-def whole(state, keep=True):
+def whole_on_cpu(state, keep=True):
     """Returns nested dictionaries and lists with every tensor made whole, on the CPU. All processes
     call this; those with keep=False get None for each tensor."""
     if isinstance(state, dict):
-        return {name: whole(value, keep) for name, value in state.items()}
+        return {name: whole_on_cpu(value, keep) for name, value in state.items()}
     if isinstance(state, list):
-        return [whole(value, keep) for value in state]
+        return [whole_on_cpu(value, keep) for value in state]
     if torch.is_tensor(state):
         state = state.full_tensor() if isinstance(state, DTensor) else state
         return state.cpu() if keep else None
@@ -359,7 +359,7 @@ def part(tensor, like):
     return distribute_tensor(tensor, like.device_mesh, like.placements)
 
 
-def gathered(model):
+def unsharded(model):
     """Returns the model itself, or if it is sharded a copy with whole weights (4 bytes each), for
     sampling, in which processes need different numbers of forward passes."""
     if not isinstance(model, FSDPModule):

@@ -27,7 +27,7 @@ from support.device import (
     sync,
     trained_state,
     wait,
-    whole,
+    whole_on_cpu,
 )
 from support.flags import InputError, in_a_line
 
@@ -84,7 +84,7 @@ class Run:
         self.best_path = os.path.join(self.dir, "best.pt")
         if RANK == 0:
             check_free(self.dir, args.resume)
-            self.lock = claim(self.dir)
+            self.lock = lock_folder(self.dir)
         if args.resume:
             self._resume(flags)
         elif RANK == 0:
@@ -304,7 +304,7 @@ class Run:
 
 def save(path, state):
     """Writes nested dictionaries and lists of tensors and numbers to a file, by torch.save."""
-    state = whole(state, keep=RANK == 0)
+    state = whole_on_cpu(state, keep=RANK == 0)
     if RANK == 0:
         with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save(state, file)     # which, given a name, would write it into the file
@@ -397,7 +397,7 @@ def check_free(folder, resume=False):
                          "one")
 
 
-def claim(folder):
+def lock_folder(folder):
     """Makes a folder that only this process may write to, and removes what a killed one has left
     unfinished there. Returns a file; closing it lets others write. InputError if another process
     is at work in the folder."""

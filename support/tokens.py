@@ -6,6 +6,7 @@ import math
 import os
 import re
 from array import array
+from dataclasses import dataclass
 from itertools import chain, islice
 
 import numpy as np
@@ -301,6 +302,7 @@ def hash_content(path, split=None):
 # ------------------------------------------------------------------ which rows are of use
 
 
+@dataclass
 class Examples:
     """Holds rows of `encode`'s arrays: a sequence of (prompt ids, [response ids, ...]), which are
     cut out of the tokens when they are asked for, so that a million rows are a few numbers each.
@@ -309,9 +311,9 @@ class Examples:
     ends     (N, 1 + K) where each row's prompt and responses end
     lengths  (N, 1 + K) how long they are; a prompt may be shorter here, it loses its start
     """
-
-    def __init__(self, tokens, ends, lengths):
-        self.tokens, self.ends, self.lengths = tokens, ends, lengths
+    tokens: np.ndarray
+    ends: np.ndarray
+    lengths: np.ndarray
 
     def __len__(self):
         return len(self.lengths)

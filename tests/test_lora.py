@@ -191,7 +191,7 @@ def test_a_family_shares_one_model(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         sizes, nothing = [], torch.zeros(0)
-        patch.setattr(columns, "whole", lambda weight: sizes.append(weight.numel()) or nothing)
+        patch.setattr(columns, "whole_on_cpu", lambda w: sizes.append(w.numel()) or nothing)
         assert len({hash_weights(model) for model in models.values()}) == 1     # all the same
         frozen = sum(not p.requires_grad for p in models[str(tmp_path / "0")].parameters())
         assert len(sizes) == frozen + 3 * (2 * 8 + 1)

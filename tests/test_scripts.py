@@ -20,7 +20,7 @@ from data import Dataset, TreeBatch
 from model import GPT, GPTConfig
 from reward import RewardModel, family_scores, load_reward_models, training_pairs
 from support import columns
-from support.columns import sample, say_spread, score
+from support.columns import print_spread, sample, score
 from support.device import computing, recompute_layers
 from support.flags import InputError
 from support.tokenizer import to_text
@@ -176,16 +176,16 @@ def test_a_member_that_hardly_varies(capsys):
     tenth it is not. Of a ranking all pairs count."""
     pairs = np.zeros((2, 2, 4), np.float32)
     pairs[0, 0], pairs[1, 0] = [1, 2, 0.17, 0.11], [-1, -2, -0.17, -0.15]
-    say_spread(pairs, ["a", "b", "c", "d"])
+    print_spread(pairs, ["a", "b", "c", "d"])
     out = capsys.readouterr().out
     assert "margins of each reward model: 0 (a) 1, 1 (b) 2, 2 (c) 0.17, 3 (d) 0.13\n" in out
     assert "warning" not in out
     pairs[..., 2] /= 10
-    say_spread(pairs, [])
+    print_spread(pairs, [])
     out = capsys.readouterr().out
     assert "2 (score) 0.017" in out and out.count("warning") == 1
     assert "warning: the margins of reward model 2 (score) hardly vary" in out
-    say_spread(np.array([[[2.0], [1.0], [0.0]]]), ["a"])        # margins 1, 2, 1
+    print_spread(np.array([[[2.0], [1.0], [0.0]]]), ["a"])        # margins 1, 2, 1
     assert "0 (a) 0.471\n" in capsys.readouterr().out
 
 

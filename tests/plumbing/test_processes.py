@@ -26,7 +26,7 @@ from data import Dataset, collate
 from model import GPT, GPTConfig
 from support import device
 from support.columns import score
-from support.device import gathered, load_whole, place, whole
+from support.device import load_whole, place, unsharded, whole_on_cpu
 from support.flags import OTHERS_ENDED, InputError, lost_processes
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
@@ -132,14 +132,15 @@ def check_parts(start):
     assert np.array_equal(score(model, rows), score(plain, rows))
     assert all(isinstance(p, DTensor) for p in model.parameters())
     prompts = [[1, 2, 3], [4]]
-    copy = gathered(model)
-    assert copy is not model and gathered(plain) is plain
+    copy = unsharded(model)
+    assert copy is not model and unsharded(plain) is plain
     if device.RANK == 0:               # the other has nothing to sample
         assert copy.generate(prompts, 5, 0) == plain.generate(prompts, 5, 0)
-    assert list(whole(model.state_dict(), keep=False).values()) == [None] * len(plain.state_dict())
+    nothing = whole_on_cpu(model.state_dict(), keep=False)
+    assert list(nothing.values()) == [None] * len(plain.state_dict())
     other = {name: tensor + 1 for name, tensor in plain.state_dict().items()}
     load_whole(model, other)
-    for name, tensor in whole(model.state_dict()).items():
+    for name, tensor in whole_on_cpu(model.state_dict()).items():
         assert torch.equal(tensor, other[name])
 
 
@@ -155,7 +156,7 @@ def check_bfloat16(start):
         for example in examples:
             plain(collate([example])).sum().backward()
     for parameter, expected in zip(model.parameters(), plain.parameters()):
-        torch.testing.assert_close(whole(parameter.grad), expected.grad)
+        torch.testing.assert_close(whole_on_cpu(parameter.grad), expected.grad)
 
 
 def torchrun(folder, code, *flags):

@@ -34,11 +34,11 @@ from support.run import (
     LOCK,
     STATE,
     Run,
-    claim,
     duration,
     family_folders,
     family_to_train,
     load,
+    lock_folder,
     print_prompt,
     print_reply,
     remove_leftovers,
@@ -131,7 +131,7 @@ def test_a_folder_is_written_to_by_one_process(tmp_path):
         other.stdout.readline()
         message = (f"--out_dir: another process is at work in '{tmp_path}'; wait for it, or name "
                    "another folder")
-        assert refusal(claim, str(tmp_path)) == refusal(start, tmp_path) == message
+        assert refusal(lock_folder, str(tmp_path)) == refusal(start, tmp_path) == message
         (tmp_path / "state.pt").touch()
         assert refusal(start, tmp_path, resume=True) == message
         other.kill()
