@@ -157,16 +157,11 @@ def facts_of(split, index):
     return combination
 
 
-def _rng(seed, split, index, purpose):
-    """Makes the random generator of a post, one for each purpose."""
-    return np.random.default_rng([seed, SPLIT_START[split] + index, purpose])
-
-
 @lru_cache(maxsize=8)
 def post(seed, split, index):
     """Writes the text of a prompt: "POST: ...", a blank line, "TL;DR:". seed: of the wording, the
     order and the chatter; split, index: which post."""
-    rng = _rng(seed, split, index, purpose=0)
+    rng = np.random.default_rng([seed, SPLIT_START[split] + index, 0])
     sentences = [SLOTS[slot][i][rng.integers(2)] for slot, i in facts_of(split, index).items()]
     if rng.random() < 0.3:
         rng.shuffle(sentences)
@@ -180,7 +175,7 @@ def demonstration(seed, split, index, person=0):
 
     person: 0, 1, 2, ...; each of them writes another summary of the same post.
     """
-    rng = _rng(seed, split, index, purpose=2 + person)
+    rng = np.random.default_rng([seed, SPLIT_START[split] + index, 2 + person])
     text = post(seed, split, index)
     n_clauses = rng.choice(list(N_CLAUSES), p=list(N_CLAUSES.values()))
     clauses = []

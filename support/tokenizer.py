@@ -374,6 +374,9 @@ class FolderTokenizer:
         return self.tokenizer.decode(tokens, skip_special_tokens=False)
 
 
+# ------------------------------------------------------------------ text to token ids and back
+
+
 def encode_text(text, tokenizer):
     """Returns the token ids of a text, in which special tokens are ordinary text. ValueError if the
     tokenizer can't read it: tiktoken panics at a million spaces."""
@@ -424,6 +427,9 @@ def word_encoding(name, texts):
     return as_tokenizer(tiktoken.Encoding(
         name=name, pat_str=SPLIT_INTO_WORDS, special_tokens={END_OF_TEXT: len(words)},
         mergeable_ranks={word: rank for rank, word in enumerate(words)}))
+
+
+# ------------------------------------------------------------------ comparing, writing
 
 
 def check_vocabulary(model, tokenizer, where):
