@@ -262,8 +262,9 @@ def batch_loss(name, logps, batch, **knobs):
         return UNPAIRED[name](log_ratios[:, 0], batch.desirable, log_ratios[:, 1], **knobs)
     columns = {"logps": logps, "ref_logps": batch.ref_logps, "rewards": batch.rewards,
                "lengths": batch.lengths}
-    arguments = {need: batch.pair_up(columns[need]) for need in needs(name) if need != "kl"}
-    if "kl" in needs(name):
+    needed = needs(name)
+    arguments = {need: batch.pair_up(columns[need]) for need in needed if need != "kl"}
+    if "kl" in needed:
         kl = forward_kl(logps.gather(1, batch.samples), batch.ref_logps.gather(1, batch.samples))
         arguments["kl"] = kl[batch.pair_row]                                    # (P,)
     losses = EVERY_LOSS[name](**arguments, **knobs)

@@ -95,7 +95,8 @@ def policy_flags(argv, doc, of_sft, of_preferences, losses):
     if scratch:
         check_sizes(args)
     judges = args.select if judged and args.select != "oracle" else None
-    check_folders(args, rewards=args.rewards, select=judges)
+    folders = None if args.rewards == "scores" else args.rewards
+    check_folders(args, rewards=folders, select=judges)
     args.tokenizer = resolved_tokenizer(args)
     return args
 
@@ -264,8 +265,8 @@ def check_folders(args, **inputs):
     """Raises InputError if a run would overwrite what it reads, or another run. inputs: {flag:
     folders, comma-separated, or None} that it reads, besides those of all runs."""
     start = None if args.init_from == "scratch" else args.init_from
-    folder, _ = name_and_split(args.data)
-    check_out_dir(args.out_dir, {"init_from": start, "relabel": args.relabel, "data": folder,
+    data = None if args.data == "tinytldr" else name_and_split(args.data)[0]
+    check_out_dir(args.out_dir, {"init_from": start, "relabel": args.relabel, "data": data,
                                  **inputs})
     if args.lora and start is None:
         raise InputError("--lora: it adapts a model: name one by --init_from (now it is scratch)")

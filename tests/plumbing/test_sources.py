@@ -210,6 +210,19 @@ def test_a_split_of_the_data_to_train_on(tmp_path, script, flags):
         script.parse_flags([*flags, f"--data={data}:train_a", f"--out_dir={data}/out"])
 
 
+def test_words_are_no_folders(tmp_path, monkeypatch):
+    """A run may be written into a folder that is called as the built-in data, or as the word for
+    the scores of a file."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("tinytldr", "scores"):
+        (tmp_path / name).mkdir()
+    args = train_policy.parse_flags(["--loss=sft", "--out_dir=tinytldr/sft"])
+    assert args.data == "tinytldr"
+    flags = [f"--data={fill(tmp_path / 'prefs', 'train.jsonl')}", "--tokenizer=tinytldr"]
+    args = train_policy.parse_flags([*flags, "--rewards=scores", "--out_dir=scores/e-dpo"])
+    assert args.rewards == "scores"
+
+
 def test_held_out_prompts_of_a_split(tmp_path):
     """evaluate.py and sample.py: --split is the held-out part; the error says how to name both."""
     for parse in (lambda flags: comparison_flags(["--oracle=o", *flags], ""),
