@@ -38,9 +38,11 @@ def earned(policy, texts, stream, temperature=1.0):
 
 
 def balanced_accuracy(margins, lengths):
-    """Agreement with the oracle, the mean over pairs whose longer and whose shorter response is
-    preferred: a judge that sees length only gets 1/2. margins: (N,) rewards of the chosen minus the
-    rejected; lengths: (N, 2)."""
+    """Returns how often a judge agrees with the oracle: the mean of its accuracies on pairs whose
+    longer response is preferred and on the others. A judge that sees only length gets 1/2.
+
+    margins: (N,), rewards of the chosen minus the rejected responses. lengths: (N, 2), in tokens.
+    """
     right = np.where(margins == 0, 0.5, margins > 0)
     sides = longer(lengths)
     return (right[sides == 1].mean() + right[sides == -1].mean()) / 2
