@@ -113,7 +113,7 @@ def exo(logps, ref_logps, beta=1.0, epsilon=1e-3):
     """Computes KL(p || q) for p = (sigma(beta h), sigma(-beta h)), q = (1 - epsilon, epsilon).
 
     DPO is the KL in the other direction, from labels to policy. This one seeks a mode: a pair that
-    is far on the wrong side is given up, its gradient vanishes.
+    is far on the wrong side is given up, and its gradient vanishes.
 
     EXO: Ji et al. (2024), arXiv 2402.00856, Eq. 16, for two responses with a label.
     """
@@ -154,10 +154,11 @@ def bco(logps, ref_logps, beta=1.0):
 def kto(logps, ref_logps, beta=1.0, desirable_weight=1.0, undesirable_weight=1.0):
     """Computes D sigma(beta (z - u)) + U sigma(beta (v - z)), where z = max(0, mean(u, v)).
 
-    Prospect theory: gains and losses are felt against a reference point z, the KL to the reference
-    model, and less and less with their size. The paper estimates z from responses to other prompts
-    of the batch; here it is the mean log-ratio of the batch's own, without a gradient. D and U are
-    the two weights. On rows with one labelled response, kto_unpaired is what is computed.
+    Prospect theory: people feel gains and losses relative to a reference point z, and the larger
+    they are, the less a little more counts. Here z is the KL to the reference model. The paper
+    estimates it from responses to other prompts of the batch; this loss takes the mean log-ratio of the
+    batch's own responses, without a gradient. D and U are the two weights. On rows with one
+    labelled response, kto_unpaired takes its place.
 
     KTO: Ethayarajh et al. (2024), arXiv 2402.01306, Eq. 8 (D, U are their lambda_D, lambda_U).
     """
@@ -187,7 +188,7 @@ def kto_unpaired(u, desirable, mismatched, beta=1.0, desirable_weight=1.0, undes
 def apo_zero(logps, ref_logps, beta=1.0):
     """Computes -sigma(beta u) + sigma(beta v).
 
-    For chosen responses that are better than what the model says: those go up, rejected ones go
+    For chosen responses that are better than what the model writes: they go up, rejected ones go
     down, each relative to the reference ("zero") and with a gradient that fades out on both sides.
 
     APO-zero: D'Oosterlinck et al. (2024), arXiv 2408.06266, Eq. 7.
@@ -199,8 +200,8 @@ def apo_zero(logps, ref_logps, beta=1.0):
 def apo_down(logps, ref_logps, beta=1.0):
     """Computes sigma(beta u) - sigma(beta h).
 
-    For chosen responses that are worse than what the model says: both go down, and the rejected one
-    further. At the reference the two pulls on the chosen response cancel.
+    For chosen responses that are worse than what the model writes: both responses go down, and the
+    rejected one further. At the reference the two pulls on the chosen response cancel.
 
     APO-down: D'Oosterlinck et al. (2024), arXiv 2408.06266, Eq. 8.
     """
@@ -246,14 +247,14 @@ def rpo(logps, ref_logps, lengths, beta=1.0, weight=1.0):
     return dpo(logps, ref_logps, beta) - weight * chosen
 
 
-# ------ the log-ratio measured otherwise
+# ------ other measures of the log-ratio
 
 
 def alpha_dpo(logps, ref_logps, beta=1.0, alpha=0.5):
     """Computes -log sigma(beta f(u) - beta f(v)), where f(x) = (1 - exp(-alpha x)) / alpha.
 
-    DPO derived from an alpha-divergence in place of the reverse KL: what has lost probability
-    counts exponentially more. alpha = 0 is DPO, alpha = 1 the forward KL.
+    DPO derived from an alpha-divergence in place of the reverse KL: a response that has lost
+    probability counts exponentially more. alpha = 0 is DPO, alpha = 1 the forward KL.
 
     f-DPO: Wang et al. (2023), arXiv 2309.16240, Table 1.
     """
@@ -298,7 +299,7 @@ def aot(logps, ref_logps, beta=1.0):
     Optimal transport: m is logp(chosen) - logp(rejected). Not every pair has to beat the reference,
     but the distribution of m over the batch has to, quantile by quantile.
 
-    AOT, paired: Melnyk et al. (2024), arXiv 2406.05882, Sec. 3, in the batch as it comes.
+    AOT, paired: Melnyk et al. (2024), arXiv 2406.05882, Sec. 3, within each batch.
     """
     margin, ref_margin = reward_margin(logps), reward_margin(ref_logps)
     rank = margin.argsort().argsort()                       # (B,) of each pair in the batch
@@ -311,7 +312,7 @@ def aot_unpaired(logps, ref_logps, beta=1.0):
     Optimal transport without pairs: the k-th best chosen response is compared with the k-th best
     rejected one, whatever their prompts.
 
-    AOT, unpaired: Melnyk et al. (2024), arXiv 2406.05882, Sec. 3, in the batch as it comes.
+    AOT, unpaired: Melnyk et al. (2024), arXiv 2406.05882, Sec. 3, within each batch.
     """
     u, v = log_ratios(logps, ref_logps)
     rank = u.argsort().argsort()                            # (B,)
@@ -408,7 +409,7 @@ def odpo(logps, ref_logps, rewards, beta=1.0, offset=1.0):
     """Computes -log sigma(beta h - offset (r(chosen) - r(rejected))).
 
     DPO that asks for a wider margin where the chosen response is better by more. In the paper the
-    difference goes through an increasing function, often the logarithm; here it is as it is.
+    difference goes through an increasing function, often the logarithm. Here it does not.
 
     ODPO: Amini et al. (2024), arXiv 2402.10571 (offset is their alpha).
     """

@@ -1,14 +1,14 @@
-"""Does FlexAttention pay for the tree? One layer's attention, at the shapes of training.
+"""Measures whether FlexAttention would be faster with the tree's mask: times one layer's attention
+at the shapes of training.
 
     python dev/attention.py --device=cuda --dtype=bfloat16
     python dev/attention.py --shape=hh --n_head=20     # on a CPU: no backward pass, not compiled
 
-mask    as in model.py: one call with a mask of numbers, which torch's kernels read and which rules
-        out the fastest of them
-flex    one call, whose blocks that nobody may see are skipped; the mask is a function of `branch`
+mask    as in model.py: one call with a mask of numbers. torch's fastest kernels can't be used then
+flex    one call, with the mask as a function of `branch`. Blocks that nobody may see are skipped
 
-Training uses the first. Attention is 6% to 10% of a step's operations, so that flex should replace
-it in model.py where it takes half of its time or less, forward and backward, at both shapes.
+Training uses the first. Attention is only 6% to 10% of a step's operations. So flex is worth its
+place in model.py only if it takes at most half of the time, forward and backward, at both shapes.
 """
 import argparse
 import os
@@ -39,7 +39,7 @@ def tree_blocks(branch):
 
 
 def milliseconds(attend, q, k, v, backward):
-    """Of a forward pass, and of a backward pass too."""
+    """Times a forward pass, with its backward pass if `backward` is true. Returns milliseconds."""
     def work():
         y = attend(q, k, v)
         if backward:

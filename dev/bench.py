@@ -131,8 +131,8 @@ def parse_flags(argv):
 
 
 def made_up_examples(args, n, vocab_size):
-    """n prompts with K + 1 responses of random tokens: the last one stands for the KL term's
-    sample."""
+    """Makes n prompts with K + 1 responses of random tokens. The last response takes the place of
+    the sample that the KL needs. Returns [(prompt, [response] * (K + 1))]."""
     rng = np.random.default_rng(args.seed)
 
     def tokens(length):
@@ -145,8 +145,8 @@ def made_up_examples(args, n, vocab_size):
 
 
 def examples_for(args, config):
-    """Those of --data, or made-up ones; each with a response more, in place of the sample that the
-    KL term needs. config: of the model, whose block_size grows with made-up ones."""
+    """Returns the examples of --data, or made-up ones. Each has one more response, in the place of
+    the sample that the KL needs. config: the model's; made-up examples raise its block_size."""
     if args.data is None:
         config.block_size = max(config.block_size, args.prompt + args.response[1])
         return made_up_examples(args, 32 * args.batch_size, config.vocab_size)
@@ -160,8 +160,8 @@ def examples_for(args, config):
 
 
 def needed_flops(config, examples):
-    """Floating-point operations of one forward pass over (prompt, responses) examples, a
-    multiply-add counting two. A reward model: vocab_size 0."""
+    """Counts the floating-point operations of one forward pass over some examples, [(prompt,
+    responses)]. A multiply-add counts as two. For a reward model, set config.vocab_size to 0."""
     C, flops = config.n_embd, 0
     size = config.head_size or C // config.n_head
     width = config.n_head * size                                    # of all queries of a token
@@ -226,7 +226,7 @@ def synchronise(device):
 
 
 def seconds_of(work, device):
-    """How long a function takes, all that it starts on the device included."""
+    """Times a function, including all the work that it starts on the device. Returns seconds."""
     synchronise(device)
     start = time.perf_counter()
     work()
@@ -241,7 +241,7 @@ def device_name(device):
 
 
 def peak_memory(device):
-    """Bytes: of the device, or the largest this process has been."""
+    """Returns the peak memory in bytes: of a GPU, or else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     status = "/proc/self/status"
@@ -253,13 +253,13 @@ def peak_memory(device):
 
 
 def memory_of_steps(device):
-    """The peak so far, without the imported libraries: the work's own."""
+    """Returns the peak memory of the work itself in bytes, without the imported libraries."""
     return peak_memory(device) - (IMPORTED if device.type != "cuda" else 0)
 
 
 @torch.no_grad()
 def generate_without_cache(model, prompts, n):
-    """n greedy tokens for prompts of one length, everything computed again for every token."""
+    """Draws n greedy tokens for prompts of one length, and computes everything again for each."""
     tokens = torch.tensor(prompts, device=model.lm_head.weight.device)
     for _ in range(n):
         position = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
@@ -302,7 +302,7 @@ class Bench:
         self.optimizers = {network: adamw(network, LR) for network in networks}
 
     def do(self, task, turn):
-        """A task once, on the rows of a turn."""
+        """Does a task once, on the rows of a turn."""
         rows, dataset, model = self.order.rows(turn), self.datasets[task], self.models[task]
         if task in GENERATE:
             shortest = min(len(dataset.examples[i][0]) for i in rows)
@@ -340,7 +340,7 @@ class Bench:
         return seconds_of(lambda: self.do(task, turn), self.device)
 
     def flops(self, task, turn):
-        """Needed operations of a task in a turn."""
+        """Counts the operations that a task needs in a turn."""
         examples = [self.datasets[task].examples[i] for i in self.order.rows(turn)]
         config = self.config if task != "reward model" else replace(self.config, vocab_size=0)
         passes = 3                  # forward, the inputs' gradients, the weights' gradients
@@ -352,8 +352,8 @@ class Bench:
 
 
 def task_dataset(task, examples):
-    """A Dataset with the responses and the columns that a task needs, as train_policy.py has them;
-    their values do not matter. examples: with K + 1 responses."""
+    """Makes a Dataset with the responses and columns that a task needs in train_policy.py. The
+    values in the columns are zeros. examples: with K + 1 responses each."""
     needed = needs(task) if task in LOSSES else ()
     K, S = len(examples[0][1]) - 1, int("kl" in needed)
     if task == "sft":
@@ -434,7 +434,7 @@ def report(results, machine):
 
 
 def part_of(name, shapes, config):
-    """Which part of a step an operator belongs to, by its name and the sizes of what it reads."""
+    """Tells which part of a step an operator belongs to, by its name and its inputs' sizes."""
     shapes = [shape for shape in shapes or [] if isinstance(shape, list)]
     sizes = {size for shape in shapes for size in shape}
     if "layer_norm" in name or "rms_norm" in name:
@@ -501,7 +501,8 @@ SCALING = {"--prompt": (64, 128, 256, 512, 1024),
 
 
 def scaling(args):
-    """A process for each size, so that peak memory is its own."""
+    """Prints what a DPO step costs at different sizes. Each size has its own process, so that its
+    peak memory can be measured."""
     print("| varied | DPO step, s | unique tokens | µs per token | peak memory, GiB |\n"
           "|---|---|---|---|---|")
     kept = [f"--{name}={getattr(args, name)}"

@@ -1,24 +1,24 @@
-"""Our training step and TRL's, in turns: the same architecture, kind of rows, batch size and number
-of threads (`bash dev/bench_trl.sh`).
+"""Races our training step against TRL's, with the same architecture, kind of rows, batch size and
+number of threads (`bash dev/bench_trl.sh`).
 
-TRL's side is its trainer's own loop, timed from the end of one step to the end of the next. After
-each, a second process does one of our steps while TRL waits; two processes, so that neither uses
-the other's memory (or its settings). Batches of TRL are the rows in random order, ours sorted by
-length within a window, as each does by default; over the data the work is the same. Ratios: median
-and (smallest .. largest) over the turns. GiB: peak memory above the imported libraries.
+The two take turns. TRL runs its trainer's own loop, timed from the end of one step to the end of
+the next. After each of its steps, a second process does one of ours while TRL waits. There are two
+processes so that neither uses the other's memory or settings. By default TRL's batches are rows in
+random order, and ours are sorted by length within a window; over the whole data the work is the
+same. Ratios are the median and (smallest .. largest) over the turns. GiB is peak memory above the
+imported libraries.
 
-settings   default   gradient checkpointing, the reference model run in every step (as TRL comes, in
-                     float32)
-           best      neither: precompute_ref_log_probs, no gradient checkpointing (the best it has
-                     on a CPU)
-           head      best, and the vocabulary projection on completion tokens only, as TRL does on
-                     CUDA; not stock on a CPU
-           bf16      default, with TRL's default of bfloat16
-
+settings   default    TRL's defaults, but in float32: gradient checkpointing, and the reference
+                      model in every step
+           best       the best that TRL has on a CPU: precompute_ref_log_probs, and no gradient
+                      checkpointing
+           head       best, with the vocabulary projection on completion tokens only. TRL does this
+                      on CUDA; on a CPU we patch it in
+           bf16       default, in bfloat16, which is TRL's default
            bf16 best  best, in bfloat16
            recompute  default, and ours with --gradient_checkpointing too
            lora       best, both with LoRA of rank 16 on all linear layers
-           bf16 lora  the same in bfloat16
+           bf16 lora  lora, in bfloat16
 
     bash dev/bench_trl.sh --models=smollm2 --batch_size=4 --only=dpo
     python dev/bench_trl.py --models=gpt2,gpt2-large --device=cuda     # "head" is TRL's own there
@@ -64,13 +64,13 @@ def always(device):
 
 
 def warm_up_steps(args):
-    """How many steps come before those that count: few where one takes a minute."""
+    """Returns how many steps come before those that count: one if a step takes a minute."""
     return 1 if args.device == "cpu" and "tiny" not in args.model else 5
 
 
 def our_steps(pipe):
-    """The second process. For each line that comes: warms up, tells its peak memory, then does a
-    step whenever it is asked to and says how long it took."""
+    """Runs in the second process. For each line that comes through the pipe, it warms up and sends
+    its peak memory in GiB. Then it does a step whenever it is asked to, and sends the seconds."""
     sys.stdout = sys.stderr         # the table is the other one's
     while (args := pipe.recv()) is not None:
         ours, (task,) = bench.Bench(args), args.only
@@ -85,7 +85,7 @@ def our_steps(pipe):
 
 
 def forget(device):
-    """Frees a GPU's memory and starts its peak anew. Returns the bytes that are still in use; on a
+    """Frees a GPU's memory and resets its peak. Returns the bytes that are still in use; on a
     CPU, where every line has a process of its own, the peak so far."""
     import torch
     gc.collect()
@@ -107,7 +107,7 @@ def start_our_process():
 
 
 def peer_config(sizes):
-    """The configuration that transformers has for one of bench.MODELS."""
+    """Returns the transformers configuration of one of bench.MODELS."""
     import transformers
     tokens = dict(bos_token_id=0, eos_token_id=0, pad_token_id=0, num_labels=1)
     if sizes.get("family") == "llama":
@@ -272,7 +272,7 @@ def table_row(line, times, batch_size):
 
 
 def lines_to_race(args):
-    """Those lines that have all words of an --only, of any if there are several."""
+    """Yields the lines of the table that --only selects: those with all words of one of them."""
     choices = [set(text.split(",")) for text in args.only] or [set()]
     shapes = ["data"] if args.data else bench.SHAPES
     for line in itertools.product(args.models.split(","), shapes, SETTINGS, SETTINGS["dpo"]):
@@ -282,7 +282,8 @@ def lines_to_race(args):
 
 
 def race_in_processes(args, argv):
-    """Prints the row of each line, which two processes of its own race: peak memory is theirs."""
+    """Prints the row of each line. Each line is raced by two new processes, so that their peak
+    memory is this line's."""
     for line in lines_to_race(args):
         command = [sys.executable, __file__, *argv, f"--line={','.join(line)}"]
         done = subprocess.run(command, capture_output=True, text=True)

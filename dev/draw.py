@@ -42,7 +42,8 @@ def advantages(path):
 
 
 def draw_advantage(folder):
-    """One line a loss for the mean over seeds; a band from the lowest seed to the highest."""
+    """Draws the true reward over a long run: for each loss a line for the mean over seeds, and a
+    band from the lowest seed to the highest."""
     curves = advantages(ROOT / "results" / "degeneracy" / "curves.csv")
     fig, ax = pyplot().subplots(figsize=(8, 3.8), layout="constrained")
     lines = {"ipo": (GREY, 6), "e-dpo": (GREEN, -4), "d-dpo": (BLUE, 0), "dpo": (ORANGE, 0)}

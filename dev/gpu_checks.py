@@ -72,8 +72,8 @@ def parse_flags(argv):
 
 
 def random_model(config):
-    """A GPT whose norms, biases and embeddings are far from their initial values, so that no part
-    of it can be left out unseen."""
+    """Makes a GPT whose norms, biases and embeddings are far from their initial values. So if one
+    of them were left out of a computation, the result would change."""
     model = GPT(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -82,7 +82,7 @@ def random_model(config):
 
 
 def model_named(name):
-    """A GPT in float32, on the CPU."""
+    """Makes or reads a GPT by its name in --models. It is in float32, on the CPU."""
     if name == "real":
         if not os.environ.get(REAL):
             raise InputError(f"--models=real: the variable {REAL} names no folder")
@@ -91,7 +91,7 @@ def model_named(name):
 
 
 def made_up_rows(model, rng):
-    """A Dataset of N_ROWS prompts with two responses and a sample each, and all columns; the
+    """Makes a Dataset of N_ROWS prompts with two responses and a sample each, and all columns. The
     reference's log-probs are near the model's own, as they are in training."""
     n, longest = model.config.vocab_size, 40
 
@@ -109,7 +109,7 @@ def made_up_rows(model, rng):
 
 
 def rows_for(task, dataset):
-    """The data set with the responses and columns that a loss sees in training."""
+    """Returns the data set with the responses and columns that a loss sees in training."""
     needed = needs(task) if task in LOSSES else ()
     S, K = int("kl" in needed), 1 if task == "sft" else 2
     examples = [(prompt, responses[:K] + responses[2:2 + S])
@@ -119,7 +119,7 @@ def rows_for(task, dataset):
 
 
 class Pair:
-    """A model on the CPU, its copy on the device, and rows for both."""
+    """Holds a model on the CPU, its copy on the device, and rows for both."""
 
     def __init__(self, name, device, args):
         self.name, self.device = name, device
@@ -136,25 +136,26 @@ class Pair:
 
 
 def apart(got, wanted):
-    """The largest difference of two tensors or arrays, relative to the largest number of `wanted`
-    or to 1."""
+    """Returns the largest difference of two tensors or arrays, relative to the largest number in
+    `wanted` (or to 1, if that is larger)."""
     got, wanted = (torch.as_tensor(x).detach().double().cpu() for x in (got, wanted))
     return ((got - wanted).abs().max() / wanted.abs().max().clamp(min=1)).item()
 
 
 def gradients(model):
-    """All gradients as one vector, on the CPU; they are gone from the model."""
+    """Takes all gradients from a model. Returns them as one vector, on the CPU."""
     grads = [p.grad.flatten().double().cpu() for p in model.parameters() if p.grad is not None]
     model.zero_grad(set_to_none=True)
     return torch.cat(grads)
 
 
 def vectors_apart(got, wanted):
+    """Returns the norm of the difference of two vectors, relative to the norm of `wanted`."""
     return ((got - wanted).norm() / wanted.norm()).item()
 
 
 def policy_loss(model, task, dataset, device):
-    """The mean loss of a task over all rows."""
+    """Returns the mean loss of a task over all rows."""
     batch = dataset.batch(range(len(dataset))).to(device)
     flags = knobs(task)
     if "gamma" in flags:
@@ -163,7 +164,7 @@ def policy_loss(model, task, dataset, device):
 
 
 def response_logps(pair):
-    """Log-probs of responses, in float32 and in bfloat16."""
+    """Compares log-probs of responses, in float32 and in bfloat16."""
     logps = []
     with torch.no_grad():
         for model, device in pair.copies():
@@ -179,9 +180,9 @@ def response_logps(pair):
 
 
 def fused_attention(pair):
-    """The same with torch's fused kernels for attention alone, which don't keep the scores. Where
-    none of them will do (for a mask with fewer heads of keys, say), torch falls back without a
-    word, and a step takes several times the memory."""
+    """Compares attention with and without a restriction to torch's fused kernels, which don't keep
+    the scores. If none of them can be used (for a mask with fewer heads of keys, say), torch falls
+    back to a slow kernel silently, and a step takes several times the memory."""
     batch = pair.dataset.batch(range(N_ROWS)).to(pair.device)
     fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
     for dtype in (torch.float32, torch.bfloat16):
@@ -193,7 +194,7 @@ def fused_attention(pair):
 
 
 def losses_and_gradients(pair):
-    """One backward pass of every loss."""
+    """Compares the value and the gradient of every loss."""
     for task in LOSSES:
         dataset, values, grads = rows_for(task, pair.dataset), [], []
         for model, device in pair.copies():
@@ -206,7 +207,7 @@ def losses_and_gradients(pair):
 
 
 def optimizer_steps(pair):
-    """Three steps of e-DPO with AdamW: the losses on the way, and the log-probs after them."""
+    """Compares three steps of e-DPO with AdamW: each loss, and the log-probs at the end."""
     dataset, losses, logps = rows_for("e-dpo", pair.dataset), [], []
     for model, device in pair.copies():
         trained = copy.deepcopy(model)
@@ -225,8 +226,8 @@ def optimizer_steps(pair):
 
 
 def generation(pair):
-    """Greedy tokens, and tokens drawn with the same random numbers. The difference is how many
-    responses are not equal."""
+    """Compares greedy tokens, and tokens drawn with the same random numbers. The difference is the
+    number of responses that are not equal."""
     prompts = [prompt.tolist() for prompt, _ in pair.dataset.examples]
     ways = {"greedy": dict(temperature=0), "sampled": {}, "top_k, top_p": dict(top_k=50, top_p=0.9)}
     for name, options in ways.items():
@@ -240,7 +241,7 @@ def generation(pair):
 
 
 def reward_models(pair):
-    """Rewards and a gradient, with both heads."""
+    """Compares rewards and a gradient, with both heads."""
     dataset = rows_for("dpo", pair.dataset)
     for head in ("last", "sum"):
         rewards, grads = [], []
@@ -256,7 +257,7 @@ def reward_models(pair):
 
 
 def lora_adapters(pair):
-    """Log-probs and the gradient of a model with an adapter."""
+    """Compares log-probs and the gradient of a model with an adapter."""
     first = copy.deepcopy(pair.cpu)
     add_lora(first, 4, "base")
     generator = pair.generator.manual_seed(0)
@@ -274,7 +275,7 @@ def lora_adapters(pair):
 
 
 def compiled(pair):
-    """--compile against eager, on the device, with two shapes."""
+    """Compares --compile with eager mode on the device, with two shapes."""
     model = copy.deepcopy(pair.there)
     model.compile(dynamic=True)
     for rows in (N_ROWS, N_ROWS - 1):
@@ -289,8 +290,8 @@ def compiled(pair):
 
 
 def flex(pair):
-    """FlexAttention with the tree's block mask against the added mask, bfloat16 on a GPU: outputs
-    and the gradient of queries, keys and values. On a CPU it is not compiled and has no backward
+    """Compares FlexAttention with the call that model.py makes: outputs, and the gradient of
+    queries, keys and values, in bfloat16 on a GPU. On a CPU it is not compiled, and has no backward
     pass."""
     on_cpu = pair.device.type == "cpu"
     batch = collate(pair.dataset.examples, 32).to(pair.device)

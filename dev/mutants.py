@@ -6,9 +6,10 @@ no test notices (LOG.md says why each is accepted).
     bash dev/mutants.sh training                               # the scripts, the run folder
     bash dev/mutants.sh training "train_rm.x_main*"            # some mutants of a group, by name
 
-mutmut runs on each mutant the tests that call the changed function, until one fails. It works on
-copies of the repository in out/mutants, on WORKERS mutants at a time (an environment variable; as
-many as there are cores). Beside other work a test that is merely slow counts as a mutant found.
+For each mutant, mutmut runs the tests that call the changed function, until one fails. It works on
+copies of the repository in out/mutants, on as many mutants at a time as the environment variable
+WORKERS says (or as there are cores). Give it an idle machine: a test that is merely slow counts as
+one that noticed the mutant.
 """
 import os
 import shutil
@@ -24,9 +25,11 @@ COPIED = [*sorted(path.name for path in ROOT.glob("*.py")), "README.md", "docs",
 
 
 class Group(NamedTuple):
-    """files: what is changed, and in each the names of functions and classes ("" for all); tests:
-    in the order in which a mutant meets them; without: of these, slow tests that say of single
-    lines what others say."""
+    """Says what to change and which tests to run.
+
+    files: what is changed, and in each the names of functions and classes ("" for all). tests: in
+    the order in which a mutant meets them. without: slow ones among them that are left out, because
+    others check the same lines."""
     files: dict
     tests: tuple
     without: tuple = ()
@@ -86,7 +89,7 @@ def test_make_world(world):
 
 
 def names(group):
-    """The names that mutmut gives to a group's mutants, with * at the end."""
+    """Lists the names that mutmut gives to a group's mutants, with * at the end."""
     patterns = []
     for path, functions in group.files.items():
         module = path.removesuffix(".py").replace("/", ".")
@@ -101,7 +104,7 @@ def names(group):
 
 
 def copy(name, group):
-    """A copy of the repository with mutmut's settings. Returns its folder."""
+    """Copies the repository and adds mutmut's settings. Returns the folder of the copy."""
     folder = ROOT / "out" / "mutants" / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

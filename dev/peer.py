@@ -1,18 +1,18 @@
-"""TRL's trainers on our rows of token ids: what tests/plumbing/test_parity.py compares with and
-dev/bench_trl.py races against."""
+"""Makes TRL's trainers read our rows of token ids. tests/plumbing/test_parity.py compares with
+them, and dev/bench_trl.py races against them."""
 import tokenizers
 import torch
 import transformers
 import trl
 
-# What makes TRL's trainers quiet, and their work that of ours: no truncation, no checkpoints.
+# These make TRL's trainers quiet, and give them the same work: no truncation, no checkpoints.
 SETTINGS = dict(report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", max_length=None,
                 remove_unused_columns=False)
 BEST = dict(bf16=False, gradient_checkpointing=False)        # on a CPU
 
 
 class PreparedDPOTrainer(trl.DPOTrainer):
-    """DPOTrainer on rows that are token ids already (as RewardTrainer takes them), in the order of
+    """Trains on rows that are token ids already (RewardTrainer takes these anyway), in the order of
     the rows."""
 
     def _prepare_dataset(self, dataset, *_):
@@ -28,7 +28,7 @@ class PreparedRewardTrainer(trl.RewardTrainer):
 
 
 def peer_tokenizer(vocab_size):
-    """What TRL's trainers need to exist; it is asked for the padding token alone."""
+    """Makes a tokenizer, which TRL's trainers need. They only ask it for its padding token."""
     words = {str(i): i for i in range(vocab_size - 1)} | {"<end>": vocab_size - 1}
     model = tokenizers.models.WordLevel(words, "0")
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(model),
@@ -36,7 +36,7 @@ def peer_tokenizer(vocab_size):
 
 
 def features(examples):
-    """Our examples, (prompt ids, [chosen ids, rejected ids]), in the columns of TRL's
+    """Converts our examples, [(prompt ids, [chosen ids, rejected ids])], to the columns of TRL's
     DPOTrainer."""
     rows = []
     for prompt, (chosen, rejected) in examples:
@@ -46,7 +46,7 @@ def features(examples):
 
 
 def reward_features(examples):
-    """The same for RewardTrainer: whole sequences."""
+    """Converts our examples to the columns of TRL's RewardTrainer, which reads whole sequences."""
     return [{"chosen_ids": row["prompt_ids"] + row["chosen_ids"],
              "rejected_ids": row["prompt_ids"] + row["rejected_ids"]}
             for row in features(examples)]

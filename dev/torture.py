@@ -3,10 +3,10 @@ with what an uninterrupted run leaves.
 
     bash dev/torture.sh        # 60 kills: about 10 minutes
 
-Two of three kills come before a file operation (opening, renaming, removing, making a folder),
-spread over all that a run of this kind makes; the others at any time. Most are by SIGKILL, after
-which nothing is tidied up; of those at any time every other one is by SIGTERM or Ctrl-C. A state.pt
-is compared by what is in it: equal tensors have several pickles.
+Two of three kills come just before a file operation (opening, renaming, removing, making a folder),
+spread over all those of a run. They are by SIGKILL, after which nothing is tidied up. The other
+kills come at any time, half of them by SIGKILL, half by SIGTERM or Ctrl-C. A state.pt is compared
+by what is in it, because equal tensors can be pickled in several ways.
 """
 import io
 import json
@@ -46,7 +46,7 @@ OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir")
 
 
 def write_pairs(path):
-    """Summaries of 300 of TinyTLDR's posts by two persons each, the better one first."""
+    """Writes pairs of summaries of 300 of TinyTLDR's posts, by two persons each."""
     with open(path, "w", encoding="utf-8") as file:
         for i in range(300):
             post = tinytldr.post(0, "train", i)
@@ -61,9 +61,11 @@ def write_pairs(path):
 
 
 def run(kind, folder, flags, operations, kill_before):
-    """A run of some kind in this process: what it reads is in folder/in, it writes to folder/out.
-    operations: a shared number, which counts its file operations there; before that of the number
-    kill_before it kills itself."""
+    """Runs a script in this process. It reads from folder/in and writes to folder/out.
+
+    operations: a shared number that counts its file operations there. kill_before: the process
+    kills itself before the operation of this number; None: it runs to its end.
+    """
     os.chdir(folder)
     os.environ["NANOPREF_CACHE"] = "in/tokens"
     torch.set_num_threads(1)
@@ -93,7 +95,7 @@ def start(kind, folder, flags=(), kill_before=None):
 
 
 def finish(kind, folder, flags=()):
-    """A run to its end. Returns (its file operations, its seconds)."""
+    """Lets a run come to its end. Returns (number of its file operations, its seconds)."""
     began = time.time()
     process, operations = start(kind, folder, flags)
     process.join()
@@ -125,7 +127,7 @@ def kill(kind, folder, moment, operations, seconds, draw):
 
 
 def new_folder(root, name, inputs):
-    """A folder with copies of the inputs: {name: path}."""
+    """Makes a folder with copies of the inputs, {name: path}. Returns its path."""
     folder = os.path.join(root, name)
     os.makedirs(os.path.join(folder, "in"))
     for name, path in inputs.items():
@@ -135,8 +137,8 @@ def new_folder(root, name, inputs):
 
 
 def contents(folder):
-    """{path: bytes, or what says as much} of all files in a folder, but for the log and for what a
-    kill left unfinished in a cache, which goes after a day."""
+    """Reads all files in a folder, except for the log and for unfinished files in a cache (which
+    are removed after a day). Returns {path: bytes, or for a state.pt what is in it, as text}."""
     files = {}
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -152,7 +154,7 @@ def contents(folder):
 
 
 def plain(state):
-    """Nested dictionaries and lists, with every tensor's numbers for it."""
+    """Replaces every tensor in nested dictionaries and lists by its numbers."""
     if isinstance(state, dict):
         return {name: plain(value) for name, value in state.items()}
     if isinstance(state, list):
@@ -168,7 +170,7 @@ def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--kills", type=positive_int, default=60)
-    add("--seed", type=seed, default=0, help="of the moments")
+    add("--seed", type=seed, default=0, help="of the moments to kill at")
     args = parser.parse_args(argv)
     draw, different = random.Random(args.seed), 0
     rounds = -(-args.kills // len(KINDS))

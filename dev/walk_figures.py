@@ -12,7 +12,7 @@ BRANCHES = [GREY, BLUE, ORANGE]         # the prompt, the chosen reply, the reje
 
 
 class Picture:
-    """A picture that is drawn when somebody asks for its PNG, as a notebook does."""
+    """Holds a picture that is drawn when somebody asks for its PNG, as a notebook does."""
 
     def __init__(self, draw, arguments):
         self.draw, self.arguments = draw, arguments

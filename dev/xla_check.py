@@ -1,10 +1,11 @@
-"""Does --device=xla compute what --device=cpu does? Both train the same runs, and are compared.
+"""Checks that --device=xla computes what --device=cpu does: both train the same runs.
 
     bash dev/xla_check.sh      # makes an environment with torch_xla; needs no TPU
 
-Runs on torch_xla's CPU device, unless PJRT_DEVICE names another: SFT, a reward model, DPO and
-e-DPO, 20 steps each, with the pairs and samples that they need, and an evaluation. For each script:
-the largest difference of a logged number and of a weight, and how many programs were compiled.
+It runs on torch_xla's CPU device, unless PJRT_DEVICE names another. The runs are SFT, a reward
+model, DPO and e-DPO, 20 steps each, with the pairs and samples that they need, and an evaluation.
+For each run it prints the largest difference of a logged number and of a weight, and how many
+programs were compiled.
 """
 import contextlib
 import json
@@ -33,12 +34,12 @@ PAIRS = [*SHARED, "--max_steps=20", "--n_pairs=200", "--pool=1024", "--n_eval=64
 
 
 def some_demonstrations(seed, split, all_rows=tinytldr.demonstration_rows):
-    """Fewer of them are sooner tokenised."""
+    """Yields only 2,500 demonstrations, to save the time of tokenising them all."""
     return islice(all_rows(seed, split), 2500)
 
 
 def stages(root, start):
-    """(name, script, flags) of each run, in a folder of its device; all from the same reference."""
+    """Lists the runs in a folder, all from the same reference: [(name, script, flags)]."""
     reference = f"--init_from={start}"
     return [
         ("sft", train_policy, ["--loss=sft", *SHARED, "--max_steps=20", "--n_embd=64"]),
@@ -50,7 +51,7 @@ def stages(root, start):
 
 
 def logged(folder):
-    """Everything that a run logged, as {(line, name): number}."""
+    """Reads everything that a run logged. Returns {(line, name): number}."""
     numbers = {}
     with contextlib.suppress(FileNotFoundError):
         with open(f"{folder}/metrics.jsonl", encoding="utf-8") as file:
@@ -66,16 +67,18 @@ def logged(folder):
 
 
 def difference(first, second):
-    """The largest one between two dictionaries of numbers, relative to 1 or the size. (Accuracies
-    count signs, and at step 0 every margin is zero but for rounding.)"""
+    """Returns the largest difference between two dictionaries of numbers, relative to the number
+    (or to 1, if that is larger). Accuracies are left out: they count signs, and at step 0 every
+    margin is zero except for rounding."""
     assert first.keys() == second.keys(), (len(first), len(second))
     return max((abs(first[line, name] - second[line, name]) / max(1, abs(first[line, name]))
                 for line, name in first if not name.endswith("accuracy")), default=0.0)
 
 
 def weights_difference(first, second):
-    """The largest one between two models' tensors. The keys' biases are left out: they move all
-    scores of a query alike, so their gradient is rounding, which Adam makes as large as any."""
+    """Returns the largest difference between two models' weights. The keys' biases are left out:
+    they move all scores of a query alike, so their gradient is only rounding, which Adam makes as
+    large as any other."""
     largest, others = 0.0, load_file(f"{second}/model.safetensors")
     for name, tensor in load_file(f"{first}/model.safetensors").items():
         error = (tensor - others[name]).abs()

@@ -1,12 +1,12 @@
-"""What matters in the method? One thing changed at a time, on the built-in task.
+"""Measures which parts of the method matter: changes one thing at a time, on the built-in task.
 
     python experiments/ablations.py                             # all: hours on 2 cores; resumable
     python experiments/ablations.py --tables=members,gamma --rhos=0.2 --seeds=0
     python experiments/ablations.py --draw --results=results/ablations  # the tables of our runs
 
-Betas are those of --chosen, e-DPO's for whatever varies e-DPO; every policy keeps its best
-checkpoint on validation prompts (--select=oracle) and is scored on test prompts. More pairs mean
-more steps: the epochs stay. One row of runs.csv is one policy.
+Betas are those of --chosen. Variations of e-DPO have e-DPO's beta. Every policy keeps its best
+checkpoint on validation prompts (--select=oracle) and is scored on test prompts. With more pairs
+there are more steps, so that the number of epochs stays the same. A row of runs.csv is a policy.
 """
 import argparse
 import json
@@ -58,8 +58,8 @@ def e_dpo_worst(logps, ref_logps, rewards, kl, beta=1.0, gamma=GAMMA):
 
 
 def e_dpo_per_batch(logps, ref_logps, rewards, kl, beta=1.0, gamma=GAMMA):
-    """Distils one member for the whole batch, the one that fits best on average: nearer to the
-    objective as the paper writes it, with the minimum outside the expectation. Returns (B,)."""
+    """Distils one member for the whole batch, the one that fits best on average. This is closer to
+    the objective as the paper writes it, with the minimum outside the expectation. Returns (B,)."""
     h = log_ratio_margin(logps, ref_logps)                                      # (B,)
     losses = (reward_margin(rewards) - beta * h[:, None]).square()              # (B, M)
     return losses[:, losses.mean(dim=0).argmin()] + gamma * kl
@@ -69,7 +69,7 @@ OWN_LOSSES = {"worst": e_dpo_worst, "per-batch": e_dpo_per_batch, "redrawn": p_d
 
 
 class Cell(NamedTuple):
-    """One rho and seed: where its runs lie, the flags of its data, the beta of each loss."""
+    """Is one rho and one seed: the folder of its runs, the flags of its data, each loss's beta."""
     folder: str
     data: list
     betas: dict
@@ -87,7 +87,7 @@ class Cell(NamedTuple):
         return ",".join(f"{folder}/{bias}" for bias in FAMILIES[size].split(","))
 
 
-# ------ the tables: each yields (setting, loss, flags), or with other pairs (..., data flags)
+# ------ the tables: each yields (setting, loss, flags). Flags for other data are among them
 
 def members(cell):
     for size in FAMILIES:
@@ -128,13 +128,13 @@ def pairs(cell, sizes=(500, 1000, 2000)):
 
 
 def many_pairs(cell):
-    """As long to run as half of all other tables."""
+    """Yields the largest number of pairs, which takes as long as half of all other tables."""
     yield from pairs(cell, sizes=(8000,))
 
 
 def balance(cell):
-    """Where rho is 0.2 or 0.8: what a family adds to its balanced member, and a reward model to
-    balanced pairs, of which a balanced subset of 1,000 has 400."""
+    """Yields what tells a family from its balanced member, and a reward model from balanced pairs.
+    It needs a rho of 0.2 or 0.8: then a balanced subset of 1,000 pairs has 400."""
     rms = cell.reward_models("rms-1000", f"--bias={FAMILIES[5]}")
     yield "all pairs", "dpo", []
     yield "balanced pairs", "dpo", ["--rho=0.5", "--n_pairs=400"]
@@ -173,7 +173,8 @@ TABLES = {"members": members, "minimum": minimum, "family": family, "gamma": gam
 
 
 def seeds_family(cell):
-    """Five reward models on all pairs of the cell, that differ in the order of batches alone."""
+    """Trains five reward models on all pairs of the cell. They differ only in the order of their
+    batches. Returns their folder."""
     folder = f"{cell.folder}/rms-seeds"
     for number in range(5):
         member = f"{folder}/{number}"
@@ -186,6 +187,7 @@ def seeds_family(cell):
 
 
 def train_member(args, order_seed):
+    """Trains a reward model as train_rm.py does. order_seed: of the order of its batches."""
     device = setup(args)
     policy = GPT.from_pretrained(args.init_from).to(device)
     tokenizer = get_tokenizer(args.tokenizer)
@@ -195,8 +197,8 @@ def train_member(args, order_seed):
 
 
 class Redrawn(Dataset):
-    """Training rows that have a sample for each epoch, and show that of their epoch alone."""
-    n_shown = 0         # rows, so far
+    """Holds training rows with one sample per epoch. A batch has only the sample of its epoch."""
+    n_shown = 0         # number of rows so far
 
     def batch(self, rows):
         epoch = self.n_shown // len(self) % self.n_samples
@@ -211,7 +213,7 @@ class Redrawn(Dataset):
 
 
 def with_redrawn_samples(dataset, split, *arguments):
-    """train_policy's with_columns, for the loss "redrawn"."""
+    """Takes the place of train_policy.with_columns, for the loss "redrawn"."""
     dataset = WITH_COLUMNS(dataset, split, *arguments)
     return Redrawn(**vars(dataset)) if split == "train" else dataset
 
@@ -222,8 +224,8 @@ WITH_COLUMNS = train_policy.with_columns
 # ------ one run, and what is measured of it
 
 def run(cell, loss, flags):
-    """Trains one policy. flags: of train_policy.py, where KL_SAMPLES=4 sets that number of its.
-    Returns its folder, which is the same for the same run in two tables, and its seconds."""
+    """Trains one policy. flags: of train_policy.py; KL_SAMPLES=4 sets the number of that name.
+    Returns its folder and its seconds. If two tables have the same run, it has one folder."""
     folder = f"{cell.folder}/policies/{key(loss, flags)}"
     like = {"worst": "e-dpo", "per-batch": "e-dpo", "redrawn": "p-dpo"}
     beta = cell.betas[like.get(loss, loss)]
@@ -243,7 +245,7 @@ def run(cell, loss, flags):
 
 
 def measured(folder, test):
-    """What the CSV has of one policy. test: its numbers on test prompts."""
+    """Returns what the CSV says about one policy. test: its numbers on test prompts."""
     with open(f"{folder}/metrics.jsonl", encoding="utf-8") as file:
         last = [line for line in map(json.loads, file) if "train/margin" in line][-1]
     row = {"validation": figure2.selected_advantage(folder), "test": test["advantage"],
@@ -256,9 +258,9 @@ def measured(folder, test):
 
 
 def of_reward_models(folder):
-    """What is to be said of the reward models that a policy was distilled from, on its training
-    pairs: the mean |margin| of a member, the mean of the smallest |margin| of all members (what
-    e-DPO starts from), and the share of pairs that each member ends up fitting best."""
+    """Measures the reward models that a policy was distilled from, on its training pairs: the mean
+    |margin| of a member, the mean of the smallest |margin| of all members (with which e-DPO
+    starts), and for each member the share of pairs that it fits best in the end."""
     flags = run_flags(folder)
     if not flags["rewards"]:
         return {}
@@ -285,7 +287,7 @@ def of_reward_models(folder):
 
 
 def fill(args, table, rho, number, chosen):
-    """All rows of one table in one cell."""
+    """Trains and measures all policies of one table in one cell. Returns their rows."""
     cell = Cell(f"{args.out_dir}/{rho}/{number}", figure2.data_flags(args, rho, number), chosen)
     runs = [(setting, loss, *run(cell, loss, flags))
             for setting, loss, flags in TABLES[table](cell)]
@@ -298,7 +300,7 @@ def fill(args, table, rho, number, chosen):
 
 
 def summary(rows):
-    """Markdown: a table for each, with means and 95% intervals over seeds."""
+    """Returns Markdown: each table with its means and 95% intervals over seeds."""
     lines = []
     for table in TABLES:
         of_table = sorted([row for row in rows if row["table"] == table],
@@ -330,9 +332,9 @@ USUAL = {"members": ("5", "e-dpo"), "minimum": ("per example", "e-dpo"),
 
 
 def differences(rows):
-    """Markdown: mean advantages, in brackets minus those of the usual row, paired over rhos and
-    seeds; "seen" if the mean difference is so many standard errors from 0 that chance alone does it
-    once in twenty times."""
+    """Returns Markdown: mean advantages, and in brackets their difference to the usual row, paired
+    over rhos and seeds. A difference is "seen" if it is so many standard errors from 0 that chance
+    alone gets there once in twenty times."""
     advantages = {}
     for row in rows:
         of_setting = advantages.setdefault((row["table"], row["setting"], row["loss"]), {})
@@ -356,7 +358,7 @@ def differences(rows):
 
 
 def compared(gained):
-    """Three cells of the table: the mean, its distance from 0 in standard errors, and "seen"."""
+    """Returns three cells: the mean, its distance from 0 in standard errors, and "seen"."""
     error = stdev(gained) / len(gained) ** 0.5
     seen = abs(mean(gained)) > figure2.t_quantile(len(gained)) * error
     return [f"{mean(gained):+.2f}", f"{mean(gained) / error:+.1f}" if error else "",

@@ -1,12 +1,12 @@
-"""The paper's figure 1: what happens to log-probs and margins when training goes on and on.
+"""Repeats the paper's figure 1: what happens to log-probs and margins if training goes on and on.
 
     python experiments/degeneracy.py               # five seeds: over an hour on 2 cores; resumable
     python experiments/degeneracy.py --draw --results=results/degeneracy       # ours, as a table
 
-Ten times the usual steps of five losses at one beta, watched on training pairs, with the oracle's
-reward of samples for validation prompts. A seed draws new pairs, and trains new reward models and
-policies on them. Writes curves.csv and degeneracy.png to --results; docs/degeneracy.md says what is
-in them.
+It trains five losses at one beta for ten times the usual steps. It watches the log-probs of
+training pairs, and the oracle's reward of samples for validation prompts. A seed draws new pairs,
+and new reward models and policies are trained on them. The results are curves.csv and
+degeneracy.png in --results, and docs/degeneracy.md discusses them.
 """
 import json
 import os
@@ -56,8 +56,8 @@ def run(args, number, loss):
 
 
 def by_loss(rows):
-    """{loss: {"step": (E,), the name of a curve: (seeds, E)}}, E being a run's evaluations, with
-    "advantage": the reward minus that of the run's own samples at step 0."""
+    """Reads curves from rows of the CSV. Returns {loss: {"step": (E,), name of a curve: (seeds,
+    E)}}, for E evaluations. The curve "advantage" is the reward minus that at step 0."""
     curves = {}
     for loss in dict.fromkeys(row["loss"] for row in rows):
         of_loss = [row for row in rows if row["loss"] == loss]
@@ -70,7 +70,7 @@ def by_loss(rows):
 
 
 def table(curves):
-    """Markdown: each loss after a tenth of the steps, half of them and all; means over seeds."""
+    """Returns Markdown: each loss after 10%, 50% and 100% of the steps, as means over seeds."""
     lines = ["| loss | steps | chosen change | rejected change | h | accuracy, train | "
              "accuracy, validation | advantage | best advantage |", "|---" * 9 + "|"]
     for loss, values in curves.items():
@@ -85,8 +85,8 @@ def table(curves):
 
 
 def figure(curves, folder):
-    """One panel each for log-probs, margins and rewards, one colour for each loss: a line for the
-    mean over seeds, a band from the lowest seed to the highest."""
+    """Draws a panel each for log-probs, margins and rewards, with a colour for each loss: a line
+    for the mean over seeds, and a band from the lowest seed to the highest."""
     fig, axes = pyplot().subplots(1, 3, figsize=(11, 3.2), layout="constrained")
     panels = {"chosen_change": (axes[0], "-"), "rejected_change": (axes[0], ":"),
               "margin": (axes[1], "-"), "advantage": (axes[2], "-")}

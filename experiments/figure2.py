@@ -1,17 +1,17 @@
-"""The paper's figure 2 on the built-in task: oracle advantage over the reference, by the fraction
-rho of the training pairs in which the longer response is preferred.
+"""Repeats the paper's figure 2 on the built-in task: the oracle advantage over the reference, for
+each fraction rho of training pairs in which the longer response is preferred.
 
     python experiments/figure2.py                  # all cells: hours on 2 cores; resumable
     python experiments/figure2.py --rhos=0.2,all --seeds=0,1       # some of them
     python experiments/figure2.py --choose         # each method's beta or tau, on validation
     python experiments/figure2.py --draw --results=results/figure2      # our tables and figure
 
-A cell is a rho ("all": the pairs as they come) and a seed, which draws new pairs, and trains new
-reward models and policies on them; the reference is the same everywhere. Each method keeps the
-checkpoint that earns most on validation prompts (--select=oracle), at the beta or tau that does
-(--chosen: the file that --choose writes, from as many trials for each, on pairs of a seed of their
-own). Test prompts are the same in all cells. One row of runs.csv is one policy, or a control: the
-reference itself at a lower temperature, or the best of 16 of its samples.
+A cell is a rho ("all" means all pairs) and a seed. The seed draws new pairs, and new reward models
+and policies are trained on them. The reference is the same everywhere. Each policy keeps the
+checkpoint that earns most on validation prompts (--select=oracle). So does the beta or tau of each
+method: --choose tries the same number of values for each, on pairs with another seed, and writes
+the file that --chosen names. Test prompts are the same in all cells. A row of runs.csv is a policy,
+or a control: the reference itself at a lower temperature, or the best of 16 of its samples.
 """
 import csv
 import json
@@ -63,7 +63,7 @@ COLUMNS = ["rho", "seed", "method", "knob", "value", "gamma", "max_steps", "batc
 
 
 def reward_models(folder, data):
-    """The single reward model and the family of one cell."""
+    """Trains the single reward model and the family of one cell."""
     trials.train("train_rm", f"{folder}/rm", *data)
     trials.train("train_rm", f"{folder}/rms", *data, f"--bias={FAMILY}")
 
@@ -78,7 +78,7 @@ def policy(folder, cell, method, value, data):
 
 
 def trial(args, loss, value):
-    """One trial of --choose: validation advantage."""
+    """Runs one trial of --choose. Returns its numbers on validation prompts."""
     cell = f"{args.out_dir}/choose"
     folder = f"{cell}/{loss}/{value}"
     policy(folder, cell, loss, value, data_flags(args, args.choose_rho, CHOOSE_SEED))
@@ -87,7 +87,8 @@ def trial(args, loss, value):
 
 
 def choose(args, pool):
-    """Every method's value, by its validation advantage at --choose_rho: written to chosen.json."""
+    """Chooses each method's beta or tau by the validation advantage at --choose_rho. Writes
+    chosen.json."""
     cell = f"{args.out_dir}/choose"
     pool.submit(reward_models, cell, data_flags(args, args.choose_rho, CHOOSE_SEED)).result()
     for loss in KNOB:           # a trial of each alone fills the caches that others share
@@ -111,7 +112,7 @@ def data_flags(args, rho, number):
 
 
 def cell(args, rho, number, chosen):
-    """All policies of one cell. Returns rows for the CSV."""
+    """Trains and measures all policies of one cell. Returns rows for the CSV."""
     folder, data = f"{args.out_dir}/{rho}/{number}", data_flags(args, rho, number)
     n_prompts = f"--n_prompts={args.n_prompts}"
     reward_models(folder, data)
@@ -137,8 +138,8 @@ def cell(args, rho, number, chosen):
 
 
 def selected_advantage(run):
-    """What --select saw: the kept checkpoint's advantage on 256 validation prompts (optimistic, as
-    the best of several)."""
+    """Returns what --select saw: the advantage of the checkpoint that was kept, on 256 validation
+    prompts. It is optimistic, because it is the best of several."""
     with open(f"{run}/metrics.jsonl", encoding="utf-8") as file:
         rewards = [metrics["validation/reward"] for metrics in map(json.loads, file)
                    if "validation/reward" in metrics]
@@ -146,7 +147,7 @@ def selected_advantage(run):
 
 
 def controls(args, number):
-    """What the reference earns without any preferences: rows for the CSV, of no rho."""
+    """Measures what the reference earns without any preferences. Returns rows with rho "none"."""
     ref = GPT.from_pretrained(args.sft)
     texts = [tinytldr.post(0, "test", i) for i in range(args.n_prompts)]
     samples = {f"reference at {t}": earned(ref, texts, [number, 2], t) for t in TEMPERATURES}
@@ -161,7 +162,7 @@ def controls(args, number):
 
 
 def commit():
-    """The commit of this code; nothing where there is no git."""
+    """Returns the commit of this code, or "" without git."""
     try:
         done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=trials.ROOT,
                               capture_output=True, text=True)
@@ -171,13 +172,13 @@ def commit():
 
 
 def reference(folder):
-    """Eight digits that stand for its weights."""
+    """Returns the first eight digits of a hash of the reference's weights."""
     return hash_weights(GPT.from_pretrained(folder))[:8]
 
 
 def check_reference(rows, folder, path):
-    """InputError if rows of a CSV are of other runs than those from this reference: what is done
-    would be skipped, and what is not would be averaged with theirs."""
+    """Raises InputError if rows of a CSV come from another reference. Otherwise runs that are there
+    would be skipped, and new ones averaged with them."""
     if {row.get("reference") for row in rows} - {reference(folder)}:
         raise InputError(f"--results: the runs in {path} are from another reference than "
                          f"{folder}; name another folder")
@@ -205,7 +206,8 @@ def append(path, rows, columns):
 
 
 def t_p_value(differences):
-    """Two-sided p-value of a paired t-test: Student's density, added up numerically."""
+    """Returns the two-sided p-value of a paired t-test, from Student's density by numerical
+    integration."""
     n = len(differences)
     if n < 2 or stdev(differences) == 0:
         return math.nan
@@ -217,7 +219,7 @@ def t_p_value(differences):
 
 
 def holm(p_values):
-    """Holm's correction of p-values for their number: {name: corrected}."""
+    """Corrects p-values for their number, by Holm's method. Returns {name: corrected p-value}."""
     corrected, largest = {}, 0.0
     for rank, name in enumerate(sorted(p_values, key=p_values.get)):
         largest = max(largest, (len(p_values) - rank) * p_values[name])
@@ -226,7 +228,7 @@ def holm(p_values):
 
 
 def t_quantile(n):
-    """The 97.5% quantile of Student's t with n - 1 degrees of freedom, for intervals."""
+    """Returns the 97.5% quantile of Student's t with n - 1 degrees of freedom."""
     low, high = 1.9, 13.0
     while high - low > 1e-3:
         middle = (low + high) / 2
@@ -236,13 +238,13 @@ def t_quantile(n):
 
 
 def _standard(n):
-    """n numbers with mean 0 and standard deviation 1."""
+    """Makes n numbers with mean 0 and standard deviation 1."""
     z = np.arange(n) - (n - 1) / 2
     return list(z / z.std(ddof=1))
 
 
 def advantages(rows):
-    """{rho: {method: {seed: test advantage}}}"""
+    """Returns {rho: {method: {seed: test advantage}}}."""
     reached = {}
     for row in rows:
         of_rho = reached.setdefault(row["rho"], {})
@@ -255,7 +257,8 @@ def methods_of(rows):
 
 
 def tables(rows):
-    """Markdown: advantages with 95% intervals over seeds; two methods against all others."""
+    """Returns Markdown: advantages with 95% intervals over seeds, and two methods against all
+    others."""
     reached = advantages(rows)
     controls = reached.pop("none", {})
     rhos = [str(rho) for rho in RHOS if str(rho) in reached]
@@ -273,7 +276,7 @@ def tables(rows):
 
 
 def against(method, reached, rhos, methods):
-    """Lines of Markdown: a method minus each other one, by rho."""
+    """Returns lines of Markdown: a method's advantage minus that of each other one, by rho."""
     others = [other for other in methods if other != method]
     lines = [f"{method} minus another method, paired over seeds; p of a t-test, Holm-corrected "
              "within a row:", "", f"| rho | {' | '.join(f'minus {other}' for other in others)} |",
@@ -290,7 +293,7 @@ def against(method, reached, rhos, methods):
 
 
 def details(rows, rho):
-    """Markdown: of one rho, for each method, the means over seeds of what else was measured."""
+    """Returns Markdown: for one rho, what else was measured of each method, as means over seeds."""
     names = {"length": ".1f", "kl_pi_ref": ".2f", "kl_ref_pi": ".2f", "chosen_change": "+.1f",
              "rejected_change": "+.1f"}
     lines = ["| policy | advantage | length | KL(pi ‖ ref) | KL(ref ‖ pi) | chosen change | "
@@ -305,19 +308,20 @@ def details(rows, rho):
 
 
 def with_interval(values):
-    """The mean over seeds, with its 95% interval if there are several."""
+    """Writes the mean over seeds, with its 95% interval if there are several."""
     return f"{mean(values):+.2f}" + (f" ± {half_width(values):.2f}" if len(values) > 1 else "")
 
 
 def half_width(values):
-    """Of the 95% interval of a mean over seeds; 0 for one seed."""
+    """Returns the half-width of the 95% interval of a mean over seeds, or 0 for one seed."""
     if len(values) < 2:
         return 0.0
     return t_quantile(len(values)) * stdev(values) / len(values) ** 0.5
 
 
 def frontier(points):
-    """Those (distance, advantage) points that no other one beats from nearer, by distance."""
+    """Picks the points (distance, advantage) for which no nearer point has a larger advantage.
+    Returns them by distance."""
     kept = []
     for distance, advantage in sorted(points):
         if not kept or advantage > kept[-1][1]:
@@ -326,8 +330,8 @@ def frontier(points):
 
 
 def figure(rows, folder, chosen):
-    """Advantage against rho; and advantage against KL(pi || ref), of the trials in the file
-    `chosen`: a colour for each method, a line for its frontier."""
+    """Draws advantage against rho, and advantage against KL(pi || ref) for the trials in the file
+    `chosen`. Each method has its colour, and its frontier is a line."""
     reached = advantages(rows)
     trials_of = read_json(chosen)
     fig, axes = pyplot().subplots(1, 2, figsize=(9, 3.4), layout="constrained")

@@ -7,8 +7,8 @@ It starts from the reference that the speedrun left in out/sft. For each seed it
 trains five reward models on them, and then two policies: one by e-DPO, one by the loss in the file,
 with the same pairs, steps, batch size and learning rate. Each keeps the checkpoint that earns most
 on validation posts. The oracle rewards what both write about 1,000 posts, whose wording depends on
-the seed too, so seeds that students don't know are a test that nobody has tuned for. What is there
-already is not trained again. results.json has the points in Gradescope's format.
+the seed too. So nobody can tune a loss to seeds that the teacher keeps secret. Finished runs are
+not trained again. results.json has the points in Gradescope's format.
 
 This runs the code in the file. Read it first.
 """

@@ -100,11 +100,11 @@ UNPAIRED = """
 ([data.md](data.md#columns)). Its loss is then `D sigma(beta (z - u))` of a desirable response and
 `U sigma(beta (u - z))` of another one (`kto_unpaired` in [zoo.py](../zoo.py)). D and U are
 `--desirable_weight` and `--undesirable_weight`. z is the mean log-ratio of responses to other
-prompts, or 0 if that is below: each prompt of a batch is also read with the response of another
-row. So do the paper and TRL. At the reference the loss is {0[0]:g} and {0[1]:g}, and its derivative
-with respect to the response's log-prob {1[0]:g} and {1[1]:g}. Like KTO on pairs it is neither
-convex nor unbounded: it lies between 0 and the weight, and gives up on a response that is far on
-the wrong side.
+prompts, or 0 if that mean is negative. For this, each prompt of a batch is also read with the
+response of another row, as in the paper and in TRL. At the reference the loss is {0[0]:g} and
+{0[1]:g}, and its derivative with respect to the response's log-prob is {1[0]:g} and {1[1]:g}. Like
+KTO on pairs it is not convex, and it is bounded: it lies between 0 and the weight, and gives up on
+a response that is far on the wrong side.
 """
 
 TRL = """
@@ -137,7 +137,7 @@ def catalogue():
 
 
 def number(value):
-    """Returns a number with three digits, "0" for what is too small to matter."""
+    """Returns a number as text with three digits, "0" if it is too small to matter."""
     if abs(value) < 1e-6:
         return "0"
     return f"{value:.1g}" if abs(value) >= 1e6 or abs(value) < 1e-3 else f"{value:.3g}"
@@ -176,8 +176,8 @@ def trl_table():
 
 
 def measured(methods, knob_of, rows, chosen):
-    """Returns the section of what the losses reached, best first. methods: their names. rows: of
-    runs.csv. chosen: {method: value of its knob}."""
+    """Returns the section that says what the losses reached, best first. methods: their names.
+    rows: of runs.csv. chosen: {method: value of its knob}."""
     lines = ["", "## What they reach on TinyTLDR", ""]
     test = [row for row in rows if row["split"] == "test" and row["advantage"]]
     if not test:
@@ -210,10 +210,10 @@ def measured(methods, knob_of, rows, chosen):
     lines += [
         f"`python experiments/zoo.py` trained {len(rows)} policies from the reference "
         f"{reference}.{unfinished} Each went over 1,000 pairs twice (124 steps of 16; the "
-        "speedrun's policies have 320). Of three values of one knob, each method got the one with "
-        "the largest advantage on validation prompts, with pairs of another seed. The advantage is "
+        "speedrun's policies have 320). One knob of each method was chosen out of three values, by "
+        "the advantage on validation prompts, with pairs of another seed. The advantage is "
         "the oracle's reward of samples for 1,000 test prompts, minus the reference's, and "
-        "± is a 95% interval over the seeds that were run. *Chosen change* is how far the "
+        "± is a 95% interval over seeds. *Chosen change* is how far the "
         "log-prob of chosen responses has moved from the reference's, in nats, on training pairs. "
         "At rho 0.2 the shorter response is preferred in 80% of the pairs, although the oracle "
         "likes longer ones. [dev/LOG.md](../dev/LOG.md) has the questions that were written down "

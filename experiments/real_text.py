@@ -1,4 +1,4 @@
-"""The paper's experiment on what people wrote: posts and their TL;DR, with a pretrained model.
+"""Repeats the paper's experiment on people's posts and their TL;DR, with a pretrained model.
 
     python experiments/real_text.py                 # minutes on one GPU, a night on 2 CPU cores
     python experiments/real_text.py --jobs=6 --minutes=7 --rhos=0.2,all --seeds=0,1,2
@@ -205,14 +205,14 @@ loaded = {}         # models that a worker needs again and again
 
 
 def model_of(folder, kind, device):
-    """The reference or an oracle, read once in each worker."""
+    """Returns the reference or an oracle. Each worker reads it once."""
     if folder not in loaded:
         loaded[folder] = kind.from_pretrained(folder).to(device)
     return loaded[folder]
 
 
 class Worker:
-    """What a job computes with: device, precision, tokenizer, the reference, the two oracles."""
+    """Holds what a job computes with: device, precision, tokenizer, reference, both oracles."""
 
     def __init__(self, args, number):
         self.args = argparse.Namespace(
@@ -233,8 +233,8 @@ class Worker:
 
 
 def train(args, script, folder, *flags):
-    """A training run with the flags that all of them have; the reference is never an adapter. On a
-    GPU, where it takes seconds, no state is saved for resuming."""
+    """Trains with the flags that all runs share. The reference is never an adapter. On a GPU, where
+    a run takes seconds, no state is saved for resuming."""
     lora = [f"--lora={args.lora}"] if args.lora and "--loss=sft" not in flags else []
     frozen = [f"--freeze={args.freeze}"] if args.freeze else []
     states = device_name(args.device) != "cuda"
@@ -255,8 +255,8 @@ def train_sft(args):
 
 
 def train_oracle(args, name):
-    """The oracle, on all of people's comparisons that are for training; or the second one, with
-    another seed and on half of them."""
+    """Trains the oracle on all of people's comparisons that are for training, or the second oracle,
+    with another seed and on half of them."""
     worker, steps, half = Worker(args, 0), args.oracle_steps, []
     if name == "second":
         with trials.silence():
@@ -363,7 +363,7 @@ def cell_flags(args, cell, number):
 
 
 def train_reward_models(args, cell, rho, number, family):
-    """The single reward model of a cell, or its family."""
+    """Trains the single reward model of a cell, or its family."""
     make_cell(args, cell, rho, number)
     bias = [f"--bias={figure2.FAMILY}"] if family else []
     train(args, "train_rm", f"{args.out_dir}/{cell}/{'rms' if family else 'rm'}",
@@ -373,9 +373,9 @@ def train_reward_models(args, cell, rho, number, family):
 
 
 def rate_judges(args, cell, rho, number):
-    """How good the reward models of a cell are, or the oracles (cell None): on held-out human
-    pairs, next to "the longer one"; on validation pairs as the oracle labels them. Rows of
-    judges.csv."""
+    """Measures how good the reward models of a cell are, or the oracles (cell None): on people's
+    held-out pairs, next to a judge that picks the longer response, and on validation pairs that the
+    oracle labelled. Returns rows of judges.csv."""
     worker = Worker(args, 0)
     names = ["oracle", "second"]
     if cell is not None:
@@ -405,9 +405,9 @@ def rate_judges(args, cell, rho, number):
 
 
 def agreement(margins, differences):
-    """How often a judge prefers the chosen response, with its 95% interval, and how often the
-    longer one is the chosen one; a tie counts half. margins, differences: (N,) of reward and of
-    length, chosen minus rejected."""
+    """Measures how often a judge prefers the chosen response, with its 95% interval, and how often
+    the longer response is the chosen one. A tie counts half. margins, differences: (N,), the
+    rewards and lengths of chosen minus rejected responses."""
     right = (margins > 0) + 0.5 * (margins == 0)
     accuracy, half_width = interval(right)
     flat = margins.std() == 0 or differences.std() == 0
@@ -417,8 +417,9 @@ def agreement(margins, differences):
 
 
 def rouge_l(text, reference):
-    """ROUGE-L F1: of the longest common subsequence of words, the share of each text that it is,
-    as a harmonic mean. Words are runs of letters and digits, in lower case, not stemmed."""
+    """Computes ROUGE-L F1: finds the longest common subsequence of words, divides its length by
+    that of each text, and takes the harmonic mean. Words are runs of letters and digits, in lower
+    case, not stemmed."""
     words, others = [re.findall(r"[a-z0-9]+", part.lower()) for part in (text, reference)]
     longest = [0] * (len(others) + 1)           # of the words so far and others[:j]
     for word in words:
@@ -453,8 +454,8 @@ def reference_file(args, split, number):
 
 
 def judge_reference(args, split, number):
-    """The reference's own summaries, with which those of all policies are compared: a file. Returns
-    two rows, of the reference and of the authors' summaries."""
+    """Writes a file with the reference's own summaries, with which those of all policies are
+    compared. Returns two rows: of the reference, and of the authors' summaries."""
     worker, posts = Worker(args, number), posts_of(args, split)
     ref = worker.reference()
     values, own = judge(worker, ref, posts, args.test_samples)
@@ -549,7 +550,7 @@ def hardware(device):
 
 
 def kept_for_samples(args):
-    """Runs whose policies are kept: those of the first cell."""
+    """Lists the runs whose policies are kept: those of the first cell."""
     return [run_name(args.rhos[0], args.seeds[0], method) for method in args.methods]
 
 
@@ -558,8 +559,8 @@ def run_name(rho, number, method):
 
 
 def choose_rate(args):
-    """The learning rate of all policies: that of the highest mean validation advantage of the
-    losses that tried them. Written to chosen.json."""
+    """Chooses the learning rate of all policies: the one with the highest validation advantage, as
+    a mean over the losses that tried it. Writes it to chosen.json."""
     reached = {}
     for row in figure2.read_rows(f"{args.results}/runs.csv"):
         if row["purpose"] == "rate":
@@ -571,7 +572,7 @@ def choose_rate(args):
 
 
 def choose_values(args):
-    """Every loss's beta or tau, by its validation advantage: added to chosen.json."""
+    """Chooses each loss's beta or tau by its validation advantage. Adds it to chosen.json."""
     record = read_json(f"{args.results}/chosen.json")
     reached = {}
     for row in figure2.read_rows(f"{args.results}/runs.csv"):
@@ -587,7 +588,7 @@ def choose_values(args):
 # ------ jobs: in order of importance, each begins when those before it are done
 
 def plan(args):
-    """{name: (function, arguments, names of the jobs that it needs)}."""
+    """Lists the jobs. Returns {name: (function, arguments, names of the jobs that it needs)}."""
     jobs = {"sft": (train_sft, (), [])}
     parts = [("pool", shard, SHARDS) for shard in range(SHARDS)] + [("validation", 0, 1)]
     for part in parts:
@@ -663,7 +664,7 @@ def plan(args):
 
 
 def timed(function, *args):
-    """What a worker does with a job. Returns (its result, seconds, GB of memory at most)."""
+    """Does a job in a worker. Returns (its result, seconds, peak memory in GB)."""
     start, on_gpu = time.time(), torch.cuda.is_initialized()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -680,8 +681,9 @@ def timed(function, *args):
 
 
 def run_jobs(args, jobs, done, start):
-    """Runs what is not done, --jobs at a time. A job for which the others leave no memory is tried
-    again, once. Another one that fails is said, and those that need it are left out.
+    """Runs the jobs that are not done, --jobs at a time. A job for which the others leave no memory
+    is tried again, once. If a job fails otherwise, a line says so, and jobs that need it are left
+    out.
 
     jobs: see `plan`. done: names, to which those of finished jobs are added. start: when --minutes
     began. Returns the names of those that failed, and of those that were not begun.
@@ -725,7 +727,7 @@ identity = {}       # columns of all tables: of the code, and of the reference's
 
 
 def finished(args, name, result, seconds, memory, now):
-    """Writes down what a job has given: rows for the tables, or lines to print."""
+    """Writes down the result of a job: rows for the tables, or lines to print."""
     if not identity:
         identity.update(commit=figure2.commit(),
                         reference=trials.weights(f"{args.out_dir}/sft")[:8])
@@ -804,8 +806,8 @@ TL;DR:""",
 
 
 def show_samples(args):
-    """What the reference, DPO and the best method of the first cell write about three posts, and
-    what the oracles say: samples.md. Returns lines to print."""
+    """Writes samples.md: what the reference, DPO and the best method of the first cell write about
+    three posts, and what the oracles say. Returns lines to print."""
     rows = [row for row in figure2.read_rows(f"{args.results}/runs.csv")
             if row["purpose"] == "run" and row["rho"] == str(args.rhos[0])]
     reached = {}
@@ -857,7 +859,7 @@ SMOKE = dict(max_prompt=120, sft_prompt=200, sft_steps=60, sft_batch_size=8, sft
 
 
 def make_smoke(args):
-    """A random model of two layers, and TinyTLDR's posts in the files that real ones come in."""
+    """Makes a random model of two layers, and files with TinyTLDR's posts in place of real ones."""
     tokenizer = tinytldr.tokenizer()
     args.init_from = f"{args.out_dir}/model"
     args.posts, args.pairs = f"{args.out_dir}/in/posts.jsonl", f"{args.out_dir}/in/pairs.jsonl"
@@ -889,7 +891,7 @@ MAY_CHANGE = {"rhos", "seeds", "methods", "jobs", "minutes", "out_dir", "results
 
 
 def check_settings(args):
-    """InputError if what is in --results was begun with other flags; writes them down."""
+    """Raises InputError if the runs in --results have other flags. Writes down the flags."""
     path = f"{args.results}/settings.json"
     flags = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     if os.path.exists(path):
@@ -902,7 +904,7 @@ def check_settings(args):
 
 
 def finished_before(args):
-    """Names of jobs whose rows are in the tables. InputError if these are of another reference."""
+    """Lists the jobs whose rows are in the tables. InputError if these are of another reference."""
     rows = [row for name in ("runs", "judges")
             for row in figure2.read_rows(f"{args.results}/{name}.csv")]
     references = {row["reference"] for row in rows}

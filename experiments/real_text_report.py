@@ -1,4 +1,4 @@
-"""Tables and the figure of experiments/real_text.py, from its CSV files."""
+"""Makes the tables and the figure of experiments/real_text.py from its CSV files."""
 import os
 import sys
 from statistics import mean
@@ -29,7 +29,7 @@ JUDGE_COLUMNS = ["run", "rho", "seed", "model", "human_pairs", "human_accuracy",
 
 
 def cells(rows, purpose="run"):
-    """{(rho, method): rows of all seeds}, in the order of METHODS."""
+    """Groups rows of runs.csv. Returns {(rho, method): rows of all seeds}, in METHODS' order."""
     of_cell = {}
     for rho in dict.fromkeys(row["rho"] for row in rows if row["purpose"] == purpose):
         for method in METHODS:
@@ -45,7 +45,7 @@ def column(rows, name):
 
 
 def method_table(rows):
-    """Markdown: each method's advantages over the reference, and what else was measured."""
+    """Returns Markdown: each method's advantages over the reference, and its other numbers."""
     header = ["rho", "policy", "seeds", *[f"advantage, {label}" for label in JUDGES.values()],
               "length", "unended", "KL(pi ‖ ref)", "chosen change", "rejected change"]
     lines = []
@@ -70,13 +70,14 @@ def method_table(rows):
 
 
 def with_interval(values, form=".2f"):
-    """The mean over seeds, with its 95% interval if there are several."""
+    """Writes the mean over seeds, with its 95% interval if there are several."""
     text = f"{mean(values):+{form}}"
     return text + (f" ± {figure2.half_width(values):{form}}" if len(values) > 1 else "")
 
 
 def comparisons(methods):
-    """Pairs of methods that the plan compares: each with the reference, e-DPO with each, ..."""
+    """Lists the pairs of methods that the plan compares: each with the reference, e-DPO with
+    each, and some others."""
     pairs = [(method, "sft") for method in METHODS]
     pairs += [("e-dpo", other) for other in METHODS if other != "e-dpo"]
     pairs += [("balanced", "dpo"), ("mean", "dpo"), ("mean", "balanced"), ("mean", "member")]
@@ -84,8 +85,9 @@ def comparisons(methods):
 
 
 def comparison_table(rows, by_prompt):
-    """Markdown: one method minus another by each judge; p over seeds, where there are several; and
-    in how many seeds a paired test over prompts sees the difference, in which direction."""
+    """Returns Markdown: one method minus another by each judge, and p over seeds if there are
+    several. It also says in how many seeds a paired test over prompts sees the difference, and in
+    which direction."""
     table = []
     of_cell = cells(rows)
     for rho in dict.fromkeys(rho for rho, _ in of_cell):
@@ -112,8 +114,8 @@ def comparison_table(rows, by_prompt):
 
 
 def collapse_table(rows):
-    """Markdown: changes of the training pairs' log-probs after the last step, at the chosen beta
-    and, in more steps, at a tenth of it."""
+    """Returns Markdown: how the log-probs of training pairs have changed after the last step, at
+    the chosen beta, and after more steps at a tenth of it."""
     table = []
     usual = cells(rows)
     for (rho, method), long_runs in cells(rows, "collapse").items():
@@ -128,7 +130,7 @@ def collapse_table(rows):
 
 
 def judge_table(rows):
-    """Markdown: accuracy of the oracles and of reward models, the mean over seeds."""
+    """Returns Markdown: accuracy of the oracles and of reward models, as means over seeds."""
     table = []
     for rho, model in dict.fromkeys((row["rho"], row["model"]) for row in rows):
         runs = [row for row in rows if (row["rho"], row["model"]) == (rho, model)]
@@ -144,7 +146,8 @@ def judge_table(rows):
 
 
 def figure(rows, folder):
-    """Two panels: advantage by both oracles, and mean length; a point for each method and rho."""
+    """Draws two panels with a point for each method and rho: advantage by both oracles, and mean
+    length."""
     of_cell = cells(rows)
     methods = [method for method in METHODS if any(method == name for _, name in of_cell)]
     rhos = list(dict.fromkeys(rho for rho, _ in of_cell))

@@ -1,5 +1,5 @@
-"""What the experiments in this folder share: training runs and their evaluation, in this process
-and without a word on the screen, each kept on disk once it is finished."""
+"""Trains and evaluates for the experiments in this folder: in this process, without printing, and
+each result is kept on disk once it is finished."""
 import contextlib
 import glob
 import hashlib
@@ -26,7 +26,7 @@ from support.run import Run, read_json, write_json
 # ------ jobs on several cores
 
 class Pool(ProcessPoolExecutor):
-    """Its workers take no other job after a signal."""
+    """Is a pool of processes whose workers take no new job after a signal."""
 
     def submit(self, function, *args):
         return super().submit(until_signal, function, *args)
@@ -34,8 +34,9 @@ class Pool(ProcessPoolExecutor):
 
 @contextlib.contextmanager
 def workers(n):
-    """A pool of n processes with one thread each: small models gain little from more. Whatever ends
-    the driver, Ctrl-C too, ends them: the runs in hand are kept, jobs that wait are dropped."""
+    """Starts a pool of n processes with one thread each (small models gain little from more).
+    Whatever ends the driver, such as Ctrl-C, also ends them: runs that have begun save their state,
+    and jobs that wait are dropped."""
     with Pool(n, initializer=start_worker) as pool:
         try:
             yield pool
@@ -51,6 +52,7 @@ parent = None                       # the process that started it, which ends wi
 
 
 def start_worker():
+    """Prepares a process of the pool."""
     global parent
     parent = os.getppid()
     torch.set_num_threads(1)
@@ -61,16 +63,18 @@ def start_worker():
 
 
 def end_with_parent():
-    """Whatever kills it. (Linux can send a signal then, but sends one for each thread of the
-    parent, and a second signal ends a run that is still saving its state.)"""
+    """Ends this process when its parent has ended, whatever killed that. (Linux can send a signal
+    then, but sends one for each thread of the parent, and a second signal would end a run that is
+    still saving its state.)"""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def on_signal(number, frame):
-    """SIGTERM, where no run answers it by saving its state. A worker that died of it would take the
-    other ones along, whose runs may still be saving theirs; without a driver nothing is lost."""
+    """Handles SIGTERM while no training run handles it by saving its state. If a worker died of the
+    signal, the pool would end the others too, whose runs may still be saving. So it only stops
+    taking jobs, unless the driver is gone."""
     global stopped
     stopped = True
     if os.getppid() != parent:
@@ -80,7 +84,7 @@ def on_signal(number, frame):
 
 
 def until_signal(function, *args):
-    """What a worker does with a job."""
+    """Does a job in a worker, unless a signal has come."""
     global busy, stopped
     if stopped:
         raise SystemExit
@@ -99,8 +103,8 @@ def until_signal(function, *args):
 # ------ runs that are kept
 
 def check_models(**folders):
-    """InputError, before anything is trained, if there is no model in one of these folders, nor in
-    a folder in it. folders: by their flags."""
+    """Raises InputError, before anything is trained, if one of the folders has no model in it or
+    one level below. folders: {flag: folder}."""
     for flag, folder in folders.items():
         if not glob.glob(f"{glob.escape(folder)}/config.json") + glob.glob(
                 f"{glob.escape(folder)}/*/config.json"):
@@ -110,14 +114,14 @@ def check_models(**folders):
 
 @contextlib.contextmanager
 def silence():
-    """Nothing is printed, and no samples are drawn that would be."""
+    """Prints nothing in its block, and draws no samples that would only be printed."""
     with (open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere),
           mock.patch.object(train_policy, "show_samples")):
         yield
 
 
 def weights(folder):
-    """A hash of the weights in a folder, a model's or an adapter's; None if there are none."""
+    """Returns a hash of the weights in a folder, a model's or an adapter's, or None."""
     for name in ("model.safetensors", "adapter_model.safetensors"):
         path = os.path.join(folder, name)
         if folder and os.path.exists(path):
@@ -127,8 +131,8 @@ def weights(folder):
 
 
 def kept(path, made_from):
-    """What a file holds that an earlier call has made, or None. InputError if it was made from
-    something else."""
+    """Reads the result that an earlier call has kept in a file. Returns None if there is no such
+    file. InputError if the result was made from something else."""
     if not os.path.exists(path):
         return None
     record = read_json(path)
@@ -139,8 +143,8 @@ def kept(path, made_from):
 
 
 def train(script, folder, *flags, states=True):
-    """One training run: "train_policy" or "train_rm" with these flags, unless it is finished. What
-    was interrupted goes on where it was; with states=False, which saves no state, it starts again.
+    """Runs "train_policy" or "train_rm" with these flags, unless that run is finished. A run that
+    was interrupted goes on where it stopped. With states=False it saves no state, and starts again.
     Returns its seconds."""
     path = os.path.join(folder, "finished.json")
     source, = [flag.partition("=")[2] for flag in flags if flag.startswith("--init_from=")] or [""]
@@ -159,12 +163,13 @@ def train(script, folder, *flags, states=True):
 
 
 def score(folder, ref, split, *flags):
-    """evaluate.py's numbers for one policy, on prompts of a split."""
+    """Returns evaluate.py's numbers for one policy, on prompts of a split."""
     return scores([folder], ref, split, *flags)[folder]
 
 
 def scores(folders, ref, split, *flags):
-    """The same for some policies, {folder: numbers}; the reference answers for all of them once."""
+    """Returns evaluate.py's numbers for several policies, {folder: numbers}. The reference answers
+    the prompts once for all of them."""
     paths = {folder: os.path.join(folder, f"on_{split}.json") for folder in folders}
     made_from = {folder: [*flags, weights(folder), weights(ref)] for folder in paths}
     numbers = {folder: kept(paths[folder], made_from[folder]) for folder in paths}

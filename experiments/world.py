@@ -1,10 +1,10 @@
-"""Is the built-in task in the paper's regime? Measures the criteria that were fixed before any two
-methods were compared on it (dev/LOG.md, "A world in the paper's regime").
+"""Measures whether the built-in task is like the paper's: the criteria that were fixed before any
+two methods were compared on it (dev/LOG.md, "A world in the paper's regime").
 
     python experiments/world.py                    # trains what it needs: 15 minutes on 2 cores
     python experiments/world.py --out_dir=out/w    # what is there is not trained again
 
-Validation prompts and pairs only. `longer`, as everywhere: at least 10% more tokens.
+It uses validation prompts and pairs only. "Longer" means at least 10% more tokens, as everywhere.
 """
 import os
 import sys
@@ -27,7 +27,8 @@ BETAS = (0.1, 0.3, 1)
 
 
 def earned(policy, texts, stream, temperature=1.0):
-    """Rewards and lengths in tokens of one sample for each prompt: (N,) both."""
+    """Draws one sample for each of N prompts. Returns their oracle rewards and their lengths in
+    tokens, (N,) each."""
     tokenizer = tinytldr.tokenizer()
     prompts = [tokenizer.encode_ordinary(text) for text in texts]
     replies = sample(policy, prompts, 64, tokenizer.eot_token, stream, temperature)
@@ -37,9 +38,11 @@ def earned(policy, texts, stream, temperature=1.0):
 
 
 def balanced_accuracy(margins, lengths):
-    """Agreement with the oracle, the mean over pairs whose longer and whose shorter response is
-    preferred: a judge that sees length only gets 1/2. margins: (N,) rewards of the chosen minus the
-    rejected; lengths: (N, 2)."""
+    """Returns how often a judge agrees with the oracle: the mean of its accuracies on pairs whose
+    longer response is preferred and on the others. A judge that sees only length gets 1/2.
+
+    margins: (N,), rewards of the chosen minus the rejected responses. lengths: (N, 2), in tokens.
+    """
     right = np.where(margins == 0, 0.5, margins > 0)
     sides = longer(lengths)
     return (right[sides == 1].mean() + right[sides == -1].mean()) / 2
@@ -96,7 +99,8 @@ def measure(args):
 
 
 def criteria(values):
-    """[(criterion, value, bar, does it hold?)] of what `measure` gives."""
+    """Compares what `measure` returns with the bars. Returns [(criterion, value, lowest, highest,
+    does it hold?)]."""
     gain = {name: max(values[f"dpo {name}, beta {beta}"] for beta in BETAS)
             for name in ("natural", "biased")}
     best_beta = max(BETAS, key=lambda beta: values[f"dpo natural, beta {beta}"])
@@ -106,9 +110,10 @@ def criteria(values):
             ("correlation of reward and length", values["correlation"], 0.25, 1),
             ("length of the best of 16 / mean length",
              values["length, best of 16"] / values["length, mean"], 1, np.inf),
-            ("of DPO's gain, lost on D_0.2", 1 - gain["biased"] / gain["natural"], 0.25, np.inf),
-            ("of DPO's gain, had by a lower temperature", sharpened / gain["natural"],
-             -np.inf, 0.5),
+            ("share of DPO's gain that is lost on D_0.2",
+             1 - gain["biased"] / gain["natural"], 0.25, np.inf),
+            ("share of DPO's gain that a lower temperature gives too",
+             sharpened / gain["natural"], -np.inf, 0.5),
             ("reward model, from length only (0) to the oracle (1)",
              2 * values["reward model"] - 1, 0.75, 1),
             ("reward model's accuracy minus DPO's", values["reward model"] - judge, 0, 1)]
@@ -118,7 +123,7 @@ def criteria(values):
 def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--out_dir", default="out/world", help="remove it to start anew")
+    add("--out_dir", default="out/world", help="for its runs; remove it to start again")
     add("--n_prompts", type=positive_int, default=1000)
     add("--seed", type=seed, default=0)
     add("--workers", type=positive_int, default=2, help="runs at a time, one thread each")

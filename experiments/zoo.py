@@ -141,8 +141,8 @@ def chosen_values(rows):
 
 
 def run_all(args, pool, path, jobs):
-    """Runs what is not in the CSV yet, and appends each row as it comes. jobs: what `run` takes;
-    those whose reward models are still to be trained come last."""
+    """Runs what is not in the CSV yet, and appends the row of each run when it is finished. jobs:
+    what `run` takes; those whose reward models are still to be trained come last."""
     done = {(row["split"], row["rho"], row["seed"], row["method"], float(row["value"]))
             for row in read_rows(path)}
     first, last, models = [], [], {}

@@ -53,8 +53,8 @@ REPEATS = {
 
 
 def find(source, names):
-    """The syntax tree of a function. source: that of its file. names: its own, after those of the
-    classes that it is in. InputError if there is none."""
+    """Finds a function in the source of its file. Returns its syntax tree. names: the names of the
+    classes that it is in, then its own. InputError if there is no such function."""
     node = ast.parse(source)
     for name in names:
         inside = [child for child in node.body if getattr(child, "name", None) == name]
@@ -67,7 +67,7 @@ def find(source, names):
 
 
 def without_body(source, names, instead=None):
-    """The source of a file with one function left to write.
+    """Returns the source of a file with one function left to write.
 
     names: see find. instead: a line that becomes the body (default: an error that says so)."""
     body = find(source, names).body
@@ -123,8 +123,8 @@ def emptied(bodies, edited):
 
 
 def write_copy(folder, sources, projects=()):
-    """Writes a copy of the repository. sources: {path: text} of files that are other ones there.
-    projects: those for whose files there is room."""
+    """Writes a copy of the repository. sources: {path: text} of files that are different there.
+    projects: names of projects whose files are copied too."""
     patterns = IN_THE_COPY + [path for project in projects for path in OF_A_PROJECT[project]]
     for pattern in patterns:
         for path in glob.glob(pattern, root_dir=ROOT):
@@ -149,14 +149,15 @@ def parse_flags(argv):
                         "copy README.md and handout.html, and next to it, with the answers, "
                         "OUT_DIR-teacher.md and OUT_DIR-teacher.html")
     parser.add_argument("--student", help="draw a variant of the set from this ID: other numbers "
-                        "and a loss more, see VARIANT.md in the copy")
+                        "and one more loss; VARIANT.md in the copy lists them")
     args = parser.parse_args(argv)
     one_set = len(args.functions) == 1 and args.functions[0] in (*SETS, *PROJECTS)
     if args.handout and not one_set:
-        raise InputError("--handout: a page is that of one set; name one of "
+        raise InputError("--handout: there is a page for each set; name one of "
                          f"{', '.join([*SETS, *PROJECTS])}")
     if args.student and not (one_set and args.functions[0] in SETS):
-        raise InputError(f"--student: a variant is that of one set; name one of {', '.join(SETS)}")
+        raise InputError(f"--student: there are variants of each set; name one of "
+                         f"{', '.join(SETS)}")
     args.out_dir = args.out_dir or f"out/{args.functions[0] if one_set else 'homework'}"
     return args
 

@@ -1,7 +1,7 @@
-"""The course: sets of functions for students to write, and the points of each function.
+"""Lists the sets of the course: functions for students to write, and the points of each function.
 
-runs/assignment.py makes the copies, runs/grade.py gives the points, docs/assignments.md explains
-the sets. The order is that in which one learns.
+runs/assignment.py makes the copies, runs/grade.py gives the points, and docs/assignments.md
+explains the sets. Each set builds on those before it.
 """
 
 SETS = {

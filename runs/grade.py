@@ -55,7 +55,7 @@ SPECIAL_METHODS = {"__init__", "__call__", "__len__", "__getitem__", "__iter__",
 
 
 class NoPoints(Exception):
-    """A function gets no points. The message says why, in one line."""
+    """Is raised where a function gets no points. The message says why, in one line."""
 
 
 # ------------------------------------------------------------------ the transplant
@@ -197,7 +197,7 @@ def changes(reference, student, graded):
 
 
 class Outcome(NamedTuple):
-    """What became of a test function: did all of its cases pass, and the first message if not."""
+    """Says whether all cases of a test function passed, and the first message if not."""
     passed: bool
     message: str = ""
 
@@ -277,7 +277,7 @@ def run_tests(edited, tests, seconds):
 
 
 class Row(NamedTuple):
-    """The grade of a function. note: why points are missing."""
+    """Is the grade of a function. note: why points are missing."""
     function: str
     points: float
     out_of: int
@@ -285,8 +285,8 @@ class Row(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """What a student's functions are put into. edited: {path: source} where a variant differs from
-    this repository. tests: {function: the tests that execute it}."""
+    """Describes the repository that a student's functions are put into. edited: {path: source}
+    where a variant differs from this repository. tests: {function: the tests that execute it}."""
     edited: dict
     tests: dict
 

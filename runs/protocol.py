@@ -1,12 +1,12 @@
-"""The paper's protocol on real preferences, start to end: reference policy, oracle reward model,
-relabelled pairs, D_rho, reward models, policies, and their advantage by the oracle's reward.
+"""Runs the paper's protocol on real preferences: reference policy, oracle reward model, relabelled
+pairs, D_rho, reward models, policies, and their advantage by the oracle's reward.
 
     bash runs/tldr.sh       # TL;DR from the hub, from GPT-2, at the paper's scale
     bash runs/helpful.sh    # Anthropic's helpful-base, people's own labels: the unbiased setting
 
-Every stage is one of the repository's scripts, printed as it is run. What is finished is not run
-again, and what was interrupted goes on where it was: call it again with the same flags. With other
-flags, name another --out.
+Every stage is one of the repository's scripts, and its command is printed. If you call the protocol
+again with the same flags, finished stages are not run again, and an interrupted one goes on where
+it stopped. With other flags, name another --out.
 """
 import os
 import shlex
@@ -129,9 +129,9 @@ def parse_flags(argv):
 
 
 def check_begun(args, stages):
-    """InputError if runs were trained in --out with other flags than these, which are in its
-    protocol.json, or by something else. As long as no run there has saved anything, a flag may be
-    corrected. Returns the flags to write there."""
+    """Raises InputError if --out has runs with other flags (its protocol.json has them), or runs of
+    something else. As long as no run there has saved anything, a flag may be corrected. Returns the
+    flags to write to protocol.json."""
     path = protocol_file(args)
     flags = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     below = [os.path.join(parent, name) for parent, names, _ in os.walk(args.out) for name in names]
@@ -155,7 +155,7 @@ def protocol_file(args):
 
 
 def check_flags(args, stages):
-    """InputError for flags that a stage would refuse, which may be hours from now."""
+    """Raises InputError for flags that a later stage would refuse, perhaps hours from now."""
     for script, folder, flags in stages:
         flags = missing_flags(folder, flags)
         if flags is not None and script == "train_policy.py":
@@ -167,8 +167,9 @@ def check_flags(args, stages):
 
 
 def check_data(args):
-    """InputError for what the stages would refuse in the files, such as bad rows or missing scores,
-    and for samples that are longer than a text may be. What is read here is kept for the stages."""
+    """Raises InputError for what a later stage would refuse in the files, such as bad rows or
+    missing scores, and for samples that are longer than a text may be. The tokens that are read
+    here are kept for the stages."""
     block_size = args.block_size or read_sizes(args.init_from)["block_size"]
     if (args.max_new_tokens or 0) >= block_size:
         raise InputError(f"--max_new_tokens: {args.max_new_tokens} leaves no room for a prompt in "
@@ -193,9 +194,9 @@ def check_data(args):
 
 
 def check_pairs(args, lengths):
-    """InputError if D_rho, or a subset of it for e-DPO's family, can't be drawn from the training
-    rows. What the oracle will prefer is not known yet, but how many pairs have a longer response
-    is. lengths: (N, K) tokens in each response."""
+    """Raises InputError if D_rho, or a subset of it for e-DPO's family, can't be drawn from the
+    training rows. What the oracle will prefer is not known yet, but it is known how many pairs have
+    a longer response. lengths: (N, K) tokens in each response."""
     by_bias = "e-dpo" in args.losses and args.family == "bias"
     if args.rho == "all" and not by_bias:
         return
@@ -256,7 +257,7 @@ def listed(values):
 
 
 def loss_flags(args, loss, rm, rms):
-    """The flags that train_policy.py needs for one loss: those that the loss uses."""
+    """Returns the flags of train_policy.py for one loss: those that the loss uses."""
     flags = [f"--loss={loss}"]
     if "rewards" in needs(loss):
         flags.append(f"--rewards={rms if loss == 'e-dpo' else rm}")

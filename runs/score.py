@@ -1,10 +1,11 @@
-"""Scores every response of a file by reward models, and writes the scores as columns beside them.
+"""Scores every response of a file by reward models, and writes the scores as new columns.
 
     python runs/score.py --data=prefs.jsonl --rewards=out/rms       # -> out/scored.jsonl
     python train_policy.py --loss=e-dpo --data=out/scored.jsonl --rewards=scores --out_dir=out/mine
 
-The columns: prompt, chosen, rejected, score_chosen, score_rejected; of more than two responses
-prompt, responses, ranks, scores. A score is a number, or a list if there are several reward models.
+The columns are prompt, chosen, rejected, score_chosen and score_rejected, or for more than two
+responses prompt, responses, ranks and scores. A score is a number, or a list if there are several
+reward models.
 """
 import json
 import os
@@ -68,7 +69,7 @@ def load(folders, device):
 
 
 def scorable(data, tokenizer, block_size, skip_bad_rows=False):
-    """Rows of text whose responses can be scored, and their examples: (rows, Dataset)."""
+    """Reads the rows whose responses can be scored. Returns (rows of text, Dataset)."""
     rows = list(load_rows(data, skip_bad_rows=skip_bad_rows, prepare=preparer(tokenizer)))
     arrays = encode(rows, tokenizer)
     if "desirable" in arrays:
@@ -97,7 +98,7 @@ def cut_off(dataset, args):
 
 
 def record(row, scores):
-    """One line of the file. scores: for each response a number or a list."""
+    """Makes one line of the file. scores: for each response a number or a list."""
     responses = row["responses"]
     if len(responses) == 2:
         columns = dict(zip(("chosen", "rejected", "score_chosen", "score_rejected"),

@@ -1,4 +1,4 @@
-"""Variants of the course's sets, against copied solutions: each student's ID draws one.
+"""Draws variants of the course's sets from students' IDs, so that copied solutions don't fit.
 
     python runs/assignment.py pairs --student=s1234         # a copy with this student's variant
     python runs/grade.py out/pairs pairs --student=s1234    # judged by the same variant
@@ -40,16 +40,17 @@ PUBLISHED = ("tests/test_zoo.py::test_a_loss_has_the_properties_of_its_equation"
 
 
 class Change(NamedTuple):
-    """One thing that is different. note: in a sentence. edits: {file: [(old text, new text)]}, one
-    after the other. without: tests that hold no longer."""
+    """Describes one thing that is different. note: in a sentence. edits: {file: [(old text, new
+    text)]}, one after the other. without: tests that no longer hold."""
     note: str
     edits: dict
     without: tuple = ()
 
 
 def longer(percent, factor, divisor, in_16_bits):
-    """A response is longer if it has at least `percent` more tokens: if `divisor` times its length
-    is at least `factor` times the other's. in_16_bits: lengths of which these numbers overflow."""
+    """Changes data.longer: a response is longer if it has at least `percent` more tokens, which
+    means that `divisor` times its length is at least `factor` times the other's. in_16_bits:
+    lengths at which these products overflow 16 bits."""
     old = ("np.where(10 * chosen >= 11 * rejected, 1, "
            "np.where(10 * rejected >= 11 * chosen, -1, 0))")
     new = old.replace("10 *", f"{divisor} *").replace("11 *", f"{factor} *")
@@ -70,7 +71,8 @@ def longer(percent, factor, divisor, in_16_bits):
 
 
 def ipo(note, formula, old, new, step_0, hint=()):
-    """IPO with `new` where the formula has `old`. step_0: its value there. hint: an edit more."""
+    """Changes IPO: its formula has `new` in the place of `old`. step_0: its value at step 0. hint:
+    one more edit."""
     def edit(text):
         return text, text.replace(old, new)
 
@@ -93,8 +95,8 @@ def ipo(note, formula, old, new, step_0, hint=()):
 
 
 def member(name, formula, value, index, by_hand):
-    """e-DPO with another member of the family than the best one. value, index: the methods that
-    take its loss, and its number, out of (B, M). by_hand: takes its loss out of a list."""
+    """Changes e-DPO: it takes another member of the family than the best one. value, index: tensor
+    methods that pick its loss and its number from (B, M). by_hand: picks its loss from a list."""
     def edit(before, numbers, after=""):
         return f"{before}min({numbers}){after}", before + by_hand.format(numbers) + after
 
@@ -165,9 +167,10 @@ CHANGES = {
 
 
 class Variant(NamedTuple):
-    """What a student has. seed: of the world. loss: the one of zoo.py that is added, or None.
-    points: {function: points}, those of the set and of that loss. notes: what is different, in
-    sentences. edited: {file: its source, with the solutions}. without: tests that do not hold."""
+    """Describes a student's variant. seed: of the world. loss: the one of zoo.py that is added, or
+    None. points: {function: points}, those of the set and of that loss. notes: what is different,
+    in sentences. edited: {file: its source, with the solutions}. without: tests that no longer
+    hold."""
     seed: int
     loss: str
     points: dict

@@ -80,7 +80,7 @@ def test_what_is_no_function(function, message, tmp_path):
 
 def test_a_page_is_of_one_set(tmp_path):
     for words in (["losses.dpo"], ["pairs", "bias"]):
-        with pytest.raises(InputError, match="--handout: a page is that of one set"):
+        with pytest.raises(InputError, match="--handout: there is a page for each set"):
             assignment.main([*words, "--handout", f"--out_dir={tmp_path}/homework"])
     (tmp_path / "homework-teacher.md").touch()
     with pytest.raises(InputError, match="homework-teacher.md is there already"):

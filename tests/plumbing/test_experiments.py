@@ -66,8 +66,8 @@ def test_criteria():
     """DPO's gain is that of its best beta, on each kind of pairs."""
     values = {name: value for name, value, *_ in world_script.criteria(MEASURED)}
     first, last = world_script.BETAS[0], world_script.BETAS[-1]
-    assert values["of DPO's gain, lost on D_0.2"] == 1 - (2 + 0.1 * last) / (4 - first)
-    assert values["of DPO's gain, had by a lower temperature"] == 1.0 / (4 - first)
+    assert values["share of DPO's gain that is lost on D_0.2"] == 1 - (2 + 0.1 * last) / (4 - first)
+    assert values["share of DPO's gain that a lower temperature gives too"] == 1.0 / (4 - first)
     assert values["reward model, from length only (0) to the oracle (1)"] == pytest.approx(0.8)
     assert all(holds for *_, holds in world_script.criteria(MEASURED))
 

@@ -379,7 +379,7 @@ def test_the_copy_of_a_student(tmp_path, capsys):
         copied = tmp_path / "s0" / path
         assert not copied.exists() or f"def {name}(" not in copied.read_text(encoding="utf-8")
     for words in (["losses.dpo"], ["pairs", "bias"], ["leaderboard"]):
-        with pytest.raises(InputError, match="--student: a variant is that of one set"):
+        with pytest.raises(InputError, match="--student: there are variants of each set"):
             assignment.main([*words, "--student=s0", f"--out_dir={tmp_path}/other"])
 
 

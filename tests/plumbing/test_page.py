@@ -376,5 +376,5 @@ def test_the_picture_shows_this_page():
     """docs/img/report.png was made from the template as it is, and is small."""
     picture = (ROOT / "docs/img/report.png").read_bytes()
     assert browser.hash_template(TEMPLATE).encode() in picture, (
-        "stale: run python evaluate.py, then the command that stands in the README below it")
+        "stale: run python evaluate.py, then the command in docs/setup.md")
     assert len(picture) < 200_000

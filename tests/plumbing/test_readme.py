@@ -151,9 +151,10 @@ def test_the_tree_in_the_readme_is_what_collate_makes():
     ("docs/walk.ipynb", "python dev/walk.py"), ("out/report/report.html", "python evaluate.py"),
     ("docs/img/report.png", "python dev/browser.py out/report/report.html docs/img/report.png")])
 def test_what_is_generated_has_its_command(made, command):
-    """It stands next to the name of what it makes: in the same paragraph, or the same point of a
-    list. (tests/test_zoo.py, test_walk.py and test_page.py fail where one of these is stale.)"""
-    text = re.sub(r"```.*?```", "", text_of(README), flags=re.S)
+    """In docs/setup.md, next to the name of what it makes: in the same paragraph, or the same point
+    of a list. (tests/test_zoo.py, test_walk.py and test_page.py fail where one of these is stale.)
+    """
+    text = re.sub(r"```.*?```", "", text_of(ROOT / "docs" / "setup.md"), flags=re.S)
     parts = [" ".join(part.split()) for part in re.split(r"\n\n|\n(?=\* )", text)]
     assert any(made in part and f"`{command}`" in part for part in parts)
 
@@ -214,8 +215,10 @@ def test_the_expected_output_is_the_table_of_the_results():
 
 
 def test_the_table_of_the_first_look_has_the_headings_that_a_run_prints():
-    """Those of a policy that the oracle judges; the rows fit below them."""
-    shown, = [block for block in text_of(README).split("```") if "train/chosen  " in block]
+    """In docs/glossary.md, which explains them: those of a policy that the oracle judges; the rows
+    fit below them."""
+    glossary = text_of(ROOT / "docs" / "glossary.md")
+    shown, = [block for block in glossary.split("```") if "train/chosen  " in block]
     heading, *rows = re.findall(r"^ step .*|^ +\d+  +\d+\.\d{4}  .*", shown, flags=re.M)
     of_pairs = [name for name in SHOWN if not name.endswith(("/good", "/bad"))]
     assert heading.split() == ["step", *of_pairs, "left"]
