@@ -218,6 +218,8 @@ PREFERENCE_LOSSES = [name for name in LOSSES if name != "sft"]
 MORE = {}       # losses of other files that --loss also knows, by name: zoo.py fills in its own
 UNPAIRED = {}   # what those compute for rows with one response and a label, where they can: {name:
 #                 function of (log-ratios, desirable, log-ratios of mismatched responses, flags)}
+COUPLED = set()     # those in which the loss of a pair depends on the other pairs of its batch
+#                     (train_policy.py computes these for all rows of a step at once: WholeBatch)
 
 # The paper's six methods, and what each distils: one reward model ("rm") or the family ("rms").
 PAPER = {"dpo": None, "ipo": None, "d-dpo": "rm", "p-dpo": None, "dp-dpo": "rm", "e-dpo": "rms"}

@@ -13,6 +13,7 @@ With --lora=16 only a small adapter is trained; docs/data.md shows how to use yo
 models.
 """
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from data import BatchOrder, by_length, demonstrations, get_tokenizer
 from lora import add_lora, check_rank
-from losses import PAPER, UNPAIRED, batch_loss, best_member, knobs, needs
+from losses import COUPLED, PAPER, UNPAIRED, batch_loss, best_member, knobs, needs
 from model import GPT, GPTConfig
 from reward import (
     family_scores,
@@ -46,6 +47,7 @@ from support.columns import (
     was_cut_off,
 )
 from support.device import (
+    PROCESSES,
     add_up,
     add_up_gradients,
     compute,
@@ -192,6 +194,25 @@ def row_terms(dataset, loss):
     return np.ones(len(dataset), np.int64)
 
 
+class WholeBatch:
+    """The rows of a step, for a loss in which pairs depend on each other (losses.COUPLED) where a
+    forward pass has only some of them. First the policy reads all rows without a gradient, which
+    takes a third more time. Then each pass puts its own log-probs, which have one, in the place of
+    these. The sum of the gradients is that of a single pass with all rows."""
+
+    def __init__(self, policy, dataset, rows, device):
+        self.rows = rows
+        self.batch = replace(dataset, below=None).batch(rows).to(device)
+        logps = score(policy, dataset.take(rows), "whole batch")            # (batch_size, K)
+        self.logps = torch.from_numpy(logps[:, :self.batch.lengths.size(1)]).to(device)
+
+    def with_part(self, part, logps):
+        """Returns the log-probs of all rows, (batch_size, K). part: which rows a pass has; logps:
+        (b, K) what it computes for them."""
+        places = torch.from_numpy(np.flatnonzero(np.isin(self.rows, part))).to(logps.device)
+        return self.logps.index_copy(0, places, logps)
+
+
 @torch.no_grad()
 def evaluate(policy, dataset, args, flags, device):
     """Computes means of the loss and of the numbers to watch over a whole data set.
@@ -200,6 +221,11 @@ def evaluate(policy, dataset, args, flags, device):
     Returns {name: number}.
     """
     total = int(row_terms(dataset, args.loss).sum())
+    if args.loss in COUPLED:        # all rows are one batch
+        every = WholeBatch(policy, dataset, np.arange(len(dataset)), device)
+        losses = batch_loss(args.loss, every.logps, every.batch, **flags)
+        values = {"loss": losses, **statistics(every.logps, every.batch)}
+        return {name: (value / total).sum().item() for name, value in values.items()}
     size = 4 * args.micro_batch_size    # without a gradient, a row takes less memory
     sums = {}
     for part in micro_batches(np.arange(len(dataset)), size):
@@ -349,16 +375,24 @@ def main(argv=None):
 
         rows, flags = order.rows(step), loss_flags(args, step)  # (batch_size,)
         total = len(rows) * terms.mean()                        # rows; for SFT, expected tokens
-        for part in micro_batches(rows, size):                  # this process's share of the rows
+        parts, whole = micro_batches(rows, size), None          # this process's share of the rows
+        if args.loss in COUPLED and len(parts) * PROCESSES > 1:
+            whole = WholeBatch(policy, train, rows, device)
+        for part in parts:
             batch = train.batch(part).to(device)                # the tree, with its columns
             with compute():
                 logps = policy(batch)                           # (b, K)
+            numbers = statistics(logps, batch)
+            share = 1                       # of the rows with a loss here, those of this pass
+            if whole is not None:
+                batch, logps = whole.batch, whole.with_part(part, logps)
+                share = len(part) / len(rows)
             losses = batch_loss(args.loss, logps, batch, **flags)       # (pairs,), for SFT (b,)
             if step == 0 and part[0] == rows[0] and args.loss != "sft":     # first micro-batch
                 expected = batch_loss(args.loss, batch.ref_logps, batch, **flags)
                 check_step_0(losses, expected, logps, batch.ref_logps, args)
             (losses.sum() / total).backward()                   # adds to the batch's gradient
-            run.watch(total, loss=losses, **statistics(logps, batch))
+            run.watch(total, loss=share * losses, **numbers)
         add_up_gradients(policy)                                # over all processes
         grad_norm = clip_grad_norm_(policy.parameters(), GRAD_CLIP)
         for group in optimizer.param_groups:

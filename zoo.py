@@ -22,7 +22,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from losses import LOSSES, MORE, UNPAIRED, d_dpo, dpo, log_ratio_margin, reward_margin
+from losses import COUPLED, LOSSES, MORE, UNPAIRED, d_dpo, dpo, log_ratio_margin, reward_margin
 
 # ------ margins
 
@@ -460,6 +460,7 @@ ZOO = {
 }
 MORE.update(ZOO)                        # now losses.py finds them by name
 UNPAIRED["kto"] = kto_unpaired
+COUPLED.update(["bco", "kto", "aot", "aot-unpaired"])
 
 
 def all_losses():
