@@ -220,6 +220,7 @@ MORE = {}       # losses of other files that --loss also knows, by name: zoo.py 
 EVERY_LOSS = ChainMap(LOSSES, MORE)     # looks a name up in both
 UNPAIRED = {}   # what those compute for rows with one response and a label, where they can: {name:
 #                 function of (log-ratios, desirable, log-ratios of mismatched responses, flags)}
+COUPLED = set()     # those in which the loss of a pair depends on the other pairs of its batch
 
 # The paper's six methods, and what each distils: one reward model ("rm") or the family ("rms").
 PAPER = {"dpo": None, "ipo": None, "d-dpo": "rm", "p-dpo": None, "dp-dpo": "rm", "e-dpo": "rms"}

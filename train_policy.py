@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from data import BatchOrder, by_length, demonstrations, get_tokenizer
 from lora import add_lora, check_rank
-from losses import LOSSES, PAPER, UNPAIRED, batch_loss, best_member, knobs, needs
+from losses import COUPLED, LOSSES, PAPER, UNPAIRED, batch_loss, best_member, knobs, needs
 from model import GPT, GPTConfig
 from reward import (
     family_scores,
@@ -95,7 +95,11 @@ def parse_flags(argv=None):
     """Reads the flags of a run: an argparse.Namespace. argv: the command line's words, or None for
     the real ones. InputError for a flag that is wrong or would be ignored."""
     losses = {name: (needs(name), knobs(name), PAPER.get(name)) for name in LOSSES | ZOO}
-    return policy_flags(argv, __doc__, SFT, PREFERENCES, losses)
+    args = policy_flags(argv, __doc__, SFT, PREFERENCES, losses)
+    if args.loss in COUPLED and (args.micro_batch_size < args.batch_size or PROCESSES > 1):
+        raise InputError(f"--loss: {args.loss} compares the rows of a batch with each other, so it "
+                         "needs them all in one forward pass: no --micro_batch_size, one process")
+    return args
 
 
 def with_columns(dataset, split, policy, tokenizer, reward_models, args):

@@ -22,7 +22,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from losses import MORE, UNPAIRED, d_dpo, dpo, log_ratio_margin, reward_margin
+from losses import COUPLED, MORE, UNPAIRED, d_dpo, dpo, log_ratio_margin, reward_margin
 
 # ------ margins
 
@@ -156,11 +156,12 @@ def kto(logps, ref_logps, beta=1.0, desirable_weight=1.0, undesirable_weight=1.0
 
     Prospect theory: people feel gains and losses relative to a reference point z, and the larger
     they are, the less a little more counts. Here z is the KL to the reference model. The paper
-    estimates it from responses to other prompts of the batch; this loss takes the mean log-ratio of the
-    batch's own responses, without a gradient. D and U are the two weights. On rows with one
+    estimates it from responses to other prompts of the batch; this loss takes the mean log-ratio of
+    the batch's own responses, without a gradient. D and U are the two weights. On rows with one
     labelled response, kto_unpaired takes its place.
 
-    KTO: Ethayarajh et al. (2024), arXiv 2402.01306, Eq. 8 (D, U are their lambda_D, lambda_U).
+    KTO: Ethayarajh et al. (2024), arXiv 2402.01306, L_KTO in Sec. 4.1, which TRL
+    calls Eq. 7 (D, U are their lambda_D, lambda_U).
     """
     u, v = log_ratios(logps, ref_logps)
     z = (u + v).detach().mean().clamp(min=0) / 2
@@ -178,7 +179,7 @@ def kto_unpaired(u, desirable, mismatched, beta=1.0, desirable_weight=1.0, undes
     u: (B,) log-ratios of B responses. desirable: (B,) bool. mismatched: (B,) log-ratios of
     responses to other prompts, each read after a prompt of this batch. Returns (B,).
 
-    KTO: Ethayarajh et al. (2024), arXiv 2402.01306, Eq. 8 and the estimate of z_0 below it.
+    KTO: Ethayarajh et al. (2024), arXiv 2402.01306, L_KTO and the estimate of z_0 in Sec. 4.1.
     """
     z = mismatched.detach().mean().clamp(min=0)
     losses = torch.sigmoid(beta * torch.where(desirable, z - u, u - z))
@@ -461,6 +462,7 @@ ZOO = {
 }
 MORE.update(ZOO)                        # now losses.py finds them by name
 UNPAIRED["kto"] = kto_unpaired
+COUPLED.update(["bco", "kto", "aot", "aot-unpaired"])
 
 # What TRL 1.16 calls them: {its trainer: {its loss_type or flag: (ours, what differs)}}.
 TRL = {

@@ -47,7 +47,7 @@ each with a log-prob of -60 nats under the reference. Five reward models give it
 2, 2.5 and 3. Flags are at their defaults, and the KL is left out.
 
 * **needs**: what a loss has to know besides the policy's log-probs. *batch* means that the loss of
-  a pair depends on the other pairs of its batch.
+  a pair depends on the other pairs of its batch, so that `--micro_batch_size` is refused.
 * **value**: the loss at the reference, where training starts. **gradient**: its derivatives there,
   with respect to the log-probs of the chosen and of the rejected response. Training pushes a
   log-prob up where its number is negative.

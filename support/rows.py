@@ -47,7 +47,7 @@ BLANK = re.compile("[\\s\\u200b-\\u200f\\u2060\\ufeff]*")     # with characters 
 WRITTEN_MESSAGES = re.compile(r"""\s*(array\()?\[\s*\{\s*["'](role|content|from|value)["']\s*:.*"""
                               r"""[\])]\s*""", re.S)
 TRUE = {"true", "yes", "1", "1.0", "desirable"}
-FALSE = {"false", "no", "0", "0.0", "-1", "undesirable"}
+FALSE = {"false", "no", "0", "0.0", "-1", "-1.0", "undesirable"}
 # The name of a column that says which response is better has a word of the first kind, and no word
 # but these: `preferred`, `better_response_id`, `isChosen`; but not `preference_strength`.
 LABEL_WORDS = set(
