@@ -156,7 +156,7 @@ def kto(logps, ref_logps, beta=1.0, desirable_weight=1.0, undesirable_weight=1.0
 
     Prospect theory: people feel gains and losses relative to a reference point z, and the larger
     they are, the less a little more counts. Here z is the KL to the reference model. The paper
-    estimates it from responses to other prompts of the batch; this loss takes the mean log-ratio of
+    estimates it from responses to other prompts of the batch. This loss takes the mean log-ratio of
     the batch's own responses, without a gradient. D and U are the two weights. On rows with one
     labelled response, kto_unpaired takes its place.
 

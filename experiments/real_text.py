@@ -559,8 +559,8 @@ def run_name(rho, number, method):
 
 
 def choose_rate(args):
-    """Chooses the learning rate of all policies: the one with the highest validation advantage, as
-    a mean over the losses that tried it. Writes it to chosen.json."""
+    """The learning rate of all policies: that of the highest mean validation advantage of the
+    losses that tried them. Written to chosen.json."""
     reached = {}
     for row in figure2.read_rows(f"{args.results}/runs.csv"):
         if row["purpose"] == "rate":

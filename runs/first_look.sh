@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # A first look, in less than two minutes: a small model learns to summarise, and then learns from
-# preferences. out/first-look/report/report.md says what that changed. It is a short version of
-# the first steps of runs/speedrun.sh, whose models are trained for longer and on more pairs: the
-# numbers of the two are not to be compared.
+# preferences. out/first-look/report/report.md says what that changed. This is a short version of
+# the first steps of runs/speedrun.sh. That one trains for longer and on more pairs, so don't
+# compare the numbers of the two.
 # The flags --seed=, --device= and --dtype= go to every command.
 set -eo pipefail
 source "$(dirname "$0")/venv.sh" .venv requirements-dev.txt

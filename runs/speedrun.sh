@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# The whole method on the built-in task, from an empty folder to a report: out/report/report.html to
-# look at, and out/report/report.md to read.
-# It prints each command, which you can also run by itself. Run again, the speedrun goes on with what
-# is in out/: what is finished is not trained twice, and what was interrupted is resumed. To start afresh, remove out/
-# or name another folder: OUT=out/second bash runs/speedrun.sh
+# Runs the whole method on the built-in task, from an empty folder to a report. Look at
+# out/report/report.html, and read out/report/report.md.
+# It prints each command, and you can also run them one by one. If you run the speedrun again, it
+# goes on from what is in out/: finished runs are not trained twice, and interrupted ones are
+# resumed. To start again from nothing, remove out/ or name another folder:
+# OUT=out/second bash runs/speedrun.sh
 # The flags --seed=, --device= and --dtype= go to every command.
 set -eo pipefail
 for flag in "$@"; do
@@ -44,8 +45,8 @@ train train_policy.py sft --loss=sft
 train train_rm.py rm --rho=0.2 --init_from="$out/sft"
 train train_rm.py rms --rho=0.2 --init_from="$out/sft" --bias=0.2,0.4,0.5,0.6,0.8
 
-# Six policies from the same reference, on the same pairs, for the same number of steps; of each the
-# checkpoint whose summaries of validation posts the oracle likes best.
+# Six policies from the same reference, on the same pairs, for the same number of steps. Each keeps
+# the checkpoint whose summaries of validation posts earn most from the oracle.
 policy() {
     train train_policy.py "$1" --loss="$1" --rho=0.2 --init_from="$out/sft" --select=oracle "${@:2}"
 }
