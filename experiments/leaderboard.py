@@ -56,7 +56,10 @@ def read_entry(path):
             if module.split(".")[0] not in MAY_IMPORT:
                 raise InputError(f"entry: {path}, line {node.lineno} imports {module}; an entry "
                                  f"may import {', '.join(sorted(MAY_IMPORT))}")
-    LOSSES["entry"] = runpy.run_path(path).get("loss")
+    try:
+        LOSSES["entry"] = runpy.run_path(path).get("loss")
+    except (Exception, SystemExit) as error:        # whatever a student's file raises
+        raise InputError(f"entry: {path} can't be run: {type(error).__name__}: {error}") from error
     if not callable(LOSSES["entry"]):
         raise InputError(f"entry: {path} has no function `loss`")
     columns = {"logps", "ref_logps", "rewards", "lengths", "kl"}

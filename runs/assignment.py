@@ -184,11 +184,11 @@ def main(argv=None):
         copy = os.path.join(folder, "copy")
         write_copy(copy, sources, projects)
         if args.handout:
-            handout.write_student(copy, *args.functions)
+            handout.write_student(copy, *args.functions, variant)
         shutil.move(copy, os.path.abspath(args.out_dir))
     print(f"to write: {', '.join(to_write) or 'a loss of their own'} -> {args.out_dir}")
     if args.handout:
-        handout.write_teacher(teachers, *args.functions)
+        handout.write_teacher(teachers, *args.functions, variant)
         print(f"the page: {args.out_dir}/README.md and handout.html; with answers: "
               f"{' and '.join(teachers)}")
 

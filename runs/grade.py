@@ -20,6 +20,7 @@ own machinery. Beyond that, grade in a container, as Gradescope and GitHub do.
 import ast
 import base64
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -66,9 +67,10 @@ def parse(source, path):
     try:
         return ast.parse(source)
     except SyntaxError as error:
-        raise NoPoints(f"{path}, line {error.lineno}: {error.msg}")
+        where = path if error.lineno is None else f"{path}, line {error.lineno}"
+        raise NoPoints(f"{where}: {error.msg}")
     except (ValueError, RecursionError, MemoryError) as error:
-        raise NoPoints(f"{path} is not Python: {error}")
+        raise NoPoints(f"{path} is not Python: {str(error) or 'it is nested too deeply'}")
 
 
 def defined(body):
@@ -347,7 +349,16 @@ def read_student(folder, path):
         with open(os.path.join(folder, path), "rb") as file:
             return parse(file.read(), path)
     except OSError as error:
-        raise NoPoints(f"{path}: {error.strerror}")
+        raise NoPoints(f"{path}: {error.strerror}{elsewhere(folder, path)}")
+
+
+def elsewhere(folder, path):
+    """Says where a student's file may be instead: a folder further down, as in many zips, or under
+    the name of a second download."""
+    stem = path.removesuffix(".py")
+    found = sorted(glob.glob(f"{glob.escape(folder)}/*/{path}")
+                   + glob.glob(f"{glob.escape(folder)}/{stem}[ _(-]*.py"))
+    return f"; there is {os.path.relpath(found[0], folder)!r}" if found else ""
 
 
 def grade(folder, points, reference, seconds=120):
@@ -380,8 +391,9 @@ def ignored(folder, points, reference):
 
 
 def in_a_line(text):
-    """Cuts a message: its first line, at most LONGEST_LINE characters."""
-    text = text.partition("\n")[0]
+    """Cuts a message: its first line that says something, at most LONGEST_LINE characters."""
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    text = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
     return text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE - 3]}..."
 
 
@@ -436,7 +448,8 @@ def parse_flags(argv):
 def main(argv=None):
     args = parse_flags(argv)
     if not os.path.isdir(args.folder):
-        raise InputError(f"folder: {args.folder!r} is not a folder; name the student's copy")
+        unzip = "unzip it first" if os.path.isfile(args.folder) else "name the student's copy"
+        raise InputError(f"folder: {args.folder!r} is not a folder; {unzip}")
     points, reference = for_student(args.set, args.student)
     rows = grade(args.folder, points, reference, args.seconds)
     lines = ignored(args.folder, points, reference)

@@ -69,13 +69,15 @@ def read_hints(text):
     return hints
 
 
-def definition(function, root):
+def definition(function, root, edited):
     """Finds a function in the code. function: such as losses.dpo, or for a method
-    model.GPT.response_logps. root: the repository's, or that of a copy. Returns (its syntax tree,
-    its lines, unindented)."""
+    model.GPT.response_logps. root: the repository's, or that of a copy. edited: {path: source} of
+    files that are other ones in a variant. Returns (its syntax tree, its lines, unindented)."""
     module, *names = function.split(".")
-    with open(os.path.join(root, f"{module}.py"), encoding="utf-8") as file:
-        source = file.read()
+    source = edited.get(f"{module}.py")
+    if source is None:
+        with open(os.path.join(root, f"{module}.py"), encoding="utf-8") as file:
+            source = file.read()
     node = ast.parse(source)
     for name in names:
         node, = [child for child in node.body if getattr(child, "name", None) == name]
@@ -83,15 +85,15 @@ def definition(function, root):
     return node, [line[node.col_offset:] for line in lines]
 
 
-def signature(function, root=ROOT):
+def signature(function, root=ROOT, edited={}):
     """Returns the lines of a function down to the end of its docstring, as one text."""
-    node, lines = definition(function, root)
+    node, lines = definition(function, root, edited)
     return "\n".join(lines[:node.body[0].end_lineno - node.lineno + 1])
 
 
-def solution(function):
+def solution(function, edited={}):
     """Returns the lines of a function after its docstring, as one text."""
-    node, lines = definition(function, ROOT)
+    node, lines = definition(function, ROOT, edited)
     return "\n".join(lines[node.body[0].end_lineno - node.lineno + 1:])
 
 
@@ -102,12 +104,26 @@ def folded(hints, name):
             "</details>" for number, (level, hint) in enumerate(zip(levels, hints), 1)]
 
 
-def page(name, teacher=False, root=ROOT):
+def about_variant(variant):
+    """Returns the paragraphs that say how a student's variant differs from the set."""
+    return ["**This copy is a variant.** The equation, the picture, the hints and the questions of "
+            "this page are those of the set as it is published. What you write, and the points, "
+            "are the variant's. It differs in this:",
+            "\n".join(f"- {note}" for note in variant.notes)]
+
+
+def page(name, teacher=False, root=ROOT, variant=None):
     """Puts the page of a set together, in Markdown. name: of the set. teacher: with the answers and
-    the solutions. root: of the copy, whose docstrings are other ones in a student's variant."""
+    the solutions. root: of the copy. variant: that of a student, see runs/variants.py."""
     title, sections = read_text(name)
     head, effort = title.split("\n", 1)
     points, hints = SETS.get(name, {}), read_hints(sections.pop("Hints", ""))
+    edited, changed = {}, {}
+    if variant:
+        points = variant.points
+        edited = variant.edited if teacher else {}      # a student's docstrings are in the copy
+        changed = {function: note for note in variant.notes
+                   for function in note.split(": ")[0].split(", ")}
     answers = sections.pop("For the teacher")
     minutes = [int(number) * (60 if unit == "hours" else 1)
                for number, unit in re.findall(r"(\d+) (minutes|hours)", effort)]
@@ -117,23 +133,26 @@ def page(name, teacher=False, root=ROOT):
         summary += (f" {sum(points.values())} points for the functions, which tests give, and "
                     f"{3 * QUESTION_POINTS} for the questions, which your teacher gives.")
     parts = [head + (", with answers" if teacher else ""), summary]
-    if os.path.exists(os.path.join(root, "VARIANT.md")):
-        parts.append("**Your copy is a variant.** Where `VARIANT.md` or a docstring says something "
-                     "else than this page, they are right.")
+    if variant:
+        parts += about_variant(variant)
     for heading, text in sections.items():
         if heading == "Commands" and points:
             parts += ["## What you write", HOW_TO_USE_HINTS]
             for function, worth in points.items():
-                needed, levels = hints[function]
-                parts += [f"### `{function}`: {worth} points, about {needed} minutes",
-                          f"```python\n{signature(function, root)}\n```",
-                          *folded(levels, function)]
+                needed, levels = hints.get(function, (None, []))    # none for a loss of zoo.py
+                time = f", about {needed} minutes" if needed else ""
+                parts += [f"### `{function}`: {worth} points{time}",
+                          f"```python\n{signature(function, root, edited)}\n```"]
+                if function in changed:
+                    parts.append(f"**In this variant:** {changed[function]}")
+                parts += folded(levels, function)
         parts += [f"## {heading}", text]
     if teacher:
         parts += ["## For the teacher", answers]
         if points:
             parts.append("### Solutions")
-            code = "\n\n\n".join(f"# {function}\n{solution(function)}" for function in points)
+            code = "\n\n\n".join(f"# {function}\n{solution(function, edited)}"
+                                 for function in points)
             parts.append(f"```python\n{code}\n```")
     return "\n\n".join(parts) + "\n"
 
@@ -147,10 +166,10 @@ def duration(minutes):
 # ------ files
 
 
-def write_student(folder, name):
+def write_student(folder, name, variant=None):
     """Writes README.md and handout.html into a student's copy, and the picture, which README.md
     shows, into its folder img."""
-    text = page(name, root=folder)
+    text = page(name, root=folder, variant=variant)
     for _, path in IMAGE.findall(text):
         os.makedirs(os.path.join(folder, "img"), exist_ok=True)
         shutil.copy(os.path.join(TEXTS, path), os.path.join(folder, "img"))
@@ -159,9 +178,9 @@ def write_student(folder, name):
     write(os.path.join(folder, "handout.html"), to_html(text, TEXTS))
 
 
-def write_teacher(paths, name):
+def write_teacher(paths, name, variant=None):
     """Writes the teacher's page. paths: of the Markdown and of the HTML file."""
-    text = page(name, teacher=True)
+    text = page(name, teacher=True, variant=variant)
     where = os.path.relpath(TEXTS, os.path.dirname(os.path.abspath(paths[0])))
     write(paths[0], IMAGE.sub(lambda link: f"![{link[1]}]({where}/{link[2]})", text))
     write(paths[1], to_html(text, TEXTS).replace("<details>", "<details open>"))

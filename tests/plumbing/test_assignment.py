@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import losses
-from runs import assignment, handout
+from runs import assignment, handout, variants
 from runs.course import SETS
 from support.flags import InputError
 
@@ -285,15 +285,24 @@ def test_the_page_of_a_set(name, tmp_path):
 
 
 def test_the_page_of_a_variant(tmp_path):
-    """Its docstrings are those of the copy, and it says that they count."""
-    assignment.main(["pairs", f"--out_dir={tmp_path}/copy"])
-    losses_file = tmp_path / "copy/losses.py"
-    changed = losses_file.read_text(encoding="utf-8").replace("(h - 1 / (2 tau))^2", "(h - tau)^4")
-    losses_file.write_text(changed, encoding="utf-8")
-    (tmp_path / "copy/VARIANT.md").write_text("IPO has another formula.", encoding="utf-8")
-    handout.write_student(str(tmp_path / "copy"), "pairs")
+    """Docstrings, points and the teacher's solutions are the variant's, the loss of zoo.py among
+    them. The page says what else is different, at its top and at the function."""
+    words = ["pairs", "--student=s1234", "--handout", f"--out_dir={tmp_path}/copy"]
+    variant = variants.draw("s1234", "pairs", SETS["pairs"])
+    assert variant.notes[0] == "losses.ipo: the fourth power, not the square."
+    assignment.main(words)
     student = (tmp_path / "copy/README.md").read_text(encoding="utf-8")
-    assert "preference optimisation: (h - tau)^4." in student and "is a variant" in student
+    teacher = (tmp_path / "copy-teacher.md").read_text(encoding="utf-8")
+    solution = "(h - 1 / (2 * tau)) ** 4"
+    assert solution in teacher and solution not in student
+    zoo = handout.solution(variant.loss)
+    assert zoo in teacher and zoo not in student
+    for page in (student, teacher):
+        assert "preference optimisation: (h - 1 / (2 tau))^4." in page
+        assert "preference optimisation: (h - 1 / (2 tau))^2." not in page
+        assert f"### `{variant.loss}`: 4 points\n" in page and "14 points for the functions" in page
+        assert all(f"- {note}\n" in page for note in variant.notes)
+        assert "**In this variant:** losses.ipo: the fourth power" in page
     assert "is a variant" not in handout.page("pairs")
 
 

@@ -196,8 +196,46 @@ def test_missing_files_and_folders(tmp_path):
     (tmp_path / "losses.py").mkdir()
     [row] = grade.grade(tmp_path, {"losses.dpo": 1}, FEW_TESTS)
     assert row.note == "losses.py: Is a directory"
+    (tmp_path / "zip").touch()
+    with pytest.raises(InputError, match="is not a folder; unzip it first"):
+        grade.main([f"{tmp_path}/zip", "pairs"])
     with pytest.raises(InputError, match="folder: .* is not a folder"):
         grade.main([f"{tmp_path}/nowhere", "pairs"])
+
+
+@pytest.mark.parametrize("place", ["pairs/losses.py", "losses (1).py", "losses_ada.py"])
+def test_a_file_that_is_elsewhere(place, tmp_path):
+    """A zip often has a folder more, and a second download another name: the table says so."""
+    folder = tmp_path / "Übung [1] Müller"
+    (folder / place).parent.mkdir(parents=True)
+    (folder / place).touch()
+    [row] = grade.grade(folder, {"losses.dpo": 1}, FEW_TESTS)
+    assert row.note == f"losses.py: No such file or directory; there is {place!r}"
+
+
+@pytest.mark.parametrize("source, reason", [
+    (REFERENCE.encode("utf-16"), "file.py: "), (b"x = " + b"-" * 100_000 + b"1", "file.py")])
+def test_a_file_that_is_not_python(source, reason):
+    with pytest.raises(NoPoints) as error:
+        grade.parse(source, "file.py")
+    assert str(error.value).startswith(reason) and "None" not in str(error.value)
+    assert not str(error.value).rstrip().endswith(":")
+
+
+@pytest.mark.parametrize("change", [
+    lambda source: source.replace(b"\n", b"\r\n"), lambda source: source.replace(b"    ", b"\t"),
+    lambda source: b"\xef\xbb\xbf" + source])
+def test_windows_line_ends_tabs_and_a_byte_order_mark(change):
+    student = grade.parse(change(REFERENCE.encode()), "file.py")
+    assert ast.dump(student) == ast.dump(ast.parse(REFERENCE))
+
+
+def test_a_message_in_a_line():
+    """The first line that says something, and the next one after a colon."""
+    assert grade.in_a_line("") == ""
+    assert grade.in_a_line("test_x: \r\n\n  wrong\nmore") == "test_x:   wrong"
+    assert grade.in_a_line("wrong\n got 3") == "wrong"
+    assert len(grade.in_a_line("!" * 1000)) == grade.LONGEST_LINE
 
 
 def test_the_report(tmp_path, capsys, monkeypatch):

@@ -45,6 +45,8 @@ def test_the_template_is_dpo():
     ("def loss(logps):\n    from evaluate import main", "line 2 imports evaluate"),
     ("from . import data", "imports ."), ("loss = 3", "has no function `loss`"),
     ("def los(logps): pass", "has no function `loss`"), ("def loss(:", "can't read"),
+    ("import torch\n1 / 0", "entry.py can't be run: ZeroDivisionError"),
+    ("raise SystemExit(0)", "can't be run: SystemExit"), ("loss = los", "can't be run: NameError"),
     ("def loss(logps, lengths, oracle): pass", "`loss` needs oracle; a parameter")])
 def test_what_is_no_entry(source, message, tmp_path):
     with pytest.raises(InputError, match=message):
