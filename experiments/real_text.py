@@ -861,8 +861,8 @@ def show_samples(args):
 SMOKE = dict(max_prompt=120, sft_prompt=200, sft_steps=60, sft_batch_size=8, sft_lr=1e-2,
              rm_lr=1e-2, oracle_steps=4, pool=40, samples=8, n_pairs=24, rm_steps=4,
              rm_batch_size=8, steps=4, batch_size=8, long_steps=6, checkpoints=2, n_eval=8,
-             n_validation=8, n_test=8, test_samples=2, validation_samples=1, max_new_tokens=40, lrs=[1e-4, 1e-3],
-             values=[0.1, 1.0])
+             n_validation=8, n_test=8, test_samples=2, validation_samples=1, max_new_tokens=40,
+             lrs=[1e-4, 1e-3], values=[0.1, 1.0])
 
 
 def make_smoke(args):
