@@ -504,7 +504,7 @@ def policy_run(args, run, purpose, cell, number, method, value, lr):
     flags = [*flags, f"--loss={loss}", f"--{knob}={value:g}", *cell_flags(args, cell, number)]
     if rewards:
         flags.append(f"--rewards={args.out_dir}/{cell}/{rewards}")
-    select = purpose != "collapse"
+    select = purpose != "collapse" and args.checkpoints > 1
     if select:
         flags += [f"--select={args.out_dir}/oracle",
                   f"--missing_eos_penalty={args.missing_eos_penalty:g}"]
