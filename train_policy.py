@@ -133,14 +133,14 @@ def with_columns(dataset, split, policy, tokenizer, reward_models, args):
             dataset = dataset.with_samples(samples[first:first + len(dataset)])
     if dataset.desirable is not None:
         dataset = dataset.with_mismatched(policy.config.block_size)
+    if args.freeze:
+        add_frozen(dataset, policy, cache, split)
     entry = key(weights, hash_examples(dataset.examples), args.dtype)
     logps = cached(cache, f"{split}-logps", entry, score, policy, dataset,
                    desc=f"{split} log-probs")
     dataset.ref_logps = np.array(logps, np.float32)         # (N, K), samples included
     if args.dtype == "bfloat16":
         check_rounding(policy, dataset, split)
-    if args.freeze:
-        add_frozen(dataset, policy, cache, split)
     return dataset
 
 

@@ -83,14 +83,15 @@ NUMBERS = dict(
     n_eval=128,             # on so many posts
     n_validation=260,       # posts on which betas are chosen
     n_test=260,             # posts on which methods are compared,
-    test_samples=2,         # samples of each of these posts
+    test_samples=2,         # samples of each of these posts,
+    validation_samples=2,   # and of each validation post
     max_new_tokens=64,      # longest sample
 )
 RATES = dict(sft_lr=5e-5, rm_lr=2e-5)
 LRS = (5e-6, 2e-5, 5e-5)        # of all policies: what DPO and d-DPO prefer on average
 VALUES = (0.05, 0.2, 1)         # of every beta and tau
 CHOOSE_RHO, CHOOSE_SEED = 0.2, 1000
-COLLAPSING = ("dpo", "ipo", "d-dpo", "e-dpo")       # at a tenth of the chosen beta
+COLLAPSING = ("dpo", "e-dpo", "d-dpo", "ipo")       # at a tenth of the chosen beta
 SHARDS = 6                      # jobs that sample the pool
 COLUMNS = ["run", "purpose", "rho", "seed", "method", "loss", "rewards", "knob", "value", "gamma",
            "n_pairs", "max_steps", "batch_size", "lr", "lora", "freeze", "checkpoint", "n_prompts",
@@ -449,6 +450,10 @@ def judge(worker, policy, posts, copies):
             for name, value in values.items()}, own
 
 
+def samples_of_each(args, split):
+    return args.test_samples if split == "test" else args.validation_samples
+
+
 def reference_file(args, split, number):
     return f"{args.out_dir}/judged/{split}-{number}.json"
 
@@ -458,7 +463,7 @@ def judge_reference(args, split, number):
     compared. Returns two rows: of the reference, and of the authors' summaries."""
     worker, posts = Worker(args, number), posts_of(args, split)
     ref = worker.reference()
-    values, own = judge(worker, ref, posts, args.test_samples)
+    values, own = judge(worker, ref, posts, samples_of_each(args, split))
     logps = score(ref, own)
     write_json(reference_file(args, split, number), {
         "values": {name: value.tolist() for name, value in values.items()},
@@ -499,7 +504,7 @@ def policy_run(args, run, purpose, cell, number, method, value, lr):
     flags = [*flags, f"--loss={loss}", f"--{knob}={value:g}", *cell_flags(args, cell, number)]
     if rewards:
         flags.append(f"--rewards={args.out_dir}/{cell}/{rewards}")
-    select = purpose != "collapse"
+    select = purpose != "collapse" and args.checkpoints > 1
     if select:
         flags += [f"--select={args.out_dir}/oracle",
                   f"--missing_eos_penalty={args.missing_eos_penalty:g}"]
@@ -514,7 +519,7 @@ def policy_run(args, run, purpose, cell, number, method, value, lr):
     worker, posts = Worker(args, number), posts_of(args, split)
     before = read_json(reference_file(args, split, number))
     policy = GPT.from_pretrained(folder).to(worker.device)
-    values, own = judge(worker, policy, posts, args.test_samples)
+    values, own = judge(worker, policy, posts, samples_of_each(args, split))
     prompts = [prompt for prompt, _ in own.examples]
     of_ref = Dataset([(prompt, [reply]) for prompt, reply in zip(prompts, before["replies"])],
                      ref_logps=np.array(before["logps"], np.float32))
@@ -561,6 +566,9 @@ def run_name(rho, number, method):
 def choose_rate(args):
     """The learning rate of all policies: that of the highest mean validation advantage of the
     losses that tried them. Written to chosen.json."""
+    if len(args.lrs) == 1:
+        write_json(f"{args.results}/chosen.json", {"lr": args.lrs[0]}, indent=1)
+        return [f"learning rate {args.lrs[0]:g}, as --lrs says"]
     reached = {}
     for row in figure2.read_rows(f"{args.results}/runs.csv"):
         if row["purpose"] == "rate":
@@ -621,7 +629,7 @@ def plan(args):
         judge_reference, ("validation", CHOOSE_SEED), judged)
     add_reward_models(cell, CHOOSE_RHO, CHOOSE_SEED)
     middle = args.values[len(args.values) // 2]
-    for loss in ("dpo", "d-dpo"):
+    for loss in ("dpo", "d-dpo") if len(args.lrs) > 1 else ():
         for lr in args.lrs:
             add_policy(f"rate/{loss}/{lr:g}", "rate", cell, CHOOSE_SEED, loss, middle, lr)
     jobs["choose rate"] = (choose_rate, (), [name for name in jobs if name.startswith("rate/")])
@@ -854,8 +862,8 @@ def show_samples(args):
 SMOKE = dict(max_prompt=120, sft_prompt=200, sft_steps=60, sft_batch_size=8, sft_lr=1e-2,
              rm_lr=1e-2, oracle_steps=4, pool=40, samples=8, n_pairs=24, rm_steps=4,
              rm_batch_size=8, steps=4, batch_size=8, long_steps=6, checkpoints=2, n_eval=8,
-             n_validation=8, n_test=8, test_samples=2, max_new_tokens=40, lrs=[1e-4, 1e-3],
-             values=[0.1, 1.0])
+             n_validation=8, n_test=8, test_samples=2, validation_samples=1, max_new_tokens=40,
+             lrs=[1e-4, 1e-3], values=[0.1, 1.0])
 
 
 def make_smoke(args):

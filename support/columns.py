@@ -1,6 +1,7 @@
 """Computes columns of a data set: what a model says of each row, which is scores or sampled
 responses. Keeps them on disk, in files named by a hash of what they depend on. Checks them before
 the first step, which costs little and catches most mistakes."""
+import contextlib
 import hashlib
 import json
 import os
@@ -80,18 +81,26 @@ def add_frozen(dataset, model, cache, name):
         dataset.below = np.split(states, np.cumsum(sizes)[:-1])             # N (T, C)
 
 
+class HighestFrozenLayer(Exception):
+    """Ends a forward pass where the layers begin that are trained."""
+
+
 def frozen_states(model, dataset):
     """Computes what the frozen layers make of every token of a data set. Returns (tokens of all
     rows, C) float32."""
     transformer, sizes = model.transformer, dataset.row_lengths()
     device, outputs = next(model.parameters()).device, []
-    hook = transformer.h[transformer.frozen - 1].register_forward_hook(
-        lambda layer, inputs, output: outputs.append(output))
+
+    def keep(layer, inputs, output):
+        outputs.append(output)
+        raise HighestFrozenLayer
 
     def states_of(batch):
-        model(batch)
+        with contextlib.suppress(HighestFrozenLayer):
+            model(batch)
         return outputs.pop()                                                # (B, T, C)
 
+    hook = transformer.h[transformer.frozen - 1].register_forward_hook(keep)
     states = np.zeros((sizes.sum(), transformer.config.n_embd), np.float32)
     starts = np.cumsum(sizes) - sizes
     for rows, values in over_rows(states_of, dataset, device, "frozen layers"):
@@ -287,6 +296,7 @@ def check_rounding(policy, dataset, split):
     still the reference. split: the data set's name."""
     rows = np.linspace(0, len(dataset) - 1, min(SOME, len(dataset))).astype(int)
     some = dataset.take(rows)
+    some.below = None           # all layers in float32, frozen ones too
     with in_float32():
         exact = score(policy, some, desc="float32")                                 # (rows, K)
     error = np.abs(some.ref_logps - exact)
