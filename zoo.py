@@ -160,8 +160,8 @@ def kto(logps, ref_logps, beta=1.0, desirable_weight=1.0, undesirable_weight=1.0
     the batch's own responses, without a gradient. D and U are the two weights. On rows with one
     labelled response, kto_unpaired takes its place.
 
-    KTO: Ethayarajh et al. (2024), arXiv 2402.01306, L_KTO in Sec. 4.1, which TRL
-    calls Eq. 7 (D, U are their lambda_D, lambda_U).
+    KTO: Ethayarajh et al. (2024), arXiv 2402.01306, Sec. 4.1; TRL cites it as Eq. 7 (D, U are their
+    lambda_D, lambda_U).
     """
     u, v = log_ratios(logps, ref_logps)
     z = (u + v).detach().mean().clamp(min=0) / 2
@@ -179,7 +179,7 @@ def kto_unpaired(u, desirable, mismatched, beta=1.0, desirable_weight=1.0, undes
     u: (B,) log-ratios of B responses. desirable: (B,) bool. mismatched: (B,) log-ratios of
     responses to other prompts, each read after a prompt of this batch. Returns (B,).
 
-    KTO: Ethayarajh et al. (2024), arXiv 2402.01306, L_KTO and the estimate of z_0 in Sec. 4.1.
+    KTO: Ethayarajh et al. (2024), arXiv 2402.01306, Sec. 4.1, with its estimate of z_0.
     """
     z = mismatched.detach().mean().clamp(min=0)
     losses = torch.sigmoid(beta * torch.where(desirable, z - u, u - z))

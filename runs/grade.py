@@ -356,9 +356,9 @@ def elsewhere(folder, path):
     """Says where a student's file may be instead: a folder further down, as in many zips, or under
     the name of a second download."""
     stem = path.removesuffix(".py")
-    found = sorted(glob.glob(f"{glob.escape(folder)}/*/{path}")
+    paths = sorted(glob.glob(f"{glob.escape(folder)}/*/{path}")
                    + glob.glob(f"{glob.escape(folder)}/{stem}[ _(-]*.py"))
-    return f"; there is {os.path.relpath(found[0], folder)!r}" if found else ""
+    return f"; there is {os.path.relpath(paths[0], folder)!r}" if paths else ""
 
 
 def grade(folder, points, reference, seconds=120):

@@ -21,7 +21,7 @@ def files(world, tmp_path):
         path = tmp_path / "unpaired.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return [f"--data={path}", f"--init_from={world}/sft", "--max_steps=30", "--lr=3e-3",
-                "--batch_size=8", "--micro_batch_size=4", f"--out_dir={tmp_path}/kto", *flags]
+                "--batch_size=8", f"--out_dir={tmp_path}/kto", *flags]
     return write
 
 
