@@ -36,6 +36,10 @@ CURVES = {                          # {name in metrics.jsonl: (title, unit)}
                             "log pi − log ref, nats per response"),
     "train/rejected_change": ("Log-prob of rejected training responses",
                               "log pi − log ref, nats per response"),
+    "train/desirable_change": ("Log-prob of desirable training responses",
+                               "log pi − log ref, nats per response"),
+    "train/undesirable_change": ("Log-prob of undesirable training responses",
+                                 "log pi − log ref, nats per response"),
     "validation/accuracy": ("Validation pairs that it ranks right, by log pi − log ref",
                             "fraction of pairs")}
 

@@ -14,6 +14,7 @@ from support.run import run_flags, run_names
 GLOSSARY = Path(__file__).parent.parent / "docs" / "glossary.md"
 SHOWN_FLAGS = ["loss", "beta", "tau", "gamma", "rewards", "rho", "n_pairs", "max_steps",
                "select", "batch_size", "lr", "seed"]
+EVALUATED = ("validation/loss", "validation/reward", "train/chosen_change")     # one is in each
 
 
 def write_report(args, prompts, results, replies, rewards, accuracy):
@@ -64,6 +65,7 @@ def training_curve(folder):
     """Reads from a policy's metrics.jsonl: steps, at each the change of the log-probs of chosen and
     of rejected training responses, and which of these evaluations --select kept."""
     lines = read_evaluations(folder, say_damaged=True)
+    lines = [line for line in lines if "train/chosen_change" in line]   # not of labelled responses
     return ([line["step"] for line in lines], [line["train/chosen_change"] for line in lines],
             [line["train/rejected_change"] for line in lines], kept_evaluation(lines, folder))
 
@@ -77,7 +79,7 @@ def read_evaluations(folder, say_damaged=False):
     try:
         with open(path, encoding="utf-8") as file:
             lines = [json.loads(line) for line in file if line.endswith("\n")]
-        return [line for line in lines if "train/chosen_change" in line]
+        return [line for line in lines if any(name in line for name in EVALUATED)]
     except (ValueError, TypeError):
         if say_damaged:
             print(f"{path}: damaged, and left out of the report")
