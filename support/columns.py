@@ -1,6 +1,7 @@
 """Computes columns of a data set: what a model says of each row, which is scores or sampled
 responses. Keeps them on disk, in files named by a hash of what they depend on. Checks them before
 the first step, which costs little and catches most mistakes."""
+import contextlib
 import hashlib
 import json
 import os
@@ -77,9 +78,22 @@ def add_frozen(dataset, model, cache, name):
     """
     n, sizes = model.transformer.frozen, dataset.row_lengths()
     if n:
+        check_memory(int(sizes.sum()), model.config.n_embd)
         entry = key(hash_model(model), n, hash_examples(dataset.examples), computing.dtype)
         states = cached(cache, f"{name}-frozen", entry, frozen_states, model, dataset)
         dataset.below = np.split(states, np.cumsum(sizes)[:-1])             # N (T, C)
+
+
+def check_memory(n_tokens, width):
+    """Raises InputError if the column `below` can't fit this machine's memory: 4 bytes for each of
+    `width` numbers a token, twice while it is computed."""
+    needed, memory = 8 * n_tokens * width, None
+    with contextlib.suppress(AttributeError, OSError, ValueError):      # Windows does not tell
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if memory is not None and needed > memory:
+        raise InputError(f"--freeze: to keep what the frozen layers make of {n_tokens:,} tokens "
+                         f"takes {needed / 2 ** 30:.3g} GiB of memory, and this machine has "
+                         f"{memory / 2 ** 30:.3g}; take fewer rows, or leave --freeze out")
 
 
 def frozen_states(model, dataset):
