@@ -125,9 +125,12 @@ def accuracy_table(rewards, lengths, longer):
 
 
 def markdown_table(header, rows):
-    """Returns a table in Markdown. header: names; rows: lists of values."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+    """Returns a table in Markdown. header: names; rows: lists of values. A "|" in a text (replies
+    and folders may have some) is escaped, so that it does not begin another column."""
+    texts = [[str(value).replace("|", "\\|").replace("\n", " ") for value in row]
+             for row in (header, *rows)]
+    lines = ["| " + " | ".join(row) + " |" for row in texts]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
 def image(name):
@@ -240,8 +243,7 @@ def sample_sections(n, prompts, replies, rewards):
     sections = []
     for number, i in enumerate(np.arange(min(n, len(prompts))) * len(prompts) // max(n, 1), 1):
         quoted = prompts[i].strip().replace("\n", "\n> ")
-        rows = [[name, f"{rewards[name][i]:+.2f}",
-                 replies[name][i].strip().replace("|", "\\|").replace("\n", " ")]
+        rows = [[name, f"{rewards[name][i]:+.2f}", replies[name][i].strip()]
                 for name in replies]
         table = markdown_table(["policy", "oracle reward", "reply"], rows)
         heading = "## Samples\n\n" if number == 1 else ""

@@ -271,6 +271,12 @@ def test_curves(folder):
     assert reward == {"policy": NAME, "kept": 2, "steps": [0, 1, 2], "values": [1, None, None]}
 
 
+def test_a_folder_may_have_a_bar_in_its_name():
+    """It would begin another column of report.md's tables, and move the numbers after it."""
+    assert markdown_table(["policy", "length"], [["a|b", 3], ["c\nd", 4]]) == (
+        "| policy | length |\n|---|---|\n| a\\|b | 3 |\n| c d | 4 |")
+
+
 def test_a_run_on_labelled_responses_has_curves(tmp_path):
     """It has no chosen responses: its curves are of desirable and undesirable ones, and of the
     reward. report.md's figure and columns, which are of chosen ones, leave it out."""
