@@ -159,7 +159,7 @@ def kto(logps, ref_logps, beta=1.0, desirable_weight=1.0, undesirable_weight=1.0
     of the batch; here it is the mean log-ratio of the batch's own, without a gradient. D and U are
     the two weights. On rows with one labelled response, kto_unpaired is what is computed.
 
-    KTO: Ethayarajh et al. (2024), arXiv 2402.01306, L_KTO in Sec. 4.1, which TRL
+    KTO: Ethayarajh et al. (2024), arXiv 2402.01306, the loss in Sec. 4.1, which TRL
     calls Eq. 7 (D, U are their lambda_D, lambda_U).
     """
     u, v = log_ratios(logps, ref_logps)
@@ -178,7 +178,7 @@ def kto_unpaired(u, desirable, mismatched, beta=1.0, desirable_weight=1.0, undes
     u: (B,) log-ratios of B responses. desirable: (B,) bool. mismatched: (B,) log-ratios of
     responses to other prompts, each read after a prompt of this batch. Returns (B,).
 
-    KTO: Ethayarajh et al. (2024), arXiv 2402.01306, L_KTO and the estimate of z_0 in Sec. 4.1.
+    KTO: Ethayarajh et al. (2024), arXiv 2402.01306, the loss and the estimate of z_0 in Sec. 4.1.
     """
     z = mismatched.detach().mean().clamp(min=0)
     losses = torch.sigmoid(beta * torch.where(desirable, z - u, u - z))
