@@ -232,8 +232,13 @@ class Dataset:
     def with_mismatched(self, block_size):
         """Returns a data set of the same rows, each with the response of the next row as its last
         response: KTO's reference point is estimated by these. One that does not fit block_size
-        after this prompt loses its end, and the number of those is printed."""
-        own = [responses[0] for _, responses in self.examples]
+        after this prompt loses its end, and the number of those is printed, as is how many answer
+        the same prompt after all."""
+        prompts, own = zip(*[(prompt, responses[0]) for prompt, responses in self.examples])
+        n_same = sum(map(np.array_equal, prompts, [*prompts[1:], prompts[0]]))
+        if n_same:
+            print(f"{n_same} of {len(self)} mismatched responses answer the same prompt, which the "
+                  "next row has too")
         others = [*own[1:], own[0]]
         rooms = [block_size - len(prompt) for prompt, _ in self.examples]
         n_cut = sum(len(other) > room for other, room in zip(others, rooms))

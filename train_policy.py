@@ -300,8 +300,12 @@ def main(argv=None):
     if args.loss == "sft":
         common = (tokenizer, policy.config.block_size, args.seed, args.skip_bad_rows)
         train = demonstrations(args.data, "train", *common)
-        validation = demonstrations(args.data, "validation", *common)
-        watched = {"validation": by_length(validation.first(args.n_eval))}
+        validation = demonstrations(args.data, "validation", *common).first(args.n_eval)
+        if args.freeze:
+            cache = cache_folder(args.init_from, args.out_dir)
+            add_frozen(train, policy, cache, "train")
+            add_frozen(validation, policy, cache, "validation")
+        watched = {"validation": by_length(validation)}
     else:
         train, validation = training_pairs(args, tokenizer, policy, device, args.loss in UNPAIRED)
         if train.desirable is not None:

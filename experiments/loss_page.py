@@ -131,7 +131,6 @@ def catalogue():
     for name in zoo.ZOO:
         formula, idea, source = formula_idea_source(name)
         flags = ", ".join(f"{knob} {default:g}" for knob, default in knobs(name).items())
-        formula = formula.replace("|", "\\|")
         rows.append([f"**{name}**<br>{flags}", f"`{formula}`<br>{idea}", source])
     return markdown_table(["loss, its flags", "what it is", "published"], rows)
 

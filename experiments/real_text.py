@@ -847,7 +847,7 @@ def show_samples(args):
     for i, post in enumerate(POSTS):
         quoted = post.replace("\n", "\n> ")
         table = [[name, f"{replies[i][1]:+.2f}", f"{replies[i][2]:+.2f}",
-                  " ".join(replies[i][0].split()).replace("|", "\\|")]
+                  " ".join(replies[i][0].split())]
                  for name, replies in answers.items()]
         parts.append(f"> {quoted}\n\n"
                      + markdown_table(["policy", "oracle", "second oracle", "summary"], table))

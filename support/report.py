@@ -28,6 +28,7 @@ from support.tokenizer import to_text
 GLOSSARY = Path(__file__).parent.parent / "docs" / "glossary.md"
 SHOWN_FLAGS = ["loss", "beta", "tau", "gamma", "rewards", "rho", "n_pairs", "max_steps",
                "select", "batch_size", "lr", "seed"]
+EVALUATED = ("validation/loss", "validation/reward", "train/chosen_change")     # one is in each
 TEMPLATE = Path(__file__).with_name("report.html")
 PLACE = "{{data}}"                  # where the JSON stands in the template
 POSTS = 24                          # prompts whose replies are shown
@@ -37,6 +38,10 @@ CURVES = {                          # {name in metrics.jsonl: (title, unit)}
                             "log pi − log ref, nats per response"),
     "train/rejected_change": ("Log-prob of rejected training responses",
                               "log pi − log ref, nats per response"),
+    "train/desirable_change": ("Log-prob of desirable training responses",
+                               "log pi − log ref, nats per response"),
+    "train/undesirable_change": ("Log-prob of undesirable training responses",
+                                 "log pi − log ref, nats per response"),
     "validation/accuracy": ("Validation pairs that it ranks right, by log pi − log ref",
                             "fraction of pairs")}
 
@@ -89,6 +94,7 @@ def training_curve(folder):
     """Reads from a policy's metrics.jsonl: steps, at each the change of the log-probs of chosen and
     of rejected training responses, and which of these evaluations --select kept."""
     lines = read_evaluations(folder, say_damaged=True)
+    lines = [line for line in lines if "train/chosen_change" in line]   # not of labelled responses
     return ([line["step"] for line in lines], [line["train/chosen_change"] for line in lines],
             [line["train/rejected_change"] for line in lines], kept_evaluation(lines, folder))
 
@@ -102,7 +108,7 @@ def read_evaluations(folder, say_damaged=False):
     try:
         with open(path, encoding="utf-8") as file:
             lines = [json.loads(line) for line in file if line.endswith("\n")]
-        return [line for line in lines if "train/chosen_change" in line]
+        return [line for line in lines if any(name in line for name in EVALUATED)]
     except (ValueError, TypeError):
         if say_damaged:
             print(f"{path}: damaged, and left out of the report")
@@ -148,9 +154,12 @@ def accuracy_table(rewards, lengths, longer):
 
 
 def markdown_table(header, rows):
-    """Returns a table in Markdown. header: names; rows: lists of values."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+    """Returns a table in Markdown. header: names; rows: lists of values. A "|" in a text (replies
+    and folders may have some) is escaped, so that it does not begin another column."""
+    texts = [[str(value).replace("|", "\\|").replace("\n", " ") for value in row]
+             for row in (header, *rows)]
+    lines = ["| " + " | ".join(row) + " |" for row in texts]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
 def image(name):
@@ -263,8 +272,7 @@ def sample_sections(n, prompts, replies, rewards):
     sections = []
     for number, i in enumerate(np.arange(min(n, len(prompts))) * len(prompts) // max(n, 1), 1):
         quoted = prompts[i].strip().replace("\n", "\n> ")
-        rows = [[name, f"{rewards[name][i]:+.2f}",
-                 replies[name][i].strip().replace("|", "\\|").replace("\n", " ")]
+        rows = [[name, f"{rewards[name][i]:+.2f}", replies[name][i].strip()]
                 for name in replies]
         table = markdown_table(["policy", "oracle reward", "reply"], rows)
         heading = "## Samples\n\n" if number == 1 else ""

@@ -1,12 +1,14 @@
 """--freeze: the lowest layers stay as they are, and what they compute is a column of the data set,
 so that a step needs no more than the layers above."""
 import json
+from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import tinytldr
 import train_policy
 import train_rm
 from data import Dataset
@@ -69,13 +71,29 @@ def test_a_model_that_is_not_frozen_computes_all_itself():
     np.testing.assert_array_equal(score(other, dataset), plain)
 
 
-@pytest.mark.parametrize("script, loss", [("train_policy", "dp-dpo"), ("train_rm", None)])
+def test_a_column_that_does_not_fit_is_refused(monkeypatch):
+    """Before anything is computed: otherwise the system would end the run."""
+    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PAGE_SIZE": 10}.get(name, 200))
+    dataset, model = Dataset(ROWS), frozen_model(GPT, "gpt2")           # 23 tokens of 16 numbers
+    with pytest.raises(InputError, match="^--freeze: .* 23 tokens .* take fewer rows"):
+        add_frozen(dataset, model, None, "train")
+    assert dataset.below is None
+
+
+@pytest.mark.parametrize("script, loss", [("train_policy", "sft"), ("train_policy", "dp-dpo"),
+                                          ("train_rm", None)])
 def test_a_run_takes_the_same_steps_without_the_column(world, tmp_path, monkeypatch, script, loss):
     """The frozen layers end as they began, bit for bit, the others do not."""
     module = {"train_policy": train_policy, "train_rm": train_rm}[script]
-    flags = [f"--init_from={world}/sft", "--max_steps=4", "--batch_size=8", "--n_pairs=24",
-             "--pool=500", "--n_eval=16", "--freeze=1"]
-    if loss:
+    flags = [f"--init_from={world}/sft", "--max_steps=4", "--batch_size=8", "--n_eval=16",
+             "--freeze=1"]
+    if loss == "sft":
+        rows = tinytldr.demonstration_rows
+        monkeypatch.setattr(tinytldr, "demonstration_rows", lambda *a: islice(rows(*a), 300))
+        flags += ["--loss=sft"]
+    else:
+        flags += ["--n_pairs=24", "--pool=500"]
+    if loss == "dp-dpo":
         flags += [f"--loss={loss}", f"--rewards={world}/rm"]
     module.main([*flags, f"--out_dir={tmp_path}/with"])
     with monkeypatch.context() as patch:

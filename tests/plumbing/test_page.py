@@ -23,6 +23,7 @@ from support.report import (
     TEMPLATE,
     clauses_of,
     colour_scale,
+    curves,
     finite,
     json_in_html,
     markdown_table,
@@ -268,6 +269,30 @@ def test_curves(folder):
     assert len(lines) == 4
     reward, = lines["Reward of samples for validation prompts"]
     assert reward == {"policy": NAME, "kept": 2, "steps": [0, 1, 2], "values": [1, None, None]}
+
+
+def test_a_folder_may_have_a_bar_in_its_name():
+    """It would begin another column of report.md's tables, and move the numbers after it."""
+    assert markdown_table(["policy", "length"], [["a|b", 3], ["c\nd", 4]]) == (
+        "| policy | length |\n|---|---|\n| a\\|b | 3 |\n| c d | 4 |")
+
+
+def test_a_run_on_labelled_responses_has_curves(tmp_path):
+    """It has no chosen responses: its curves are of desirable and undesirable ones, and of the
+    reward. report.md's figure and columns, which are of chosen ones, leave it out."""
+    (tmp_path / "config.json").write_text('{"nanopref": {"select": "oracle"}}')
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({
+        "step": step, "validation/loss": 0.5, "validation/reward": reward,
+        "train/desirable_change": 2 * reward, "train/undesirable_change": -reward}) + "\n"
+        + '{"step": 7, "loss": 1, "desirable_change": 3}\n'
+        for step, reward in ((0, 0), (10, 4), (20, 3))))
+    panels = {panel["title"]: panel["lines"] for panel in curves([str(tmp_path)])}
+    assert list(panels) == ["Reward of samples for validation prompts",
+                            "Log-prob of desirable training responses",
+                            "Log-prob of undesirable training responses"]
+    line, = panels["Log-prob of desirable training responses"]
+    assert (line["steps"], line["values"], line["kept"]) == ([0, 10, 20], [0, 8, 6], 1)
+    assert report.training_curve(str(tmp_path))[:3] == ([], [], [])
 
 
 # ------------------------------------------------------------------ a real browser

@@ -83,7 +83,8 @@ def test_what_other_programs_write():
     """A gap as NaN, a label as 0.0, lines that end in \\r\\n."""
     with pytest.raises(ValueError, match="^column 'rejected' is missing$"):
         parse_row({**PAIR, "rejected": float("nan")}, False)
-    assert parse_rows({"prompt": "a", "completion": " b", "label": 0.0}, True) == []
+    for label in (0.0, -1.0):       # what pandas makes of 0 and -1
+        assert parse_rows({"prompt": "a", "completion": " b", "label": label}, True) == []
     assert len(parse_rows({"prompt": "a", "completion": " b", "label": 1.0}, True)) == 1
     text = "\r\n\r\nHuman: Hi\r\n\r\nAssistant:"
     assert parse_row({"chosen": text + " Yes", "rejected": text + " No"}, False) == {

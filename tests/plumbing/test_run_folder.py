@@ -956,22 +956,24 @@ def test_rounding_of_losses_is_let_through(change, beta, gamma, slack, sign):
         check(change, 1.01 * largest * sign, beta=beta, gamma=gamma)
 
 
-@pytest.mark.parametrize("wrong", [0.0, 0.5, 1.0, -1.0, math.nan])
+@pytest.mark.parametrize("wrong", [0.0, 0.5, 1.0, -1.0, 4.0, -4.0, math.nan])
 def test_bfloat16_log_probs_are_compared_with_float32(monkeypatch, capsys, wrong):
-    """The data set's column, in some rows from the first to the last: a log-prob that is off by a
-    nat is noticed, half a nat and a few thousandths are let through."""
+    """The data set's column, in some rows from the first to the last: half a nat and a few
+    thousandths are let through, of a nat it warns, and four of some ten nats are refused. (SmolLM2,
+    fine-tuned in bfloat16 on summaries, was 4.5 nats off in a response of 72.)"""
     torch.manual_seed(0)
     policy = GPT(GPTConfig(16, 31, 2, 2, 16))
     dataset = Dataset([([1, 2], [[3, 4], [5, 6, number % 31]]) for number in range(40)])
     monkeypatch.setattr(computing, "dtype", "bfloat16")
     dataset.ref_logps = score(policy, dataset)
     dataset.ref_logps[-1, 1] += wrong
-    if abs(wrong) <= 0.5:
+    if abs(wrong) <= 1:
         check_rounding(policy, dataset, "train")
-        said = capsys.readouterr().out
+        said = capsys.readouterr().out.removeprefix("warning: " if abs(wrong) == 1 else "")
+        advice = "; --dtype=float32 is exact, and slower" if abs(wrong) == 1 else ""
         assert re.fullmatch(r"train log-probs in bfloat16: within \S+ nats of float32, "
-                            r"in 16 rows\n", said)
-        assert 0 < float(said.split()[5]) < 0.6
+                            rf"in 16 rows{advice}\n", said)
+        assert 0 < float(said.split()[5]) < 0.6 + abs(wrong)
     else:
         with pytest.raises(AssertionError, match="^the reference's train log-probs in bfloat16 "):
             check_rounding(policy, dataset, "train")

@@ -3,10 +3,12 @@ refused of it."""
 import json
 import re
 
+import numpy as np
 import pytest
 
 import train_policy
 import train_rm
+from data import Dataset
 from runs import score, show
 from support.flags import InputError
 
@@ -41,6 +43,17 @@ def test_kto_learns_from_single_responses(files, tmp_path, capsys):
     out = capsys.readouterr().out
     assert re.search(r"labels: \d+ desirable, \d+ undesirable, .* --undesirable_weight=[12]", out)
     assert " step      loss  val/loss  train/good  train/bad  val/good   val/bad" in out
+
+
+def test_mismatched_responses_are_those_of_the_next_row(capsys):
+    """One that is cut, and one that answers the same prompt after all, are counted."""
+    examples = [([1, 2], [[3, 9]]), ([1, 2], [[4, 5, 9]]), ([6], [[7, 9]])]
+    got = Dataset(examples, desirable=np.array([True, False, True])).with_mismatched(4)
+    assert [responses[1].tolist() for _, responses in got.examples] == [[4, 5], [7, 9], [3, 9]]
+    assert got.n_samples == 1 and got.desirable.tolist() == [True, False, True]
+    assert capsys.readouterr().out.splitlines() == [
+        "1 of 3 mismatched responses answer the same prompt, which the next row has too",
+        "1 of 3 mismatched responses lose their end, as they don't fit block_size 4"]
 
 
 def test_a_resumed_run_asks_for_the_same_labels(files, tmp_path):
