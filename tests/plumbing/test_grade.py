@@ -173,7 +173,7 @@ def test_a_grade(tmp_path, capsys):
 @pytest.mark.parametrize("body, reason", [
     ("raise SystemExit(0)", "SystemExit"), ("raise KeyboardInterrupt", ""),
     ("import nowhere", "No module named 'nowhere'"), ("return dpo(logps, ref_logps)", "recursion"),
-    ("while True: print('!' * 1000)", "stopped after 60 seconds"),
+    ("while True: print('!' * 1000)", "stopped after 60 seconds|File too large"),   # the faster
     ("x = [0]\n    while True: x = x + x", ""),
     ("raise __builtins__['KeyError']", "it uses __builtins__"), ("return 3", ""),
     ("return undefined", "name 'undefined' is not defined")])
@@ -183,7 +183,7 @@ def test_whatever_a_student_writes(body, reason, tmp_path):
     folder = copy(tmp_path / "s1", (
         "losses.py", f"    return -F.logsigmoid(beta * h){end}", f"    {body}{end}"))
     wrong, right = grade.grade(folder, {"losses.dpo": 3, "losses.ipo": 3}, FEW_TESTS_OF_DPO, 60)
-    assert wrong.points == 0 and wrong.note and reason in wrong.note
+    assert wrong.points == 0 and wrong.note and re.search(reason, wrong.note)
     assert right.points == 3
 
 
