@@ -564,8 +564,8 @@ def run_name(rho, number, method):
 
 
 def choose_rate(args):
-    """The learning rate of all policies: that of the highest mean validation advantage of the
-    losses that tried them. Written to chosen.json."""
+    """Chooses the learning rate of all policies: the one with the highest validation advantage, as
+    a mean over the losses that tried it, or the only one. Writes it to chosen.json."""
     if len(args.lrs) == 1:
         write_json(f"{args.results}/chosen.json", {"lr": args.lrs[0]}, indent=1)
         return [f"learning rate {args.lrs[0]:g}, as --lrs says"]
