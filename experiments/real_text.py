@@ -87,7 +87,7 @@ NUMBERS = dict(
     validation_samples=2,   # and of each validation post
     max_new_tokens=64,      # longest sample
 )
-RATES = dict(sft_lr=5e-5, rm_lr=2e-5)
+RATES = dict(sft_lr=5e-5, oracle_lr=2e-5, rm_lr=2e-5)
 LRS = (5e-6, 2e-5, 5e-5)        # of all policies: what DPO and d-DPO prefer on average
 VALUES = (0.05, 0.2, 1)         # of every beta and tau
 CHOOSE_RHO, CHOOSE_SEED = 0.2, 1000
@@ -128,9 +128,9 @@ def parse_flags(argv):
         "sample loses, wherever it is judged, if it was cut off before its end-of-text token "
         "(default: 1)")
     add("--lora", type=positive_int, help="train reward models and policies as adapters of this "
-        "rank, next to the reference (default: whole models)")
+        "rank, next to the reference; the oracles are whole models (default: all are)")
     add("--freeze", type=positive_int, help="train only what is above this many of the lowest "
-        "layers, in SFT too (default: whole models)")
+        "layers, in SFT too, but not in the oracles (default: whole models)")
     add("--flags", default="", help="more flags for all training runs")
     add("--jobs", type=positive_int, default=2, help="how many runs to do at a time, on a GPU too "
         "(default: 2)")
@@ -233,13 +233,17 @@ class Worker:
         return self.tokenizer.encode_ordinary(text)
 
 
-def train(args, script, folder, *flags):
-    """Trains with the flags that all runs share. The reference is never an adapter. On a GPU, where
-    a run takes seconds, no state is saved for resuming."""
-    lora = [f"--lora={args.lora}"] if args.lora and "--loss=sft" not in flags else []
-    frozen = [f"--freeze={args.freeze}"] if args.freeze else []
+def train(args, script, folder, *flags, whole=False):
+    """Trains with the flags that all runs share. The reference is never an adapter, and an oracle
+    (whole) has neither adapters nor frozen layers. On a GPU, where a run takes seconds, no state is
+    saved for resuming."""
+    parts = []
+    if args.lora and not whole and "--loss=sft" not in flags:
+        parts.append(f"--lora={args.lora}")
+    if args.freeze and not whole:
+        parts.append(f"--freeze={args.freeze}")
     states = device_name(args.device) != "cuda"
-    seconds = trials.train(script, folder, *flags, *lora, *frozen, f"--device={args.device}",
+    seconds = trials.train(script, folder, *flags, *parts, f"--device={args.device}",
                            f"--dtype={args.dtype}", f"--n_eval={args.n_eval}",
                            *args.flags.split(), states=states)
     for parent, _, names in os.walk(folder):
@@ -265,7 +269,7 @@ def train_oracle(args, name):
         steps, half = max(1, steps // 2), [f"--n_pairs={len(rows) // 2}", "--seed=1"]
     train(args, "train_rm", f"{args.out_dir}/{name}", f"--init_from={args.out_dir}/sft",
           f"--data={args.pairs}", f"--max_steps={steps}", f"--batch_size={args.rm_batch_size}",
-          f"--lr={args.rm_lr}", f"--eval_every={steps}", *half)
+          f"--lr={args.oracle_lr}", f"--eval_every={steps}", *half, whole=True)
 
 
 def draw_samples(args, part, shard, n_shards):
@@ -860,7 +864,7 @@ def show_samples(args):
 # ------ a model and posts that cost nothing
 
 SMOKE = dict(max_prompt=120, sft_prompt=200, sft_steps=60, sft_batch_size=8, sft_lr=1e-2,
-             rm_lr=1e-2, oracle_steps=4, pool=40, samples=8, n_pairs=24, rm_steps=4,
+             oracle_lr=1e-2, rm_lr=1e-2, oracle_steps=4, pool=40, samples=8, n_pairs=24, rm_steps=4,
              rm_batch_size=8, steps=4, batch_size=8, long_steps=6, checkpoints=2, n_eval=8,
              n_validation=8, n_test=8, test_samples=2, validation_samples=1, max_new_tokens=40,
              lrs=[1e-4, 1e-3], values=[0.1, 1.0])
