@@ -216,6 +216,8 @@ class Worker:
     """Holds what a job computes with: device, precision, tokenizer, reference, both oracles."""
 
     def __init__(self, args, number):
+        self.number, self.max_new_tokens = number, args.max_new_tokens
+        self.missing_eos_penalty = args.missing_eos_penalty
         self.args = argparse.Namespace(
             device=args.device, dtype=args.dtype, seed=number, temperature=1.0,
             max_new_tokens=args.max_new_tokens, missing_eos_penalty=args.missing_eos_penalty)
@@ -306,25 +308,30 @@ def label(args):
         texts = [None] * len(posts)
         for shard in range(shards):
             texts[shard::shards] = read_json(samples_file(args, part, shard))["texts"]
-        pairs, n_open, n_equal = [], 0, 0
+        usable, n_open, n_equal = [], 0, 0      # [(prompt, [text, text, ...])], two of each pair
         for (prompt, _), replies in zip(posts, texts):
+            kept = []
             for pair in zip(replies[::2], replies[1::2]):
                 n_open += None in pair
                 n_equal += None not in pair and pair[0].strip() == pair[1].strip()
                 if None not in pair and pair[0].strip() != pair[1].strip() and all(
                         text.strip() for text in pair):
-                    pairs.append((prompt, pair))
+                    kept += pair
+            if kept:
+                usable.append((prompt, kept))
         end = [worker.tokenizer.eot_token]
-        examples = [(worker.encode(prompt), [worker.encode(text) + end for text in pair])
-                    for prompt, pair in pairs]
-        rewards = score(worker.oracle("oracle"), Dataset(examples))          # (N, 2)
-        labelled[part] = []
-        for (prompt, pair), (_, ids), values in zip(pairs, examples, rewards):
-            if values[0] != values[1]:
-                best = int(values[1] > values[0])
-                labelled[part].append({
-                    "prompt": prompt, "chosen": pair[best], "rejected": pair[1 - best],
-                    "lengths": [len(ids[best]), len(ids[1 - best])]})
+        examples = [(worker.encode(prompt), [worker.encode(text) + end for text in replies])
+                    for prompt, replies in usable]                      # a post's pairs as one tree
+        rewards = score(worker.oracle("oracle"), Dataset(examples))     # (posts, samples)
+        labelled[part], n_ties = [], 0
+        for (prompt, replies), (_, ids), values in zip(usable, examples, rewards):
+            for i in range(0, len(replies), 2):
+                best, other = (i, i + 1) if values[i] > values[i + 1] else (i + 1, i)
+                n_ties += values[i] == values[i + 1]
+                if values[i] != values[i + 1]:
+                    labelled[part].append({
+                        "prompt": prompt, "chosen": replies[best], "rejected": replies[other],
+                        "lengths": [len(ids[best]), len(ids[other])]})
         if not labelled[part]:
             raise InputError(f"{part}: of {sum(map(len, texts)) // 2} pairs, {n_open} have a "
                              f"sample that did not end in --max_new_tokens={args.max_new_tokens}, "
@@ -333,7 +340,7 @@ def label(args):
         said.append(f"{part}: {len(labelled[part])} pairs, the longer one preferred in "
                     f"{(sides == 1).sum() / max(1, (sides != 0).sum()):.0%} of those that have "
                     f"one; left out {n_open} with a sample that did not end, {n_equal} of equal "
-                    f"texts, {len(pairs) - len(labelled[part])} ties")
+                    f"texts, {n_ties} ties")
     lengths = np.array([row["lengths"] for row in labelled["pool"]])
     wanted = [args.n_pairs, len(lengths)]
     for rho in {CHOOSE_RHO, *args.rhos} - {"all"}:
@@ -434,24 +441,35 @@ def rouge_l(text, reference):
     return 2 * longest[-1] / max(1, len(words) + len(others))
 
 
-def judge(worker, policy, posts, copies):
-    """Has a policy summarise held-out posts, `copies` times each. Returns ({judge or number: (N,)
-    means over copies}, Dataset of the replies)."""
-    texts = [prompt for prompt, _ in posts] * copies
-    prompts = [worker.encode(text) for text in texts]
-    with trials.silence():
-        own, replies, rewards, _ = answer(
-            "", policy, texts, prompts, {"oracle": worker.oracle("oracle")}, worker.tokenizer,
-            worker.args)
-        ids = [reply for _, (reply,) in own.examples]
-        second, cut = judge_samples(
-            "", {"second": worker.oracle("second")}, texts, prompts, ids, worker.tokenizer,
-            worker.args)
-    rouge = [rouge_l(reply, summary) for reply, (_, summary) in zip(replies, posts * copies)]
-    values = {"oracle": rewards, "second": second, "rouge": np.array(rouge),
-              "length": np.array(list(map(len, ids))), "unended": cut}
-    return {name: np.reshape(value, (copies, -1)).mean(axis=0)
-            for name, value in values.items()}, own
+def judge(worker, policy, posts, copies, names):
+    """Has a policy summarise held-out posts, `copies` times each. A judge reads the samples of a
+    post together, as one tree.
+
+    names: of the reward models that judge. Returns ({judge or number: (N,) means over copies},
+    Dataset of the samples as they were drawn).
+    """
+    prompts = [worker.encode(prompt) for prompt, _ in posts]
+    ends, repeated = worker.tokenizer.ends, [prompt for prompt in prompts for _ in range(copies)]
+    samples = sample(policy, repeated, worker.max_new_tokens, ends, [worker.number, 4])
+    samples = [samples[i:i + copies] for i in range(0, len(samples), copies)]   # of each post
+    cut = np.array([[was_cut_off(reply, ends) for reply in replies] for replies in samples])
+    ended = Dataset([
+        (prompt, [reply + ends[:1] if was_cut_off(reply, ends) else reply for reply in replies])
+        for prompt, replies in zip(prompts, samples)])
+    values = {name: score(worker.oracle(name), ended) - worker.missing_eos_penalty * cut
+              for name in names}
+    values["rouge"] = np.array([[rouge_l(to_text(reply, worker.tokenizer), summary)
+                                 for reply in replies]
+                                for replies, (_, summary) in zip(samples, posts)])
+    values |= {"length": np.array([list(map(len, replies)) for replies in samples]),
+               "unended": cut}                                              # all (N, copies)
+    own = Dataset(list(zip(prompts, samples)))
+    return {name: value.mean(axis=1) for name, value in values.items()}, own
+
+
+def judges_of(split):
+    """Names the reward models that judge a split: betas are chosen by the oracle alone."""
+    return ["oracle", "second"] if split == "test" else ["oracle"]
 
 
 def samples_of_each(args, split):
@@ -467,18 +485,17 @@ def judge_reference(args, split, number):
     compared. Returns two rows: of the reference, and of the authors' summaries."""
     worker, posts = Worker(args, number), posts_of(args, split)
     ref = worker.reference()
-    values, own = judge(worker, ref, posts, samples_of_each(args, split))
-    logps = score(ref, own)
+    names = judges_of(split)
+    values, own = judge(worker, ref, posts, samples_of_each(args, split), names)
     write_json(reference_file(args, split, number), {
         "values": {name: value.tolist() for name, value in values.items()},
-        "replies": [list(map(int, reply)) for _, (reply,) in own.examples],
-        "logps": logps.tolist()})
+        "samples": [[list(map(int, reply)) for reply in replies] for _, replies in own.examples],
+        "logps": score(ref, own).tolist() if split == "test" else None})
     end = [worker.tokenizer.eot_token]
     authors = [worker.encode(summary) + end for _, summary in posts]
     dataset = Dataset([(worker.encode(prompt), [reply])
                        for (prompt, _), reply in zip(posts, authors)])
-    by_authors = {name: score(worker.oracle(name), dataset)[:, 0]
-                  for name in ("oracle", "second")}
+    by_authors = {name: score(worker.oracle(name), dataset)[:, 0] for name in names}
     by_authors["length"] = np.array(list(map(len, authors)))
     rows = []
     for method, numbers in (("sft", values), ("authors", by_authors)):
@@ -488,7 +505,7 @@ def judge_reference(args, split, number):
         if method == "sft":
             row["unended"] = float(numbers["unended"].mean())
             row["rouge"] = float(numbers["rouge"].mean())
-        for name in ("oracle", "second"):
+        for name in names:
             row[name], row[f"{name}_95"] = interval(numbers[name] - values[name])
         rows.append({**row, "by_prompt": numbers})
     return rows
@@ -523,21 +540,21 @@ def policy_run(args, run, purpose, cell, number, method, value, lr):
     worker, posts = Worker(args, number), posts_of(args, split)
     before = read_json(reference_file(args, split, number))
     policy = GPT.from_pretrained(folder).to(worker.device)
-    values, own = judge(worker, policy, posts, samples_of_each(args, split))
-    prompts = [prompt for prompt, _ in own.examples]
-    of_ref = Dataset([(prompt, [reply]) for prompt, reply in zip(prompts, before["replies"])],
-                     ref_logps=np.array(before["logps"], np.float32))
-    difference = values["oracle"] - before["values"]["oracle"]
-    numbers = compare(policy, worker.reference(), own, of_ref, difference, 1)
+    values, own = judge(worker, policy, posts, samples_of_each(args, split), judges_of(split))
     row = {"run": run, "purpose": purpose, "rho": cell.split("/")[0], "seed": number,
            "method": method, "loss": loss, "rewards": rewards, "knob": knob, "value": value,
            "lr": lr, "lora": args.lora, "freeze": args.freeze, "n_prompts": len(posts),
-           "win_rate": numbers["win_rate"],
-           "kl_pi_ref": numbers["kl_pi_ref"], "kl_ref_pi": numbers["kl_ref_pi"],
            "length": float(values["length"].mean()), "unended": float(values["unended"].mean()),
            "device": hardware(worker.device)}
-    for name in JUDGES:
+    for name in set(JUDGES) & set(values):
         row[name], row[f"{name}_95"] = interval(values[name] - np.array(before["values"][name]))
+    if split == "test":
+        of_ref = Dataset([(prompt, samples) for (prompt, _), samples
+                          in zip(own.examples, before["samples"])],
+                         ref_logps=np.array(before["logps"], np.float32))
+        difference = values["oracle"] - before["values"]["oracle"]
+        numbers = compare(policy, worker.reference(), own, of_ref, difference, 1)
+        row |= {name: numbers[name] for name in ("win_rate", "kl_pi_ref", "kl_ref_pi")}
     trained_with = run_flags(folder)
     row |= {name: trained_with[name] for name in ("gamma", "max_steps", "batch_size")
             if name in trained_with}
@@ -759,7 +776,8 @@ def finished(args, name, result, seconds, memory, now):
         append(f"{args.results}/runs.csv",
                [{column: row.get(column) for column in COLUMNS} for row in rows], COLUMNS)
         line = "  ".join(f"{row['method']} {row['oracle']:+.2f} ± {row['oracle_95']:.2f}, second "
-                         f"{row['second']:+.2f}, length {row['length']:.0f}" for row in result)
+                         f"{row.get('second', float('nan')):+.2f}, length {row['length']:.0f}"
+                         for row in result)
     elif result:
         line = "\n".join(result)
     print(f"[{now:5.0f} s] {name} ({seconds:.0f} s, {memory:.1f} GB) {line}".rstrip(), flush=True)
