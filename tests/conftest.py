@@ -1,5 +1,6 @@
 import fcntl
 import os
+import random
 import shutil
 import signal
 import sys
@@ -33,10 +34,16 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def computing():
-    """A run that a test starts chooses a device and a precision, which the next test does not
-    want."""
+def the_same_state():
+    """A run that a test starts chooses a device, a precision and a seed, which the next test does
+    not want: what it draws must not depend on the tests that this worker has run before it."""
+    import numpy as np
+    import torch
+
     from support import device
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
     vars(device.computing).update(device="cpu", dtype="float32", multiple=1, few_shapes=False)
 
 

@@ -172,13 +172,15 @@ def test_smollm2(tmp_path):
                            eos_token_id=None)[0, 20:].tolist()
     assert ours.generate([prompt], 20, temperature=0) == [text]
 
+    # Rewards add up 576 numbers of either sign. float32 leaves an error of some 1e-6 of the hidden
+    # state's length, which is 50 here, and weights of N(0, 1) make as much of it in the reward.
     reward_model = RewardModel.from_policy(ours)
-    torch.nn.init.normal_(reward_model.score.weight)
+    torch.nn.init.normal_(reward_model.score.weight, generator=torch.Generator().manual_seed(0))
     judge = saved_again(reward_model, "ForSequenceClassification", tmp_path / "rm")
     rewards = reward_model(collate(examples))[0]
     for reward, response in zip(rewards, examples[0][1]):
         wanted = judge(torch.tensor([prompt + response])).logits[0, 0]
-        torch.testing.assert_close(reward, wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(reward, wanted, rtol=0, atol=5e-4)
 
     saved_again(ours, "ForCausalLM", tmp_path / "again")
     before = load_file(os.path.join(folder, "model.safetensors"))
