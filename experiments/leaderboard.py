@@ -21,8 +21,10 @@ from statistics import mean
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import torch
+
 from experiments import trials
-from losses import LOSSES, needs
+from losses import LOSSES, knobs, needs
 from support.flags import InputError, Parser, comma_separated, run_script, seed
 from support.run import write_json
 
@@ -67,7 +69,33 @@ def read_entry(path):
     if unknown:
         raise InputError(f"entry: {path}: `loss` needs {', '.join(unknown)}; a parameter without a "
                          f"default is one of {', '.join(sorted(columns))}")
+    try_out(path)
     return hashlib.sha256(source.encode()).hexdigest()[:12]
+
+
+def try_out(path):
+    """Calls the entry with four made-up pairs: what is wrong should be said before anything is
+    trained. InputError if it fails, or does not return a number with a gradient for each pair."""
+    logps, ref_logps = -20 - 5 * torch.rand(2, 4, 2)
+    columns = {"logps": logps.requires_grad_(), "ref_logps": ref_logps,
+               "rewards": torch.randn(4, 2, 5), "lengths": torch.randint(5, 20, (4, 2)),
+               "kl": (logps - ref_logps).square().mean(dim=1)}
+    numbers = {name: value[0] if isinstance(value, tuple) else value
+               for name, value in knobs("entry").items()}
+    try:
+        losses = LOSSES["entry"](**{need: columns[need] for need in needs("entry")}, **numbers)
+    except Exception as error:
+        raise InputError(f"entry: {path}: `loss` fails with four made-up pairs: "
+                         f"{type(error).__name__}: {error}") from error
+    if not torch.is_tensor(losses) or losses.shape != (4,):
+        what = list(losses.shape) if torch.is_tensor(losses) else type(losses).__name__
+        raise InputError(f"entry: {path}: `loss` returns {what} for 4 pairs, not (4,): a number "
+                         "for each pair, without their mean")
+    if not losses.isfinite().all():
+        raise InputError(f"entry: {path}: `loss` returns {losses.tolist()} for made-up pairs")
+    if not losses.requires_grad:
+        raise InputError(f"entry: {path}: what `loss` returns does not depend on the policy's "
+                         "logps, so nothing can be learnt")
 
 
 def compare(ref, out_dir, entry, number, split):
@@ -118,6 +146,8 @@ def parse_flags(argv):
 
 def main(argv=None):
     args = parse_flags(argv)
+    if os.path.isfile(args.results):        # of an earlier entry: it must not pass for this one's
+        os.remove(args.results)
     entry = read_entry(args.entry)
     trials.check_models(ref=args.ref)
     print(f"{args.entry}, trained with {' '.join(BUDGET)}; a new seed takes minutes", flush=True)

@@ -447,6 +447,8 @@ def parse_flags(argv):
 
 def main(argv=None):
     args = parse_flags(argv)
+    if os.path.isfile(args.out):        # of an earlier copy: it must not pass for this one's
+        os.remove(args.out)
     if not os.path.isdir(args.folder):
         unzip = "unzip it first" if os.path.isfile(args.folder) else "name the student's copy"
         raise InputError(f"folder: {args.folder!r} is not a folder; {unzip}")

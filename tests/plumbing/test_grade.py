@@ -198,9 +198,12 @@ def test_missing_files_and_folders(tmp_path):
     assert row.note == "losses.py: Is a directory"
     (tmp_path / "zip").touch()
     with pytest.raises(InputError, match="is not a folder; unzip it first"):
-        grade.main([f"{tmp_path}/zip", "pairs"])
+        grade.main([f"{tmp_path}/zip", "pairs", f"--out={tmp_path}/results.json"])
+    before = tmp_path / "results.json"      # of an earlier copy
+    before.touch()
     with pytest.raises(InputError, match="folder: .* is not a folder"):
-        grade.main([f"{tmp_path}/nowhere", "pairs"])
+        grade.main([f"{tmp_path}/nowhere", "pairs", f"--out={before}"])
+    assert not before.exists()
 
 
 @pytest.mark.parametrize("place", ["pairs/losses.py", "losses (1).py", "losses_ada.py"])

@@ -47,7 +47,14 @@ def test_the_template_is_dpo():
     ("def los(logps): pass", "has no function `loss`"), ("def loss(:", "can't read"),
     ("import torch\n1 / 0", "entry.py can't be run: ZeroDivisionError"),
     ("raise SystemExit(0)", "can't be run: SystemExit"), ("loss = los", "can't be run: NameError"),
-    ("def loss(logps, lengths, oracle): pass", "`loss` needs oracle; a parameter")])
+    ("def loss(logps, lengths, oracle): pass", "`loss` needs oracle; a parameter"),
+    ("def loss(logps): return logps.mean()", r"returns \[\] for 4 pairs, not \(4,\)"),
+    ("def loss(logps): return logps", r"returns \[4, 2\] for 4 pairs"),
+    ("def loss(logps): pass", "returns NoneType for 4 pairs"),
+    ("def loss(logps): return logps[:, 0].log()", r"returns \[nan, nan, nan, nan\]"),
+    ("def loss(ref_logps): return ref_logps[:, 0]", "does not depend on the policy's logps"),
+    ("def loss(logps, beta='a'): return beta / logps[:, 0]", "fails with four made-up pairs: Type"),
+])
 def test_what_is_no_entry(source, message, tmp_path):
     with pytest.raises(InputError, match=message):
         leaderboard.read_entry(entry(tmp_path / "ada", source))
@@ -89,6 +96,13 @@ def test_both_policies_have_the_same_budget(tmp_path, monkeypatch, capsys):
                                              (0, 6, "visible")]
     assert {row["name"]: row["value"] for row in report["leaderboard"]} == {
         "lead over e-DPO": 0.05, "advantage": 3.05}
+
+
+def test_points_of_an_earlier_entry_do_not_stay(tmp_path):
+    (tmp_path / "results.json").touch()
+    with pytest.raises(InputError, match="no function `loss`"):
+        leaderboard.main([entry(tmp_path / "ada", ""), f"--results={tmp_path}/results.json"])
+    assert not (tmp_path / "results.json").exists()
 
 
 def test_another_file_is_another_entry(tmp_path):
