@@ -470,8 +470,8 @@ def check_labels(record, column):
                              "would be ignored; call it 'scores' (the highest is best) or 'ranks' "
                              "(1 is best), or leave it out")
     if column == "chosen" and record.get("scores") is not None:
-        raise ValueError("column 'scores' belongs to 'responses' and would be ignored; beside "
-                         "'chosen' and 'rejected' it takes 'score_chosen' and 'score_rejected'")
+        raise ValueError("column 'scores' belongs to 'responses' and would be ignored; next to "
+                         "'chosen' and 'rejected' come 'score_chosen' and 'score_rejected'")
 
 
 # ------------------------------------------------------------------ all records

@@ -1,6 +1,6 @@
-"""The parts of train_policy.py, train_rm.py and reward.py beside the numbers of a training step
-(test_training.py): what is cached and under which name, where and in what precision it is computed,
-what is asked for, what is written. All with models of a layer and rows of random tokens."""
+"""The parts of train_policy.py, train_rm.py and reward.py other than the numbers of a training step
+(these are in test_training.py): what is cached and under which name, where and in what precision it
+is computed, what is asked for, what is written. All with models of a layer and random tokens."""
 import json
 import shutil
 from dataclasses import replace
@@ -454,7 +454,7 @@ def test_a_batch_is_computed_in_micro_batches(lab, computed, script):
 @SCRIPTS
 @pytest.mark.parametrize("flags, calls", [([], []), (["--compile"], [{"dynamic": True}])])
 def test_compilation_is_for_any_shape(lab, monkeypatch, script, flags, calls):
-    """If it is asked for: batches have many shapes, and each would be compiled anew."""
+    """If it is asked for: batches have many shapes, and each would be compiled again."""
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiled.append(how))
     train(lab, script, *flags)

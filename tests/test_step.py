@@ -1,4 +1,4 @@
-"""The numbers of a step beside its loss: the learning rate, the flags, what is watched; and the
+"""The numbers of a step other than its loss: the learning rate, the flags, what is watched; and the
 interval of a comparison. (The step itself is in test_training.py.)"""
 import math
 from types import SimpleNamespace

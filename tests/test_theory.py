@@ -1,5 +1,5 @@
 """The theory, executable: what can be proved about DPO, distillation and pessimism, checked on
-policies small enough to write down. A companion to read beside Fisch et al. (arXiv 2405.19316) and
+policies small enough to write down. A companion to read next to Fisch et al. (arXiv 2405.19316) and
 losses.py; each docstring is a statement with its assumptions ("the paper's" or "ours"), and the
 body is the check, by training or by enumeration.
 
@@ -116,7 +116,7 @@ def test_dpo_reaches_zero_only_as_margins_grow_without_bound():
         assert (of_rejected <= -ref_logps[CHOSEN] - margin / beta).all()
         reached.append(margin.min().item())
     # With one pair, a margin of m makes a loss of about exp(-m): a factor of 10 in the loss costs
-    # log 10 of margin, for ever.
+    # log 10 of margin, without end.
     assert reached[-1] - reached[1] == pytest.approx(math.log(100), rel=0.1)
 
 

@@ -1,4 +1,4 @@
-"""The training scripts, beside a trainer that is as plain as can be.
+"""The training scripts, compared with a trainer that is as plain as can be.
 
 Of the repository, the plain trainer below has the networks and the tokenizer. It makes its rows
 from the text itself, and runs every prompt and response as a sequence of its own, in float64: no
@@ -264,7 +264,7 @@ def mean(values):
 
 
 class Preferences:
-    """The objective of a preference loss over some rows, and what is watched beside it."""
+    """The objective of a preference loss over some rows, and what is watched with it."""
 
     def __init__(self, name):
         self.equation, self.has_kl, _ = EQUATIONS[name]

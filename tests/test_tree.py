@@ -404,7 +404,7 @@ def test_padding_changes_nothing(kind, brute_force):
 
 @pytest.mark.parametrize("kind", [GPT, RewardModel, summing])
 def test_company_does_not_matter(kind):
-    """A row gives the same numbers alone and beside longer rows, which give it padding."""
+    """A row gives the same numbers alone and in a batch with longer rows, which give it padding."""
     model, examples = make(kind), random_examples(2, rows=8, seed=1)
     together = model(collate(examples))
     for i in range(len(examples)):
@@ -414,8 +414,8 @@ def test_company_does_not_matter(kind):
 
 @pytest.mark.parametrize("kind", [GPT, RewardModel, summing])
 def test_rows_with_fewer_responses(kind):
-    """Each row gives the same numbers alone and beside rows with more; a log-prob that is not there
-    is 0."""
+    """Each row gives the same numbers alone and in a batch with rows that have more; a log-prob
+    that is not there is 0."""
     model, examples = make(kind), random_examples(3, seed=1)
     examples = [(prompt, responses[:1 + i % 3]) for i, (prompt, responses) in enumerate(examples)]
     together = model(collate(examples))

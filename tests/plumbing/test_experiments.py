@@ -320,7 +320,7 @@ def test_jobs_that_fail(tmp_path, monkeypatch, capsys):
 
 def test_real_text_on_made_up_posts(tmp_path, monkeypatch, hub_cache, capsys):
     """All of it in small: which posts go where, a row for each run, again and nothing is done
-    anew, tables and figure from what is in the files."""
+    again, tables and figure from what is in the files."""
     monkeypatch.setattr(real_text.trials, "workers", lambda n: SerialPool())
     monkeypatch.setattr(real_text.figure2, "FAMILY", "0.4,0.6")
     monkeypatch.setattr(real_text, "SHARDS", 1)

@@ -56,7 +56,7 @@ def test_numbers_for_each_response(more):
 
 
 def test_scores_beside_a_pair():
-    with pytest.raises(ValueError, match="beside 'chosen' and 'rejected' it takes 'score_chosen'"):
+    with pytest.raises(ValueError, match="next to 'chosen' and 'rejected' come"):
         parse_rows({**PAIR, "scores": [1, 5]}, False)
 
 

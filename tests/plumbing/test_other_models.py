@@ -419,7 +419,7 @@ def test_weights_that_are_whole_numbers(folder):
     ("optimizer.pt", "the state of an optimizer")])
 @pytest.mark.parametrize("config", [True, False])
 def test_other_kinds_are_named(folder, file, message, config):
-    """With a config.json beside them, or without."""
+    """With a config.json next to them, or without."""
     (folder / "model.safetensors").unlink()
     if not config:
         (folder / "config.json").unlink()

@@ -55,7 +55,7 @@ def test_layouts_of_text():
 
 
 def test_layouts_of_chat_messages():
-    """The dialogues may hold the prompt or not, and the prompt may be text beside them, or left
+    """The dialogues may hold the prompt or not, and the prompt may be text next to them, or left
     out."""
     chat = {"prompt": [says("user", "Hi")], "chosen": [says("assistant", "Yes?")],
             "rejected": [says("assistant", "No.")]}
@@ -213,7 +213,7 @@ def test_ranked_responses(more, order, scores):
 def test_ties_in_a_ranking_do_not_go_by_place():
     """Which of two equals comes first depends on their text alone, half the time either way: of
     400, within 4 standard errors of 200 (a false alarm in 16,000, had the texts been drawn
-    anew)."""
+    again)."""
     first = 0
     for i in range(400):
         texts = [f" left {i}", f" right {i}"]
@@ -635,7 +635,7 @@ def test_a_rank_of_400_digits_is_a_bad_row(tmp_path, hub_cache):
 
 
 def test_what_is_no_file_is_refused(tmp_path, hub_cache):
-    """Reading a pipe or a device would wait or go on for ever."""
+    """Reading a pipe or a device would wait or never end."""
     pipe = tmp_path / "a.jsonl"
     os.mkfifo(pipe)
     for path in (str(pipe), "/dev/zero"):

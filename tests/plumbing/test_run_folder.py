@@ -857,7 +857,7 @@ def test_no_family_to_resume(tmp_path):
 
 @pytest.mark.parametrize("there", ["rms", "rms/0.5"])
 def test_a_model_that_would_join_the_family(tmp_path, there):
-    """In the family's own folder, or beside its members."""
+    """In the family's own folder, or next to its members."""
     make_models(tmp_path, there)
     assert refusal(family, tmp_path / "rms") == (
         f"--out_dir: {tmp_path}/{there} holds another reward model, which would join this family; "

@@ -635,7 +635,7 @@ def test_file_data_end_to_end(tmp_path, hub_cache):
 
 
 def test_scores_from_a_file_are_as_good_as_reward_models(world, tmp_path, hub_cache):
-    """runs/score.py writes the family's scores beside the pairs; distilling these columns gives the
+    """runs/score.py adds the family's scores to the pairs; distilling these columns gives the
     metrics that distilling from the family itself gives, but for rounding (they were scored in
     other batches)."""
     pairs = write_jsonl(tmp_path / "pairs.jsonl", [

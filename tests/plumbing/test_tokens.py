@@ -431,7 +431,7 @@ def changed_copy(module, folder):
 
 def test_cached_tokens_survive_another_text_of_the_code(tmp_path, token_cache, capsys):
     """An entry goes by what is in it, and by LAYOUT: a comment in tokens.py or data.py is not worth
-    tokenising everything anew."""
+    tokenising everything again."""
     path = jsonl(tmp_path / "a.jsonl", [{**PAIR, "prompt": f"Say {i}."} for i in range(20)])
     tokenised_file(path, tokenizer(), demonstrations=True)
     assert "tokens: from" not in capsys.readouterr().out
