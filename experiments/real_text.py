@@ -124,9 +124,9 @@ def parse_flags(argv):
         f"learning rates to choose from, for policies (default: {','.join(map(str, LRS))})")
     add("--values", type=comma_separated(positive_float, "numbers"), default=list(VALUES),
         help=f"the betas and taus to choose from (default: {','.join(map(str, VALUES))})")
-    add("--missing_eos_penalty", type=not_negative_float, default=1.0, help="how much reward a "
-        "sample loses, wherever it is judged, if it was cut off before its end-of-text token "
-        "(default: 1)")
+    add("--missing_eos_penalty", type=not_negative_float, default=1.0, help="how much a "
+        "sample loses, in standard deviations of the reward, if it was cut off before its "
+        "end-of-text token (default: 1)")
     add("--lora", type=positive_int, help="train reward models and policies as adapters of this "
         "rank, next to the reference; the oracles are whole models (default: all are)")
     add("--freeze", type=positive_int, help="train only what is above this many of the lowest "
@@ -441,12 +441,14 @@ def rouge_l(text, reference):
     return 2 * longest[-1] / max(1, len(words) + len(others))
 
 
-def judge(worker, policy, posts, copies, names):
+def judge(worker, policy, posts, copies, names, spread=None):
     """Has a policy summarise held-out posts, `copies` times each. A judge reads the samples of a
-    post together, as one tree.
+    post together, as one tree. The scale of a reward model means nothing, so a reward is divided
+    by the standard deviation of its judge's rewards for the reference's samples.
 
-    names: of the reward models that judge. Returns ({judge or number: (N,) means over copies},
-    Dataset of the samples as they were drawn).
+    names: of the reward models that judge. spread: these standard deviations, {name: number}, or
+    None if the policy is the reference. Returns ({judge or number: (N,) means over copies},
+    Dataset of the samples as they were drawn, spread).
     """
     prompts = [worker.encode(prompt) for prompt, _ in posts]
     ends, repeated = worker.tokenizer.ends, [prompt for prompt in prompts for _ in range(copies)]
@@ -456,15 +458,17 @@ def judge(worker, policy, posts, copies, names):
     ended = Dataset([
         (prompt, [reply + ends[:1] if was_cut_off(reply, ends) else reply for reply in replies])
         for prompt, replies in zip(prompts, samples)])
-    values = {name: score(worker.oracle(name), ended) - worker.missing_eos_penalty * cut
-              for name in names}
+    values = {name: score(worker.oracle(name), ended) for name in names}
+    spread = spread or {name: float(rewards.std()) for name, rewards in values.items()}
+    for name in names:
+        values[name] = values[name] / spread[name] - worker.missing_eos_penalty * cut
     values["rouge"] = np.array([[rouge_l(to_text(reply, worker.tokenizer), summary)
                                  for reply in replies]
                                 for replies, (_, summary) in zip(samples, posts)])
     values |= {"length": np.array([list(map(len, replies)) for replies in samples]),
                "unended": cut}                                              # all (N, copies)
     own = Dataset(list(zip(prompts, samples)))
-    return {name: value.mean(axis=1) for name, value in values.items()}, own
+    return {name: value.mean(axis=1) for name, value in values.items()}, own, spread
 
 
 def judges_of(split):
@@ -486,16 +490,17 @@ def judge_reference(args, split, number):
     worker, posts = Worker(args, number), posts_of(args, split)
     ref = worker.reference()
     names = judges_of(split)
-    values, own = judge(worker, ref, posts, samples_of_each(args, split), names)
+    values, own, spread = judge(worker, ref, posts, samples_of_each(args, split), names)
     write_json(reference_file(args, split, number), {
-        "values": {name: value.tolist() for name, value in values.items()},
+        "spread": spread, "values": {name: value.tolist() for name, value in values.items()},
         "samples": [[list(map(int, reply)) for reply in replies] for _, replies in own.examples],
         "logps": score(ref, own).tolist() if split == "test" else None})
     end = [worker.tokenizer.eot_token]
     authors = [worker.encode(summary) + end for _, summary in posts]
     dataset = Dataset([(worker.encode(prompt), [reply])
                        for (prompt, _), reply in zip(posts, authors)])
-    by_authors = {name: score(worker.oracle(name), dataset)[:, 0] for name in names}
+    by_authors = {name: score(worker.oracle(name), dataset)[:, 0] / spread[name]
+                  for name in names}
     by_authors["length"] = np.array(list(map(len, authors)))
     rows = []
     for method, numbers in (("sft", values), ("authors", by_authors)):
@@ -525,10 +530,12 @@ def policy_run(args, run, purpose, cell, number, method, value, lr):
     flags = [*flags, f"--loss={loss}", f"--{knob}={value:g}", *cell_flags(args, cell, number)]
     if rewards:
         flags.append(f"--rewards={args.out_dir}/{cell}/{rewards}")
+    split = "validation" if purpose in ("rate", "grid") else "test"
+    before = read_json(reference_file(args, split, number))
     select = purpose != "collapse" and args.checkpoints > 1
     if select:
-        flags += [f"--select={args.out_dir}/oracle",
-                  f"--missing_eos_penalty={args.missing_eos_penalty:g}"]
+        penalty = args.missing_eos_penalty * before["spread"]["oracle"]
+        flags += [f"--select={args.out_dir}/oracle", f"--missing_eos_penalty={penalty:g}"]
     if select or "p-dpo" in loss or loss == "e-dpo":            # it samples
         flags.append(f"--max_new_tokens={args.max_new_tokens}")
     steps = args.long_steps if purpose == "collapse" else args.steps
@@ -536,11 +543,10 @@ def policy_run(args, run, purpose, cell, number, method, value, lr):
           f"--batch_size={args.batch_size}", f"--lr={lr:g}",
           f"--eval_every={-(-steps // args.checkpoints)}")
 
-    split = "validation" if purpose in ("rate", "grid") else "test"
     worker, posts = Worker(args, number), posts_of(args, split)
-    before = read_json(reference_file(args, split, number))
     policy = GPT.from_pretrained(folder).to(worker.device)
-    values, own = judge(worker, policy, posts, samples_of_each(args, split), judges_of(split))
+    values, own, _ = judge(worker, policy, posts, samples_of_each(args, split), judges_of(split),
+                           before["spread"])
     row = {"run": run, "purpose": purpose, "rho": cell.split("/")[0], "seed": number,
            "method": method, "loss": loss, "rewards": rewards, "knob": knob, "value": value,
            "lr": lr, "lora": args.lora, "freeze": args.freeze, "n_prompts": len(posts),
@@ -775,9 +781,12 @@ def finished(args, name, result, seconds, memory, now):
         rows = [{**row, "memory_gb": memory, **identity} for row in result]
         append(f"{args.results}/runs.csv",
                [{column: row.get(column) for column in COLUMNS} for row in rows], COLUMNS)
-        line = "  ".join(f"{row['method']} {row['oracle']:+.2f} ± {row['oracle_95']:.2f}, second "
-                         f"{row.get('second', float('nan')):+.2f}, length {row['length']:.0f}"
-                         for row in result)
+        lines = []
+        for row in result:
+            second = f", second {row['second']:+.2f}" if "second" in row else ""
+            lines.append(f"{row['method']} {row['oracle']:+.2f} ± {row['oracle_95']:.2f}{second}, "
+                         f"length {row['length']:.0f}")
+        line = "  ".join(lines)
     elif result:
         line = "\n".join(result)
     print(f"[{now:5.0f} s] {name} ({seconds:.0f} s, {memory:.1f} GB) {line}".rstrip(), flush=True)
