@@ -7,6 +7,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy as np
 
+from evaluate import interval
 from experiments import figure2
 from support.flags import InputError
 from support.report import markdown_table, pyplot, save
@@ -23,6 +24,7 @@ METHODS = {         # loss, reward models of the cell, flags
     "member": ("dp-dpo", "rms/0.5", []),        # and the reward model that was trained on it
 }
 JUDGES = {"oracle": "oracle", "second": "second oracle", "rouge": "ROUGE-L"}
+DIGITS = {"oracle": ".2f", "second": ".2f", "rouge": ".3f"}
 JUDGE_COLUMNS = ["run", "rho", "seed", "model", "human_pairs", "human_accuracy", "human_95",
                  "human_longer", "human_length_correlation", "oracle_pairs", "oracle_accuracy",
                  "oracle_95", "oracle_longer", "oracle_length_correlation", "commit", "reference"]
@@ -60,7 +62,7 @@ def method_table(rows):
     for (rho, method), runs in cells(rows).items():
         table.append([
             rho, method, len(runs),
-            *[with_interval(column(runs, name), ".3f" if name == "rouge" else ".2f")
+            *[with_interval(column(runs, name), DIGITS[name], float(runs[0][f"{name}_95"]))
               for name in JUDGES],
             f"{mean(column(runs, 'length')):.1f}", f"{mean(column(runs, 'unended')):.3f}",
             f"{mean(column(runs, 'kl_pi_ref')):.2f}",
@@ -69,10 +71,15 @@ def method_table(rows):
     return markdown_table(header, table)
 
 
-def with_interval(values, form=".2f"):
-    """Writes the mean over seeds, with its 95% interval if there are several."""
-    text = f"{mean(values):+{form}}"
-    return text + (f" ± {figure2.half_width(values):{form}}" if len(values) > 1 else "")
+def half_width(values, over_posts):
+    """Returns the 95% interval over seeds; with a single seed that over its posts."""
+    return figure2.half_width(values) if len(values) > 1 else over_posts
+
+
+def with_interval(values, form=".2f", over_posts=None):
+    """Writes the mean over seeds, with its 95% interval."""
+    width = half_width(values, over_posts)
+    return f"{mean(values):+{form}}" + (f" ± {width:{form}}" if width is not None else "")
 
 
 def comparisons(methods):
@@ -105,7 +112,7 @@ def comparison_table(rows, by_prompt):
                 p = figure2.t_p_value(values)
                 seen = [np.sign(difference.mean()) for difference in differences
                         if figure2.t_p_value(list(difference)) < 0.05]
-                line.append(with_interval(values, ".3f" if name == "rouge" else ".2f")
+                line.append(with_interval(values, DIGITS[name], interval(differences[0])[1])
                             + ("" if np.isnan(p) else f" (p {p:.2g})")
                             + f"; {seen.count(1)} up, {seen.count(-1)} down")
             if seeds:
@@ -124,7 +131,7 @@ def collapse_table(rows):
                 table.append([method, what, runs[0]["value"], runs[0]["max_steps"], *[
                     with_interval(column(runs, name), ".1f")
                     for name in ("last_chosen_change", "last_rejected_change")],
-                    with_interval(column(runs, "oracle"))])
+                    with_interval(column(runs, "oracle"), ".2f", float(runs[0]["oracle_95"]))])
     return markdown_table(["loss", "beta or tau", "", "steps", "chosen change", "rejected change",
                            "advantage, oracle"], table)
 
@@ -160,12 +167,13 @@ def figure(rows, folder):
             shown = [of_cell[rho, method] for method in methods if (rho, method) in of_cell]
             axes[0].errorbar(
                 [mean(column(runs, name)) for runs in shown], y, fmt="o", markersize=4,
-                xerr=[figure2.half_width(column(runs, name)) for runs in shown], color=f"C{i}",
+                xerr=[half_width(column(runs, name), float(runs[0][f"{name}_95"]))
+                      for runs in shown], color=f"C{i}",
                 markerfacecolor=f"C{i}" if filled else "white", linewidth=0.8,
                 label=f"{JUDGES[name]}, rho {rho}")
         axes[1].errorbar(
             [mean(column(runs, "length")) for runs in shown], [j - 0.1 for j in y], fmt="o",
-            markersize=4, xerr=[figure2.half_width(column(runs, "length")) for runs in shown],
+            markersize=4, xerr=[half_width(column(runs, "length"), 0) for runs in shown],
             color=f"C{i}", linewidth=0.8, label=f"rho {rho}")
     for method, style in (("sft", "-"), ("authors", ":")):
         lengths = [float(row["length"]) for row in rows if row["purpose"] == "reference"
@@ -176,7 +184,8 @@ def figure(rows, folder):
     axes[0].axvline(0, color="black", linewidth=0.8)
     axes[0].set_yticks(range(len(methods)), methods)
     axes[0].invert_yaxis()
-    axes[0].set_xlabel("advantage over the reference (SFT), 95% intervals over seeds")
+    over = "seeds" if any(len(runs) > 1 for runs in of_cell.values()) else "posts"
+    axes[0].set_xlabel(f"advantage over the reference (SFT), 95% intervals over {over}")
     axes[1].set_xlabel("mean length of a summary, tokens")
     for ax in axes:
         ax.legend(frameon=False, fontsize=7)
