@@ -1,16 +1,17 @@
 """The two backward passes that are written by hand, because autograd's are slow: `token_logps`, the
-log-probs of given tokens from hidden states, and `rms_norm`. Values and gradients are those of the
-plain formulas: tests/test_tree.py and tests/test_model.py show it.
+log-probs of given tokens from hidden states, and `rms_norm`. They give the same values and
+gradients as the plain formulas; tests/test_tree.py and tests/test_model.py check it.
 
-With a vocabulary of 50,000 tokens the logits are the largest array of a training step, and what
-they cost is passes over memory. Autograd would keep an array for each operation of log_softmax.
-`token_logps` has one: it writes exp(logits) over the logits, and their gradient over that.
+With a vocabulary of 50,000 tokens, the logits are the largest array of a training step, and most of
+their cost is the time it takes to read and write them. Autograd would keep a new array for each
+operation of log_softmax. `token_logps` has only one: it writes exp(logits) over the logits, and
+their gradient over that.
 
 The gradient, by hand: let z be the logits of one token's place, and t the token. Then
 
     logp = z[t] - log(sum over v of exp(z[v]))
 
-and its derivative with respect to z[v] is (1 if v is t, else 0) - softmax(z)[v]: in short,
+and its derivative with respect to z[v] is (1 if v is t, else 0) - softmax(z)[v]. In short, that is
 one-hot(t) - softmax(z). The backward pass multiplies this by g, the loss's derivative with respect
 to logp, and passes it on through the matrix product z = W h: to h as the gradient times W, to W as
 the gradient's transpose times h.
@@ -116,8 +117,8 @@ def rms_norm(x, weight, eps):
     """Returns x / sqrt(mean(x^2) + eps) * weight, the mean over the last dimension. x: (..., C) of
     any type, weight: (C,). Computes in float32 at least; returns x's type.
 
-    Zhang and Sennrich (2019). Left to autograd, the formula makes ten more passes over memory,
-    which on a CPU take a tenth of a training step, and keeps more arrays.
+    Zhang and Sennrich (2019). With autograd, the formula would read and write the array ten times
+    more, which on a CPU takes a tenth of a training step, and it would keep more arrays.
     """
     if x.device.type == "cuda":         # torch has one kernel for it there, for a single type
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)

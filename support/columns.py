@@ -1,6 +1,6 @@
-"""Computes columns of a data set: what a model says of each row, which is scores or sampled
-responses. Keeps them on disk, in files named by a hash of what they depend on. Checks them before
-the first step, which costs little and catches most mistakes."""
+"""Computes columns of a data set: a model's scores of each row, or responses that it samples. Keeps
+them on disk, in files whose names hold a hash of what they depend on. Checks them before the first
+step, which costs little and catches most mistakes."""
 import contextlib
 import hashlib
 import json
@@ -306,16 +306,18 @@ def check_rounding(policy, dataset, split):
     """Compares the reference's log-probs in bfloat16 (the column ref_logps) with those of a float32
     forward pass, in some rows, and prints how far apart they are. Warns if that is more than 0.5
     nats plus 0.02 for each token of a response: rounding reaches that in models of many layers that
-    were themselves trained in bfloat16. AssertionError if it is more than 0.5 nats plus a fifth of
-    the log-prob, which rounding can't explain, or not a number. policy: still the reference. split:
-    the data set's name."""
+    were themselves trained in bfloat16, where a single token can be off by 2 nats. AssertionError
+    if that many are off by more than 0.5 nats plus a fifth of the log-prob that rounding can't
+    explain it (more than half), or if one is not a number. policy: still the reference. split: the
+    data set's name."""
     rows = np.linspace(0, len(dataset) - 1, min(SOME, len(dataset))).astype(int)
     some = dataset.take(rows)
     some.below = None           # all layers in float32, frozen ones too
     with in_float32():
         exact = score(policy, some, desc="float32")                                 # (rows, K)
     error = np.abs(some.ref_logps - exact)
-    if not (error <= 0.5 + 0.2 * np.abs(exact)).all():      # a nan is not
+    far = error > 0.5 + 0.2 * np.abs(exact)
+    if far.mean() > 0.5 or not np.isfinite(error).all():
         raise AssertionError(f"the reference's {split} log-probs in bfloat16 differ from those in "
                              f"float32 by up to {error.max():.2g} nats; use --dtype=float32, or "
                              "delete the cache if another version of this code has written it")
