@@ -1,6 +1,6 @@
 """Reads tiktoken's encodings and models' own tokenizers; writes Hugging Face's tokenizer.json.
 
-A tokenizer has a name, by which runs remember it. An encoding's is a word ("tinytldr", "gpt2"). A
+Runs remember a tokenizer by its name. An encoding's is a word ("tinytldr", "gpt2"). A
 model's own tokenizer is next to the model, in a folder or on the hub, and its name is that of the
 folder, with a "/" at the end.
 
@@ -87,8 +87,8 @@ def known_tokenizer(model):
 
 def own_tokenizer(model, data=None):
     """Returns the name of the tokenizer that a model reads. A model that has none is taken for a
-    GPT-2, or for a model of tinytldr where --data is, which is printed. InputError if that can't
-    be."""
+    GPT-2, or for a model of tinytldr where --data is, which is printed. InputError if neither
+    fits."""
     name = known_tokenizer(model)
     if name is not None:
         return name
