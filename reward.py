@@ -42,9 +42,9 @@ from support.tokenizer import check_same_tokens, to_text
 
 
 class RewardModel(nn.Module):
-    """Computes the reward r(x, y). Its files have the layout of Hugging Face's sequence classifier with one
-    label. With config.reward_head "last" it is such a classifier; "sum" adds up the numbers of all
-    tokens of a response instead."""
+    """Computes the reward r(x, y). Its files have the layout of Hugging Face's sequence
+    classifier with one label. With config.reward_head "last" it is such a classifier; "sum" adds up
+    the numbers of all tokens of a response instead."""
 
     def __init__(self, config):
         super().__init__()

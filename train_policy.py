@@ -150,8 +150,8 @@ def statistics(logps, batch):
     logps: (B, K) summed log-probs of the policy, in nats. batch: a TreeBatch. Returns {name: (P,)},
     one number for each pair, times the pair's weight in its row: chosen_change, rejected_change,
     margin and accuracy, where a margin of 0 is half right. If rows have samples, forward_kl has one
-    number for each row, (B,). If rows are single responses with a label, all of them have. SFT has no
-    reference to compare with, so it returns {}.
+    number for each row, (B,). If rows are single responses with a label, all of them have.
+    SFT has no reference to compare with, so it returns {}.
     """
     if batch.ref_logps is None:
         return {}

@@ -46,7 +46,8 @@ def name_and_split(data):
 
 def choose_splits(names, wanted, data):
     """Returns which of the splits to read: those that are wanted ("a" or "a+b"), or else the one
-    for training. InputError lists them all if there is no such split, or more than one to train on."""
+    for training. InputError lists them all if there is no such split, or no single one to
+    train on."""
     last = [name.rpartition("/")[2] for name in names]
     short = {name: own if last.count(own) == 1 else name for name, own in zip(names, last)}
     there = f"{data} has {listed(list(short.values()))}"
