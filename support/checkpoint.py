@@ -207,7 +207,7 @@ class Finder:
 
     def _of_adapter(self, filename):
         """Returns whether to look for a file next to the adapter. If the adapter has a tokenizer,
-        that one's files are there; all others are next to the model."""
+        the tokenizer's files are there. All other files are next to the model."""
         own = any(map(self._in_folder, ("tokenizer.json", "vocab.json")))
         of_model = ("config", "generation_config", "model", "pytorch_model")
         return own and not filename.startswith(of_model)
@@ -245,7 +245,7 @@ def read_tensors(find):
             tensors = {}
             for shard in sorted(set(shard_of.values())):
                 for name, tensor in load(find.required(shard)).items():
-                    if shard_of.get(name, shard) == shard:      # others have leftovers
+                    if shard_of.get(name, shard) == shard:      # elsewhere it is a leftover
                         tensors[name] = tensor
             return tensors
     return find.required("model.safetensors")      # says that it is not there

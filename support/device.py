@@ -34,9 +34,9 @@ from tqdm import tqdm
 
 from support.flags import OTHERS_ENDED, InputError
 
-# What `setup` has chosen for this process: the device and the precision; the shapes of batches are
-# rounded up to a multiple of `multiple`; and whether shapes should be few, because the device
-# compiles a program for each of them (a TPU)
+# What `setup` has chosen for this process. The shapes of batches are rounded up to a multiple of
+# `multiple`. few_shapes: whether shapes should be few, because the device compiles a program for
+# each of them (a TPU)
 computing = SimpleNamespace(device="cpu", dtype="float32", multiple=1, few_shapes=False)
 FEW_SHAPES = 128        # from this multiple on, shapes are powers of two times it: see round_up
 

@@ -130,7 +130,7 @@ def kept_evaluation(lines, folder):
 
 
 def accuracy_table(rewards, lengths, longer):
-    """Measures the accuracy of reward models on held-out pairs, by which response is longer too.
+    """Measures accuracy and margins of reward models on held-out pairs, by which side is longer.
 
     rewards: {folder: (N, 2)}, chosen/rejected; lengths: (N, 2); longer: data.longer. Returns
     ({folder: numbers}, {folder: (N,)}, lengths, longer(lengths)), or None for rankings.

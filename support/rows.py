@@ -35,7 +35,7 @@ from support.flags import InputError, in_a_line
 from support.sources import listed, read_records
 from support.tokenizer import ROLES
 
-PAIRS = (("chosen", "rejected"), ("prompt", "responses"))       # the columns that one of them needs
+PAIRS = (("chosen", "rejected"), ("prompt", "responses"))       # a row needs one of these
 LABELLED = ("prompt", "completion", "label")
 DEMONSTRATIONS = (("prompt", "completion"), ("messages",), *PAIRS)
 READ = {"prompt", "chosen", "rejected", "score_chosen", "score_rejected", "responses", "ranks",
