@@ -3,8 +3,9 @@ log-probs of given tokens from hidden states, and `rms_norm`. Values and gradien
 plain formulas: tests/test_tree.py and tests/test_model.py show it.
 
 With a vocabulary of 50,000 tokens the logits are the largest array of a training step. They are
-costly because they are read and written several times. Autograd would keep an array for each operation of log_softmax.
-`token_logps` keeps one: exp(logits) overwrites the logits, and the gradient overwrites that.
+costly because they are read and written several times. Autograd would keep an array for each
+operation of log_softmax. `token_logps` keeps one: exp(logits) overwrites the logits, and the
+gradient overwrites that.
 
 To derive the gradient, let z be the logits at one token's place, and t the token. Then
 
