@@ -2,10 +2,9 @@
 
 A row is {"prompt": ..., "responses": [..., ...]}, in text or chat messages. The responses are the
 chosen and the rejected one, or K of them, the best first, or a demonstration, or one response with
-a label that says whether it is desirable. As token ids, a row
-is an *example*: (prompt ids, [response ids, ...]), where each response ends in the end-of-text
-token. Everything about an example that stays fixed during training (the reference's log-probs,
-rewards) is a column of the `Dataset`.
+a label that says whether it is desirable. As token ids, a row is an *example*: (prompt ids,
+[response ids, ...]), where each response ends in the end-of-text token. Everything about an example
+that stays fixed during training (the reference's log-probs, rewards) is a column of the `Dataset`.
 
 Not every token of a response has to be learnt. Where a person speaks between two turns of the
 assistant, the model should read what they say, but not learn to say it. Such a token is stored as

@@ -21,7 +21,7 @@ from support.flags import InputError
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with the weight and bias of another one, and a correction of it.
+    """Computes a linear layer with the weight and bias of another one, and a correction of it.
 
     A: (rank, in); B: (out, rank).
     """

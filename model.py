@@ -1,4 +1,4 @@
-"""The language model, written by hand: GPT-2 or one of the Llama family, run over a tree batch.
+"""Defines the language model, GPT-2 or one of the Llama family, and runs it over a tree batch.
 
 A batch is a `TreeBatch` (data.py): each row holds one prompt followed by its K responses, and the
 prompt is computed once. Three things make that equal to K separate sequences: the attention mask (a
@@ -33,7 +33,7 @@ from support.device import FEW_SHAPES, computing, random_numbers, round_up, sync
 
 @dataclass
 class GPTConfig:
-    """The architecture. The defaults are GPT-2 small."""
+    """Describes an architecture. The defaults are GPT-2 small."""
     block_size: int = 1024              # longest prompt + response, in tokens
     vocab_size: int = 50257
     n_layer: int = 12
@@ -62,7 +62,7 @@ class GPTConfig:
 
 
 class RMSNorm(nn.Module):
-    """A LayerNorm without a mean and a bias: x / sqrt(mean(x^2) + eps) * weight."""
+    """Computes LayerNorm without a mean and a bias: x / sqrt(mean(x^2) + eps) * weight."""
 
     def __init__(self, size, eps):
         super().__init__()
@@ -215,7 +215,7 @@ def tree_mask(branch, dtype):
 
 
 class Transformer(nn.Module):
-    """Everything below the output head: token and position embeddings, layers, the final norm."""
+    """Computes all below the output head: token and position embeddings, layers, the final norm."""
 
     def __init__(self, config):
         super().__init__()
@@ -269,7 +269,7 @@ def init_weights(module, config):
 
 
 class GPT(nn.Module):
-    """The policy (and the reference): a transformer with a vocabulary head."""
+    """Defines the policy and the reference: a transformer with a vocabulary head."""
 
     def __init__(self, config):
         super().__init__()

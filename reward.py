@@ -1,4 +1,4 @@
-"""Explicit reward models: the transformer with a one-number head, families of them, and scores.
+"""Defines explicit reward models, transformers with a one-number head, and scores data by them.
 
 A reward model reads the same tree batch as a policy, and its head makes one number of each token's
 hidden state. The reward of a response is the number at its last token (the standard head), or the
@@ -42,9 +42,9 @@ from support.tokenizer import check_same_tokens, to_text
 
 
 class RewardModel(nn.Module):
-    """The reward r(x, y). Its files have the layout of Hugging Face's sequence classifier with one
-    label. With config.reward_head "last" it is such a classifier; "sum" adds up the numbers of all
-    tokens of a response instead."""
+    """Computes the reward r(x, y). Its files have the layout of Hugging Face's sequence
+    classifier with one label. With config.reward_head "last" it is such a classifier; "sum" adds up
+    the numbers of all tokens of a response instead."""
 
     def __init__(self, config):
         super().__init__()
@@ -185,8 +185,7 @@ def training_pairs(args, tokenizer, policy, device, unpaired=False):
     --rho (D_rho); the validation pairs keep their natural mix of lengths.
 
     policy: the reference, from which TinyTLDR's pairs are sampled. unpaired: takes rows with one
-    labelled response as well. Returns (train, validation), a
-    Dataset each.
+    labelled response as well. Returns (train, validation), a Dataset each.
     """
     cache = cache_folder(args.init_from, args.out_dir)
     labellers = load_reward_models(args.relabel, "--relabel", policy, tokenizer, device)

@@ -88,7 +88,7 @@ PREFERENCES = dict(             # every other loss; its beta, tau and gamma are 
 )
 GRAD_CLIP = 1.0                 # largest norm of the gradient
 KL_SAMPLES = 1                  # samples from the reference for each prompt, for the KL term
-SAMPLE_TOKENS = 64              # longest reply of those that are printed while it trains
+SAMPLE_TOKENS = 64              # longest reply that is printed during training
 
 
 def parse_flags(argv=None):
@@ -150,8 +150,8 @@ def statistics(logps, batch):
     logps: (B, K) summed log-probs of the policy, in nats. batch: a TreeBatch. Returns {name: (P,)},
     one number for each pair, times the pair's weight in its row: chosen_change, rejected_change,
     margin and accuracy, where a margin of 0 is half right. If rows have samples, forward_kl has one
-    number for each row, (B,), as all have where rows are single responses with a label. SFT has no
-    reference to compare with, so it returns {}.
+    number for each row, (B,). If rows are single responses with a label, all of them have.
+    SFT has no reference to compare with, so it returns {}.
     """
     if batch.ref_logps is None:
         return {}

@@ -2,12 +2,12 @@
 log-probs of given tokens from hidden states, and `rms_norm`. They give the same values and
 gradients as the plain formulas; tests/test_tree.py and tests/test_model.py check it.
 
-With a vocabulary of 50,000 tokens, the logits are the largest array of a training step, and most of
-their cost is the time it takes to read and write them. Autograd would keep a new array for each
-operation of log_softmax. `token_logps` has only one: it writes exp(logits) over the logits, and
-their gradient over that.
+With a vocabulary of 50,000 tokens the logits are the largest array of a training step. They are
+costly because they are read and written several times. Autograd would keep an array for each
+operation of log_softmax. `token_logps` keeps one: exp(logits) overwrites the logits, and the
+gradient overwrites that.
 
-The gradient, by hand: let z be the logits of one token's place, and t the token. Then
+To derive the gradient, let z be the logits at one token's place, and t the token. Then
 
     logp = z[t] - log(sum over v of exp(z[v]))
 
@@ -58,11 +58,11 @@ def token_logps(hidden, weight, target):
 
 
 class TokenLogps(torch.autograd.Function):
-    """`token_logps` with its gradient by hand, ROWS tokens at a time."""
+    """Computes `token_logps`, with its gradient by hand, ROWS tokens at a time."""
 
     @staticmethod
     def forward(ctx, hidden, weight, target, dtype, keep):
-        """Computes `token_logps`. dtype: of the matrix products. keep: whether there will be a
+        """Computes `token_logps`. dtype: the type of matrix products. keep: whether there will be a
         backward pass, which needs exp(logits)."""
         wide = torch.promote_types(dtype, torch.float32)
         ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
@@ -126,7 +126,7 @@ def rms_norm(x, weight, eps):
 
 
 class RMSNorm(torch.autograd.Function):
-    """`rms_norm` with its gradient by hand."""
+    """Computes `rms_norm`, with its gradient by hand."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):

@@ -1,9 +1,10 @@
 """Reads and writes checkpoints in Hugging Face's layout: config.json and the weights.
 
 Reads model.safetensors or pytorch_model.bin, whole or in several files with an index, and a ckpt.pt
-of nanoGPT. Refuses other kinds of files, and says what they are. Writes model.safetensors. How each
-family of models names things in these files is in families.py. Below are LoRA adapters in PEFT's
-layout, adapter_config.json and adapter_model.safetensors, and other kinds of checkpoints.
+of nanoGPT. Refuses other kinds of files, and says what they are. Writes model.safetensors.
+families.py knows the names that each family of models uses in these files. The second half of this
+file reads and writes LoRA adapters in PEFT's layout: adapter_config.json and
+adapter_model.safetensors.
 """
 import contextlib
 import fnmatch
@@ -36,7 +37,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 GIT_LFS = b"version https://git-lfs"
 EMBEDDING = "transformer.wte.weight"
 ADAPTER = "adapter_config.json"
-PREFIX = "base_model.model."        # which PEFT puts before the name of each tensor
+PREFIX = "base_model.model."        # PEFT puts it before the name of each tensor
 REWARD_HEAD = "score.weight"
 KIND = {False: "a language model", True: "a reward model"}
 ONLY = {"peft_type": ("LORA",), "bias": ("none",), "use_dora": (False,), "alpha_pattern": ({},),
@@ -47,8 +48,8 @@ ONLY = {"peft_type": ("LORA",), "bias": ("none",), "use_dora": (False,), "alpha_
 def read_checkpoint(dir_or_hub_name, head):
     """Reads a checkpoint from a folder or else from the hub.
 
-    head: "lm_head" or "score", of the model that is wanted. Returns (sizes by our names,
-    {parameter name: tensor}). InputError if it is damaged or of another kind.
+    head: "lm_head" if a language model is wanted, "score" for a reward model. Returns (sizes by our
+    names, {parameter name: tensor}). InputError if it is damaged or of another kind.
     """
     where, find = dir_or_hub_name, Finder(dir_or_hub_name)
     sizes = read_sizes(where, find, say=print)
@@ -82,7 +83,7 @@ def naming_damage(find):
 
 
 def read_sizes(dir_or_hub_name, find=None, say=lambda line: None):
-    """Returns what a checkpoint's config.json says, with the names of GPTConfig. say: see
+    """Returns the sizes in a checkpoint's config.json, under the names of GPTConfig. say: see
     our_sizes."""
     find = find or Finder(dir_or_hub_name)
     if find.nanogpt is not None:
@@ -96,7 +97,7 @@ def read_sizes(dir_or_hub_name, find=None, say=lambda line: None):
 
 
 class NoModel(InputError):
-    """Says that there is nothing where a model was looked for."""
+    """Says that there is no model where one was looked for."""
 
 
 unreachable = set()     # names for which the hub gave no answer; its local cache is asked instead
@@ -113,7 +114,7 @@ def hub_file(name, filename):
     except Exception as error:     # the hub raises a dozen kinds, from offline to misspelt
         reason = type(error).__name__
         if reason not in ("EntryNotFoundError", "RemoteEntryNotFoundError"):
-            unreachable.add(name)       # and not merely a model without this file
+            unreachable.add(name)       # no answer; a missing file is an answer
         return None, reason
 
 
@@ -172,7 +173,7 @@ class Finder:
         if both:                    # transformers would add the adapter to it
             raise InputError(f"{self.name}: it holds both {both[0]} and {ADAPTER}, a LoRA adapter, "
                              "which belongs to another model; leave one of them there")
-        with naming(f"{self.name}: {ADAPTER} names a model that is not to be had"):
+        with naming(f"{self.name}: {ADAPTER} names a model that can't be read"):
             base = Finder(name)
         if base.base is not None:
             raise InputError(f"{self.name}: the adapter of a model that is an adapter itself, "
@@ -188,7 +189,7 @@ class Finder:
         path = self.nanogpt or os.path.join(self.name, self.last)
         with contextlib.suppress(OSError), open(path, "rb") as file:
             if file.read(len(GIT_LFS)) == GIT_LFS:
-                return "it is a pointer to a file of git-lfs; git lfs pull brings the file itself"
+                return "it is a pointer to a file of git-lfs; git lfs pull fetches the file itself"
         return None
 
     def optional(self, filename):
@@ -205,8 +206,8 @@ class Finder:
         return path
 
     def _of_adapter(self, filename):
-        """Returns whether a file is looked for next to an adapter: its tokenizer's, if it has one.
-        All others belong to the model."""
+        """Returns whether to look for a file next to the adapter. If the adapter has a tokenizer,
+        the tokenizer's files are there. All other files are next to the model."""
         own = any(map(self._in_folder, ("tokenizer.json", "vocab.json")))
         of_model = ("config", "generation_config", "model", "pytorch_model")
         return own and not filename.startswith(of_model)
@@ -244,7 +245,7 @@ def read_tensors(find):
             tensors = {}
             for shard in sorted(set(shard_of.values())):
                 for name, tensor in load(find.required(shard)).items():
-                    if shard_of.get(name, shard) == shard:      # a leftover elsewhere is not meant
+                    if shard_of.get(name, shard) == shard:      # elsewhere it is a leftover
                         tensors[name] = tensor
             return tensors
     return find.required("model.safetensors")      # says that it is not there
@@ -267,7 +268,7 @@ def our_tensors(tensors, family, of_nanogpt=False):
             parts = ["model", *parts]
         our_name = ".".join(parts)
         if our_name.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")):
-            continue                                            # old files have the mask, the turns
+            continue                                            # masks and angles, in old files
         if our_name.endswith(TRANSPOSED) and not of_nanogpt:
             tensor = tensor.t().contiguous()
         if our_name in ours and not torch.equal(ours[our_name], tensor):
@@ -279,8 +280,8 @@ def our_tensors(tensors, family, of_nanogpt=False):
 
 
 def complete_head(tensors, sizes, where):
-    """Fills in what is saved once of an output head that shares the embedding's weights. A head of
-    its own is kept, whatever config.json says of it."""
+    """Fills in the output head, or the embedding, where the two share their weights and these are
+    saved once. A head with weights of its own is kept, whatever config.json says."""
     embedding, head = tensors.get(EMBEDDING), tensors.get(HEAD)
     if not sizes["tie_word_embeddings"]:
         return
@@ -295,8 +296,8 @@ def complete_head(tensors, sizes, where):
 
 
 def check_tensors(tensors, sizes, where):
-    """Raises InputError if weights are not finite, or of other sizes than config.json says: before
-    a model of those sizes, which may be absurd, is made."""
+    """Raises InputError if weights are not finite, or of other sizes than config.json says. Called
+    before a model of those sizes is made, because they may be absurd."""
     if any(".lora_" in name for name in tensors):
         raise InputError(f"{where}: its weights hold a LoRA adapter's as well: merge them (PEFT: "
                          "merge_and_unload, then save_pretrained) and name that folder")
@@ -340,15 +341,15 @@ def load_model(new_model, tensors, where):
 
 
 def empty_model(new_model):
-    """Returns new_model(), a model, with room for its weights on the CPU. None are drawn at random,
-    which would take longer than to read them."""
+    """Returns new_model(), a model, with room for its weights on the CPU. They are not drawn at
+    random, which would take longer than reading them."""
     with torch.device("meta"):
         model = new_model()
     return model.to_empty(device="cpu")
 
 
 def write_checkpoint(directory, model, eos_token_id):
-    """Writes config.json, where the flags of a run stay, and model.safetensors."""
+    """Writes config.json, which keeps the flags of the run, and model.safetensors."""
     weights = whole_on_cpu(model.state_dict(), keep=RANK == 0)
     if RANK > 0:
         return
@@ -382,7 +383,7 @@ def about_run(folder):
 def read_adapter(folder, model, layers):
     """Reads the adapter in a folder.
 
-    model: with the weights that the adapter belongs to. layers: its linear layers, [(name, layer)].
+    model: the one that the adapter belongs to. layers: its linear layers, [(name, layer)].
     Returns (the name of the model that it belongs to, {layer: (A, B)}, the weight of the reward
     head or None). A layer computes x W' + (x A') B': the factor alpha / r is already in B.
     InputError says what is wrong with the adapter.
@@ -390,8 +391,8 @@ def read_adapter(folder, model, layers):
     config = adapter_config(folder)
     base = config["base_model_name_or_path"]
     if about_run(folder).get("base_fingerprint", fingerprint(model)) != fingerprint(model):
-        raise InputError(f"{folder}: an adapter of other weights than {base!r} has now; "
-                         "train it again, or put the old weights back")
+        raise InputError(f"{folder}: the weights of {base!r} have changed since this adapter "
+                         "was trained; train it again, or put the old weights back")
     tensors = adapter_tensors(folder)
     head = tensors.pop(REWARD_HEAD, None)
     is_reward_model = head is not None
@@ -415,7 +416,7 @@ def read_adapter(folder, model, layers):
             corrections[layer] = fused(parts)
     if tensors:
         raise InputError(f"{folder}: its {next(iter(tensors))} can't be read, because LoRA here is "
-                         "of the transformer's linear layers alone; merge the adapter into its "
+                         "only for the transformer's linear layers; merge the adapter into its "
                          "model (PEFT: merge_and_unload, then save_pretrained) and name that "
                          "folder")
     return base, corrections, head
@@ -517,7 +518,7 @@ OTHER_KINDS = {         # a file's name: what it is, and what to do
 
 
 def other_kind(names):
-    """Says of some files what they are and what to do, or returns None. names: without folders."""
+    """Says what some files are and what to do, or returns None. names: without their folders."""
     names = list(names)
     for pattern, kind in OTHER_KINDS.items():
         for name in fnmatch.filter(names, pattern):
@@ -535,7 +536,7 @@ def load_torch_file(path):
         warnings.filterwarnings("ignore", "Detected pickle protocol")
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-        except pickle.UnpicklingError as error:     # torch advises to run whatever is in there
+        except pickle.UnpicklingError as error:     # torch advises to run what is in there
             raise ValueError("or it holds other Python objects than tensors, which could run any "
                              "code and are not read: write the weights alone, "
                              "torch.save(model.state_dict(), ...)") from error

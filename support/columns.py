@@ -1,5 +1,5 @@
-"""Computes columns of a data set: a model's scores of each row, or responses that it samples. Keeps
-them on disk, in files whose names hold a hash of what they depend on. Checks them before the first
+"""Computes columns of a data set: for each row, scores by a model or responses sampled from it.
+Keeps them on disk, in files named by a hash of what they depend on. Checks them before the first
 step, which costs little and catches most mistakes."""
 import contextlib
 import hashlib
@@ -72,7 +72,7 @@ def add_frozen(dataset, model, cache, name):
     """Adds the column `below` to a data set if the model has frozen layers (--freeze). What they
     compute does not change, so it is computed once, and kept on disk.
 
-    cache: the folder for that. name: of the data set's split.
+    cache: the folder for that. name: the data set's split.
     """
     n, sizes = model.transformer.frozen, dataset.row_lengths()
     if n:
@@ -95,7 +95,7 @@ def check_memory(n_tokens, width):
 
 
 class HighestFrozenLayer(Exception):
-    """Ends a forward pass where the layers begin that are trained."""
+    """Ends a forward pass above the highest frozen layer."""
 
 
 def frozen_states(model, dataset):
@@ -125,8 +125,8 @@ def frozen_states(model, dataset):
 
 def sample(model, prompts, max_new_tokens, stop, seed, temperature=1.0, desc="sample"):
     """Samples one response to each prompt; both are lists of token ids. stop: the token or tokens
-    that end a response. seed: a number or several. Each thousand prompts have a generator of their
-    own, so that sampling does not change the training, nor depend on the number of processes."""
+    that end a response. seed: a number or several. Every thousand prompts have their own
+    generator, so sampling neither changes the training nor depends on the number of processes."""
     model = unsharded(model)
     device = next(model.parameters()).device
     parts = [prompts[first:first + PROMPTS_PER_STREAM]
@@ -193,8 +193,8 @@ def print_cut_off(name, n, max_new_tokens, n_at_limit, n_at_block_size, then):
 def cached(folder, name, entry, function, *args, **options):
     """Returns function(*args, **options): an array, {name: array}, or a value that JSON can hold.
     It is computed once, and later read from folder/name-entry.npz. If that can't be written (the
-    disk is full, or the folder somebody else's), a warning says so. InputError if a number in it is
-    not finite."""
+    disk is full, or the folder belongs to somebody else), a warning says so. InputError if a number
+    in it is not finite."""
     path = os.path.join(folder, f"{name}-{entry}.npz")
     value = read_value(path)
     if add_up({"read": value is not None})["read"] == PROCESSES:        # all decide alike
@@ -239,8 +239,9 @@ def read_value(path):
 
 
 def cache_folder(init_from, out_dir):
-    """Returns the folder for a reference's scores and samples: in its own, so that all policies
-    trained from it share them; or in the run's, if it is on the hub or can't be written to."""
+    """Returns the folder that keeps a reference's scores and samples. It is in the reference's own
+    folder, so that all policies trained from it share them, or in the run's, if the reference is on
+    the hub or its folder can't be written to."""
     cache = os.path.join(init_from, "cache")
     folder = cache if os.path.lexists(cache) else init_from
     if os.path.isdir(folder) and os.access(folder, os.W_OK):

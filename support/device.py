@@ -1,12 +1,15 @@
 """Decides where to compute, in what precision, and with how many processes.
 
-With torchrun --nproc_per_node=N train_policy.py ... there are N processes, one for each
-accelerator. All of them run the same script and draw the same batches. Each computes its share of
-the rows; then gradients and logged sums are added up, so that a run does not depend on how many
-processes there are. The first one writes the files. Each process has the whole model, or with
---fsdp a part of each weight, of its gradient and of the optimizer's state. Files always hold whole
-tensors, so a run can be resumed with any number of processes. Without torchrun there is one
-process, and the functions for several do nothing.
+torchrun starts several processes, one for each accelerator:
+
+    torchrun --nproc_per_node=N train_policy.py ...
+
+All of them run the same script and draw the same batches. Each computes its share of the rows. Then
+gradients and logged sums are added up, so that a run does not depend on how many processes there
+are. The first one writes the files. Each process has the whole model, or with --fsdp a part of each
+weight, of its gradient and of the optimizer's state. Files always hold whole tensors, so a run can
+be resumed with any number of processes. Without torchrun there is one process, and the functions
+for several do nothing.
 
 If a process ends, the others say so (flags.lost_processes) and end too.
 """
@@ -31,9 +34,9 @@ from tqdm import tqdm
 
 from support.flags import OTHERS_ENDED, InputError
 
-# What `setup` has chosen for this process: the device, the precision, the number to a multiple of
-# which the shapes of batches are rounded up, and whether shapes should be few, because the device
-# compiles a program for each of them (a TPU)
+# What `setup` has chosen for this process. The shapes of batches are rounded up to a multiple of
+# `multiple`. few_shapes: whether shapes should be few, because the device compiles a program for
+# each of them (a TPU)
 computing = SimpleNamespace(device="cpu", dtype="float32", multiple=1, few_shapes=False)
 FEW_SHAPES = 128        # from this multiple on, shapes are powers of two times it: see round_up
 
@@ -48,7 +51,7 @@ progress_bar = functools.partial(tqdm, leave=False, disable=None if RANK == 0 el
 def setup(args):
     """Decides where this process computes, and in what precision (see `compute`). Replaces "auto"
     in --device and --dtype, seeds torch with --seed, and joins the processes of torchrun. Returns
-    the torch.device. InputError if the flags ask for something that this machine has not got."""
+    the torch.device. InputError if the flags ask for something that this machine does not have."""
     name = device_name(args.device)
     device = join(name)
     if name == "xla":
@@ -62,7 +65,7 @@ def setup(args):
         raise InputError("--fsdp: it would be ignored: there is one process; start several with "
                          "torchrun --nproc_per_node=N")
     if flags.get("fsdp") and flags["compile"]:
-        raise InputError("--compile: not with --fsdp, whose weights come and go")
+        raise InputError("--compile: it doesn't work with --fsdp, whose weights come and go")
     if args.dtype == "auto":
         fast = name == "xla" or name == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
         args.dtype = "bfloat16" if fast else "float32"
@@ -85,7 +88,7 @@ def device_name(name):
     """Returns the name of the device that --device stands for; "auto" is cuda if there is one, else
     cpu. InputError if this machine does not have the device."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"       # mps is untried: on request
+        name = "cuda" if torch.cuda.is_available() else "cpu"       # mps is untried
     missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
     if name == "xla":
         try:
@@ -152,8 +155,8 @@ def recompute_layers(model):
 
 
 def keep_memory():
-    """Tells glibc to keep freed memory for the next step. To give it back to the system, and to
-    get it again page by page, takes a fifth of a step on a CPU (dev/LOG.md)."""
+    """Tells glibc to keep freed memory for the next step. Giving it back to the system and
+    getting it again page by page takes a fifth of a step on a CPU (dev/LOG.md)."""
     with contextlib.suppress(AttributeError, OSError, TypeError):   # other C libraries lack mallopt
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2 ** 30)      # M_MMAP_THRESHOLD: take what is below 1 GiB from the heap
@@ -234,7 +237,8 @@ def exit_with_the_others(number, frame):
 
 
 def wait():
-    """Waits until all processes are here. Called after the first one has written what all read."""
+    """Waits until all processes are here. Called after the first one has written what all
+    of them read."""
     if PROCESSES > 1:
         dist.barrier()
 

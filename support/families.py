@@ -3,8 +3,8 @@ and shapes of weights.
 
 In memory, parameters have the names that they have in Hugging Face's GPT-2. Files of GPT-2 differ
 only in some matrices, which are stored transposed: (in, out) where nn.Linear has (out, in). Files
-of the Llama family have other names. And they store queries, keys and values as three matrices,
-gate and up as two, where we have one each.
+of the Llama family have other names. They also store queries, keys and values as three matrices,
+and gate and up as two, where we join each group into one.
 """
 from dataclasses import dataclass, field
 
@@ -50,9 +50,8 @@ HEAD = "lm_head.weight"
 
 @dataclass
 class Family:
-    """A family of models: what its files look like, and in what it differs from Llama."""
-    title: str                                          # what its class names in transformers begin
-                                                        # with
+    """Describes a family of models: what its files look like, and how it differs from Llama."""
+    title: str                                          # how transformers' class names begin
     defaults: dict = field(default_factory=dict)        # its own, on top of LLAMA_DEFAULTS
     switches: dict = field(default_factory=dict)        # fields of GPTConfig that are always so
     modules: dict = field(default_factory=dict)         # its own, on top of LLAMA_MODULES
@@ -75,7 +74,7 @@ FAMILIES = {            # {model_type in config.json: its family}
 # ------------------------------------------------------------------ config.json
 
 def check_value(config, name, where):
-    """Raises InputError if a field of config.json has not the type that it should: a flag has to be
+    """Raises InputError if a field of config.json does not have the right type: a flag has to be
     true or false, a size a positive whole number. where: the folder, for the message."""
     value, is_bool = config.get(name), isinstance(config.get(name), bool)
     if name in FLAGS:
@@ -261,7 +260,7 @@ def rows_of_parts(config, n_parts, rows):
 
 
 def parts_in_files(model, layer):
-    """Returns the linear layers that files have in the place of one of ours, [(name, rows)]. Their
+    """Returns the linear layers that files have in place of one of ours, [(name, rows)]. Their
     outputs, one after another, are the outputs of ours. layer: its name."""
     config, rows = model.config, model.get_submodule(layer).out_features
     if config.family == "gpt2":

@@ -1,4 +1,4 @@
-"""Reads command-line flags: their types, what is refused, and the one line that says why."""
+"""Reads and checks command-line flags. Says in one line what is wrong with them."""
 import argparse
 import contextlib
 import ctypes
@@ -13,8 +13,8 @@ class InputError(ValueError):
 
 
 def in_a_line(error):
-    """Returns what an error says, in one line of at most 300 characters; its type if that is
-    nothing."""
+    """Returns an error's message in one line of at most 300 characters, or the name of its type if
+    it has no message."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
@@ -23,8 +23,8 @@ def run_script(main):
     standard error and exit code 2. A bug ends in Python's own traceback."""
     name = os.path.basename(sys.argv[0])
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")        # a terminal may know ASCII alone
-    signal.signal(signal.SIGTERM, _exit_on_signal)  # which cleans up, unlike dying of it
+        stream.reconfigure(errors="replace")        # a terminal may know only ASCII
+    signal.signal(signal.SIGTERM, _exit_on_signal)  # so that Python cleans up
     try:
         with lost_processes():
             main()
@@ -39,8 +39,8 @@ def run_script(main):
 
 
 def end_with_parent():
-    """Asks Linux, where it is there, for a SIGTERM when the process that started this one ends,
-    killed or not."""
+    """Asks Linux for a SIGTERM when the process that started this one ends, even if it was killed.
+    Other systems ignore this."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)          # PR_SET_PDEATHSIG
 
@@ -70,7 +70,7 @@ def lost_processes():
     except RuntimeError as error:
         by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
         if by_torchrun and any(text in str(error) for text in CONNECTION_LOST):
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)       # torchrun's, which says no more
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)       # torchrun's, which adds nothing
             raise InputError(OTHERS_ENDED) from error
         raise
 
@@ -177,8 +177,8 @@ SHARED = {          # {flag: its options for argparse}, for Parser.add_shared
                    help="where to compute (default: auto, which takes cuda if there is one, else "
                         "cpu)"),
     "dtype": dict(default="auto", choices=["auto", "float32", "bfloat16"],
-                  help="the type of matrix products; weights, losses and sums are float32 all the "
-                       "same (default: auto, which is bfloat16 on xla and on an A100 or newer, "
+                  help="the type of matrix products; weights, losses and sums are always "
+                       "float32 (default: auto, which is bfloat16 on xla and on an A100 or newer, "
                        "else float32)"),
     "skip_bad_rows": dict(action="store_true", default=None,
                           help="leave out the rows of --data in which something is wrong, and say "
@@ -294,8 +294,8 @@ def talk_flags(argv, doc):
 def resolve(args, flags):
     """Fills in defaults, and refuses flags that would be ignored.
 
-    flags: {flag: (is it used?, its default, by what it is used)}; a flag that is not used becomes
-    None. InputError for one that was given all the same.
+    flags: {flag: (is it used?, its default, what uses it)}. A flag that is not used becomes None.
+    InputError if it was given.
     """
     for flag, (used, default, by) in flags.items():
         value = getattr(args, flag)

@@ -1,8 +1,9 @@
 """Writes the evaluation report: report.md with its tables, figures and samples; results.json; and
-report.html, an evaluation to look at, in one file that opens from the disk.
+report.html, a page for the browser that needs no other file.
 
-support/report.html is that page without its numbers: HTML, CSS and JavaScript. The numbers and the
-texts stand in it as JSON. What a policy or a data set wrote is shown as text, whatever is in it.
+support/report.html is the template of that page, in HTML, CSS and JavaScript. The numbers and texts
+are filled in as JSON. What a policy or a data set wrote is shown as plain text, even if it looks
+like HTML.
 """
 import json
 import math
@@ -28,7 +29,7 @@ from support.tokenizer import to_text
 GLOSSARY = Path(__file__).parent.parent / "docs" / "glossary.md"
 SHOWN_FLAGS = ["loss", "beta", "tau", "gamma", "rewards", "rho", "n_pairs", "max_steps",
                "select", "batch_size", "lr", "seed"]
-EVALUATED = ("validation/loss", "validation/reward", "train/chosen_change")     # one is in each
+EVALUATED = ("validation/loss", "validation/reward", "train/chosen_change")     # each has one
 TEMPLATE = Path(__file__).with_name("report.html")
 PLACE = "{{data}}"                  # where the JSON stands in the template
 POSTS = 24                          # prompts whose replies are shown
@@ -91,8 +92,8 @@ def write_report(args, prompts, results, replies, rewards, accuracy):
 
 
 def training_curve(folder):
-    """Reads from a policy's metrics.jsonl: steps, at each the change of the log-probs of chosen and
-    of rejected training responses, and which of these evaluations --select kept."""
+    """Reads a policy's metrics.jsonl. Returns (steps, change of the chosen training responses'
+    log-probs at each step, that of the rejected ones, index of the step that --select kept)."""
     lines = read_evaluations(folder, say_damaged=True)
     lines = [line for line in lines if "train/chosen_change" in line]   # not of labelled responses
     return ([line["step"] for line in lines], [line["train/chosen_change"] for line in lines],
@@ -101,7 +102,7 @@ def training_curve(folder):
 
 def read_evaluations(folder, say_damaged=False):
     """Returns the lines of a policy's metrics.jsonl that are evaluations, dicts; [] if there are
-    none, or the file is damaged, which is printed on demand."""
+    none, or the file is damaged. say_damaged: whether to print that it is."""
     path = os.path.join(folder, "metrics.jsonl")
     if not os.path.exists(path):
         return []
@@ -116,7 +117,7 @@ def read_evaluations(folder, say_damaged=False):
 
 
 def kept_evaluation(lines, folder):
-    """Returns which of a run's evaluations --select kept, an index. lines: see read_evaluations."""
+    """Returns the index of the evaluation that --select kept. lines: see read_evaluations."""
     kept = len(lines) - 1
     select = run_flags(folder).get("select", "last")
     if select != "last" and kept > 0:                       # as Run._save_if_best
@@ -129,7 +130,7 @@ def kept_evaluation(lines, folder):
 
 
 def accuracy_table(rewards, lengths, longer):
-    """Measures reward models on held-out pairs: accuracy, by which response is longer, and margins.
+    """Measures accuracy and margins of reward models on held-out pairs, by which side is longer.
 
     rewards: {folder: (N, 2)}, chosen/rejected; lengths: (N, 2); longer: data.longer. Returns
     ({folder: numbers}, {folder: (N,)}, lengths, longer(lengths)), or None for rankings.
@@ -163,7 +164,7 @@ def markdown_table(header, rows):
 
 
 def image(name):
-    """Returns a figure in Markdown; None for None. name: of its file."""
+    """Returns a figure in Markdown, or None if there is none. name: of its file."""
     return name and f"![{name.removesuffix('.png').replace('_', ' ')}]({name})"
 
 
@@ -218,8 +219,8 @@ def accuracy_rows(table):
 
 
 def verdict(results):
-    """Says which policy (or the reference) did best, where that can be told: where no 95% interval
-    of what the others are behind it holds zero. results: {name: numbers}."""
+    """Says which policy (or the reference) did best. That can be told if each of the others is
+    behind it by more than the half-width of its 95% interval. results: {name: numbers}."""
     best = max(results, key=lambda name: results[name]["reward"])
     reward = f"{results[best]['reward']:+.3f}"
     near = []
@@ -267,8 +268,8 @@ def reward_model_section(table, sides):
 
 
 def sample_sections(n, prompts, replies, rewards):
-    """Returns sections with n prompts and all replies. The prompts are spread over the split, and
-    so chosen before anything was seen."""
+    """Returns sections with n prompts and all replies. The prompts are spread evenly over the
+    split, so that nobody chooses them by their replies."""
     sections = []
     for number, i in enumerate(np.arange(min(n, len(prompts))) * len(prompts) // max(n, 1), 1):
         quoted = prompts[i].strip().replace("\n", "\n> ")
@@ -337,8 +338,8 @@ def logprob_figure(curves, out_dir):
 
 def margin_figure(margins, lengths, out_dir):
     """Draws box plots of r(longer) - r(shorter) by difference in length. margins: {folder: (N,)},
-    chosen minus rejected; lengths: (N, 2). Returns the figure's name, or None if all are as
-    long."""
+    chosen minus rejected; lengths: (N, 2). Returns the figure's name, or None if all have
+    the same length."""
     plt = pyplot()
     difference = np.abs(lengths[:, 0] - lengths[:, 1])
     if not difference.any():
@@ -529,7 +530,7 @@ def curves(folders):
 
 
 def tables(args, results, accuracy):
-    """Returns report.md's tables, the same cells: [{title, note, header, rows}]."""
+    """Returns the tables of report.md, with the same cells: [{title, note, header, rows}]."""
     parts = [("Policies", "The numbers of report.md; docs/glossary.md explains them. "
               "Click a heading to sort, a row to choose its policy.", policy_rows(results)),
              ("How they were trained", "The flags of each run. Empty: not used.",

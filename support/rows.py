@@ -1,8 +1,8 @@
 """Turns the records of a file into rows: a prompt and its responses, text or chat messages.
 
-A row is {"prompt": ..., "responses": [..., ...]}, the better response first; with "scores" if
-rewards came with it, with "desirable" if its one response has a label. Its parts are all text, or
-all lists of chat messages. What a record may look like, in TRL's column names where it has some:
+A row is {"prompt": ..., "responses": [..., ...]}, the better response first. It also has "scores"
+if rewards came with it, and "desirable" if its one response has a label. Its parts are all text, or
+all lists of chat messages. A record may have these columns, named as in TRL where TRL has them:
 
     prompt, chosen, rejected    a preference pair
     score_chosen, score_rejected    next to it: numbers, or lists of them
@@ -15,8 +15,8 @@ all lists of chat messages. What a record may look like, in TRL's column names w
                                 false (or 0, no, undesirable)
     messages                    a dialogue: each turn of the assistant is a demonstration
 
-Other columns are not read, which is said, or refused if they look like a label of which response is
-better.
+Other columns are not read, and a message lists them. A column that looks like a label of which
+response is better is refused.
 
 Before a row becomes tokens it is cut into *segments*, (text, learnt) each. What the assistant says
 in a response is learnt. What a person or a tool says between two of its turns is context, which the
@@ -35,14 +35,14 @@ from support.flags import InputError, in_a_line
 from support.sources import listed, read_records
 from support.tokenizer import ROLES
 
-PAIRS = (("chosen", "rejected"), ("prompt", "responses"))       # columns needed, either or
+PAIRS = (("chosen", "rejected"), ("prompt", "responses"))       # a row needs one of these
 LABELLED = ("prompt", "completion", "label")
 DEMONSTRATIONS = (("prompt", "completion"), ("messages",), *PAIRS)
 READ = {"prompt", "chosen", "rejected", "score_chosen", "score_rejected", "responses", "ranks",
         "scores"}
 READ_AS_DEMONSTRATIONS = READ | {"completion", "messages", "label"}
 PERSON = r"\n\n(?:Human|System):.*?(?:\n\nAssistant:|\Z)"      # in a dialogue in text
-BLANK = re.compile("[\\s\\u200b-\\u200f\\u2060\\ufeff]*")     # with characters that nobody sees
+BLANK = re.compile("[\\s\\u200b-\\u200f\\u2060\\ufeff]*")     # with invisible characters
 # A list of chat messages that a program wrote as text
 WRITTEN_MESSAGES = re.compile(r"""\s*(array\()?\[\s*\{\s*["'](role|content|from|value)["']\s*:.*"""
                               r"""[\])]\s*""", re.S)
@@ -566,8 +566,8 @@ def describe(bad, most=5):
 
 
 def row_texts(row):
-    """Returns (the prompt, [the responses]) of a row as text; of messages, what is in the last of
-    the prompt and what the assistant says."""
+    """Returns (the prompt, [the responses]) of a row as text. Of chat messages these are the last
+    message of the prompt, and what the assistant says in each response."""
     if isinstance(row["prompt"], str):
         return row["prompt"], row["responses"]
     replies = ["\n".join(message["content"] for message in response if is_assistant(message))
@@ -579,7 +579,7 @@ def row_texts(row):
 
 
 def oddities_of(prompt, responses):
-    """Yields the numbers of the lines of ODD that a row (texts) is like."""
+    """Yields the numbers of those lines of ODD that are true of a row (texts)."""
     if not prompt.strip():
         yield 0
     if prompt[-1:] in (" ", "\t"):
@@ -590,7 +590,7 @@ def oddities_of(prompt, responses):
         yield 2
 
 
-ODD = (     # (above which part of the rows it is said, what is said)
+ODD = (     # (the share of rows above which this is said, what is said)
     (0, "in {} rows the prompt is empty"),
     (0.5, "{} prompts end in a space; tokens have it in front of a word, so it belongs at the "
      "beginning of the response"),

@@ -1,6 +1,6 @@
 """Keeps the folder of a training run: its flags, its metrics, and the state from which it can be
 resumed. Prints the run's table on the screen. Tells other scripts what is in such folders. Writes
-files that are whole or not there."""
+files either whole or not at all."""
 import contextlib
 import json
 import math
@@ -104,8 +104,8 @@ class Run:
     # ---- in the loop
 
     def due(self, step):
-        """Says whether to evaluate before this step: every eval_every steps, before the first one
-        and after the last."""
+        """Says whether to evaluate before this step. An evaluation is due every eval_every steps,
+        before the first step and after the last."""
         return step != self.reported and (step % self.eval_every == 0 or step == self.max_steps)
 
     def watch(self, total, **values):
@@ -116,7 +116,7 @@ class Run:
             self.sums[name] = self.sums.get(name, 0) + mean
 
     def end_step(self, step, rows, **values):
-        """Ends an optimizer step. rows: those of the training set that it used. values: more
+        """Ends an optimizer step. rows: the training rows that it used. values: more
         numbers to log. Only every ten steps, and before an evaluation, does this wait for the
         device: then the numbers are checked, and their means since the last line are logged."""
         self.window.append({"step": step, "rows": rows, "sums": self.sums, "same": values})
@@ -537,8 +537,8 @@ def naming_file(path):
 
 
 def remove_leftovers(folder, age=A_DAY):
-    """Removes what killed processes had not finished writing by `replacing`: what nobody has
-    written to for a day. age: another time, in seconds."""
+    """Removes files that killed processes did not finish writing by `replacing`: those that nobody
+    has written to for `age` seconds, by default a day."""
     if os.path.isdir(folder):
         for name in os.listdir(folder):
             path = os.path.join(folder, name)

@@ -1,13 +1,14 @@
-"""Finds and reads records: a file, a folder with files of several splits, a data set on the hub.
+"""Finds and reads the records of a file, of a folder, or of a data set on the hub.
 
-A split of a folder or of a hub data set is named after a colon, `folder:train_prefs`; several of
-them with a plus, `folder:train_a+train_b`. In a folder the splits go by the names of the files
-(`train.jsonl`, `data/test-00000-of-00002.parquet`, `train/0000.parquet`). Where it is not clear
-what to train on, nothing is read.
+To choose a split of a folder or of a hub data set, write it after a colon, as in
+`folder:train_prefs`. Join several splits by a plus, as in `folder:train_a+train_b`. In a folder,
+the names of files say which split they belong to (`train.jsonl`,
+`data/test-00000-of-00002.parquet`, `train/0000.parquet`). If it is not clear which split to train
+on, nothing is read.
 
-JSON, CSV and Parquet files are read here and nothing of them is kept: what is trained on is what is
-in the file now. (`datasets` would keep a copy, named by path and time, and guess types: it is asked
-for the hub alone.)
+JSON, CSV and Parquet files are read here, without keeping a copy, so you train on what is in the
+file now. (`datasets` would keep a copy, named by path and time, and guess types. Only data sets on
+the hub are read with it.)
 """
 import contextlib
 import csv
@@ -45,7 +46,8 @@ def name_and_split(data):
 
 def choose_splits(names, wanted, data):
     """Returns which of the splits to read: those that are wanted ("a" or "a+b"), or else the one
-    for training. InputError names them all if there is no such split, or not one alone."""
+    for training. InputError lists them all if there is no such split, or no single one to
+    train on."""
     last = [name.rpartition("/")[2] for name in names]
     short = {name: own if last.count(own) == 1 else name for name, own in zip(names, last)}
     there = f"{data} has {listed(list(short.values()))}"
@@ -136,7 +138,7 @@ def check_parts(folder, name, files, say):
 def quiet_datasets():
     import datasets  # here, so that the rest runs where it is not installed
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL + 1)   # we report its troubles
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL + 1)   # we report its errors
     return datasets
 
 
@@ -215,7 +217,7 @@ KINDS = {       # the first bytes of a file: what it is
 
 
 def read_file(path):
-    """Yields what `read_records` does, of one file."""
+    """Yields (row number, record) of one file, as `read_records` does."""
     packed = path.lower().endswith(".gz")
     suffix = path.lower().removesuffix(".gz").rsplit(".", 1)[-1]
     if suffix not in ENDINGS:
@@ -240,8 +242,8 @@ def read_file(path):
 
 
 def unique_names(pairs):
-    """Makes an object of some (name, value). ValueError if a name is there twice: which of them is
-    meant?"""
+    """Makes a dict of [(name, value)]. ValueError if a name is there twice, because it is not clear
+    which one is meant."""
     record = dict(pairs)
     if len(record) < len(pairs):
         names = [name for name, _ in pairs]
@@ -282,8 +284,8 @@ def json_values(file):
 
 
 def csv_records(file):
-    """Yields the records of a CSV file. All fields are text but scores; an empty one is missing,
-    and one too many is a mistake."""
+    """Yields the records of a CSV file. All fields but scores are text. An empty field counts as
+    missing, and a row with too many fields as a mistake."""
     csv.field_size_limit(2 ** 31 - 1)       # posts may be long
     reader, number = csv.DictReader(file, strict=True), 0
     try:

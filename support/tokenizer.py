@@ -1,6 +1,6 @@
 """Reads tiktoken's encodings and models' own tokenizers; writes Hugging Face's tokenizer.json.
 
-A tokenizer has a name, by which runs remember it. An encoding's is a word ("tinytldr", "gpt2"). A
+Runs remember a tokenizer by its name. An encoding's is a word ("tinytldr", "gpt2"). A
 model's own tokenizer is next to the model, in a folder or on the hub, and its name is that of the
 folder, with a "/" at the end.
 
@@ -87,8 +87,8 @@ def known_tokenizer(model):
 
 def own_tokenizer(model, data=None):
     """Returns the name of the tokenizer that a model reads. A model that has none is taken for a
-    GPT-2, or for a model of tinytldr where --data is, which is printed. InputError if that can't
-    be."""
+    GPT-2, or for a model of tinytldr where --data is, which is printed. InputError if neither
+    fits."""
     name = known_tokenizer(model)
     if name is not None:
         return name
@@ -242,8 +242,8 @@ class FolderTokenizer:
         self.start = [token for token, _ in takewhile(lambda pair: pair[1], is_special)]
         self._read_settings(find)
         self.special[self.eot_token] = self.decode([self.eot_token])
-        self.before = MARK      # what stands before a text that goes on with another one
-        if self.encode_inside(["a"]) == [self.encode_ordinary("a")]:    # which nothing is put into
+        self.before = MARK      # put before a text that continues another one
+        if self.encode_inside(["a"]) == [self.encode_ordinary("a")]:    # no space is added
             self.before = ""
 
     def _read_settings(self, find):
@@ -321,7 +321,7 @@ class FolderTokenizer:
         return [encoding.ids for encoding in self._encode(texts, self.tokenizer.encode_batch_fast)]
 
     def encode_inside(self, texts, num_threads=None):
-        """Encodes texts that go on with another text. Some tokenizers, such as Llama 2's, put a
+        """Encodes texts that continue another text. Some tokenizers, such as Llama 2's, put a
         space where a text begins, which is not wanted here. Returns lists of token ids."""
         if not self.before:
             return self.encode_ordinary_batch(texts)
@@ -337,7 +337,7 @@ class FolderTokenizer:
 
     def encode_rendered(self, texts, inside=False):
         """Encodes what a chat template wrote, in which its special tokens are tokens. inside: the
-        texts go on with others. Returns for each text (token ids, where each of them ends in the
+        texts continue others. Returns for each text (token ids, where each of them ends in the
         text)."""
         before = self.before if inside else ""
         self.tokenizer.encode_special_tokens = False

@@ -1,4 +1,4 @@
-"""Turns rows of text into flat arrays of token ids, kept on disk. Picks the rows of use, and the
+"""Turns rows of text into flat arrays of token ids, kept on disk. Picks the usable rows, and the
 prompts that a policy answers."""
 import bisect
 import hashlib
@@ -23,7 +23,7 @@ from support.tokenizer import (
     to_text,
 )
 
-SAID = set()    # (data, message) that are not to be printed again
+SAID = set()    # {(data, message)} that have been printed, and are not printed again
 LAYOUT = 13     # raise it when the arrays below, or what is read into them, change
 SPLITS = np.array(["validation"] * 26 + ["test"] * 26 + ["train"] * 204)    # about 10, 10 and 80%
 
@@ -38,7 +38,7 @@ def turn_hashes(prompt):
     if isinstance(prompt, str):
         pieces = re.split("(?=\n\nAssistant:)", prompt)
         if pieces[-1].strip() == "Assistant:" and "\n\nHuman:" in prompt:
-            del pieces[-1]          # which waits for its text
+            del pieces[-1]          # its text is still to come
     else:
         pieces = [""]
         for message in prompt:
@@ -397,7 +397,7 @@ def random_order(n):
 
 
 def select(arrays, block_size, name="data", split=None, unpaired=False):
-    """Picks the rows of `encode` that are of use, in one split or in all. Returns {"examples":
+    """Picks the usable rows of `encode`, in one split or in all. Returns {"examples":
     Examples, "rewards": the scores (N, K, M) or None, "desirable": (N,) or None}. Says how many
     were dropped and why, and how many prompts were cut. A prompt's split goes by its hash: it is
     the same in every file. The rows of a split are in random order. unpaired: whether single

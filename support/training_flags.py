@@ -76,7 +76,7 @@ def policy_flags(argv, doc, of_sft, of_preferences, losses):
     scratch, whose = args.init_from == "scratch", "--init_from=scratch"
     table = {knob: (knob in own, own.get(knob), f"--loss={', '.join(names)}")
              for knob, names in users.items()}
-    # flag: (is it used?, its default, by what it is used). max_new_tokens and block_size of other
+    # flag: (is it used?, its default, what uses it). max_new_tokens and block_size of other
     # data are None until train_policy.py looks at the rows.
     resolve(args, table | preference_flags(args, numbers, used=not sft) | {
         "rewards": ("rewards" in needed, f"out/{distilled or 'rm'}", "losses that distil rewards"),

@@ -233,7 +233,7 @@ def adapter(tmp_path, monkeypatch):
     ({"alpha_pattern": {"c_attn": 3}}, "is not supported, only {}: merge the adapter"),
     ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' is not supported"),
     ({"base_model_name_or_path": None}, "base_model_name_or_path is None"),
-    ({"base_model_name_or_path": "./gone"}, "not to be had: ./gone: no such folder"),
+    ({"base_model_name_or_path": "./gone"}, "that can't be read: ./gone: no such folder"),
     ({"base_model_name_or_path": "adapter"}, "the adapter of a model that is an adapter itself"),
     ({"lora_alpha": "6"}, "lora_alpha is '6'")])
 def test_adapters_of_other_kinds(adapter, changes, message):
@@ -253,7 +253,7 @@ def test_an_adapter_of_other_weights(adapter):
     model = GPT.from_pretrained("base")
     model.transformer.h[0].ln_1.weight.data += 1e-3
     model.save_pretrained("base")
-    with pytest.raises(InputError, match="adapter: an adapter of other weights than 'base' has"):
+    with pytest.raises(InputError, match="adapter: the weights of 'base' have changed"):
         GPT.from_pretrained("adapter")
 
 

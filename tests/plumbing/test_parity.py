@@ -189,7 +189,7 @@ def test_peft_on_other_layers_is_refused(tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
     peft.get_peft_model(theirs, peft.LoraConfig(target_modules=["embed_tokens", "q_proj"])
                         ).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(InputError, match="can't be read, because LoRA here is of the"):
+    with pytest.raises(InputError, match="can't be read, because LoRA here is only for"):
         GPT.from_pretrained(str(tmp_path / "adapter"))
 
 
