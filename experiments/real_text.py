@@ -845,8 +845,8 @@ TL;DR:""",
 
 
 def show_samples(args):
-    """Writes samples.md: what the reference, DPO and the best method of the first cell write about
-    three posts, and what the oracles say. Returns lines to print."""
+    """Writes samples.md: what the reference, DPO and the best other method of the first cell write
+    about three posts, and what the oracles say. Returns lines to print."""
     rows = [row for row in figure2.read_rows(f"{args.results}/runs.csv")
             if row["purpose"] == "run" and row["rho"] == str(args.rhos[0])]
     reached = {}
@@ -856,7 +856,7 @@ def show_samples(args):
             reached.setdefault(row["method"], []).append(float(row["oracle"]))
     if not reached:
         return ["no samples: there are no policies of the first cell"]
-    best = max(reached, key=lambda method: mean(reached[method]))
+    best = max(reached.keys() - {"dpo"} or reached, key=lambda method: mean(reached[method]))
     folders = {"SFT": f"{args.out_dir}/sft"}
     for method in dict.fromkeys(["dpo", best]):
         if method in reached:
