@@ -181,7 +181,7 @@ def test_an_adapter_that_is_not_merged(folder):
 def test_a_pointer_of_git_lfs(folder):
     (folder / "model.safetensors").write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 548105171\n")
-    assert refusal(folder).endswith("a pointer to a file of git-lfs; git lfs pull brings the file "
+    assert refusal(folder).endswith("a pointer to a file of git-lfs; git lfs pull fetches the file "
                                     "itself")
 
 

@@ -372,7 +372,7 @@ def test_compiled_code_of_weights_that_come_and_go(monkeypatch):
     args = SimpleNamespace(device="cpu", dtype="float32", seed=0, fsdp=True, compile=False)
     device.setup(args)
     args.compile = True
-    with pytest.raises(InputError, match="--compile: not with --fsdp"):
+    with pytest.raises(InputError, match="--compile: it doesn't work with --fsdp"):
         device.setup(args)
 
 
