@@ -46,7 +46,7 @@ GROUPS = {
         "support/backward.py": [""],
         "support/tokens.py": ["encode", "fit", "equal_responses", "select"],
         "support/rows.py": ["parse_rows", "scores_of", "part_of"],
-    }, ("test_losses", "test_theory", "test_attention", "test_tree", "test_estimators",
+    }, ("test_losses", "test_zoo", "test_theory", "test_attention", "test_tree", "test_estimators",
         "test_data", "test_tokens", "test_rows", "test_generation", "test_model")),
     "training": Group({
         "train_policy.py": [""],

@@ -363,6 +363,16 @@ def loss_pair_by_pair(name, logps, batch, n_responses, n_samples):
     return torch.cat(values)
 
 
+@pytest.mark.parametrize("name, flags", [
+    ("dpo", {"beta": 1.0}), ("ipo", {"tau": 0.1}), ("d-dpo", {"beta": 1.0}),
+    ("p-dpo", {"beta": 1.0, "gamma": (1e-4, 1e-2)}),
+    ("dp-dpo", {"beta": 1.0, "gamma": (1e-4, 1e-2)}),
+    ("e-dpo", {"beta": 1.0, "gamma": (1e-4, 1e-2)})])
+def test_flags_have_these_defaults(name, flags):
+    """gamma's are the paper's: it grows from the first to the second."""
+    assert knobs(name) == flags
+
+
 @pytest.mark.parametrize("n_responses", [[2] * 4, [3] * 2, [3, 2, 4, 1, 2]])
 @pytest.mark.parametrize("name", PREFERENCE_LOSSES)
 def test_batch_loss_is_the_mean_over_the_pairs_of_each_row(name, n_responses):
