@@ -371,6 +371,12 @@ def loss_pair_by_pair(name, logps, batch, n_responses, n_samples):
 def test_flags_have_these_defaults(name, flags):
     """gamma's are the paper's: it grows from the first to the second."""
     assert knobs(name) == flags
+    columns = {"logps": numbers(B, 2), "ref_logps": numbers(B, 2, seed=1),
+               "rewards": numbers(B, 2, M, seed=2), "kl": numbers(B, seed=3)}
+    given = {need: columns[need] for need in needs(name)}
+    if "gamma" in flags:            # a loss takes the number of one step
+        given["gamma"] = 0.5
+    assert torch.equal(LOSSES[name](**given), LOSSES[name](**{**flags, **given}))
 
 
 @pytest.mark.parametrize("n_responses", [[2] * 4, [3] * 2, [3, 2, 4, 1, 2]])
