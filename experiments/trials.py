@@ -1,8 +1,9 @@
-"""Trains and evaluates for the experiments in this folder: in this process, without printing, and
-each result is kept on disk once it is finished."""
+"""Trains and evaluates for the experiments in this folder, in this process. Only warnings are
+printed, and each result is kept on disk once it is finished."""
 import contextlib
 import glob
 import hashlib
+import io
 import multiprocessing
 import os
 import signal
@@ -112,12 +113,27 @@ def check_models(**folders):
                              "trains those of the defaults")
 
 
+warned = set()          # the warnings that this process has printed
+
+
 @contextlib.contextmanager
-def silence():
-    """Prints nothing in its block, and draws no samples that would only be printed."""
-    with (open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere),
-          mock.patch.object(train_policy, "show_samples")):
-        yield
+def silence(folder=None):
+    """Prints nothing in its block but new warnings, as they may explain a result, and draws no
+    samples that would only be printed. All that would have been printed is added to output.txt in
+    the folder, if there is one."""
+    output = io.StringIO()
+    try:
+        with (contextlib.redirect_stdout(output),
+              mock.patch.object(train_policy, "show_samples")):
+            yield
+    finally:
+        if folder and os.path.isdir(folder):
+            with open(os.path.join(folder, "output.txt"), "a", encoding="utf-8") as file:
+                file.write(output.getvalue())
+        for line in output.getvalue().splitlines():
+            if "warning: " in line and line not in warned:
+                warned.add(line)
+                print(f"{folder}: {line}" if folder else line, flush=True)
 
 
 def weights(folder):
@@ -145,7 +161,7 @@ def kept(path, made_from):
 def train(script, folder, *flags, states=True):
     """Runs "train_policy" or "train_rm" with these flags, unless that run is finished. A run that
     was interrupted goes on where it stopped. With states=False it saves no state, and starts again.
-    Returns its seconds."""
+    What it prints goes to output.txt in its folder. Returns its seconds."""
     path = os.path.join(folder, "finished.json")
     source, = [flag.partition("=")[2] for flag in flags if flag.startswith("--init_from=")] or [""]
     made_from = [script, *flags, weights(source)]
@@ -154,7 +170,7 @@ def train(script, folder, *flags, states=True):
         start = time.time()
         begun = glob.glob(f"{glob.escape(folder)}/**/state.pt", recursive=True)
         without = contextlib.nullcontext() if states else mock.patch.object(Run, "save_state")
-        with silence(), without:
+        with silence(folder), without:
             scripts = {"train_policy": train_policy, "train_rm": train_rm}
             scripts[script].main([*flags, f"--out_dir={folder}", *["--resume"][:len(begun)]])
         seconds = time.time() - start
@@ -176,7 +192,7 @@ def scores(folders, ref, split, *flags):
     missing = [folder for folder in paths if numbers[folder] is None]
     if missing:
         report = os.path.join(missing[0], f"on_{split}")
-        with silence():
+        with silence(report):
             evaluate.main([f"--ref={ref}", *missing, f"--split={split}", "--show=0", *flags,
                            f"--out_dir={report}"])
         policies = read_json(os.path.join(report, "results.json"))["policies"]

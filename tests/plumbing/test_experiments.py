@@ -446,6 +446,19 @@ def test_what_ends_a_driver_ends_its_jobs(tmp_path):
             driver.kill()       # and with it its workers
 
 
+def test_warnings_of_silent_runs_are_printed(tmp_path, capsys, monkeypatch):
+    """Each once, with the folder of its run, where all of the output is; also if the run fails."""
+    monkeypatch.setattr(figure2.trials, "warned", set())
+    for _ in range(2):
+        with figure2.trials.silence(f"{tmp_path}"):
+            print("step 1\nrows.jsonl: warning: odd")
+    with pytest.raises(InputError), figure2.trials.silence():
+        print("warning: odder")
+        raise InputError("no")
+    assert capsys.readouterr().out == f"{tmp_path}: rows.jsonl: warning: odd\nwarning: odder\n"
+    assert (tmp_path / "output.txt").read_text() == "step 1\nrows.jsonl: warning: odd\n" * 2
+
+
 def test_what_is_kept_is_what_was_asked_for(world, tmp_path):
     """A finished run and its numbers are used again; with other flags, or from other weights, they
     are refused."""
@@ -453,6 +466,7 @@ def test_what_is_kept_is_what_was_asked_for(world, tmp_path):
     flags = [f"--init_from={tmp_path}/sft", "--loss=dpo", "--max_steps=2", *SMALL.split()]
     prompts, folder = "--n_prompts=8", f"{tmp_path}/run"
     seconds = figure2.trials.train("train_policy", folder, *flags)
+    assert "step 0: policy == reference" in open(f"{folder}/output.txt").read()
     numbers = figure2.trials.score(folder, f"{tmp_path}/sft", "test", prompts)
     assert figure2.trials.train("train_policy", folder, *flags) == seconds
     assert figure2.trials.score(folder, f"{tmp_path}/sft", "test", prompts) == numbers
