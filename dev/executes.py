@@ -19,7 +19,7 @@ sys.path.insert(0, ROOT)
 from runs.course import SETS
 from runs.grade import EXECUTES, Reference, find, make_copy
 from runs.variants import ZOO
-from support.flags import run_script
+from support.flags import Parser, run_script
 
 TESTS = [f"tests/test_{name}.py" for name in (       # in the order in which one learns
     "losses", "data", "attention", "tree", "generation", "model", "step", "estimators", "theory",
@@ -110,6 +110,7 @@ def record(functions, folder):
 
 
 def main():
+    Parser(__doc__).parse_args()        # it has no flags but --help
     functions = [function for points in SETS.values() for function in points]
     functions += [function for names in ZOO.values() for function in names]
     with tempfile.TemporaryDirectory() as folder:

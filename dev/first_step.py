@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import train_policy  # noqa: E402
 import train_rm  # noqa: E402
+from support.flags import Parser, run_script  # noqa: E402
 
 SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=192"]
 
@@ -85,14 +86,17 @@ def show(title, functions, names):
 
 
 def main():
+    parser = Parser(__doc__)
+    parser.add_argument("--list", action="store_true", help="print the names of the functions")
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         os.environ["NANOPREF_CACHE"] = folder
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             before, loop = record(prepare())
-    show("up to the first step", before, "--list" in sys.argv)
-    show("the loop alone", loop, "--list" in sys.argv)
+    show("up to the first step", before, args.list)
+    show("the loop alone", loop, args.list)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
