@@ -340,13 +340,13 @@ def differences(rows):
         of_setting = advantages.setdefault((row["table"], row["setting"], row["loss"]), {})
         of_setting[row["rho"], row["seed"]] = float(row["test"])
     rhos = sorted({row["rho"] for row in rows})
-    lines = ["| table | setting | " + " | ".join(f"rho {rho}" for rho in rhos)
-             + " | minus the usual | standard errors | |", "|---" * (5 + len(rhos)) + "|"]
+    lines = ["| table | setting | loss | " + " | ".join(f"rho {rho}" for rho in rhos)
+             + " | minus the usual | standard errors | |", "|---" * (6 + len(rhos)) + "|"]
     for (table, setting, loss), reached in advantages.items():
         usual = USUAL.get(table, (setting, "dpo"))
         base = advantages.get((table, *usual), {}) if (setting, loss) != usual else {}
         gained = {cell: reached[cell] - base[cell] for cell in reached if cell in base}
-        cells = [table, f"{setting}, {loss}"]
+        cells = [table, setting, loss]
         for rho in rhos:
             earned = [value for cell, value in reached.items() if cell[0] == rho]
             more = [value for cell, value in gained.items() if cell[0] == rho]

@@ -217,10 +217,10 @@ def test_differences_that_are_seen():
     rows += [row("noise", "1", "dpo", seed, 2.0) for seed in "012"]
     rows += [row("noise", "1", "e-dpo", seed, test) for seed, test in zip("012", (3, 1, 2))]
     assert ablations.differences(rows).splitlines()[2:] == [
-        "| members | 5, e-dpo | +2.00 |  |  |  |",
-        "| members | 1, e-dpo | +27.32 (+1.10) | +1.10 | +19.1 | seen |",
-        "| noise | 1, dpo | +2.00 |  |  |  |",
-        "| noise | 1, e-dpo | +2.00 (+0.00) | +0.00 | +0.0 |  |"]
+        "| members | 5 | e-dpo | +2.00 |  |  |  |",
+        "| members | 1 | e-dpo | +27.32 (+1.10) | +1.10 | +19.1 | seen |",
+        "| noise | 1 | dpo | +2.00 |  |  |  |",
+        "| noise | 1 | e-dpo | +2.00 (+0.00) | +0.00 | +0.0 |  |"]
 
 
 def test_samples_that_are_redrawn():
