@@ -25,14 +25,20 @@ INTRODUCTION = """# Thirty-six losses
 
 <!-- Written by python experiments/zoo.py --draw; its text is in experiments/loss_page.py. -->
 
-Each loss on this page trains by its name: `python train_policy.py --loss=simpo`, for example. Seven
-are in [losses.py](../losses.py): the paper's six, which the README
-[lists](../README.md#the-method), and IPO per token. The other 29 are in [zoo.py](../zoo.py), each a
-function of a few lines. The first table lists those.
+This page is about the 36 losses that you can train a policy with. It says what each one is, what
+each one does to the log-probs of a pair, what TRL calls them, and what they earn on TinyTLDR.
 
-Some letters: u is the log-ratio of the chosen response, logp under the policy minus logp under the
-reference, and v that of the rejected one. Their difference h = u - v is the margin. sigma is the
-logistic function, |y| the number of tokens in a response, r a reward.
+Each loss trains by its name: `python train_policy.py --loss=simpo`, for example. Seven are in
+[losses.py](../losses.py): the paper's six, which the README [lists](../README.md#the-method), and
+IPO per token. The other 29 are in [zoo.py](../zoo.py), each a function of a few lines. The first
+table lists those.
+
+The formulas use some letters:
+
+* u is the log-ratio of the chosen response: its log-prob under the policy minus its log-prob under
+  the reference. v is that of the rejected response.
+* h = u - v is the margin.
+* sigma is the logistic function, |y| the number of tokens in a response, and r a reward.
 
 ## What each one is
 """
@@ -40,26 +46,30 @@ logistic function, |y| the number of tokens in a response, r a reward.
 PROPERTIES = """
 ## What each one does
 
-Everything in this table was found by calling the functions, without looking at their formulas
-([properties.py](../experiments/properties.py)). [test_zoo.py](../tests/test_zoo.py) compares it
-with what the papers lead one to expect. The table is about one pair: two responses of 20 tokens,
-each with a log-prob of -60 nats under the reference. Five reward models give it margins of 1, 1.5,
-2, 2.5 and 3. Flags are at their defaults, and the KL is left out.
+Where does a loss pull the two responses of a pair, and does it ever stop? We found the answers by
+calling the functions, without looking at their formulas
+([properties.py](../experiments/properties.py)). [test_zoo.py](../tests/test_zoo.py) compares them
+with what the papers lead you to expect.
+
+The next table is about one pair: two responses of 20 tokens, each with a log-prob of -60 nats under
+the reference. Five reward models give it margins of 1, 1.5, 2, 2.5 and 3. Flags are at their
+defaults, and the KL is left out. These are its columns:
 
 * **needs**: what a loss has to know besides the policy's log-probs. *batch* means that the loss of
   a pair depends on the other pairs of its batch, so that `--micro_batch_size` is refused.
-* **value**: the loss at the reference, where training starts. **gradient**: its derivatives there,
-  with respect to the log-probs of the chosen and of the rejected response. Training pushes a
-  log-prob up where its number is negative.
+* **value**: the loss at the reference, where training starts.
+* **gradient**: its derivatives there, with respect to the log-probs of the chosen and of the
+  rejected response. Training pushes a log-prob up where its number is negative.
 * **h alone**: whether the loss stays the same when both log-probs of a pair change together.
 * **lowest at**: the h at which the loss is lowest, if u = h / 2 and v = -h / 2. ∞ means that more
-  is always better. **bounded**: whether the loss has a lower bound, wherever the policy may go.
-  **convex**: whether it is convex in the two log-probs.
+  is always better.
+* **bounded**: whether the loss has a lower bound, wherever the policy may go.
+* **convex**: whether it is convex in the two log-probs.
 * **both fall**: what the loss does when the log-probs of all pairs fall together and h stays 1.
   *Flat* is the [degeneracy](degeneracy.md): nothing keeps the chosen responses where they are.
 * **slopes**: the derivative along h, at -50, 0 and 50. If it is near zero at -50, the loss gives up
-  on a pair that is far on the wrong side. If it is above zero at 50, the loss pulls a pair back
-  that has gone too far; if it is below, it pushes such a pair on for good.
+  on a pair that is far on the wrong side. If it is above zero at 50, the loss pulls back a pair
+  that has gone too far. If it is below zero there, the loss keeps pushing such a pair further.
 * **label**: *unused* means that swapping the two responses changes nothing, because rewards say
   which one is better.
 
@@ -68,24 +78,24 @@ each with a log-prob of -60 nats under the reference. Five reward models give it
 READING = """
 What to look at:
 
-* Every loss that depends on h alone is flat where both fall. So are the length-normalised ones (on
-  responses of equal length), and BCO and unpaired AOT, which compare a response with its batch.
-  NCA, SPPO, DPOP, RPO, ORPO, CPO, SLiC and RRHF have a term of their own that holds the chosen
-  response up.
-* KTO, APO-zero and chi-PO notice the fall, but level off: far down, nothing pulls back. alpha-DPO,
-  JS-DPO and APO-down even gain by it.
-* cDPO, EXO and NCA ask for a finite margin because they do not quite trust the label. IPO, SPPO and
-  distillation have a target. The hinges stop, and so does chi-PO, by its clip. APO-down is lowest
-  at a finite h only along this line: in general it lowers both responses. All others ask for an
-  infinite margin.
-* Robust DPO is the only one without a lower bound. Its slope at h = 50 is -0.125, and stays there.
-* DiscoPOP starts in the wrong direction: at the reference its slope is positive. There it blends
+* **Does anything hold the chosen response up?** Every loss that depends on h alone is flat where
+  both fall. So are the length-normalised ones (on responses of equal length), and BCO and unpaired
+  AOT, which compare a response with its batch. NCA, SPPO, DPOP, RPO, ORPO, CPO, SLiC and RRHF have
+  a term of their own that holds it up. KTO, APO-zero and chi-PO notice the fall, but level off: far
+  down, nothing pulls back. alpha-DPO, JS-DPO and APO-down even gain by it.
+* **Does the margin have a place to stop?** cDPO, EXO and NCA ask for a finite margin because they
+  do not quite trust the label. IPO, SPPO and distillation have a target. The hinges stop, and so
+  does chi-PO, by its clip. APO-down is lowest at a finite h only along this line: in general it
+  lowers both responses. All others ask for an infinite margin.
+* **What happens to a pair that is far on the wrong side?** EXO, KTO, chi-PO and both APOs ignore it.
+  To the squared losses and the exponential it matters more than all others.
+* **Who uses the label?** All but distillation, REBEL included.
+* **Robust DPO** is the only one without a lower bound. Its slope at h = 50 is -0.125, and stays
+  there.
+* **DiscoPOP** starts in the wrong direction: at the reference its slope is positive. There it blends
   from DPO's ln 2 up to the exponential's 1, which makes a valley at h = -0.12 / beta and a hump at
   0.07 / beta. A pair doesn't get over the hump by itself; the others have to carry it.
-* APO-down leaves the chosen response alone at the reference, where its two pulls cancel.
-* Distillation, REBEL included, is the only kind that does not use the label.
-* EXO, KTO, chi-PO and both APOs ignore a pair that is far on the wrong side. To the squared losses
-  and the exponential it matters more than all others.
+* **APO-down** leaves the chosen response alone at the reference, where its two pulls cancel.
 
 ![Each loss, and its slope, over h](../results/zoo/losses.png)
 
@@ -97,21 +107,24 @@ UNPAIRED = """
 ## Single responses with a label
 
 `--loss=kto` also reads rows with one response that people wanted or did not want
-([data.md](data.md#columns)). Its loss is then `D sigma(beta (z - u))` of a desirable response and
-`U sigma(beta (u - z))` of another one (`kto_unpaired` in [zoo.py](../zoo.py)). D and U are
-`--desirable_weight` and `--undesirable_weight`. z is the mean log-ratio of responses to other
-prompts, or 0 if that mean is negative. For this, each prompt of a batch is also read with the
-response of another row, as in the paper and in TRL. At the reference the loss is {0[0]:g} and
-{0[1]:g}, and its derivative with respect to the response's log-prob is {1[0]:g} and {1[1]:g}. Like
-KTO on pairs it is not convex, and it is bounded: it lies between 0 and the weight, and gives up on
-a response that is far on the wrong side.
+([data.md](data.md#columns)). Its loss is then `D sigma(beta (z - u))` of a response that they wanted
+(*desirable*), and `U sigma(beta (u - z))` of one that they did not (`kto_unpaired` in
+[zoo.py](../zoo.py)).
+
+* D and U are `--desirable_weight` and `--undesirable_weight`.
+* z is the mean log-ratio of responses to other prompts, or 0 if that mean is negative. For this,
+  each prompt of a batch is also read with the response of another row, as in the paper and in TRL.
+
+At the reference the loss is {0[0]:g} and {0[1]:g}, and its derivative with respect to the
+response's log-prob is {1[0]:g} and {1[1]:g}. Like KTO on pairs it is not convex, and it is bounded:
+it lies between 0 and the weight, and gives up on a response that is far on the wrong side.
 """
 
 TRL = """
 ## What TRL calls them
 
-These are the names in TRL 1.16. `bash dev/parity.sh` compares values and gradients of every row
-with TRL's own code, to 1e-5, once the differences in the last column are allowed for.
+These are the names in TRL 1.16. `bash dev/parity.sh` allows for the differences in the last column,
+and then compares values and gradients of every row with TRL's own code, to 1e-5.
 
 """
 
@@ -207,17 +220,19 @@ def measured(methods, knob_of, rows, chosen):
     header = ["method", "knob", "advantage, rho 0.2", "chosen change", "advantage, natural pairs",
               "chosen change", "length, rho 0.2"]
     lines += [
-        f"`python experiments/zoo.py` trained {len(rows)} policies from the reference "
-        f"{reference}.{unfinished} Each went over 1,000 pairs twice (124 steps of 16; the "
-        "speedrun's policies have 320). One knob of each method was chosen out of three values, by "
-        "the advantage on validation prompts, with pairs of another seed. The advantage is "
-        "the oracle's reward of samples for 1,000 test prompts, minus the reference's, and "
-        "± is a 95% interval over seeds. *Chosen change* is how far the "
-        "log-prob of chosen responses has moved from the reference's, in nats, on training pairs. "
-        "At rho 0.2 the shorter response is preferred in 80% of the pairs, although the oracle "
-        "likes longer ones. [dev/LOG.md](../dev/LOG.md) has the questions that were written down "
-        f"before{', and the answers' if finished else ''}; "
+        f"`python experiments/zoo.py` trained {len(rows)} policies from one reference "
+        f"({reference}).{unfinished} Each went over 1,000 pairs twice, which is 124 steps of 16; "
+        "the speedrun's policies have 320. One knob of each method was chosen out of three "
+        "values, by the advantage on validation prompts, with pairs of another seed. The questions "
+        "were written down before, and [dev/LOG.md](../dev/LOG.md) has them"
+        f"{' with the answers' if finished else ''}. "
         "[runs.csv](../results/zoo/runs.csv) has every run.", "",
+        "* **advantage**: the oracle's reward of samples for 1,000 test prompts, minus the "
+        "reference's. ± is a 95% interval over seeds.",
+        "* **chosen change**: how far the log-prob of chosen responses has moved from the "
+        "reference's, in nats, on training pairs.",
+        "* **rho 0.2**: the shorter response is preferred in 80% of the pairs, although the oracle "
+        "likes longer ones.", "",
         markdown_table(header, table), ""]
     return "\n".join(lines)
 
