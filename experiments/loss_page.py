@@ -87,14 +87,14 @@ What to look at:
   do not quite trust the label. IPO, SPPO and distillation have a target. The hinges stop, and so
   does chi-PO, by its clip. APO-down is lowest at a finite h only along this line: in general it
   lowers both responses. All others ask for an infinite margin.
-* **What happens to a pair that is far on the wrong side?** EXO, KTO, chi-PO and both APOs ignore it.
-  To the squared losses and the exponential it matters more than all others.
+* **What happens to a pair that is far on the wrong side?** EXO, KTO, chi-PO and both APOs ignore
+  it. To the squared losses and the exponential it matters more than all others.
 * **Who uses the label?** All but distillation, REBEL included.
 * **Robust DPO** is the only one without a lower bound. Its slope at h = 50 is -0.125, and stays
   there.
-* **DiscoPOP** starts in the wrong direction: at the reference its slope is positive. There it blends
-  from DPO's ln 2 up to the exponential's 1, which makes a valley at h = -0.12 / beta and a hump at
-  0.07 / beta. A pair doesn't get over the hump by itself; the others have to carry it.
+* **DiscoPOP** starts in the wrong direction: at the reference its slope is positive. There it
+  blends from DPO's ln 2 up to the exponential's 1, which makes a valley at h = -0.12 / beta and a
+  hump at 0.07 / beta. A pair doesn't get over the hump by itself; the others have to carry it.
 * **APO-down** leaves the chosen response alone at the reference, where its two pulls cancel.
 
 ![Each loss, and its slope, over h](../results/zoo/losses.png)
@@ -107,8 +107,8 @@ UNPAIRED = """
 ## Single responses with a label
 
 `--loss=kto` also reads rows with one response that people wanted or did not want
-([data.md](data.md#columns)). Its loss is then `D sigma(beta (z - u))` of a response that they wanted
-(*desirable*), and `U sigma(beta (u - z))` of one that they did not (`kto_unpaired` in
+([data.md](data.md#columns)). Its loss is then `D sigma(beta (z - u))` of a response that they
+wanted (*desirable*), and `U sigma(beta (u - z))` of one that they did not (`kto_unpaired` in
 [zoo.py](../zoo.py)).
 
 * D and U are `--desirable_weight` and `--undesirable_weight`.
