@@ -506,6 +506,11 @@ def prompt_tokens(turns, tokenizer, room, chat):
         raise InputError("the prompt: not UTF-8 text") from error
     except ValueError as error:
         raise InputError(f"the prompt: {error}") from error
+    return last_tokens(ids, room)
+
+
+def last_tokens(ids, room):
+    """Returns the last `room` token ids of a prompt. Prints it if the prompt loses its start."""
     if len(ids) > room:
         print(f"(room for {room} of the prompt's {len(ids)} tokens: it loses its start)")
     return ids[-room:]
