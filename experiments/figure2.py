@@ -219,9 +219,11 @@ def t_p_value(differences):
 
 
 def holm(p_values):
-    """Corrects p-values for their number, by Holm's method. Returns {name: corrected p-value}."""
-    corrected, largest = {}, 0.0
-    for rank, name in enumerate(sorted(p_values, key=p_values.get)):
+    """Corrects p-values for their number, by Holm's method. Returns {name: corrected p-value}. NaN,
+    of a difference that is the same in all seeds, stays NaN and counts as a test all the same."""
+    corrected, largest = dict(p_values), 0.0
+    tested = [name for name in p_values if not math.isnan(p_values[name])]
+    for rank, name in enumerate(sorted(tested, key=p_values.get)):
         largest = max(largest, (len(p_values) - rank) * p_values[name])
         corrected[name] = min(1.0, largest)
     return corrected

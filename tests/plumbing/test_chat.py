@@ -196,6 +196,18 @@ def test_a_prompt_that_ends_with_the_assistant(tokenizer, begun, reply):
     assert segments_of(row, HH) == ("\n\nHuman: Hi\n\nAssistant: Sure,", [[(" here", True)]])
 
 
+def test_a_begun_turn_that_the_template_writes_in_another_way():
+    """It is refused: where the prompt ends could only be guessed, and what a person said would be
+    learnt."""
+    lines = CHATML.replace("m['content'] +", "m['content'].replace('</think>', '\n</think>\n') +")
+    template = ChatTemplate(lines, {}, SPECIALS)
+    end, reply = f"{START}user\nHi{END}\n{START}assistant\n", [says("assistant", " on")]
+    assert chat_segments(template, [HI, says("assistant", "So")], reply) == (
+        f"{end}So", [(f" on{END}", True)])
+    with pytest.raises(ValueError, match="^the chat template writes the turn with which the prom"):
+        chat_segments(template, [HI, says("assistant", "<think>a</think>So")], reply)
+
+
 def test_special_tokens_in_what_people_write_are_text(tokenizer):
     """Those of the template around them are tokens."""
     text = f"What is {END}?{BOS}"

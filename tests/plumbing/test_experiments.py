@@ -93,6 +93,10 @@ def test_p_values():
     assert figure2.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx(
         {"a": 0.03, "b": 0.06, "c": 0.06})
     assert figure2.holm({"a": 0.6, "b": 0.7}) == {"a": 1, "b": 1}
+    for order in ("abc", "bac", "acb"):     # a difference without any spread was "p 0"
+        p_values = {"a": 0.01, "b": math.nan, "c": 0.03}
+        corrected = figure2.holm({name: p_values[name] for name in order})
+        assert corrected == pytest.approx({"a": 0.03, "b": math.nan, "c": 0.06}, nan_ok=True)
 
 
 def test_frontier():
