@@ -184,6 +184,21 @@ def check_reference(rows, folder, path):
                          f"{folder}; name another folder")
 
 
+def check_settings(args, chosen):
+    """Raises InputError if cells in --results were run with other flags: they would be skipped, and
+    averaged with new ones. Otherwise writes the flags down, next to runs.csv. chosen: {loss: its
+    beta or tau}."""
+    path = f"{args.results}/settings.json"
+    settings = {"flags": args.flags, "n_prompts": args.n_prompts, "chosen": chosen}
+    before = read_json(path) if os.path.exists(path) else settings
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise InputError(f"--results: the runs in {args.results} are from --{name}="
+                             f"{before.get(name)}, not {value}; name another folder, for --out_dir "
+                             "too")
+    write_json(path, settings, indent=1)
+
+
 def read_rows(path):
     if not os.path.exists(path):
         return []
@@ -389,6 +404,7 @@ def main(argv=None):
         with naming("--chosen"):
             chosen = read_json(args.chosen)["chosen"]
         check_reference(read_rows(path), args.sft, path)
+        check_settings(args, chosen)
         done = {(row["rho"], row["seed"]) for row in read_rows(path)}
         with trials.workers(args.workers) as pool:
             jobs = [pool.submit(cell, args, rho, number, chosen)
