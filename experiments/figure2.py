@@ -194,8 +194,8 @@ def check_settings(args, chosen):
     for name, value in settings.items():
         if before.get(name) != value:
             raise InputError(f"--results: the runs in {args.results} are from --{name}="
-                             f"{before.get(name)}, not {value}; name another folder, for --out_dir "
-                             "too")
+                             f"{before.get(name)!r}, not {value!r}; name another folder, for "
+                             "--out_dir too")
     write_json(path, settings, indent=1)
 
 

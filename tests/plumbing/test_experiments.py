@@ -105,7 +105,7 @@ def test_cells_of_other_flags_are_not_averaged_with_new_ones(tmp_path):
     chosen = {"dpo": 0.3}
     for _ in range(2):
         figure2.check_settings(args, chosen)
-    for changes, values, message in (({"flags": ""}, chosen, "--flags=--max_steps=20, not ; "),
+    for changes, values, message in (({"flags": ""}, chosen, "--flags='--max_steps=20', not ''; "),
                                      ({"n_prompts": 9}, chosen, "--n_prompts=8, not 9; "),
                                      ({}, {"dpo": 1}, "--chosen={'dpo': 0.3}, not {'dpo': 1}; ")):
         with pytest.raises(InputError, match=f"^--results: the runs in .* are from {message}"):
