@@ -64,8 +64,9 @@ class Run:
     """Keeps a training run in its folder. config.json (with --lora run.json) has its flags, under
     "nanopref"; metrics.jsonl has its numbers, and state.pt all that resuming needs.
 
-    constants: a hash of what training takes as given (reference, data, rewards). It has to be the
-    same on --resume. `first_step` is 0, or the step from which a resumed run continues.
+    constants: a hash of what training and --select take as given (reference, data, rewards,
+    judges). It has to be the same on --resume. `first_step` is 0, or the step from which a resumed
+    run continues.
     """
 
     def __init__(self, args, model, optimizer, constants):

@@ -688,6 +688,22 @@ def test_resuming_needs_what_was_trained_on_to_be_the_same(lab, script, change):
         train(lab, script, "--resume")
 
 
+@pytest.mark.parametrize("change", ["judge", "prompts"])
+def test_resuming_needs_the_checkpoints_to_be_judged_alike(lab, change):
+    """Rewards by another judge, or for other validation prompts, would be compared with those of
+    the checkpoints before."""
+    flags = [f"--select={lab.root}/rms/1", "--max_new_tokens=4"]
+    train(lab, train_policy, *flags)
+    train(lab, train_policy, *flags, "--resume")
+    if change == "judge":
+        judge = shaken(RewardModel.from_pretrained(f"{lab.root}/rms/1"), 4)
+        judge.save_pretrained(f"{lab.root}/rms/1", TOKENIZER.eot_token)
+    else:
+        lab.pairs["validation"].examples[0][0][0] += 1
+    with pytest.raises(InputError, match="^--resume: the reference, the data or the rewards have"):
+        train(lab, train_policy, *flags, "--resume")
+
+
 @pytest.mark.parametrize("select", ["loss", "oracle", "{}/rms"])
 def test_the_model_that_select_asks_for_is_saved(lab, monkeypatch, capsys, select):
     """That of the best line of metrics.jsonl after the first; rewards are logged if they decide."""
