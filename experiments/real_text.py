@@ -284,9 +284,9 @@ def draw_samples(args, part, shard, n_shards):
     prompts = [worker.encode(prompt) for prompt, _ in posts_of(args, part)[shard::n_shards]]
     n = args.samples if part == "pool" else 2
     copies = [prompt for prompt in prompts for _ in range(n)]
-    end = worker.tokenizer.eot_token
-    replies = sample(worker.reference(), copies, args.max_new_tokens, end, [7, shard])
-    texts = [None if was_cut_off(reply, [end]) else to_text(reply, worker.tokenizer)
+    ends = worker.tokenizer.ends
+    replies = sample(worker.reference(), copies, args.max_new_tokens, ends, [7, shard])
+    texts = [None if was_cut_off(reply, ends) else to_text(reply, worker.tokenizer)
              for reply in replies]
     write_json(path, {"texts": [texts[i:i + n] for i in range(0, len(texts), n)]})
 
@@ -456,7 +456,8 @@ def judge(worker, policy, posts, copies, names, spread=None):
     samples = [samples[i:i + copies] for i in range(0, len(samples), copies)]   # of each post
     cut = np.array([[was_cut_off(reply, ends) for reply in replies] for replies in samples])
     ended = Dataset([
-        (prompt, [reply + ends[:1] if was_cut_off(reply, ends) else reply for reply in replies])
+        (prompt, [(reply if was_cut_off(reply, ends) else reply[:-1]) + ends[:1]
+                  for reply in replies])
         for prompt, replies in zip(prompts, samples)])
     values = {name: score(worker.oracle(name), ended) for name in names}
     spread = spread or {name: float(rewards.std()) for name, rewards in values.items()}
