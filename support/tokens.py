@@ -467,7 +467,7 @@ def held_out_prompts(args, tokenizer, post, needed=1):
     prompts than needed."""
     if args.data == "tinytldr":
         texts = [post(args.seed, args.split, i) for i in range(args.n_prompts)]
-        prompts, lengths = [tokenizer.encode_ordinary(text) for text in texts], None
+        prompts, lengths = [prompt_ids(text, tokenizer) for text in texts], None
     else:
         demonstrations = vars(args).get("rms") is None      # will do; reward models need pairs
         arrays = tokenised_file(args.data, tokenizer, demonstrations,

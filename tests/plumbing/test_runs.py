@@ -773,7 +773,7 @@ def test_sample_beside_the_reference(world, tmp_path, capsys):
 def asked(flags, tokenizer="gpt2"):
     """The prompts that sample.py would answer with these flags; posts are called by their place."""
     args = talk_flags(["policy", *flags], "")
-    tokenizer = SimpleNamespace(name=tokenizer, encode_ordinary=list)
+    tokenizer = SimpleNamespace(name=tokenizer, encode_ordinary=list, start=[], template=None)
     return [text for text, _ in prompts_to_answer(args, tokenizer, "{} {} {}".format)]
 
 
