@@ -60,7 +60,7 @@ from support.flags import (
 from support.report import markdown_table, training_curve
 from support.rows import load_rows
 from support.run import read_json, remove, replacing, run_flags, write_json
-from support.tokenizer import own_tokenizer, save_tokenizer, to_text
+from support.tokenizer import own_tokenizer, prompt_ids, save_tokenizer, to_text
 from support.tokens import SPLITS, split_hashes, turn_hashes
 
 # ------ the numbers of the experiment: each name is a flag, and the number its default
@@ -231,8 +231,13 @@ class Worker:
     def oracle(self, name):
         return model_of(f"{self.folder}/{name}", RewardModel, self.device)
 
-    def encode(self, text):
-        return self.tokenizer.encode_ordinary(text)
+    def encode(self, prompt):
+        """Returns the token ids of a post, as they are in training."""
+        return prompt_ids(prompt, self.tokenizer)
+
+    def encode_reply(self, text):
+        """Returns the token ids of a summary, with the end of text."""
+        return [*self.tokenizer.encode_inside([text])[0], self.tokenizer.eot_token]
 
 
 def train(args, script, folder, *flags, whole=False):
@@ -319,8 +324,7 @@ def label(args):
                     kept += pair
             if kept:
                 usable.append((prompt, kept))
-        end = [worker.tokenizer.eot_token]
-        examples = [(worker.encode(prompt), [worker.encode(text) + end for text in replies])
+        examples = [(worker.encode(prompt), [worker.encode_reply(text) for text in replies])
                     for prompt, replies in usable]                      # a post's pairs as one tree
         rewards = score(worker.oracle("oracle"), Dataset(examples))     # (posts, samples)
         labelled[part], n_ties = [], 0
@@ -397,9 +401,8 @@ def rate_judges(args, cell, rho, number):
         human = [preferences(args.pairs, split, worker.tokenizer, ref, None)
                  for split in ("validation", "test")]
         labelled = read_json(f"{args.out_dir}/pairs.json")["validation"]
-    end = [worker.tokenizer.eot_token]
     labelled = [Dataset([(worker.encode(row["prompt"]),
-                          [worker.encode(row[name]) + end for name in ("chosen", "rejected")])
+                          [worker.encode_reply(row[name]) for name in ("chosen", "rejected")])
                          for row in labelled])]
     rows = []
     for name in names:
@@ -496,8 +499,7 @@ def judge_reference(args, split, number):
         "spread": spread, "values": {name: value.tolist() for name, value in values.items()},
         "samples": [[list(map(int, reply)) for reply in replies] for _, replies in own.examples],
         "logps": score(ref, own).tolist() if split == "test" else None})
-    end = [worker.tokenizer.eot_token]
-    authors = [worker.encode(summary) + end for _, summary in posts]
+    authors = [worker.encode_reply(summary) for _, summary in posts]
     dataset = Dataset([(worker.encode(prompt), [reply])
                        for (prompt, _), reply in zip(posts, authors)])
     by_authors = {name: score(worker.oracle(name), dataset)[:, 0] / spread[name]
@@ -872,7 +874,7 @@ def show_samples(args):
             _, replies, first, _ = answer(
                 name, policy, POSTS, prompts, {"oracle": worker.oracle("oracle")},
                 worker.tokenizer, worker.args)
-            ids = [worker.encode(reply) + [worker.tokenizer.eot_token] for reply in replies]
+            ids = [worker.encode_reply(reply) for reply in replies]
             second, _ = judge_samples(name, {"second": worker.oracle("second")}, POSTS, prompts,
                                       ids, worker.tokenizer, worker.args)
         answers[name] = list(zip(replies, first, second))
