@@ -33,9 +33,10 @@ def prompts_to_answer(args, tokenizer, post):
     elif args.data is not None or tokenizer.name == "tinytldr":
         if args.chat:
             raise InputError("--chat: it would be ignored: a model of TinyTLDR answers posts")
-        texts, prompts = [post(0, "test", args.seed % 1000)], [None]
         if args.data is not None:
             texts, prompts, _ = held_out_prompts(args, tokenizer, post)
+        else:
+            texts, prompts = [post(0, "test", args.seed % 1000)], [None]
         for text, ids in zip(texts, prompts):
             print(text + "\n")
             yield text, ids
