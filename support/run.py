@@ -477,13 +477,15 @@ def family_to_train(args):
 
 
 def run_names(folders):
-    """Names runs: each has the name of its folder, or its whole path if that name is taken. Returns
-    {name: folder}."""
+    """Names runs: each has the name of its folder, or its path as it was given if that name is
+    taken, or else its whole path. Returns {name: folder}."""
     names = {}
     for folder in folders:
         name = os.path.basename(os.path.normpath(folder))
-        taken = name in names or name == "reference"
-        names[folder if taken else name] = folder
+        for longer_name in (folder, os.path.abspath(folder)):
+            if name in names or name == "reference":
+                name = longer_name
+        names[name] = folder
     return names
 
 
