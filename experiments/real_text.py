@@ -866,6 +866,9 @@ def show_samples(args):
             run = run_name(args.rhos[0], args.seeds[0], method)
             folders[method] = f"{args.out_dir}/{run}"
     worker, parts = Worker(args, 0), []
+    # Without the penalty, which is in standard deviations, and which the second oracle, that reads
+    # the text again, would not subtract
+    asking = argparse.Namespace(**vars(worker.args) | {"missing_eos_penalty": None})
     answers = {}
     for name, folder in folders.items():
         policy = GPT.from_pretrained(folder).to(worker.device)
@@ -873,10 +876,10 @@ def show_samples(args):
         with trials.silence():
             _, replies, first, _ = answer(
                 name, policy, POSTS, prompts, {"oracle": worker.oracle("oracle")},
-                worker.tokenizer, worker.args)
+                worker.tokenizer, asking)
             ids = [worker.encode_reply(reply) for reply in replies]
             second, _ = judge_samples(name, {"second": worker.oracle("second")}, POSTS, prompts,
-                                      ids, worker.tokenizer, worker.args)
+                                      ids, worker.tokenizer, asking)
         answers[name] = list(zip(replies, first, second))
     for i, post in enumerate(POSTS):
         quoted = post.replace("\n", "\n> ")
