@@ -18,33 +18,37 @@ from support.device import compute, new_generator, setup
 from support.flags import InputError, naming, run_script, talk_flags
 from support.run import run_flags
 from support.tokenizer import check_vocabulary, own_tokenizer, to_text
-from support.tokens import held_out_prompts, prompt_room, prompt_tokens
+from support.tokens import held_out_prompts, last_tokens, prompt_room, prompt_tokens
 
 
 def prompts_to_answer(args, tokenizer, post):
-    """Yields the texts that sample.py answers: of --prompt, --prompt_file or --data; or else a post
-    of TinyTLDR (post: tinytldr.post), or what comes from standard input. Prints those that the
-    person has not seen."""
+    """Yields the prompts that sample.py answers, (text, token ids): of --prompt, --prompt_file or
+    --data; or else a post of TinyTLDR (post: tinytldr.post), or what comes from standard input.
+    Prints those that the person has not seen. The ids are None, except for --data, whose chats have
+    special tokens that a text can't bring back."""
     if args.prompt is not None:
-        yield args.prompt
+        yield args.prompt, None
     elif args.prompt_file is not None:
-        yield read_text(args.prompt_file, f"--prompt_file: {args.prompt_file}")
+        yield read_text(args.prompt_file, f"--prompt_file: {args.prompt_file}"), None
     elif args.data is not None or tokenizer.name == "tinytldr":
         if args.chat:
             raise InputError("--chat: it would be ignored: a model of TinyTLDR answers posts")
-        texts = (held_out_prompts(args, tokenizer, post)[0] if args.data is not None
-                 else [post(0, "test", args.seed % 1000)])
-        for text in texts:
+        if args.data is not None:
+            texts, prompts, _ = held_out_prompts(args, tokenizer, post)
+        else:
+            texts, prompts = [post(0, "test", args.seed % 1000)], [None]
+        for text, ids in zip(texts, prompts):
             print(text + "\n")
-            yield text
+            yield text, ids
     elif sys.stdin.isatty():
         print("one prompt per line; Ctrl-D ends")
         for line in sys.stdin:
             if line.strip():
-                yield line.rstrip("\n")
+                yield line.rstrip("\n"), None
     else:
         text = read_text(None, "standard input")
-        yield from filter(str.strip, re.split(r"\n(?:[ \t]*\n)+", text.strip("\n")))
+        for prompt in filter(str.strip, re.split(r"\n(?:[ \t]*\n)+", text.strip("\n"))):
+            yield prompt, None
 
 
 def read_text(path, name):
@@ -107,10 +111,13 @@ def main(argv=None):
             policies[f"the reference, {name}"] = GPT.from_pretrained(name).to(device)
 
     turns = {name: [] for name in policies}     # for --chat: each policy has its own dialogue
-    for prompt in prompts_to_answer(args, tokenizer, tinytldr.post):
+    for prompt, given in prompts_to_answer(args, tokenizer, tinytldr.post):
         for name, policy in policies.items():
             turns[name].append(prompt)
-            ids = prompt_tokens(turns[name], tokenizer, room, args.chat)
+            if given is None:
+                ids = prompt_tokens(turns[name], tokenizer, room, args.chat)
+            else:
+                ids = last_tokens(given, room)
             with compute():
                 reply = stream(policy, name, tokenizer, ids, args)
             turns[name].append(reply)

@@ -38,7 +38,7 @@ import numpy as np
 
 from support.columns import cached, hash_model, key, sample
 from support.device import in_float32
-from support.tokenizer import to_text, word_encoding
+from support.tokenizer import fingerprint, prompt_ids, to_text, word_encoding
 
 
 def table(text):
@@ -259,7 +259,7 @@ def pair_rows(split, n, policy, encoding, cache, label_temperature=0, seed=0):
     """
     posts = [post(seed, split, i) for i in range(100)]      # if you edit the world, this changes
     points = (STATED, UNSUPPORTED, CHATTERED, BROKEN)
-    entry = key(hash_model(policy), encoding.name, SLOTS, CHATTER, points, posts, split,
+    entry = key(hash_model(policy), *fingerprint(encoding), SLOTS, CHATTER, points, posts, split,
                 PAIRS_FROM[split], n, label_temperature, seed)
     return cached(cache, f"{split}-pairs", entry, sample_pairs, split, n, policy, encoding,
                   label_temperature, seed)
@@ -270,9 +270,9 @@ def sample_pairs(split, n, policy, encoding, label_temperature, seed):
     drops because their rewards are equal or a summary is empty."""
     prompts = [post(seed, split, PAIRS_FROM[split] + i) for i in range(n)]
     room = max(1, policy.config.block_size - 64)            # the summary must fit
-    ids = [encoding.encode_ordinary(prompt)[-room:] for prompt in prompts for _ in range(2)]
+    ids = [prompt_ids(prompt, encoding)[-room:] for prompt in prompts for _ in range(2)]
     with in_float32():                                      # --dtype does not change the data
-        samples = sample(policy, ids, 64, encoding.eot_token, seed=[seed, SPLIT_START[split]],
+        samples = sample(policy, ids, 64, encoding.ends, seed=[seed, SPLIT_START[split]],
                          desc=f"sample {split} pairs")
     texts = [to_text(response, encoding) for response in samples]
     pairs = list(zip(texts[::2], texts[1::2]))

@@ -325,7 +325,8 @@ def main(argv=None):
 
     # ---- model
     constants = key(hash_model(policy), hash_examples(train.examples),
-                    train.rewards if train.desirable is None else train.desirable)
+                    train.rewards if train.desirable is None else train.desirable,
+                    hash_examples(validation.examples), *map(hash_model, judges.values()))
     if args.lora:       # from here on an adapter is trained; the reference's weights stay frozen
         add_lora(policy, args.lora, args.init_from, args.seed)
     optimizer = adamw(policy, args.lr)

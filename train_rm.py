@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from data import BatchOrder, biased_subset, by_length, get_tokenizer
+from data import BatchOrder, by_length, d_rho, get_tokenizer
 from lora import add_lora, check_rank
 from losses import bradley_terry, reward_margin
 from model import GPT
@@ -111,8 +111,10 @@ def main(argv=None):
         add_lora(policy, args.lora, args.init_from, args.seed)
     if not args.bias:
         return train_one(args, policy, tokenizer, train, validation, device)
-    lengths = train.response_lengths()
-    subsets = [train.take(biased_subset(lengths, bias, seed=args.seed)) for bias in args.bias]
+    subsets = []
+    for bias in args.bias:
+        print(f"--bias={bias}: ", end="")
+        subsets.append(d_rho(train, bias, None, args.seed))
     for (bias, folder, resume), subset in zip(family_to_train(args), subsets):
         steps = max(1, round(args.max_steps * len(subset) / len(train)))    # the same epochs
         flags = {**vars(args), "bias": bias, "max_steps": steps, "out_dir": folder,

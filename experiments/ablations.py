@@ -360,7 +360,7 @@ def differences(rows):
 def compared(gained):
     """Returns three cells: the mean, its distance from 0 in standard errors, and "seen"."""
     error = stdev(gained) / len(gained) ** 0.5
-    seen = abs(mean(gained)) > figure2.t_quantile(len(gained)) * error
+    seen = error and abs(mean(gained)) > figure2.t_quantile(len(gained)) * error
     return [f"{mean(gained):+.2f}", f"{mean(gained) / error:+.1f}" if error else "",
             "seen" if seen else ""]
 
@@ -391,6 +391,7 @@ def main(argv=None):
         os.makedirs(args.results, exist_ok=True)
         rows = figure2.read_rows(path)
         figure2.check_reference(rows, args.sft, path)
+        figure2.check_settings(args, chosen)
         done = {(row["table"], row["rho"], row["seed"]) for row in rows}
         with trials.workers(args.workers) as pool:
             for table in args.tables:       # one after the other: a cell's tables share its runs

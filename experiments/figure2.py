@@ -184,6 +184,21 @@ def check_reference(rows, folder, path):
                          f"{folder}; name another folder")
 
 
+def check_settings(args, chosen):
+    """Raises InputError if cells in --results were run with other flags: they would be skipped, and
+    averaged with new ones. Otherwise writes the flags down, next to runs.csv. chosen: {loss: its
+    beta or tau}."""
+    path = f"{args.results}/settings.json"
+    settings = {"flags": args.flags, "n_prompts": args.n_prompts, "chosen": chosen}
+    before = read_json(path) if os.path.exists(path) else settings
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise InputError(f"--results: the runs in {args.results} are from --{name}="
+                             f"{before.get(name)!r}, not {value!r}; name another folder, for "
+                             "--out_dir too")
+    write_json(path, settings, indent=1)
+
+
 def read_rows(path):
     if not os.path.exists(path):
         return []
@@ -219,9 +234,11 @@ def t_p_value(differences):
 
 
 def holm(p_values):
-    """Corrects p-values for their number, by Holm's method. Returns {name: corrected p-value}."""
-    corrected, largest = {}, 0.0
-    for rank, name in enumerate(sorted(p_values, key=p_values.get)):
+    """Corrects p-values for their number, by Holm's method. Returns {name: corrected p-value}. NaN,
+    of a difference that is the same in all seeds, stays NaN and counts as a test all the same."""
+    corrected, largest = dict(p_values), 0.0
+    tested = [name for name in p_values if not math.isnan(p_values[name])]
+    for rank, name in enumerate(sorted(tested, key=p_values.get)):
         largest = max(largest, (len(p_values) - rank) * p_values[name])
         corrected[name] = min(1.0, largest)
     return corrected
@@ -387,6 +404,7 @@ def main(argv=None):
         with naming("--chosen"):
             chosen = read_json(args.chosen)["chosen"]
         check_reference(read_rows(path), args.sft, path)
+        check_settings(args, chosen)
         done = {(row["rho"], row["seed"]) for row in read_rows(path)}
         with trials.workers(args.workers) as pool:
             jobs = [pool.submit(cell, args, rho, number, chosen)

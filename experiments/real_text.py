@@ -60,7 +60,7 @@ from support.flags import (
 from support.report import markdown_table, training_curve
 from support.rows import load_rows
 from support.run import read_json, remove, replacing, run_flags, write_json
-from support.tokenizer import own_tokenizer, save_tokenizer, to_text
+from support.tokenizer import own_tokenizer, prompt_ids, save_tokenizer, to_text
 from support.tokens import SPLITS, split_hashes, turn_hashes
 
 # ------ the numbers of the experiment: each name is a flag, and the number its default
@@ -231,8 +231,13 @@ class Worker:
     def oracle(self, name):
         return model_of(f"{self.folder}/{name}", RewardModel, self.device)
 
-    def encode(self, text):
-        return self.tokenizer.encode_ordinary(text)
+    def encode(self, prompt):
+        """Returns the token ids of a post, as they are in training."""
+        return prompt_ids(prompt, self.tokenizer)
+
+    def encode_reply(self, text):
+        """Returns the token ids of a summary, with the end of text."""
+        return [*self.tokenizer.encode_inside([text])[0], self.tokenizer.eot_token]
 
 
 def train(args, script, folder, *flags, whole=False):
@@ -284,9 +289,9 @@ def draw_samples(args, part, shard, n_shards):
     prompts = [worker.encode(prompt) for prompt, _ in posts_of(args, part)[shard::n_shards]]
     n = args.samples if part == "pool" else 2
     copies = [prompt for prompt in prompts for _ in range(n)]
-    end = worker.tokenizer.eot_token
-    replies = sample(worker.reference(), copies, args.max_new_tokens, end, [7, shard])
-    texts = [None if was_cut_off(reply, [end]) else to_text(reply, worker.tokenizer)
+    ends = worker.tokenizer.ends
+    replies = sample(worker.reference(), copies, args.max_new_tokens, ends, [7, shard])
+    texts = [None if was_cut_off(reply, ends) else to_text(reply, worker.tokenizer)
              for reply in replies]
     write_json(path, {"texts": [texts[i:i + n] for i in range(0, len(texts), n)]})
 
@@ -319,8 +324,7 @@ def label(args):
                     kept += pair
             if kept:
                 usable.append((prompt, kept))
-        end = [worker.tokenizer.eot_token]
-        examples = [(worker.encode(prompt), [worker.encode(text) + end for text in replies])
+        examples = [(worker.encode(prompt), [worker.encode_reply(text) for text in replies])
                     for prompt, replies in usable]                      # a post's pairs as one tree
         rewards = score(worker.oracle("oracle"), Dataset(examples))     # (posts, samples)
         labelled[part], n_ties = [], 0
@@ -397,9 +401,8 @@ def rate_judges(args, cell, rho, number):
         human = [preferences(args.pairs, split, worker.tokenizer, ref, None)
                  for split in ("validation", "test")]
         labelled = read_json(f"{args.out_dir}/pairs.json")["validation"]
-    end = [worker.tokenizer.eot_token]
     labelled = [Dataset([(worker.encode(row["prompt"]),
-                          [worker.encode(row[name]) + end for name in ("chosen", "rejected")])
+                          [worker.encode_reply(row[name]) for name in ("chosen", "rejected")])
                          for row in labelled])]
     rows = []
     for name in names:
@@ -456,7 +459,8 @@ def judge(worker, policy, posts, copies, names, spread=None):
     samples = [samples[i:i + copies] for i in range(0, len(samples), copies)]   # of each post
     cut = np.array([[was_cut_off(reply, ends) for reply in replies] for replies in samples])
     ended = Dataset([
-        (prompt, [reply + ends[:1] if was_cut_off(reply, ends) else reply for reply in replies])
+        (prompt, [(reply if was_cut_off(reply, ends) else reply[:-1]) + ends[:1]
+                  for reply in replies])
         for prompt, replies in zip(prompts, samples)])
     values = {name: score(worker.oracle(name), ended) for name in names}
     spread = spread or {name: float(rewards.std()) for name, rewards in values.items()}
@@ -495,8 +499,7 @@ def judge_reference(args, split, number):
         "spread": spread, "values": {name: value.tolist() for name, value in values.items()},
         "samples": [[list(map(int, reply)) for reply in replies] for _, replies in own.examples],
         "logps": score(ref, own).tolist() if split == "test" else None})
-    end = [worker.tokenizer.eot_token]
-    authors = [worker.encode(summary) + end for _, summary in posts]
+    authors = [worker.encode_reply(summary) for _, summary in posts]
     dataset = Dataset([(worker.encode(prompt), [reply])
                        for (prompt, _), reply in zip(posts, authors)])
     by_authors = {name: score(worker.oracle(name), dataset)[:, 0] / spread[name]
@@ -863,6 +866,9 @@ def show_samples(args):
             run = run_name(args.rhos[0], args.seeds[0], method)
             folders[method] = f"{args.out_dir}/{run}"
     worker, parts = Worker(args, 0), []
+    # Without the penalty, which is in standard deviations, and which the second oracle, that reads
+    # the text again, would not subtract
+    asking = argparse.Namespace(**vars(worker.args) | {"missing_eos_penalty": None})
     answers = {}
     for name, folder in folders.items():
         policy = GPT.from_pretrained(folder).to(worker.device)
@@ -870,10 +876,10 @@ def show_samples(args):
         with trials.silence():
             _, replies, first, _ = answer(
                 name, policy, POSTS, prompts, {"oracle": worker.oracle("oracle")},
-                worker.tokenizer, worker.args)
-            ids = [worker.encode(reply) + [worker.tokenizer.eot_token] for reply in replies]
+                worker.tokenizer, asking)
+            ids = [worker.encode_reply(reply) for reply in replies]
             second, _ = judge_samples(name, {"second": worker.oracle("second")}, POSTS, prompts,
-                                      ids, worker.tokenizer, worker.args)
+                                      ids, worker.tokenizer, asking)
         answers[name] = list(zip(replies, first, second))
     for i, post in enumerate(POSTS):
         quoted = post.replace("\n", "\n> ")

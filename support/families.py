@@ -108,7 +108,9 @@ def our_sizes(config, where, say=print):
     if config.get("reward_head", "last") not in ("last", "sum"):
         refuse("reward_head", "'last' and 'sum' are")
     defaults = (LLAMA_DEFAULTS if family != "gpt2" else {}) | about.defaults
-    config = defaults | {name: value for name, value in config.items() if value is not None}
+    # null stands for the default, except here: it says that there is no window
+    config = defaults | {name: value for name, value in config.items()
+                         if value is not None or name == "sliding_window"}
     sizes = {"family": family, "reward_head": config.get("reward_head", "last")}
     for theirs, ours in about.fields.items():
         if config.get(theirs) is not None or theirs not in defaults:

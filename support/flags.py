@@ -123,7 +123,7 @@ def number_type(kind, name, allowed):
 positive_int = number_type(int, "positive int (to 1e12)", lambda n: 1 <= n <= 10**12)
 positive_float = number_type(float, "positive float (1e-12 to 1e12)", lambda x: 1e-12 <= x <= 1e12)
 up_to_1000 = number_type(int, "int from 1 to 1000", lambda n: 1 <= n <= 1000)
-up_to_million = number_type(int, "int from 1 to 1000000", lambda n: 1 <= n <= 10**6)
+up_to_100000 = number_type(int, "int from 1 to 100000", lambda n: 1 <= n <= 100_000)
 up_to_30000 = number_type(int, "int from 1 to 30000", lambda n: 1 <= n <= 30_000)
 not_negative_int = number_type(int, "non-negative int (to 1e12)", lambda n: 0 <= n <= 10**12)
 not_negative_float = number_type(float, "non-negative float (to 1e12)", lambda x: 0 <= x <= 1e12)

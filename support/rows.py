@@ -357,7 +357,10 @@ def chat_segments(template, prompt, response, thinking=False):
             head = template.render(dialogue[:i], True, thinking)
             tail = template.render(dialogue[:i + 1], False, thinking).rstrip()
             if begun and not turns:
-                head = tail[:tail.find(begun, len(head)) + len(begun)]
+                if begun not in tail[len(head):]:
+                    raise ValueError("the chat template writes the turn with which the prompt ends "
+                                     "in another way; end the prompt at a turn of the user")
+                head = tail[:tail.index(begun, len(head)) + len(begun)]
             turns.append((head, tail))
     whole = turns[-1][1]
     segments, end = [], len(turns[0][0])

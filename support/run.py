@@ -64,8 +64,9 @@ class Run:
     """Keeps a training run in its folder. config.json (with --lora run.json) has its flags, under
     "nanopref"; metrics.jsonl has its numbers, and state.pt all that resuming needs.
 
-    constants: a hash of what training takes as given (reference, data, rewards). It has to be the
-    same on --resume. `first_step` is 0, or the step from which a resumed run continues.
+    constants: a hash of what training and --select take as given (reference, data, rewards,
+    judges). It has to be the same on --resume. `first_step` is 0, or the step from which a resumed
+    run continues.
     """
 
     def __init__(self, args, model, optimizer, constants):
@@ -476,13 +477,15 @@ def family_to_train(args):
 
 
 def run_names(folders):
-    """Names runs: each has the name of its folder, or its whole path if that name is taken. Returns
-    {name: folder}."""
+    """Names runs: each has the name of its folder, or its path as it was given if that name is
+    taken, or else its whole path. Returns {name: folder}."""
     names = {}
     for folder in folders:
         name = os.path.basename(os.path.normpath(folder))
-        taken = name in names or name == "reference"
-        names[folder if taken else name] = folder
+        for longer_name in (folder, os.path.abspath(folder)):
+            if name in names or name == "reference":
+                name = longer_name
+        names[name] = folder
     return names
 
 

@@ -24,7 +24,7 @@ from support.tokenizer import (
 )
 
 SAID = set()    # {(data, message)} that have been printed, and are not printed again
-LAYOUT = 13     # raise it when the arrays below, or what is read into them, change
+LAYOUT = 14     # raise it when the arrays below, or what is read into them, change
 SPLITS = np.array(["validation"] * 26 + ["test"] * 26 + ["train"] * 204)    # about 10, 10 and 80%
 
 
@@ -467,7 +467,7 @@ def held_out_prompts(args, tokenizer, post, needed=1):
     prompts than needed."""
     if args.data == "tinytldr":
         texts = [post(args.seed, args.split, i) for i in range(args.n_prompts)]
-        prompts, lengths = [tokenizer.encode_ordinary(text) for text in texts], None
+        prompts, lengths = [prompt_ids(text, tokenizer) for text in texts], None
     else:
         demonstrations = vars(args).get("rms") is None      # will do; reward models need pairs
         arrays = tokenised_file(args.data, tokenizer, demonstrations,
@@ -506,6 +506,11 @@ def prompt_tokens(turns, tokenizer, room, chat):
         raise InputError("the prompt: not UTF-8 text") from error
     except ValueError as error:
         raise InputError(f"the prompt: {error}") from error
+    return last_tokens(ids, room)
+
+
+def last_tokens(ids, room):
+    """Returns the last `room` token ids of a prompt. Prints it if the prompt loses its start."""
     if len(ids) > room:
         print(f"(room for {room} of the prompt's {len(ids)} tokens: it loses its start)")
     return ids[-room:]

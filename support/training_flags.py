@@ -20,7 +20,7 @@ from support.flags import (
     resolve,
     seed,
     up_to_1000,
-    up_to_million,
+    up_to_100000,
 )
 from support.run import check_free, family_to_train
 from support.sources import name_and_split
@@ -199,7 +199,7 @@ def training_parser(doc, lr):
         "(default: 0.2 on tinytldr, else all)")
     add("--n_pairs", type=positive_int, help="how many training pairs to take (default: 1000 on "
         "tinytldr, else all)")
-    add("--pool", type=up_to_million, help="with tinytldr: how many pairs to sample, from which "
+    add("--pool", type=up_to_100000, help="with tinytldr: how many pairs to sample, from which "
         "the training pairs are chosen (default: 5000)")
     add("--label_temperature", type=not_negative_float, help="with tinytldr: noise in the oracle's "
         "labels (default: 0, which always prefers the response with the higher reward)")

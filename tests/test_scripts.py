@@ -671,6 +671,15 @@ def test_the_members_of_a_family_have_flags_of_their_own(lab):
         assert flags.keys() == vars(args).keys()
 
 
+def test_what_each_member_of_a_family_trains_on_is_said(lab, capsys):
+    """Where the longer response is never chosen, one pair alone has round(1 / 2) such pairs."""
+    lab.pairs["train"] = Dataset([([1], [[2], [3] * 5])] * 20)
+    train(lab, train_rm, "--bias=0,0.5")
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--bias")]
+    assert said == [f"--bias={bias}: D_rho: {n} of 20 training pairs, the longer response "
+                    "preferred in 0% of them" for bias, n in (("0.0", 20), ("0.5", 1))]
+
+
 @pytest.mark.parametrize("script, change", [
     (train_policy, "weights"), (train_policy, "rows"), (train_policy, "rewards"),
     (train_rm, "weights"), (train_rm, "rows")])
@@ -686,6 +695,22 @@ def test_resuming_needs_what_was_trained_on_to_be_the_same(lab, script, change):
         lab.pairs["train"].rewards[0] += 1
     with pytest.raises(InputError, match="^--resume: the reference, the data or the rewards have"):
         train(lab, script, "--resume")
+
+
+@pytest.mark.parametrize("change", ["judge", "prompts"])
+def test_resuming_needs_the_checkpoints_to_be_judged_alike(lab, change):
+    """Rewards by another judge, or for other validation prompts, would be compared with those of
+    the checkpoints before."""
+    flags = [f"--select={lab.root}/rms/1", "--max_new_tokens=4"]
+    train(lab, train_policy, *flags)
+    train(lab, train_policy, *flags, "--resume")
+    if change == "judge":
+        judge = shaken(RewardModel.from_pretrained(f"{lab.root}/rms/1"), 4)
+        judge.save_pretrained(f"{lab.root}/rms/1", TOKENIZER.eot_token)
+    else:
+        lab.pairs["validation"].examples[0][0][0] += 1
+    with pytest.raises(InputError, match="^--resume: the reference, the data or the rewards have"):
+        train(lab, train_policy, *flags, "--resume")
 
 
 @pytest.mark.parametrize("select", ["loss", "oracle", "{}/rms"])

@@ -1,5 +1,6 @@
 """The built-in task: that it is what its docstring says."""
 import importlib.util
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import tinytldr
 from model import GPT, GPTConfig
 from support import device
 from support.tokenizer import END_OF_TEXT, to_text, word_encoding
+from support.tokens import held_out_prompts
 from tinytldr import demonstration, facts_of, oracle_reward, post
 
 FIRST = ("POST: Sorry for the wall of text. My roommate is the problem. The music never stops. "
@@ -194,8 +196,27 @@ def test_pairs_are_sampled_in_the_policy_s_own_tokens(tmp_path, monkeypatch):
     rows = tinytldr.pair_rows("train", 3, policy, BYTES, str(tmp_path))
     (prompts, stop), = asked
     texts = [post(0, "train", tinytldr.PAIRS_FROM["train"] + i) for i in range(3)]
-    assert [BYTES.decode(prompt) for prompt in prompts[::2]] == texts and stop == BYTES.eot_token
+    assert [BYTES.decode(prompt) for prompt in prompts[::2]] == texts and stop == [BYTES.eot_token]
     assert [sorted(row["responses"]) for row in rows] == [[" my boss", " my boss; broke"]] * 3
+
+
+def test_pairs_are_asked_for_as_policies_are_trained(tmp_path):
+    """A tokenizer may begin a text with a token of its own, and the model may end in several."""
+    policy, asked = GPT(GPTConfig(600, 300, 1, 1, 4)), []
+    own = word_encoding("own", [])
+    own.start, own.ends = [299], [own.eot_token, 298]
+
+    def generate(prompts, max_new_tokens, temperature, stop, generator):
+        asked.append((prompts, stop))
+        return [BYTES.encode_ordinary(" my boss") + [298]] * len(prompts)
+
+    policy.generate = generate
+    tinytldr.pair_rows("train", 1, policy, own, str(tmp_path))
+    text = post(0, "train", tinytldr.PAIRS_FROM["train"])
+    args = SimpleNamespace(data="tinytldr", seed=0, split="test", n_prompts=1)
+    (held_out,), (ids,), _ = held_out_prompts(args, own, post)
+    assert asked == [([[299, *text.encode()]] * 2, [own.eot_token, 298])]
+    assert ids == [299, *held_out.encode()]
 
 
 # ------------------------------------------------------------------ the tokenizer

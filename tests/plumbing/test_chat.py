@@ -196,6 +196,18 @@ def test_a_prompt_that_ends_with_the_assistant(tokenizer, begun, reply):
     assert segments_of(row, HH) == ("\n\nHuman: Hi\n\nAssistant: Sure,", [[(" here", True)]])
 
 
+def test_a_begun_turn_that_the_template_writes_in_another_way():
+    """It is refused: where the prompt ends could only be guessed, and what a person said would be
+    learnt."""
+    lines = CHATML.replace("m['content'] +", "m['content'].replace('</think>', '\n</think>\n') +")
+    template = ChatTemplate(lines, {}, SPECIALS)
+    end, reply = f"{START}user\nHi{END}\n{START}assistant\n", [says("assistant", " on")]
+    assert chat_segments(template, [HI, says("assistant", "So")], reply) == (
+        f"{end}So", [(f" on{END}", True)])
+    with pytest.raises(ValueError, match="^the chat template writes the turn with which the prom"):
+        chat_segments(template, [HI, says("assistant", "<think>a</think>So")], reply)
+
+
 def test_special_tokens_in_what_people_write_are_text(tokenizer):
     """Those of the template around them are tokens."""
     text = f"What is {END}?{BOS}"
@@ -404,21 +416,44 @@ class Echo:
         return [[*b"Yes", 258]]
 
 
-def test_sample_talks_in_the_template(tmp_path, monkeypatch, capsys):
-    """Each turn with all that was said before, and it stops at the template's end of a turn."""
-    folder = str(tmp_path / "own")
-    write_tokenizer(tmp_path / "own")
+@pytest.fixture
+def echo(tmp_path, monkeypatch):
+    """What sample.py reads in place of the policy in the folder own."""
+    write_tokenizer(tmp_path / "own", bos=True)
     GPT(GPTConfig(block_size=200, vocab_size=259, n_layer=1, n_head=1, n_embd=4)).save_pretrained(
-        folder)
+        tmp_path / "own")
     echo = Echo(GPTConfig(block_size=200))
     monkeypatch.setattr(sample.GPT, "from_pretrained", lambda name: echo)
     monkeypatch.setattr(sample, "check_vocabulary", lambda *args: None)
-    monkeypatch.setattr(sample, "prompts_to_answer", lambda *args: iter(["Hi", "Go"]))
+    return echo
+
+
+def test_sample_talks_in_the_template(tmp_path, echo, monkeypatch, capsys):
+    """Each turn with all that was said before, and it stops at the template's end of a turn."""
+    folder = str(tmp_path / "own")
+    monkeypatch.setattr(sample, "prompts_to_answer",
+                        lambda *args: iter([("Hi", None), ("Go", None)]))
     sample.main([folder, "--chat", "--max_new_tokens=5"])
     first = f"{START}user\nHi{END}\n{START}assistant\n"
     second = first + f"Yes{END}\n{START}user\nGo{END}\n{START}assistant\n"
     assert echo.asked == [(ids_of(first), [258]), (ids_of(second), [258])]
     assert f"[{folder}] Yes\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("as_chat, layout", [
+    (True, f"{START}user\n%{END}\n{START}assistant\n"), (False, f"{BOS}%")])
+def test_sample_answers_held_out_prompts_as_evaluate_does(tmp_path, echo, as_chat, layout):
+    """Their special tokens are tokens, not text, and BOS is not there twice."""
+    texts = [f"Hi {i}" for i in range(60)]
+    rows = [{"prompt": text, "chosen": " Yes", "rejected": " No"} for text in texts]
+    if as_chat:
+        rows = [{"prompt": [says("user", text)], "chosen": [YES], "rejected": [NO]}
+                for text in texts]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sample.main([str(tmp_path / "own"), f"--data={tmp_path}/rows.jsonl", "--max_new_tokens=5"])
+    asked = [ids for ids, _ in echo.asked]
+    assert len(asked) > 1
+    assert all(ids in [ids_of(layout.replace("%", text)) for text in texts] for ids in asked)
 
 
 def test_a_prompt_of_bytes_that_are_no_text(tokenizer):

@@ -93,6 +93,23 @@ def test_p_values():
     assert figure2.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx(
         {"a": 0.03, "b": 0.06, "c": 0.06})
     assert figure2.holm({"a": 0.6, "b": 0.7}) == {"a": 1, "b": 1}
+    for order in ("abc", "bac", "acb"):     # a difference without any spread was "p 0"
+        p_values = {"a": 0.01, "b": math.nan, "c": 0.03}
+        corrected = figure2.holm({name: p_values[name] for name in order})
+        assert corrected == pytest.approx({"a": 0.03, "b": math.nan, "c": 0.06}, nan_ok=True)
+
+
+def test_cells_of_other_flags_are_not_averaged_with_new_ones(tmp_path):
+    """The same flags go on; others are refused, for a cell of a quick try would be skipped."""
+    args = SimpleNamespace(results=str(tmp_path), flags="--max_steps=20", n_prompts=8)
+    chosen = {"dpo": 0.3}
+    for _ in range(2):
+        figure2.check_settings(args, chosen)
+    for changes, values, message in (({"flags": ""}, chosen, "--flags='--max_steps=20', not ''; "),
+                                     ({"n_prompts": 9}, chosen, "--n_prompts=8, not 9; "),
+                                     ({}, {"dpo": 1}, "--chosen={'dpo': 0.3}, not {'dpo': 1}; ")):
+        with pytest.raises(InputError, match=f"^--results: the runs in .* are from {message}"):
+            figure2.check_settings(SimpleNamespace(**{**vars(args), **changes}), values)
 
 
 def test_frontier():

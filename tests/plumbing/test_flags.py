@@ -155,6 +155,7 @@ def test_what_chance_needs_where_there_is_none(refuses, script, flags):
     (["--lr=0"], r"--lr: invalid positive float \(1e-12 to 1e12\) value: '0'"),
     (["--lr=inf"], "--lr: invalid positive float"),
     (["--loss=dpo", "--beta=1e300"], "--beta: invalid positive float"),
+    (["--loss=dpo", "--pool=100001"], "--pool: invalid int from 1 to 100000 "),
     (["--missing_eos_penalty=-1"], "--missing_eos_penalty: invalid non-negative float"),
     (["--seed=-1"], "--seed: invalid seed"),
     (["--seed=4294967296"], "--seed: invalid seed"),

@@ -345,6 +345,9 @@ def test_a_sliding_window_is_the_longest_text(llama, capsys):
     said = capsys.readouterr().out
     assert said.count("\n") == 1
     assert "texts may have 4096 tokens, its sliding_window, not 5000: " in said
+    edit_config(llama, sliding_window=None)     # as in Mistral 7B since version 0.2: no window
+    assert GPT.from_pretrained(str(llama)).config.block_size == 5000
+    assert capsys.readouterr().out == ""
     edit_config(llama, model_type="qwen2", sliding_window=8, use_sliding_window=False,
                 attention_bias="gone")
     assert read_sizes(str(llama))["block_size"] == 5000

@@ -869,6 +869,9 @@ def test_run_names():
     assert run_names(["out/dpo", "out/ipo/"]) == {"dpo": "out/dpo", "ipo": "out/ipo/"}
     assert run_names(["a/dpo", "b/dpo", "out/reference"]) == {
         "dpo": "a/dpo", "b/dpo": "b/dpo", "out/reference": "out/reference"}
+    here = os.getcwd()          # the path that was given may be a name that is taken, too
+    assert run_names(["out/dpo", "dpo", "reference"]) == {
+        "dpo": "out/dpo", f"{here}/dpo": "dpo", f"{here}/reference": "reference"}
 
 
 # ------------------------------------------------------------------ the optimizer
