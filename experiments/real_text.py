@@ -40,7 +40,7 @@ import tinytldr
 from data import Dataset, biased_subset, get_tokenizer, longer, preferences
 from evaluate import answer, compare, interval
 from experiments import figure2, trials
-from experiments.real_text_report import JUDGE_COLUMNS, JUDGES, METHODS, draw
+from experiments.real_text_report import JUDGE_COLUMNS, JUDGES, LOSSES, METHODS, draw
 from model import GPT, GPTConfig
 from reward import RewardModel, judge_samples
 from support.columns import sample, score, was_cut_off
@@ -57,7 +57,7 @@ from support.flags import (
     run_script,
     seed,
 )
-from support.report import markdown_table, training_curve
+from support.report import markdown_table, read_evaluations, training_curve
 from support.rows import load_rows
 from support.run import read_json, remove, replacing, run_flags, write_json
 from support.tokenizer import own_tokenizer, save_tokenizer, to_text
@@ -97,8 +97,8 @@ COLUMNS = ["run", "purpose", "rho", "seed", "method", "loss", "rewards", "knob",
            "n_pairs", "max_steps", "batch_size", "lr", "lora", "freeze", "checkpoint", "n_prompts",
            *[name for judge in JUDGES for name in (judge, f"{judge}_95")], "win_rate", "length",
            "unended", "kl_pi_ref", "kl_ref_pi", "chosen_change", "rejected_change",
-           "last_chosen_change", "last_rejected_change", "seconds", "memory_gb", "device", "commit",
-           "reference"]
+           "last_chosen_change", "last_rejected_change", *LOSSES, "seconds", "memory_gb", "device",
+           "commit", "reference"]
 
 
 def parse_flags(argv):
@@ -570,11 +570,19 @@ def policy_run(args, run, purpose, cell, number, method, value, lr):
     steps, chosen_change, rejected_change, best = training_curve(folder)
     row |= {"checkpoint": steps[best], "chosen_change": chosen_change[best],
             "rejected_change": rejected_change[best], "last_chosen_change": chosen_change[-1],
-            "last_rejected_change": rejected_change[-1]}
+            "last_rejected_change": rejected_change[-1], **losses_of(folder)}
     if not (args.keep_models or run in kept_for_samples(args)):
         remove(f"{folder}/model.safetensors")
     del policy
     return [{**row, "seconds": time.time() - start, "by_prompt": values}]
+
+
+def losses_of(folder):
+    """Reads from a policy's metrics.jsonl its loss at the first step, where it is the reference,
+    and at the last: {column: number} for training and validation pairs."""
+    evaluations = read_evaluations(folder)
+    return {f"{part}_loss_{when}": line[f"{part}/loss"] for part in ("train", "validation")
+            for when, line in (("first", evaluations[0]), ("last", evaluations[-1]))}
 
 
 def hardware(device):
