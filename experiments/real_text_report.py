@@ -58,7 +58,8 @@ def method_table(rows):
     first = {row["method"]: row for row in reversed(lines)}
     table = [["", method, "", *["" if method == "sft" and name != "rouge" or not row[name]
                                 else f"{float(row[name]):+.2f}" for name in JUDGES],
-              f"{float(row['length']):.1f}", row["unended"], "", "", ""]
+              f"{float(row['length']):.1f}",
+              f"{float(row['unended']):.3f}" if row["unended"] else "", "", "", ""]
              for method, row in first.items()]
     for (rho, method), runs in cells(rows).items():
         table.append([
