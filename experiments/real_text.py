@@ -41,6 +41,7 @@ from data import Dataset, biased_subset, get_tokenizer, longer, preferences
 from evaluate import answer, compare, interval
 from experiments import figure2, trials
 from experiments.real_text_report import JUDGE_COLUMNS, JUDGES, LOSSES, METHODS, draw
+from losses import needs
 from model import GPT, GPTConfig
 from reward import RewardModel, judge_samples
 from support.columns import sample, score, was_cut_off
@@ -630,6 +631,16 @@ def choose_values(args):
 
 # ------ jobs: in order of importance, each begins when those before it are done
 
+def columns_by(method, run, shared):
+    """Lists the earlier runs that compute what this run needs too, and then is on disk: samples for
+    the KL, and the rewards of its reward models. shared: {column: the first run of the cell that
+    computes it}, to which this run is added."""
+    loss, rewards, _ = METHODS[method]
+    columns = [column for column in ("kl" if "kl" in needs(loss) else None, rewards) if column]
+    return [first for first in dict.fromkeys(shared.setdefault(column, run) for column in columns)
+            if first != run]
+
+
 def plan(args):
     """Lists the jobs. Returns {name: (function, arguments, names of the jobs that it needs)}."""
     jobs = {"sft": (train_sft, (), [])}
@@ -672,14 +683,12 @@ def plan(args):
     for rho in args.rhos[:1]:
         for number in args.seeds:
             add_reward_models(f"{rho}/{number}", rho, number)
-    samples = []            # of the reference for the KL: by the first run that has it
+    shared = {}
     for loss in dict.fromkeys(METHODS[method][0] for method in args.methods):
         for value in args.values:
             run = f"grid/{loss}/{value:g}"
             add_policy(run, "grid", cell, CHOOSE_SEED, loss, value, None,
-                       ["choose rate", *(samples if METHODS[loss][1] or loss == "p-dpo" else [])])
-            if loss == "p-dpo" and not samples:
-                samples = [run]
+                       ["choose rate", *columns_by(loss, run, shared)])
     jobs["choose values"] = (choose_values, (),
                              [name for name in jobs if name.startswith("grid/")])
     for number in args.seeds:
@@ -689,13 +698,11 @@ def plan(args):
         for number in args.seeds:
             cell = f"{rho}/{number}"
             add_reward_models(cell, rho, number)
-            samples = []
+            shared = {}
             for method in args.methods:
                 run = run_name(rho, number, method)
                 add_policy(run, "run", cell, number, method,
-                           after=["choose values", *(samples if METHODS[method][1] else [])])
-                if method == "p-dpo":
-                    samples = [run]
+                           after=["choose values", *columns_by(method, run, shared)])
             jobs[f"judges: {cell}"] = (rate_judges, (cell, rho, number),
                                        [f"{cell}/rm", f"{cell}/rms"])
         if rho == args.rhos[0]:
