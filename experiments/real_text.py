@@ -40,7 +40,8 @@ import tinytldr
 from data import Dataset, biased_subset, get_tokenizer, longer, preferences
 from evaluate import answer, compare, interval
 from experiments import figure2, trials
-from experiments.real_text_report import JUDGE_COLUMNS, JUDGES, METHODS, draw
+from experiments.real_text_report import JUDGE_COLUMNS, JUDGES, LOSSES, METHODS, draw
+from losses import needs
 from model import GPT, GPTConfig
 from reward import RewardModel, judge_samples
 from support.columns import sample, score, was_cut_off
@@ -57,7 +58,7 @@ from support.flags import (
     run_script,
     seed,
 )
-from support.report import markdown_table, training_curve
+from support.report import markdown_table, read_evaluations, training_curve
 from support.rows import load_rows
 from support.run import read_json, remove, replacing, run_flags, write_json
 from support.tokenizer import own_tokenizer, prompt_ids, save_tokenizer, to_text
@@ -97,8 +98,8 @@ COLUMNS = ["run", "purpose", "rho", "seed", "method", "loss", "rewards", "knob",
            "n_pairs", "max_steps", "batch_size", "lr", "lora", "freeze", "checkpoint", "n_prompts",
            *[name for judge in JUDGES for name in (judge, f"{judge}_95")], "win_rate", "length",
            "unended", "kl_pi_ref", "kl_ref_pi", "chosen_change", "rejected_change",
-           "last_chosen_change", "last_rejected_change", "seconds", "memory_gb", "device", "commit",
-           "reference"]
+           "last_chosen_change", "last_rejected_change", *LOSSES, "seconds", "memory_gb", "device",
+           "commit", "reference"]
 
 
 def parse_flags(argv):
@@ -573,11 +574,19 @@ def policy_run(args, run, purpose, cell, number, method, value, lr):
     steps, chosen_change, rejected_change, best = training_curve(folder)
     row |= {"checkpoint": steps[best], "chosen_change": chosen_change[best],
             "rejected_change": rejected_change[best], "last_chosen_change": chosen_change[-1],
-            "last_rejected_change": rejected_change[-1]}
+            "last_rejected_change": rejected_change[-1], **losses_of(folder)}
     if not (args.keep_models or run in kept_for_samples(args)):
         remove(f"{folder}/model.safetensors")
     del policy
     return [{**row, "seconds": time.time() - start, "by_prompt": values}]
+
+
+def losses_of(folder):
+    """Reads from a policy's metrics.jsonl its loss at the first step, where it is the reference,
+    and at the last: {column: number} for training and validation pairs."""
+    evaluations = read_evaluations(folder)
+    return {f"{part}_loss_{when}": line[f"{part}/loss"] for part in ("train", "validation")
+            for when, line in (("first", evaluations[0]), ("last", evaluations[-1]))}
 
 
 def hardware(device):
@@ -625,6 +634,16 @@ def choose_values(args):
 
 # ------ jobs: in order of importance, each begins when those before it are done
 
+def columns_by(method, run, shared):
+    """Lists the earlier runs that compute what this run needs too, and then is on disk: samples for
+    the KL, and the rewards of its reward models. shared: {column: the first run of the cell that
+    computes it}, to which this run is added."""
+    loss, rewards, _ = METHODS[method]
+    columns = [column for column in ("kl" if "kl" in needs(loss) else None, rewards) if column]
+    return [first for first in dict.fromkeys(shared.setdefault(column, run) for column in columns)
+            if first != run]
+
+
 def plan(args):
     """Lists the jobs. Returns {name: (function, arguments, names of the jobs that it needs)}."""
     jobs = {"sft": (train_sft, (), [])}
@@ -667,14 +686,12 @@ def plan(args):
     for rho in args.rhos[:1]:
         for number in args.seeds:
             add_reward_models(f"{rho}/{number}", rho, number)
-    samples = []            # of the reference for the KL: by the first run that has it
+    shared = {}
     for loss in dict.fromkeys(METHODS[method][0] for method in args.methods):
         for value in args.values:
             run = f"grid/{loss}/{value:g}"
             add_policy(run, "grid", cell, CHOOSE_SEED, loss, value, None,
-                       ["choose rate", *(samples if METHODS[loss][1] or loss == "p-dpo" else [])])
-            if loss == "p-dpo" and not samples:
-                samples = [run]
+                       ["choose rate", *columns_by(loss, run, shared)])
     jobs["choose values"] = (choose_values, (),
                              [name for name in jobs if name.startswith("grid/")])
     for number in args.seeds:
@@ -684,13 +701,11 @@ def plan(args):
         for number in args.seeds:
             cell = f"{rho}/{number}"
             add_reward_models(cell, rho, number)
-            samples = []
+            shared = {}
             for method in args.methods:
                 run = run_name(rho, number, method)
                 add_policy(run, "run", cell, number, method,
-                           after=["choose values", *(samples if METHODS[method][1] else [])])
-                if method == "p-dpo":
-                    samples = [run]
+                           after=["choose values", *columns_by(method, run, shared)])
             jobs[f"judges: {cell}"] = (rate_judges, (cell, rho, number),
                                        [f"{cell}/rm", f"{cell}/rms"])
         if rho == args.rhos[0]:

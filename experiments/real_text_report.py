@@ -24,6 +24,7 @@ METHODS = {         # loss, reward models of the cell, flags
     "member": ("dp-dpo", "rms/0.5", []),        # and the reward model that was trained on it
 }
 JUDGES = {"oracle": "oracle", "second": "second oracle", "rouge": "ROUGE-L"}
+LOSSES = [f"{part}_loss_{when}" for part in ("train", "validation") for when in ("first", "last")]
 DIGITS = {"oracle": ".2f", "second": ".2f", "rouge": ".3f"}
 JUDGE_COLUMNS = ["run", "rho", "seed", "model", "human_pairs", "human_accuracy", "human_95",
                  "human_longer", "human_length_correlation", "oracle_pairs", "oracle_accuracy",
@@ -57,7 +58,8 @@ def method_table(rows):
     first = {row["method"]: row for row in reversed(lines)}
     table = [["", method, "", *["" if method == "sft" and name != "rouge" or not row[name]
                                 else f"{float(row[name]):+.2f}" for name in JUDGES],
-              f"{float(row['length']):.1f}", row["unended"], "", "", ""]
+              f"{float(row['length']):.1f}",
+              f"{float(row['unended']):.3f}" if row["unended"] else "", "", "", ""]
              for method, row in first.items()]
     for (rho, method), runs in cells(rows).items():
         table.append([
@@ -136,6 +138,16 @@ def collapse_table(rows):
                            "advantage, oracle"], table)
 
 
+def loss_table(rows):
+    """Returns Markdown: each method's loss on training and validation pairs, at the reference and
+    after the last step. A policy that distils has reached its targets where it is near zero."""
+    table = [[rho, method, runs[0]["value"],
+              *[f"{mean(column(runs, name)):.3g}" for name in LOSSES]]
+             for (rho, method), runs in cells(rows).items()]
+    return markdown_table(["rho", "policy", "beta or tau", "training pairs, at the reference",
+                           "at the end", "validation pairs, at the reference", "at the end"], table)
+
+
 def judge_table(rows):
     """Returns Markdown: accuracy of the oracles and of reward models, as means over seeds."""
     table = []
@@ -200,7 +212,7 @@ def draw(results):
         raise InputError(f"--results: there are no runs in {results}/runs.csv")
     by_prompt = {row["run"]: {judge: np.array(row[judge].split(), float) for judge in JUDGES}
                  for row in figure2.read_rows(f"{results}/by_prompt.csv")}
-    for table in (method_table(rows), comparison_table(rows, by_prompt), collapse_table(rows),
-                  judge_table(figure2.read_rows(f"{results}/judges.csv"))):
+    for table in (method_table(rows), comparison_table(rows, by_prompt), loss_table(rows),
+                  collapse_table(rows), judge_table(figure2.read_rows(f"{results}/judges.csv"))):
         print(f"\n{table}")
     figure(rows, results)
