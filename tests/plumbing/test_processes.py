@@ -255,8 +255,9 @@ run_script(train_rm.main)
 
 @pytest.mark.parametrize("killed, flags", [(0, ["--fsdp"])])
 def test_when_a_process_is_killed_the_other_says_so_and_ends(sessions, killed, flags):
-    """In one line that names --resume, and with exit code 2; torchrun then says what it saw. The
-    run goes on from its last saved state."""
+    """In one line that names --resume. It hears of it from the broken connection, and its exit code
+    is 2, or from torchrun's SIGTERM, and it is 143: which one comes first is chance. torchrun then
+    says what it saw. The run goes on from its last saved state."""
     folder, _ = sessions
     flags = [*training_flags(folder), f"--init_from={folder}/alone/sft", *flags,
              f"--out_dir={folder}/killed{killed}"]
@@ -266,7 +267,8 @@ def test_when_a_process_is_killed_the_other_says_so_and_ends(sessions, killed, f
     assert time.time() - float(errors.partition("killed at ")[2].split()[0]) < 60
     said = [line for line in errors.splitlines() if line.startswith("session.py: error: ")]
     assert said == [f"session.py: error: {OTHERS_ENDED}"] and "--resume" in said[0]
-    assert "exitcode  : 2 " in errors and "exitcode  : -9 " in errors
+    codes = set(re.findall(r"exitcode  : (-?\d+)", errors))
+    assert "-9" in codes and codes <= {"-9", "2", "143"}
     assert "session.py\", line" not in errors           # no traceback
     train_rm.main([flag for flag in flags if flag != "--fsdp"] + ["--resume"])
     assert_same_run(folder / "alone/rm", folder / f"killed{killed}")
